@@ -1,0 +1,1 @@
+"""What export and runtime share: configuration, contracts, tokenizers, transforms, and the model itself."""

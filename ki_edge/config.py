@@ -1,0 +1,120 @@
+"""The architecture of a π0.5 model: what tensors' shapes say, and what they cannot.
+
+Sizes follow openpi's variants `gemma_2b`, `gemma_300m` and SigLIP so400m/14 at 224 pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
+
+from .errors import CheckpointError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """The SigLIP tower: `image_size` pixels square, cut into patches of `patch_size`."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    patch_size: int
+    image_size: int
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.patch_size:
+            raise CheckpointError(
+                f"vision: image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def patches(self) -> int:
+        """Tokens of one camera image (P)."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class GemmaConfig:
+    """One Gemma transformer: the backbone or the action expert."""
+
+    width: int
+    depth: int
+    mlp_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def modulated_norms(self) -> int:
+        """Norms of the action expert that the flow time modulates (M = 2 a layer and the final one)."""
+        return 2 * self.depth + 1
+
+
+@dataclass(frozen=True)
+class Pi05Config:
+    """Geometry of the whole policy. `action_dim` is the model's (32 in the released checkpoints), not the robot's."""
+
+    vision: VisionConfig
+    backbone: GemmaConfig
+    expert: GemmaConfig
+    vocab_size: int
+    action_dim: int
+    action_horizon: int
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
+            ours, theirs = getattr(self.backbone, name), getattr(self.expert, name)
+            if ours != theirs:
+                raise CheckpointError(f"backbone and action expert share K/V, but their {name} is {ours} and {theirs}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; `from_dict` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Pi05Config:
+        """Read `to_dict`'s form; CheckpointError names a missing or unknown field."""
+        parts = {"vision": VisionConfig, "backbone": GemmaConfig, "expert": GemmaConfig}
+        built = {name: _build(part, data.get(name), name) for name, part in parts.items()}
+        return _build(cls, {**data, **built}, "model")
+
+
+def _build(cls: type[T], data: object, where: str) -> T:
+    if not isinstance(data, Mapping):
+        raise CheckpointError(f"geometry: '{where}' must be an object, not {type(data).__name__}")
+    expected = {f.name: f.type for f in fields(cls)}  # type: ignore[arg-type]
+    if set(data) != set(expected):
+        missing, unknown = sorted(set(expected) - set(data)), sorted(set(data) - set(expected))
+        raise CheckpointError(f"geometry '{where}': missing {missing}, unknown {unknown}")
+    for name, kind in expected.items():
+        value = data[name]
+        if kind == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise CheckpointError(f"geometry '{where}.{name}': expected a positive integer, not {value!r}")
+    return cls(**data)
+
+
+PI05 = Pi05Config(
+    vision=VisionConfig(width=1152, depth=27, mlp_dim=4304, num_heads=16, patch_size=14, image_size=224),
+    backbone=GemmaConfig(width=2048, depth=18, mlp_dim=16384, num_heads=8, num_kv_heads=1, head_dim=256),
+    expert=GemmaConfig(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256),
+    vocab_size=257152,
+    action_dim=32,
+    action_horizon=50,
+)
+
+TINY = Pi05Config(
+    vision=VisionConfig(width=128, depth=3, mlp_dim=384, num_heads=4, patch_size=12, image_size=96),
+    backbone=GemmaConfig(width=128, depth=4, mlp_dim=384, num_heads=4, num_kv_heads=1, head_dim=32),
+    expert=GemmaConfig(width=96, depth=4, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32),
+    vocab_size=1024,
+    action_dim=8,
+    action_horizon=8,
+)

@@ -1,0 +1,114 @@
+"""THE CONTRACT between exporter and runtime: the three graphs' tensors, their names, types and symbolic dimensions.
+
+Every other place (export wrappers, TensorRT profiles, manifest, runtime checks, test feeds) derives from this file.
+
+    B batch                 N cameras present        P patches a camera (constant)    T prompt tokens
+    S = N*P + T prefix      L layers (constant)      K kv heads (constant)            D head dim (constant)
+    H horizon (constant)    A action dim (constant)  W expert width (constant)   M = 2L+1 modulated norms (constant)
+    C cache length          Q new tokens             F decode vocabulary (constant)    h, w image size (constant)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .config import Pi05Config
+
+Dim = str | int
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One graph input or output. `dims` are symbols of the table above (or an integer), `dtype` a numpy name."""
+
+    name: str
+    dtype: str
+    dims: tuple[Dim, ...]
+
+    def resolve(self, sizes: Mapping[str, int]) -> tuple[Dim, ...]:
+        """Dims with every symbol in `sizes` replaced by its value."""
+        return tuple(sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in self.dims)
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph: inputs and outputs in their order."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def tensor(self, name: str) -> TensorSpec:
+        """The input or output called `name`; KeyError if there is none."""
+        return {tensor.name: tensor for tensor in (*self.inputs, *self.outputs)}[name]
+
+
+KV = ("L", "B", "K", "S", "D")
+CACHE = ("L", "B", "K", "C", "D")
+
+PREFIX = GraphSpec(
+    "prefix",
+    inputs=(
+        TensorSpec("images", "uint8", ("B", "N", "h", "w", 3)),
+        TensorSpec("camera_mask", "bool", ("B", "N")),
+        TensorSpec("prompt_tokens", "int32", ("B", "T")),
+        TensorSpec("prompt_mask", "bool", ("B", "T")),
+    ),
+    outputs=(
+        TensorSpec("prefix_k", "float32", KV),
+        TensorSpec("prefix_v", "float32", KV),
+        TensorSpec("prefix_mask", "bool", ("B", "S")),
+    ),
+)
+
+DENOISE = GraphSpec(
+    "denoise",
+    inputs=(
+        TensorSpec("x_t", "float32", ("B", "H", "A")),
+        TensorSpec("modulation", "float32", ("M", "3W")),
+        TensorSpec("dt", "float32", ()),
+        TensorSpec("prefix_k", "float32", KV),
+        TensorSpec("prefix_v", "float32", KV),
+        TensorSpec("prefix_mask", "bool", ("B", "S")),
+    ),
+    outputs=(TensorSpec("x_next", "float32", ("B", "H", "A")),),
+)
+
+FAST_DECODE = GraphSpec(
+    "fast_decode",
+    inputs=(
+        TensorSpec("tokens", "int32", ("B", "Q")),
+        TensorSpec("positions", "int32", ("B", "Q")),
+        TensorSpec("cache_k", "float32", CACHE),
+        TensorSpec("cache_v", "float32", CACHE),
+        TensorSpec("cache_mask", "bool", ("B", "C")),
+    ),
+    outputs=(
+        TensorSpec("logits", "float32", ("B", "F")),
+        TensorSpec("new_k", "float32", ("L", "B", "K", "Q", "D")),
+        TensorSpec("new_v", "float32", ("L", "B", "K", "Q", "D")),
+    ),
+)
+
+GRAPHS = (PREFIX, DENOISE, FAST_DECODE)
+
+# Symbols that stay free in the exported graphs; all others are constants of a policy.
+DYNAMIC = ("B", "N", "T", "S", "C", "Q")
+
+
+def sizes(config: Pi05Config, decode_vocabulary: int) -> dict[str, int]:
+    """Values of the constant symbols for one policy. `decode_vocabulary` is F."""
+    return {
+        "h": config.vision.image_size,
+        "w": config.vision.image_size,
+        "P": config.vision.patches,
+        "L": config.backbone.depth,
+        "K": config.backbone.num_kv_heads,
+        "D": config.backbone.head_dim,
+        "H": config.action_horizon,
+        "A": config.action_dim,
+        "3W": 3 * config.expert.width,
+        "M": config.expert.modulated_norms,
+        "F": decode_vocabulary,
+    }

@@ -1,0 +1,151 @@
+"""The two Gemma transformers: the PaliGemma backbone and the action expert, which meet in attention K/V only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..config import GemmaConfig
+from .layers import GatedMLP, Modulation, RMSNorm, Rope, attention, modulated_norm, rotate
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+class GemmaAttention(nn.Module):
+    """Attention with shared K/V heads and rotary positions; keys are cached after rotation."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.q_proj = nn.Linear(config.width, config.num_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.width, config.num_kv_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.width, config.num_kv_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.width, bias=False)
+
+    def keys_values(self, x: Tensor, rope: Rope) -> KeysValues:
+        """K and V of x [B,S,W]: [B,K,S,D] each."""
+        k, v = (self._heads(project(x), self.num_kv_heads) for project in (self.k_proj, self.v_proj))
+        return rotate(k, rope), v
+
+    def forward(self, x: Tensor, rope: Rope, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        q = rotate(self._heads(self.q_proj(x), self.num_heads), rope)
+        out: Tensor = self.o_proj(attention(q, k, v, bias))
+        return out
+
+    def _heads(self, x: Tensor, count: int) -> Tensor:
+        return x.view(x.shape[0], x.shape[1], count, self.head_dim).transpose(1, 2)
+
+
+class BackboneLayer(nn.Module):
+    """Gemma layer: attention and MLP, each behind an RMSNorm."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width)
+        self.self_attn = GemmaAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.width)
+        self.mlp = GatedMLP(config.width, config.mlp_dim)
+
+    def finish(self, x: Tensor, normed: Tensor, rope: Rope, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        """The layer's output, given its input, the normed input, and all K/V that it may see."""
+        x = x + self.self_attn(normed, rope, k, v, bias)
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
+
+
+class Backbone(nn.Module):
+    """PaliGemma's language model. Input vectors are already embedded and scaled."""
+
+    def __init__(self, config: GemmaConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocab_size, config.width)
+        self.layers = nn.ModuleList(BackboneLayer(config) for _ in range(config.depth))
+        self.norm = RMSNorm(config.width)
+
+    @property
+    def stack(self) -> list[BackboneLayer]:
+        """The layers, with their type."""
+        return cast("list[BackboneLayer]", list(self.layers))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids [B,T] -> [B,T,W], times sqrt(W) (rounded to the weights' type)."""
+        vectors: Tensor = self.embed_tokens(tokens)
+        return vectors * torch.tensor(vectors.shape[-1] ** 0.5, dtype=vectors.dtype).item()
+
+    def keys_values(self, x: Tensor, rope: Rope, bias: Tensor) -> list[KeysValues]:
+        """K/V of every layer. The last layer's attention and MLP feed nothing but logits, so they do not run."""
+        cache = []
+        for index, layer in enumerate(self.stack):
+            normed = layer.input_layernorm(x)
+            k, v = layer.self_attn.keys_values(normed, rope)
+            cache.append((k, v))
+            if index + 1 < len(self.layers):
+                x = layer.finish(x, normed, rope, k, v, bias)
+        return cache
+
+    def forward(
+        self, x: Tensor, rope: Rope, bias: Tensor, past: Callable[[int, KeysValues], KeysValues] | None = None
+    ) -> tuple[Tensor, list[KeysValues]]:
+        """All layers and the final norm: hidden states [B,S,W] and the new K/V.
+
+        `past(layer, new)` returns all K/V that the layer sees; without it a layer sees the new ones.
+        """
+        cache = []
+        for index, layer in enumerate(self.stack):
+            normed = layer.input_layernorm(x)
+            new = layer.self_attn.keys_values(normed, rope)
+            cache.append(new)
+            k, v = past(index, new) if past else new
+            x = layer.finish(x, normed, rope, k, v, bias)
+        out: Tensor = self.norm(x)
+        return out, cache
+
+
+class ExpertLayer(nn.Module):
+    """Gemma layer whose norms are modulated and whose branches are gated by the flow time."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = Modulation(config.width)
+        self.self_attn = GemmaAttention(config)
+        self.post_attention_layernorm = Modulation(config.width)
+        self.mlp = GatedMLP(config.width, config.mlp_dim)
+
+    def forward(self, x: Tensor, rows: tuple[Tensor, Tensor], rope: Rope, prefix: KeysValues, bias: Tensor) -> Tensor:
+        normed, gate = modulated_norm(x, rows[0])
+        own_k, own_v = self.self_attn.keys_values(normed, rope)
+        k = torch.cat([prefix[0], own_k], dim=2)  # [B,K,S+H,D]
+        v = torch.cat([prefix[1], own_v], dim=2)
+        x = x + self.self_attn(normed, rope, k, v, bias) * gate
+        normed, gate = modulated_norm(x, rows[1])
+        out: Tensor = x + self.mlp(normed) * gate
+        return out
+
+
+class ActionExpert(nn.Module):
+    """The small transformer that turns noisy actions into a velocity."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(ExpertLayer(config) for _ in range(config.depth))
+        self.norm = Modulation(config.width)
+
+    @property
+    def stack(self) -> list[ExpertLayer]:
+        """The layers, with their type."""
+        return cast("list[ExpertLayer]", list(self.layers))
+
+    def modulation(self, condition: Tensor) -> Tensor:
+        """All modulation rows of a time condition [b,W]: f32 [b,M,3W]."""
+        norms = [norm for layer in self.stack for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        return torch.stack([norm(condition) for norm in (*norms, self.norm)], dim=1)
+
+    def forward(self, x: Tensor, modulation: Tensor, rope: Rope, prefix: list[KeysValues], bias: Tensor) -> Tensor:
+        """Action tokens [B,H,W] -> final normed hidden states [B,H,W]; modulation [b,M,3W], b is B or 1."""
+        for index, layer in enumerate(self.stack):
+            rows = (modulation[:, 2 * index], modulation[:, 2 * index + 1])
+            x = layer(x, rows, rope, prefix[index], bias)
+        return modulated_norm(x, modulation[:, -1])[0]

@@ -1,0 +1,115 @@
+"""Knowledge insulation in one pass (Driess et al. 2025, arXiv 2505.23705).
+
+    tokens = pictures + prompt (bidirectional) | FAST postfix (causal, sees the prefix) | action tokens in the expert
+             (see the prefix's valid tokens and each other, never the postfix)
+
+The expert reads stop_gradient(K), stop_gradient(V) of the prefix in every layer, so the flow loss cannot reach the
+backbone. Nothing in the prefix sees the postfix, so its K/V are those of inference.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from .gemma import KeysValues
+from .layers import MASKED, key_bias
+from .observation import Observation
+
+if TYPE_CHECKING:
+    from .pi05 import Pi05
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Unreduced: `flow` (v_t - u_t)^2 [B,H,A]; `fast` mean cross-entropy over each sample's postfix [B], or None."""
+
+    flow: Tensor
+    fast: Tensor | None
+
+
+def compute_loss(model: Pi05, observation: Observation, actions: Tensor, *, noise: Tensor, time: Tensor) -> Losses:
+    """Flow loss and, for a KI model given a FAST postfix, its cross-entropy.
+
+    actions f32 [B,H,A]; noise f32 [R*B,H,A] and time f32 [R*B] in (0, 1], 1 is noise: R draws for each sample, draw by
+    draw, which share one prefix (the returned flow is [R*B,H,A]). x_t = t * noise + (1 - t) * actions,
+    u_t = noise - actions.
+    """
+    observation.check(model.config)
+    _check_shapes(model, observation, actions, noise, time)
+    if model.knowledge_insulation and observation.fast_tokens is not None:
+        logits, cache, mask = joint_backbone(model, observation)
+        prefix, fast = [(k.detach(), v.detach()) for k, v in cache], postfix_cross_entropy(logits, observation)
+    else:
+        keys, values, mask = model.prefix_forward(
+            observation.images, observation.camera_mask, observation.prompt_tokens, observation.prompt_mask
+        )
+        if model.knowledge_insulation:
+            keys, values = keys.detach(), values.detach()
+        prefix, fast = list(zip(keys, values, strict=True)), None
+    draws = len(noise) // len(actions)
+    if draws > 1:
+        prefix = [(k.repeat(draws, 1, 1, 1), v.repeat(draws, 1, 1, 1)) for k, v in prefix]
+        actions, mask = actions.repeat(draws, 1, 1), mask.repeat(draws, 1)
+    t = time[:, None, None]
+    x_t, u_t = t * noise + (1.0 - t) * actions, noise - actions
+    v_t = model.velocity(x_t, model.modulation(time), prefix, mask)
+    return Losses(flow=(v_t - u_t).square(), fast=fast)
+
+
+def joint_backbone(model: Pi05, observation: Observation) -> tuple[Tensor, list[KeysValues], Tensor]:
+    """One backbone pass over prefix and postfix: logits [B,F,V] (row i predicts postfix token i), the prefix part of
+    every layer's K/V, and the prefix mask."""
+    x, mask, bias = embed_fast_sequence(model, observation)
+    length = mask.shape[1]
+    positions = torch.cat([mask, observation.fast_mask], dim=1).long().cumsum(dim=1) - 1  # type: ignore[list-item]
+    hidden, cache = model.backbone(x, model._rope(positions), bias)
+    last = (
+        mask.shape[1] - observation.prompt_mask.shape[1] + observation.prompt_mask.sum(dim=1) - 1
+    )  # last prompt token
+    before_first = hidden[torch.arange(len(hidden)), last][:, None]
+    predicting = torch.cat([before_first, hidden[:, length:-1]], dim=1)  # [B,F,W]
+    logits = torch.nn.functional.linear(predicting, model.backbone.embed_tokens.weight).float()
+    return logits, [(k[:, :, :length], v[:, :, :length]) for k, v in cache], mask
+
+
+def embed_fast_sequence(model: Pi05, observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
+    """Prefix and postfix vectors [B,S+F,W], the prefix mask [B,S], the prefix-LM bias f32 [B,1,1,S+F,S+F]."""
+    if observation.fast_tokens is None or observation.fast_mask is None:
+        raise ArgumentError("this observation has no fast_tokens: give the FAST postfix to train or score it")
+    prefix, mask = model.embed_prefix(
+        observation.images, observation.camera_mask, observation.prompt_tokens, observation.prompt_mask
+    )
+    postfix = model.backbone.embed(observation.fast_tokens)
+    batch, length, count = len(mask), mask.shape[1], postfix.shape[1]
+    valid = torch.cat([mask, observation.fast_mask], dim=1)
+    segment = torch.cat([mask.new_zeros(length, dtype=torch.long), torch.arange(1, count + 1, device=mask.device)])
+    order = torch.where(
+        segment[None, :] <= segment[:, None], 0.0, MASKED
+    )  # a key is seen by its own and later segments
+    bias = key_bias(valid) + order
+    return torch.cat([prefix, postfix], dim=1), mask, bias.expand(batch, 1, 1, length + count, length + count)
+
+
+def postfix_cross_entropy(logits: Tensor, observation: Observation) -> Tensor:
+    """Mean cross-entropy of each sample over its valid postfix tokens, [B]."""
+    if observation.fast_tokens is None or observation.fast_mask is None:
+        raise ArgumentError("cross-entropy needs fast_tokens and fast_mask")
+    each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), observation.fast_tokens.long(), reduction="none")
+    weight = observation.fast_mask.float()
+    return (each * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
+
+
+def _check_shapes(model: Pi05, observation: Observation, actions: Tensor, noise: Tensor, time: Tensor) -> None:
+    batch, count = len(observation.images), len(noise)
+    if count == 0 or count % batch:
+        raise ArgumentError(f"noise: {count} rows, expected a multiple of the batch of {batch}")
+    chunk = (model.config.action_horizon, model.config.action_dim)
+    wanted = {"actions": (actions, (batch, *chunk)), "noise": (noise, (count, *chunk)), "time": (time, (count,))}
+    for name, (tensor, shape) in wanted.items():
+        if tuple(tensor.shape) != shape:
+            raise ArgumentError(f"{name}: shape {list(tensor.shape)}, expected {list(shape)}")

@@ -1,0 +1,191 @@
+"""Normalisation of states and actions: the statistics, their file, and the formulas of openpi and LeRobot.
+
+`norm_stats.json` has openpi's form: {"norm_stats": {"state": {"mean": [...], "std": ..., "q01": ..., "q99": ...},
+"actions": ...}}.
+
+Formulas, x in robot units, y normalised (not clipped anywhere, so y may leave [-1, 1]):
+
+    kind      epsilon   normalize                                 unnormalize
+    quantile  openpi    (x - q01) / (q99 - q01 + 1e-6) * 2 - 1    (y + 1) / 2 * (q99 - q01 + 1e-6) + q01
+    quantile  lerobot   2 (x - q01) / w - 1                       (y + 1) / 2 * w + q01
+    zscore    openpi    (x - mean) / (std + 1e-6)                 y (std + 1e-6) + mean
+    zscore    lerobot   (x - mean) / (std + 1e-8)                 y std + mean
+    none                x                                         y
+
+w = q99 - q01, or 1e-8 where that is 0.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from ki_edge.errors import ContractError, DatasetError
+
+Float64 = npt.NDArray[np.float64]
+NormalizationKind = Literal["quantile", "zscore", "none"]
+EpsilonStyle = Literal["openpi", "lerobot"]
+
+OPENPI_EPSILON = 1e-6
+LEROBOT_EPSILON = 1e-8
+FIELDS = ("mean", "std", "q01", "q99")
+
+
+@dataclass(frozen=True, eq=False)
+class NormStats:
+    """Statistics of one feature ("state" or "actions"), each float64 [d] in robot units, or None where unknown.
+
+    `mean` and `std` serve the z-score, `q01` and `q99` (the 1 % and 99 % quantiles) the quantile normalisation.
+    """
+
+    mean: Float64 | None = None
+    std: Float64 | None = None
+    q01: Float64 | None = None
+    q99: Float64 | None = None
+
+    def __post_init__(self) -> None:
+        sizes: dict[str, tuple[int, ...]] = {}
+        for name in FIELDS:
+            value = getattr(self, name)
+            if value is None:
+                continue
+            array = np.array(value, dtype=np.float64)
+            if array.ndim != 1 or not np.isfinite(array).all():
+                raise ContractError(f"norm stats: {name} must be a list of finite numbers, got shape {array.shape}")
+            array.setflags(write=False)
+            object.__setattr__(self, name, array)
+            sizes[name] = array.shape
+        if len(set(sizes.values())) > 1:
+            raise ContractError(f"norm stats: all fields must have one length, got {sizes}")
+
+    @property
+    def dim(self) -> int:
+        """Number of dimensions; 0 if no field is known."""
+        known = [value for value in (self.mean, self.std, self.q01, self.q99) if value is not None]
+        return known[0].shape[0] if known else 0
+
+
+def compute_stats(x: npt.ArrayLike) -> NormStats:
+    """Statistics of `x` [..., d] over all leading axes: mean, population std, 1 % and 99 % quantiles, float64 [d].
+
+    openpi estimates its quantiles from a running histogram of 5000 bins; here they are exact (linear interpolation).
+    Raises DatasetError on empty or non-finite data.
+    """
+    array = np.asarray(x, dtype=np.float64)
+    if array.ndim < 2 or array.size == 0:
+        raise DatasetError(f"statistics need data of shape [n, d] with n and d at least 1, got {array.shape}")
+    rows = array.reshape(-1, array.shape[-1])
+    if not np.isfinite(rows).all():
+        bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+        raise DatasetError(f"statistics need finite data: {bad.size} of {len(rows)} rows are not, first row {bad[0]}")
+    q01, q99 = np.quantile(rows, [0.01, 0.99], axis=0)
+    return NormStats(mean=rows.mean(axis=0), std=rows.std(axis=0), q01=q01, q99=q99)
+
+
+def normalize(x: npt.ArrayLike, stats: NormStats, kind: NormalizationKind, epsilon: EpsilonStyle = "openpi") -> Float64:
+    """Robot units to the model's units, by the table above.
+
+    `x` float [..., d]; statistics longer than d are truncated to d. Returns float64 [..., d].
+    Raises ContractError if the statistics are shorter than d or lack the two fields that `kind` needs.
+    """
+    x = np.asarray(x, dtype=np.float64)
+    _check(kind, epsilon)
+    if kind == "none":
+        return x.copy()
+    d = x.shape[-1]
+    if stats.dim < d:
+        raise ContractError(f"norm stats have {stats.dim} dimensions, the data {d}: are they those of this robot?")
+    low, high = (field[:d] for field in _fields(stats, kind))
+    if kind == "quantile":
+        if epsilon == "openpi":
+            return np.asarray((x - low) / (high - low + OPENPI_EPSILON) * 2.0 - 1.0)
+        return np.asarray(2.0 * (x - low) / _lerobot_width(low, high) - 1.0)
+    return np.asarray((x - low) / (high + (OPENPI_EPSILON if epsilon == "openpi" else LEROBOT_EPSILON)))
+
+
+def unnormalize(
+    y: npt.ArrayLike, stats: NormStats, kind: NormalizationKind, epsilon: EpsilonStyle = "openpi"
+) -> Float64:
+    """The model's units to robot units, by the table above.
+
+    `y` float [..., D]. Dimensions past the statistics (the model's padding) pass through; like openpi's, its z-score
+    treats them as mean 0, std 1, so they are multiplied by 1 + 1e-6. Statistics longer than D are truncated.
+    Returns float64 [..., D]. Raises ContractError if the statistics lack the two fields that `kind` needs.
+    """
+    y = np.asarray(y, dtype=np.float64)
+    _check(kind, epsilon)
+    if kind == "none":
+        return y.copy()
+    low, high = _fields(stats, kind)
+    d = min(y.shape[-1], low.shape[0])
+    low, high = low[:d], high[:d]
+    out = y.copy()
+    if kind == "quantile":
+        width = high - low + OPENPI_EPSILON if epsilon == "openpi" else _lerobot_width(low, high)
+        out[..., :d] = (y[..., :d] + 1.0) / 2.0 * width + low
+    elif epsilon == "openpi":
+        out[..., :d] = y[..., :d] * (high + OPENPI_EPSILON) + low
+        out[..., d:] = y[..., d:] * (1.0 + OPENPI_EPSILON)
+    else:
+        out[..., :d] = y[..., :d] * high + low
+    return out
+
+
+def read_norm_stats(path: str | Path) -> dict[str, NormStats]:
+    """Read a `norm_stats.json` (or the folder that holds one): {"state": ..., "actions": ..., ...}.
+
+    The file may have openpi's outer key "norm_stats" or not. Raises ContractError naming the file and the field.
+    """
+    path = Path(path)
+    path = path / "norm_stats.json" if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ContractError(f"norm stats: cannot read {path}: {error}") from error
+    content = content.get("norm_stats", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not content:
+        raise ContractError(f'norm stats: {path} must hold {{"norm_stats": {{"state": ..., "actions": ...}}}}')
+    return {name: _parse(fields, f"{path}: {name}") for name, fields in content.items()}
+
+
+def write_norm_stats(path: str | Path, stats: Mapping[str, NormStats]) -> None:
+    """Write `stats` to a file in openpi's form; fields that are None are written as null."""
+    content = {
+        name: {field: None if (value := getattr(entry, field)) is None else value.tolist() for field in FIELDS}
+        for name, entry in stats.items()
+    }
+    Path(path).write_text(json.dumps({"norm_stats": content}, indent=2) + "\n", encoding="utf-8")
+
+
+def _parse(fields: object, where: str) -> NormStats:
+    if not isinstance(fields, dict):
+        raise ContractError(f"norm stats: {where} must be an object with {', '.join(FIELDS)}")
+    try:
+        return NormStats(**{name: fields.get(name) for name in FIELDS})
+    except (TypeError, ValueError) as error:
+        raise ContractError(f"norm stats: {where}: {error}") from error
+
+
+def _check(kind: str, epsilon: str) -> None:
+    if kind not in get_args(NormalizationKind):
+        raise ContractError(f"unknown normalization {kind!r}, expected one of {get_args(NormalizationKind)}")
+    if epsilon not in get_args(EpsilonStyle):
+        raise ContractError(f"unknown epsilon style {epsilon!r}, expected one of {get_args(EpsilonStyle)}")
+
+
+def _fields(stats: NormStats, kind: NormalizationKind) -> tuple[Float64, Float64]:
+    """(q01, q99) or (mean, std)."""
+    names = ("q01", "q99") if kind == "quantile" else ("mean", "std")
+    low, high = (getattr(stats, name) for name in names)
+    if low is None or high is None:
+        raise ContractError(f"{kind} normalization needs {names[0]} and {names[1]}, which these norm stats do not have")
+    return low, high
+
+
+def _lerobot_width(low: Float64, high: Float64) -> Float64:
+    width = high - low
+    return np.where(width == 0.0, LEROBOT_EPSILON, width)

@@ -1,0 +1,159 @@
+"""From an instruction and a normalised state to the model's prompt tokens.
+
+Formats, s = the state's bins joined by spaces, clean = strip, "_" and newline to space:
+
+    pi0    [bos] enc(clean) + enc("\\n")                                 no state
+    pi05   [bos] enc("Task: {clean}, State: {s};\\nAction: ")            case kept
+    ki     [bos] enc("Task: {lower, strip, _ to space}, State: {s};\\n") newlines kept; openpi's prefix of FAST tokens
+
+The postfix of "ki", "Action: ...|<eos>", is built by `ki_edge.fast.FastIds`.
+"""
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from ki_edge.errors import ArgumentError, ContractError, ObservationError, PromptError
+
+Int32 = npt.NDArray[np.int32]
+PromptFormat = Literal["pi0", "pi05", "ki"]
+STATE_FORMATS: tuple[PromptFormat, ...] = ("pi05", "ki")
+BIN_EDGES = np.linspace(-1.0, 1.0, 257)[:-1]
+
+
+def digitize_state(state: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Bins of a normalised, unpadded state [s]: floor((x + 1) * 128) on [-1, 1), int64 [s].
+
+    As the model was trained (openpi): x >= 127/128 and NaN give 255, x < -1 gives -1. Nothing is clamped to 0.
+    """
+    bins: npt.NDArray[np.int64] = np.digitize(np.asarray(state, dtype=np.float64), BIN_EDGES) - 1
+    return bins
+
+
+def pad(ids: npt.ArrayLike, length: int, pad_id: int = 0) -> tuple[Int32, npt.NDArray[np.bool_]]:
+    """Left-align `ids` [T] in `length` places: (tokens i32 [length], mask bool [length], True where a token is).
+
+    Raises PromptError if T > length: a cut prompt loses its end, which the model needs.
+    """
+    array = np.asarray(ids, dtype=np.int32)
+    if array.ndim != 1:
+        raise ArgumentError(f"ids to pad must be one-dimensional, got shape {array.shape}")
+    if array.size > length:
+        raise PromptError(f"{array.size} tokens do not fit into {length}: shorten the prompt or raise the length")
+    tokens = np.full(length, pad_id, dtype=np.int32)
+    tokens[: array.size] = array
+    return tokens, np.arange(length) < array.size
+
+
+class PromptTokenizer:
+    """One prompt format over one SentencePiece model.
+
+    `model` is the path of a `tokenizer.model` file or its bytes; bos, eos and pad ids are the model's own
+    (PaliGemma: 2, 1, 0). `max_token_len` is the longest prompt allowed, in tokens (pi0 48, pi05 200).
+    Raises ContractError if the model cannot be read or has no bos, eos or pad.
+    """
+
+    def __init__(self, model: str | Path | bytes, format: PromptFormat, max_token_len: int) -> None:
+        if format not in get_args(PromptFormat):
+            raise ContractError(f"unknown prompt format {format!r}, expected one of {get_args(PromptFormat)}")
+        if max_token_len < 1:
+            raise ContractError(f"max_token_len must be at least 1, got {max_token_len}")
+        self.format: PromptFormat = format
+        self.max_token_len = max_token_len
+        self._model = _load(model)
+        self.bos_id, self.eos_id, self.pad_id = (
+            _special(name, value)
+            for name, value in (
+                ("bos", self._model.bos_id()),
+                ("eos", self._model.eos_id()),
+                # A model without a pad piece is padded with 0, as openpi does: the mask hides the id.
+                ("pad", max(self._model.pad_id(), 0)),
+            )
+        )
+        self.vocab_size: int = self._model.vocab_size()
+
+    @property
+    def uses_state(self) -> bool:
+        """Whether the prompt contains the state."""
+        return self.format in STATE_FORMATS
+
+    def text(self, prompt: str, state: npt.ArrayLike | None = None) -> str:
+        """The text that `encode` turns into tokens ("pi0": its final newline, encoded apart, is included)."""
+        if not isinstance(prompt, str):
+            raise PromptError(f"the prompt must be a str, got {type(prompt).__name__}")
+        clean = prompt.strip().replace("_", " ")
+        clean = clean.lower() if self.format == "ki" else clean.replace("\n", " ")
+        if not clean.strip():
+            raise PromptError(f"the prompt is empty (got {prompt!r}): give the task in words, or set a default_prompt")
+        if self.format == "pi0":
+            return clean + "\n"
+        bins = " ".join(map(str, digitize_state(self._state(state))))
+        ending = "Action: " if self.format == "pi05" else ""
+        return f"Task: {clean}, State: {bins};\n{ending}"
+
+    def encode(self, prompt: str, state: npt.ArrayLike | None = None) -> Int32:
+        """Token ids i32 [T], bos first, not padded; 1 < T <= max_token_len.
+
+        `state` float [s] is the normalised, unpadded state ("pi0" ignores it). Raises PromptError on an empty prompt or
+        one that is too long (it is never cut), ObservationError if the state is missing or not one-dimensional.
+        """
+        text = self.text(prompt, state)
+        if self.format == "pi0":
+            ids = self._encode(text[:-1]) + self._encode("\n")
+        else:
+            ids = self._encode(text)
+        count = len(ids) + 1
+        if count > self.max_token_len:
+            raise PromptError(
+                f"the prompt has {count} tokens, the contract allows {self.max_token_len}: "
+                f"shorten the instruction ({len(prompt)} characters) or train with a larger max_token_len"
+            )
+        return np.array([self.bos_id, *ids], dtype=np.int32)
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        """The text of `ids`, for people to read; special tokens vanish."""
+        return str(self._model.decode([int(i) for i in np.asarray(ids).reshape(-1)]))
+
+    @property
+    def action_ids(self) -> tuple[int, ...]:
+        """Ids of "Action: ", which opens the FAST postfix."""
+        return tuple(self._encode("Action: "))
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids of "|", which closes the FAST tokens; `eos_id` follows."""
+        return tuple(self._encode("|"))
+
+    def _encode(self, text: str) -> list[int]:
+        return [int(i) for i in self._model.encode(text)]
+
+    def _state(self, state: npt.ArrayLike | None) -> npt.NDArray[np.float64]:
+        if state is None:
+            raise ObservationError(f'prompt format "{self.format}" contains the state, and none was given')
+        array = np.asarray(state, dtype=np.float64)
+        if array.ndim != 1 or array.size == 0:
+            raise ObservationError(f"the state in the prompt must be of shape [s], got {array.shape}")
+        return array
+
+
+def _load(model: str | Path | bytes) -> Any:
+    import sentencepiece
+
+    content = model if isinstance(model, bytes) else b""
+    try:
+        if not isinstance(model, bytes):
+            content = Path(model).read_bytes()
+        processor = sentencepiece.SentencePieceProcessor()
+        processor.LoadFromSerializedProto(content)
+    except (OSError, RuntimeError) as error:
+        where = "the given bytes" if isinstance(model, bytes) else str(model)
+        raise ContractError(f"cannot read a SentencePiece model from {where}: {error}") from error
+    return processor
+
+
+def _special(name: str, value: int) -> int:
+    if value < 0:
+        raise ContractError(f"the SentencePiece model has no {name} token: PaliGemma's tokenizer.model is expected")
+    return value

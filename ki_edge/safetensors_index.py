@@ -1,0 +1,117 @@
+"""Where each tensor lies in a safetensors file: read the header, map the bytes, copy nothing.
+
+Format: 8 bytes little-endian header length, JSON header, tensor bytes
+(https://github.com/huggingface/safetensors, "Format").
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import CheckpointError
+
+MAX_HEADER = 100_000_000
+_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4,
+          "I64": 8, "U64": 8, "F64": 8}  # fmt: skip
+_NUMPY = {"BOOL": "?", "U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "F16": "<f2", "I32": "<i4", "U32": "<u4",
+          "F32": "<f4", "I64": "<i8", "U64": "<u8", "F64": "<f8"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One stored tensor. `offset` counts bytes from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class SafetensorsIndex:
+    """The tensors of one file, by name.
+
+    Raises CheckpointError for a file that is missing, truncated, or not safetensors.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.entries, self.metadata = _read_header(self.path)
+        self._bytes: npt.NDArray[np.uint8] | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """The tensor's bytes, u8 [nbytes], a read-only view into the mapped file."""
+        entry = self._entry(name)
+        if self._bytes is None:
+            self._bytes = np.memmap(self.path, np.uint8, mode="r")
+        return self._bytes[entry.offset : entry.offset + entry.nbytes]
+
+    def array(self, name: str) -> npt.NDArray[Any]:
+        """The tensor with its shape: a read-only view, except bfloat16, which is widened to a float32 copy."""
+        entry, raw = self._entry(name), self.raw(name)
+        if entry.dtype == "BF16":
+            wide = raw.copy().view("<u2").astype(np.uint32) << 16
+            return wide.view(np.float32).reshape(entry.shape)
+        if entry.offset % np.dtype(_NUMPY[entry.dtype]).itemsize:
+            raw = raw.copy()  # numpy handles unaligned views, but slowly and not everywhere
+        return raw.view(_NUMPY[entry.dtype]).reshape(entry.shape)
+
+    def _entry(self, name: str) -> TensorEntry:
+        if name not in self.entries:
+            raise CheckpointError(f"{self.path}: no tensor '{name}' among its {len(self.entries)}")
+        return self.entries[name]
+
+
+def _read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    if not path.is_file():
+        raise CheckpointError(f"no such file: {path}: expected a safetensors file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= MAX_HEADER:
+            raise CheckpointError(f"{path} is not a safetensors file: its first 8 bytes give no header length")
+        if 8 + length > size:
+            raise CheckpointError(
+                f"{path} is truncated: {size} bytes, but the header alone needs {8 + length}; copy it again"
+            )
+        blob = file.read(length)
+    try:
+        header = json.loads(blob)
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} is not a safetensors file: its header is no JSON object")
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path}: __metadata__ must be an object of strings")
+    entries = {name: _parse_entry(path, name, item, 8 + length, size) for name, item in header.items()}
+    return entries, {str(k): str(v) for k, v in metadata.items()}
+
+
+def _parse_entry(path: Path, name: str, item: Any, base: int, size: int) -> TensorEntry:
+    try:
+        dtype, shape, (begin, end) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
+        numbers = (*shape, begin, end)
+        sound = dtype in _BYTES and all(type(n) is int and n >= 0 for n in numbers)
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"{path}: the header entry of tensor '{name}' is malformed")
+    if end - begin != math.prod(shape) * _BYTES[dtype]:
+        raise CheckpointError(f"{path}: tensor '{name}' {dtype}{list(shape)} does not fit its {end - begin} bytes")
+    if base + end > size:
+        raise CheckpointError(
+            f"{path} is truncated: tensor '{name}' ends at byte {base + end} of {size}; copy it again"
+        )
+    return TensorEntry(dtype, shape, base + begin, end - begin)

@@ -1,0 +1,1 @@
+"""Training with knowledge insulation (ki-train)."""

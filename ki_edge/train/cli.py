@@ -1,0 +1,94 @@
+"""ki-train: demonstrations to checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..config import TINY
+from ..errors import KiEdgeError
+
+PRESETS = {"tiny": TINY}
+HELP = {
+    "steps": "optimiser steps",
+    "batch": "frames a step",
+    "learning_rate": "peak of the schedule",
+    "warmup": "steps of linear warmup before the cosine",
+    "final_rate": "share of the learning rate left at the end",
+    "weight_decay": "of AdamW, on matrices",
+    "clip": "largest gradient norm",
+    "ema": "decay of the moving average that is saved as the checkpoint",
+    "fast_weight": "weight of the token losses beside the flow loss",
+    "flow_draws": "noise and time draws a frame",
+    "pointing": "share of a batch that answers where the target is",
+    "seed": "of everything random",
+    "save_every": "steps between checkpoints",
+    "log_every": "steps between log lines",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line; defaults come from TrainSettings."""
+    from .loop import TrainSettings
+
+    parser = argparse.ArgumentParser(prog="ki-train", description="Train a π0.5 policy with knowledge insulation.")
+    parser.add_argument("demonstrations", type=Path, help="folder of recorded demonstrations")
+    parser.add_argument("-o", "--out", type=Path, required=True, help="checkpoint folder to write, or to go on with")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny", help="widths and depths of the model")
+    parser.add_argument("--resume", action="store_true", help="go on where the run in OUT stopped")
+    parser.add_argument("--fresh", action="store_true", help="start over although OUT holds a run")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
+    parser.add_argument("--no-insulation", action="store_true", help="plain π0.5: no stop-gradient, no token losses")
+    parser.add_argument("--float32", action="store_true", help="matrix products in float32 instead of bfloat16")
+    for field in fields(TrainSettings):
+        if field.name in HELP:
+            kind: Any = {"int": int, "float": float}[str(field.type)]
+            flag = "--" + field.name.replace("_", "-")
+            parser.add_argument(flag, type=kind, default=field.default, help=f"{HELP[field.name]} (%(default)s)")
+    return parser
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Run what the command line asks for, with a progress bar."""
+    from tqdm import tqdm
+
+    from .loop import TrainSettings
+    from .plot import plot_losses
+    from .run import open_trainer
+
+    chosen = {name: getattr(arguments, name) for name in HELP}
+    plain = arguments.no_insulation
+    settings = TrainSettings(**chosen, knowledge_insulation=not plain, bfloat16=not arguments.float32)
+    config, out = PRESETS[arguments.preset], arguments.out
+    trainer = open_trainer(
+        arguments.demonstrations, out, config, settings,
+        resume=arguments.resume, fresh=arguments.fresh, threads=arguments.threads,
+    )  # fmt: skip
+    with tqdm(total=trainer.settings.steps, initial=trainer.step, unit="step", smoothing=0.05) as bar:
+        for record in trainer.run():
+            bar.update(int(record["step"]) - bar.n)
+            bar.set_postfix({name: f"{record[name]:.3f}" for name in ("flow", "fast", "pointing") if name in record})
+    picture = out / "training" / "losses.png"
+    plot_losses(trainer.log_path, picture)
+    print(f"checkpoint {out} after {trainer.step} steps; loss plot {picture}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ki-train; returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        train(arguments)
+    except KiEdgeError as error:
+        print(f"ki-train: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ki-train: stopped; --resume goes on from the last save", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Recorded demonstrations on disk: one frame a row, with the chunk of actions that the demonstrator did next.
+
+meta.json      version, cameras, state_names, action_names, horizon, control_hz, frames, prompts, robot
+images.npy     u8 [F,N,h,w,3] RGB
+state.npy      f32 [F,s], robot units
+actions.npy    f32 [F,H,a], robot units
+prompt.npy     i32 [F], index into meta's prompts
+points.npy     f32 [F,N,2], optional: where the task's target is in each picture, (x, y) as fractions of width and
+               height, y downwards; NaN where it is not in the picture
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import DatasetError
+
+VERSION = 1
+MAX_META = 4_000_000
+
+
+@dataclass(frozen=True)
+class Demonstrations:
+    """An opened folder; pictures stay on disk (memory map)."""
+
+    path: Path
+    meta: dict[str, Any]
+    images: npt.NDArray[np.uint8]
+    state: npt.NDArray[np.float32]
+    actions: npt.NDArray[np.float32]
+    prompt: npt.NDArray[np.int32]
+    points: npt.NDArray[np.float32] | None
+
+    @classmethod
+    def open(cls, path: str | Path) -> Demonstrations:
+        """Open and check; DatasetError names the file and what is wrong with it."""
+        folder = Path(path)
+        meta = _read_meta(folder / "meta.json")
+        frames = meta["frames"]
+        points = folder / "points.npy"
+        data = cls(
+            folder,
+            meta,
+            _load(folder / "images.npy", "uint8", (frames, len(meta["cameras"]), None, None, 3)),
+            _load(folder / "state.npy", "float32", (frames, len(meta["state_names"]))),
+            _load(folder / "actions.npy", "float32", (frames, meta["horizon"], len(meta["action_names"]))),
+            _load(folder / "prompt.npy", "int32", (frames,)),
+            _load(points, "float32", (frames, len(meta["cameras"]), 2)) if points.exists() else None,
+        )
+        for name, array in (("state", data.state), ("actions", data.actions)):
+            if not np.isfinite(array).all():
+                raise DatasetError(f"{folder / name}.npy holds NaN or infinite values: record the demonstrations again")
+        if data.prompt.min() < 0 or data.prompt.max() >= len(meta["prompts"]):
+            raise DatasetError(
+                f"{folder / 'prompt.npy'}: indices outside the {len(meta['prompts'])} prompts of meta.json"
+            )
+        return data
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the recorded pictures."""
+        return int(self.images.shape[2]), int(self.images.shape[3])
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise DatasetError(f"no {path}: expected a folder of recorded demonstrations with meta.json")
+    if path.stat().st_size > MAX_META:
+        raise DatasetError(f"{path}: larger than {MAX_META} bytes")
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{path} is not valid JSON: {error}") from None
+    wanted = {"version": int, "cameras": list, "state_names": list, "action_names": list, "horizon": int,
+              "frames": int, "prompts": list}  # fmt: skip
+    if not isinstance(meta, dict):
+        raise DatasetError(f"{path}: expected a JSON object")
+    for name, kind in wanted.items():
+        if not isinstance(meta.get(name), kind) or not meta[name]:
+            raise DatasetError(f"{path}: '{name}' must be a non-empty {kind.__name__}, not {meta.get(name)!r}")
+    if meta["version"] != VERSION:
+        raise DatasetError(f"{path}: version {meta['version']}, this version reads {VERSION}")
+    return meta
+
+
+def _load(path: Path, dtype: str, shape: tuple[int | None, ...]) -> npt.NDArray[Any]:
+    try:
+        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path} cannot be read: {error}") from None
+    fits = array.ndim == len(shape) and all(want in (None, got) for want, got in zip(shape, array.shape, strict=True))
+    if not fits or array.dtype != dtype:
+        expected = " x ".join("*" if n is None else str(n) for n in shape)
+        raise DatasetError(f"{path}: {array.dtype} {array.shape}, expected {dtype} {expected}")
+    return array

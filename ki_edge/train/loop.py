@@ -1,0 +1,210 @@
+"""The training loop: KI loss, AdamW with warmup and cosine decay, clipping, a moving average, exact resume.
+
+All randomness of step n comes from (seed, n), so a resumed run takes the same steps as an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import ArgumentError, DatasetError
+from ..model import Observation, Pi05
+from ..model.checkpoint import save_checkpoint
+from ..safetensors_index import SafetensorsIndex
+from .centering import CenteredPatches
+from .recipe import Examples, Recipe, Tokens
+
+STATE_FILE, LOG_FILE = "state.safetensors", "log.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What `ki-train` can be told. Times are drawn from Beta(1.5, 1) * 0.999 + 0.001, as openpi does."""
+
+    steps: int = 20_000
+    batch: int = 32
+    learning_rate: float = 1e-3
+    warmup: int = 300
+    final_rate: float = 0.02  # of the learning rate, at the last step
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.998
+    fast_weight: float = 1.0
+    flow_draws: int = 4  # noise and time draws for each sample: the prefix is shared, so they are cheap
+    pointing: float = 0.25  # share of each batch that answers "where is the target?" instead
+    knowledge_insulation: bool = True
+    bfloat16: bool = True  # matrix products in bfloat16; weights, norms, softmax and optimiser stay float32
+    seed: int = 0
+    save_every: int = 500
+    log_every: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "flow_draws", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"{name} {getattr(self, name)}: expected at least 1")
+        if not 0.0 <= self.pointing < 1.0 or not 0.0 <= self.ema < 1.0:
+            raise ArgumentError(f"pointing {self.pointing} and ema {self.ema}: expected 0 <= value < 1")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step: linear warmup, then a cosine down to `final_rate`."""
+        warm = min(1.0, (step + 1) / max(1, self.warmup))
+        done = min(1.0, max(0, step - self.warmup) / max(1, self.steps - self.warmup))
+        return (
+            self.learning_rate * warm * (self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * done)))
+        )
+
+
+class Trainer:
+    """One run in the folder `out`: checkpoint (the moving average), training state, log."""
+
+    def __init__(self, model: Pi05, examples: Examples, recipe: Recipe, settings: TrainSettings, out: Path) -> None:
+        self.model, self.examples, self.recipe, self.settings, self.out = model.train(), examples, recipe, settings, out
+        self.average = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        decay = [p for p in model.parameters() if p.ndim >= 2]
+        other = [p for p in model.parameters() if p.ndim < 2]
+        groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": other, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
+        self.step = 0
+        self.log_path = out / "training" / LOG_FILE
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+
+    # ------------------------------------------------------------------ steps
+
+    def run(self) -> Iterator[dict[str, float]]:
+        """Train to the last step; yields a record every `log_every` steps, saves every `save_every`."""
+        settings, started, since = self.settings, time.perf_counter(), self.step
+        with self.log_path.open("a", encoding="utf-8") as log:
+            while self.step < settings.steps:
+                terms = self.train_step()
+                last = self.step == settings.steps
+                if self.step % settings.log_every == 0 or last:
+                    rate = (self.step - since) * settings.batch / (time.perf_counter() - started)
+                    yield _log(log, {"step": self.step, **terms, "samples_per_s": round(rate, 1)})
+                if self.step % settings.save_every == 0 or last:
+                    self.save()
+
+    def train_step(self) -> dict[str, float]:
+        """One optimiser step; returns the loss terms."""
+        rate = self.settings.rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bfloat16):
+            terms = self._losses(np.random.default_rng([self.settings.seed, self.step]))
+        total = sum(terms[name] * weight for name, weight in self._weights().items() if name in terms)
+        self.optimizer.zero_grad(set_to_none=True)
+        total.backward()  # type: ignore[union-attr]
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        if not bool(torch.isfinite(norm)):
+            raise DatasetError(
+                f"training diverged at step {self.step}: the gradient is not finite; lower the learning rate"
+            )
+        self.optimizer.step()
+        self._update_average()
+        self.step += 1
+        return {**{name: value.item() for name, value in terms.items()}, "grad_norm": norm.item(), "rate": rate}
+
+    def _weights(self) -> dict[str, float]:
+        return {"flow": 1.0, "fast": self.settings.fast_weight, "pointing": self.settings.fast_weight}
+
+    def _losses(self, rng: np.random.Generator) -> dict[str, Tensor]:
+        """Mean loss terms of one batch. The pointing part is a batch of its own: no state, no actions."""
+        examples, settings = self.examples, self.settings
+        points = round(settings.batch * settings.pointing) if len(examples.pointable) else 0
+        rows = np.sort(rng.choice(len(examples.images), settings.batch - points, replace=False))
+        draws = (len(rows) * settings.flow_draws, *examples.actions.shape[1:])
+        noise = torch.from_numpy(rng.standard_normal(draws, np.float32))
+        times = torch.from_numpy((rng.beta(1.5, 1.0, draws[0]) * 0.999 + 0.001).astype(np.float32))
+        observation = _observation(examples.images[rows], examples.prompt, rows, examples.postfix)
+        losses = self.model.compute_loss(observation, torch.from_numpy(examples.actions[rows]), noise=noise, time=times)
+        terms = {"flow": losses.flow[..., : self.recipe.contract.action_dim].mean()}
+        if losses.fast is not None:
+            terms["fast"] = losses.fast.mean()
+        if points and settings.knowledge_insulation:
+            rows = np.sort(rng.choice(examples.pointable, points, replace=False))
+            ask = np.zeros(points, np.int64)
+            answers = _observation(examples.images[rows], examples.pointing_prompt, ask, examples.pointing, rows)
+            terms["pointing"] = self.model.token_loss(answers).mean()
+        return terms
+
+    def _update_average(self) -> None:
+        decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            for name, value in self.model.state_dict().items():
+                self.average[name].lerp_(value, 1.0 - decay)
+
+    # ------------------------------------------------------------------ files
+
+    def save(self) -> None:
+        """Write the training state, then the checkpoint that `ki-export` takes; each replaces its old file at once."""
+        state = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        state |= {f"average.{name}": value for name, value in self.average.items()}
+        for index, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            for name in ("exp_avg", "exp_avg_sq"):
+                if parameter in self.optimizer.state:
+                    state[f"optimizer.{index}.{name}"] = self.optimizer.state[parameter][name]
+        folder = self.out / "training"
+        counter = {"step": str(self.step), "settings": json.dumps(asdict(self.settings))}
+        save_file({name: t.contiguous() for name, t in state.items()}, folder / "partial", metadata=counter)
+        (folder / "partial").replace(folder / STATE_FILE)
+        self.save_checkpoint()
+
+    def save_checkpoint(self) -> None:
+        """The moving average as a checkpoint folder in openpi's layout, with contract and assets."""
+        averaged = Pi05(self.recipe.config, knowledge_insulation=self.settings.knowledge_insulation)
+        state, center = dict(self.average), CenteredPatches.center_of(self.model)
+        if center is not None:
+            state = CenteredPatches.fold(state, center)
+        averaged.load_state_dict(state)
+        self.recipe.save_assets(self.out)
+        save_checkpoint(averaged, self.out)
+
+    def resume(self) -> bool:
+        """Continue from the saved training state, if there is one; False if not."""
+        path = self.out / "training" / STATE_FILE
+        if not path.is_file():
+            return False
+        counter, state = SafetensorsIndex(path).metadata, load_file(path)
+        self.model.load_state_dict({n[6:]: t for n, t in state.items() if n.startswith("model.")})
+        self.average = {n[8:]: t for n, t in state.items() if n.startswith("average.")}
+        self.step = int(counter["step"])
+        for index, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
+            if f"optimizer.{index}.exp_avg" in state:
+                moments = {name: state[f"optimizer.{index}.{name}"] for name in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
+        return True
+
+
+def _observation(
+    images: npt.NDArray[np.uint8],
+    prompt: Tokens,
+    prompt_rows: npt.NDArray[np.int64],
+    postfix: Tokens,
+    postfix_rows: npt.NDArray[np.int64] | None = None,
+) -> Observation:
+    rows = prompt_rows if postfix_rows is None else postfix_rows
+    return Observation(
+        images=torch.from_numpy(np.ascontiguousarray(images)),
+        camera_mask=torch.ones(images.shape[:2], dtype=torch.bool),
+        prompt_tokens=torch.from_numpy(prompt.ids[prompt_rows]),
+        prompt_mask=torch.from_numpy(prompt.mask[prompt_rows]),
+        fast_tokens=torch.from_numpy(postfix.ids[rows]),
+        fast_mask=torch.from_numpy(postfix.mask[rows]),
+    )
+
+
+def _log(file: TextIO, record: dict[str, float]) -> dict[str, float]:
+    file.write(json.dumps(record) + "\n")
+    file.flush()
+    return record

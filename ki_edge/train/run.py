@@ -1,0 +1,52 @@
+"""Puts a training run together: data, recipe, model, and the state of an earlier run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..config import Pi05Config
+from ..errors import ArgumentError
+from .centering import CenteredPatches, mean_picture
+from .demonstrations import Demonstrations
+from .initialization import from_scratch
+from .loop import STATE_FILE, Trainer, TrainSettings
+from .recipe import Examples, Recipe
+
+CENTER_FRAMES = 2000
+
+
+def open_trainer(
+    demonstrations: str | Path,
+    out: str | Path,
+    config: Pi05Config,
+    settings: TrainSettings,
+    *,
+    resume: bool = False,
+    fresh: bool = False,
+    threads: int = 0,
+) -> Trainer:
+    """A Trainer ready to run. Everything that is fitted to the data is fitted again on resume: it is deterministic.
+
+    ArgumentError if `out` holds a run and neither `resume` nor `fresh` was asked for, or nothing to resume.
+    """
+    out = Path(out)
+    exists = (out / "training" / STATE_FILE).is_file()
+    if exists and not (resume or fresh):
+        raise ArgumentError(f"{out} holds a training run: go on with --resume, or start over with --fresh")
+    if resume and not exists:
+        raise ArgumentError(f"{out} holds no training run to resume: leave --resume out to start one")
+    if threads:
+        torch.set_num_threads(threads)
+    data = Demonstrations.open(demonstrations)
+    recipe = Recipe.fit(data, config)
+    model = from_scratch(recipe.config, seed=settings.seed, knowledge_insulation=settings.knowledge_insulation)
+    CenteredPatches.install(model, mean_picture(torch.from_numpy(np.array(data.images[:CENTER_FRAMES]))))
+    trainer = Trainer(model, Examples.encode(data, recipe), recipe, settings, out)
+    if resume:
+        trainer.resume()
+    elif exists:
+        trainer.log_path.unlink(missing_ok=True)
+    return trainer

@@ -1,0 +1,43 @@
+"""Fixtures that several test files share."""
+
+import io
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The golden data that the tests read."""
+    return Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_model() -> bytes:
+    """A small SentencePiece model with PaliGemma's special ids (pad 0, eos 1, bos 2, unk 3) and conventions."""
+    tasks = ("pick up the red cube", "open the drawer", "fold the towel", "move the arm left", "Put it in the Bin")
+    lines = [
+        f"Task: {task}, State: {' '.join(str((7 * i + 31 * j) % 257 - 1) for j in range(8))};\nAction: "
+        for i, task in enumerate(tasks * 12)
+    ]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*lines, "Action: |", "a|b_c"]),
+        model_writer=model,
+        vocab_size=400,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        byte_fallback=True,
+        split_digits=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        user_defined_symbols=["\n", "|"],
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
