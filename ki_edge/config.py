@@ -111,7 +111,7 @@ PI05 = Pi05Config(
 )
 
 TINY = Pi05Config(
-    vision=VisionConfig(width=128, depth=3, mlp_dim=384, num_heads=4, patch_size=12, image_size=96),
+    vision=VisionConfig(width=128, depth=3, mlp_dim=384, num_heads=4, patch_size=16, image_size=96),
     backbone=GemmaConfig(width=128, depth=4, mlp_dim=384, num_heads=4, num_kv_heads=1, head_dim=32),
     expert=GemmaConfig(width=96, depth=4, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=32),
     vocab_size=1024,

@@ -71,9 +71,9 @@ class Backbone(nn.Module):
         return cast("list[BackboneLayer]", list(self.layers))
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Token ids [B,T] -> [B,T,W], times sqrt(W) (rounded to the weights' type)."""
+        """Token ids [B,T] -> [B,T,W], times sqrt(W)."""
         vectors: Tensor = self.embed_tokens(tokens)
-        return vectors * torch.tensor(vectors.shape[-1] ** 0.5, dtype=vectors.dtype).item()
+        return vectors * vectors.shape[-1] ** 0.5
 
     def keys_values(self, x: Tensor, rope: Rope, bias: Tensor) -> list[KeysValues]:
         """K/V of every layer. The last layer's attention and MLP feed nothing but logits, so they do not run."""

@@ -24,8 +24,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     batch, heads, length, dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
-    rows = q.reshape(batch, kv_heads, group * length, dim)
-    logits = torch.matmul(rows, k.transpose(-1, -2)).float() * dim**-0.5  # [B,K,G*S,C]
+    rows = (q * dim**-0.5).reshape(batch, kv_heads, group * length, dim)
+    logits = torch.matmul(rows, k.transpose(-1, -2)).float()  # [B,K,G*S,C]
     if bias is not None:
         logits = (logits.reshape(batch, kv_heads, group, length, -1) + bias).flatten(2, 3)
     mixed = torch.matmul(torch.softmax(logits, dim=-1).to(q.dtype), v)  # [B,K,G*S,D]

@@ -1,0 +1,92 @@
+"""Observations that a verification feeds to both sides: what is absent, short, full-length and batched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ki_edge.config import Pi05Config
+
+Array = npt.NDArray[Any]
+SHORT = 9  # tokens of a short prompt
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One batch of inputs. `forced` and `max_tokens` are for greedy FAST decoding."""
+
+    name: str
+    images: Array  # u8 [B,N,h,w,3]
+    camera_mask: Array  # bool [B,N]
+    prompt_tokens: Array  # i64 [B,T]
+    prompt_mask: Array  # bool [B,T]
+    noise: Array  # f32 [B,H,A]
+    num_steps: int
+    forced: tuple[int, ...] = ()
+    max_tokens: int = 6
+
+    @property
+    def inputs(self) -> tuple[Array, Array, Array, Array]:
+        """The prefix graph's inputs in their order."""
+        return self.images, self.camera_mask, self.prompt_tokens, self.prompt_mask
+
+    def describe(self) -> dict[str, Any]:
+        """For the report."""
+        return {
+            "name": self.name,
+            "batch": len(self.images),
+            "cameras": self.camera_mask.sum(axis=1).tolist(),
+            "prompt_tokens": self.prompt_mask.sum(axis=1).tolist(),
+            "num_steps": self.num_steps,
+        }
+
+
+def standard_cases(
+    config: Pi05Config, *, cameras: int, max_prompt: int, num_steps: int, forced: tuple[int, ...]
+) -> list[Case]:
+    """Four batches with seeds 0 to 3; at least two camera slots, so that one can be absent."""
+    slots, short = max(2, cameras), min(SHORT, max_prompt)
+    everything, without_last = [True] * slots, [True] * (slots - 1) + [False]
+    without_first = [False] + [True] * (slots - 1)
+    plans: Sequence[tuple[str, list[list[bool]], list[int]]] = (
+        ("all cameras, short prompt", [everything], [short]),
+        ("absent camera, full-length prompt", [without_last], [max_prompt]),
+        ("first camera absent, prompt of one token", [without_first], [1]),
+        ("batch of two, unlike each other", [everything, without_last], [short, max_prompt]),
+    )
+    return [
+        _draw(config, name, seed, np.array(mask), lengths, num_steps, forced)
+        for seed, (name, mask, lengths) in enumerate(plans)
+    ]
+
+
+def _draw(
+    config: Pi05Config, name: str, seed: int, mask: Array, lengths: list[int], num_steps: int, forced: tuple[int, ...]
+) -> Case:
+    rng = np.random.default_rng(seed)
+    batch, slots = mask.shape
+    # padded by three columns, so that padding inside a batch of one is tested too
+    prompt_mask = np.arange(max(lengths) + 3) < np.array(lengths)[:, None]
+    tokens = np.where(prompt_mask, rng.integers(2, config.vocab_size, prompt_mask.shape), 0)
+    return Case(
+        name=f"seed {seed}: {name}",
+        images=_pictures(rng, (batch, slots), config.vision.image_size),
+        camera_mask=mask,
+        prompt_tokens=tokens,
+        prompt_mask=prompt_mask,
+        noise=rng.standard_normal((batch, config.action_horizon, config.action_dim), np.float32),
+        num_steps=num_steps,
+        forced=forced,
+    )
+
+
+def _pictures(rng: np.random.Generator, shape: tuple[int, int], size: int) -> Array:
+    """Coloured blocks under noise, u8 [B,N,size,size,3]: flat regions and fine detail."""
+    cells = -(-size // 8)
+    blocks = rng.integers(0, 256, (*shape, 8, 8, 3)).repeat(cells, axis=2).repeat(cells, axis=3)
+    noise = rng.integers(-40, 41, (*shape, size, size, 3))
+    return np.asarray(np.clip(blocks[:, :, :size, :size] + noise, 0, 255), np.uint8)

@@ -1,0 +1,107 @@
+"""The three graphs as PyTorch modules: each forwards its contract's inputs to one method of the model.
+
+Nothing here computes. Inputs, their order, types and free dimensions come from `ki_edge.graphs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ki_edge import graphs
+from ki_edge.bundle import DecodeVocabulary
+from ki_edge.config import Pi05Config
+from ki_edge.graphs import GraphSpec
+from ki_edge.model import Pi05
+
+# Any sizes will do while tracing, as long as they differ from each other and from 1, which the tracer would bake in.
+TRACED_SIZES = {"B": 2, "N": 3, "T": 5, "S": 29, "C": 31, "Q": 7}
+TORCH_TYPES = {"uint8": torch.uint8, "bool": torch.bool, "int32": torch.int32, "float32": torch.float32}
+UNEMBEDDING = "unembedding."  # prefix of the names of the rows that can be predicted
+Outputs = tuple[Tensor, ...]
+
+
+class PrefixModule(nn.Module):
+    """Graph 1: pictures and prompt to K/V."""
+
+    def __init__(self, model: Pi05) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, camera_mask: Tensor, prompt_tokens: Tensor, prompt_mask: Tensor) -> Outputs:
+        return self.model.prefix_forward(images, camera_mask, prompt_tokens, prompt_mask)
+
+
+class DenoiseModule(nn.Module):
+    """Graph 2: one Euler step."""
+
+    def __init__(self, model: Pi05) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, x_t: Tensor, modulation: Tensor, dt: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_mask: Tensor
+    ) -> Outputs:
+        return (self.model.denoise_step(x_t, modulation, dt, prefix_k, prefix_v, prefix_mask),)
+
+
+class FastDecodeModule(nn.Module):
+    """Graph 3: new tokens over a cache to logits of the decode vocabulary.
+
+    `unembedding` stands for rows of the embedding table, one parameter a contiguous run of ids (see `runs`); it has no
+    values of its own. It is empty if all rows are wanted.
+    """
+
+    def __init__(self, model: Pi05, vocabulary: DecodeVocabulary) -> None:
+        super().__init__()
+        self.model = model
+        width, whole = model.config.backbone.width, len(vocabulary.ids) == model.config.vocab_size
+        parts = [] if whole else [torch.empty(count, width, device="meta") for _, count in runs(vocabulary)]
+        self.unembedding = nn.ParameterList(parts)
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, cache_k: Tensor, cache_v: Tensor, cache_mask: Tensor
+    ) -> Outputs:
+        rows = list(self.unembedding) or None
+        return self.model.fast_decode_step(tokens, positions, cache_k, cache_v, cache_mask, rows)
+
+
+@dataclass(frozen=True)
+class Traceable:
+    """What `torch.onnx.export` needs for one graph."""
+
+    spec: GraphSpec
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+    dynamic_shapes: tuple[dict[int, torch.export.Dim], ...]
+
+
+def runs(vocabulary: DecodeVocabulary) -> list[tuple[int, int]]:
+    """(first id, count) of each run of rows in the order of the logits' columns."""
+    return [(vocabulary.first, vocabulary.count), *((token, 1) for token in vocabulary.extra)]
+
+
+def traceables(config: Pi05Config, vocabulary: DecodeVocabulary) -> list[Traceable]:
+    """The three graphs of a model without weights: everything lies on the meta device."""
+    with torch.device("meta"):
+        model = Pi05(config).eval().requires_grad_(False)
+    makers: Sequence[tuple[GraphSpec, Callable[[], nn.Module]]] = (
+        (graphs.PREFIX, lambda: PrefixModule(model)),
+        (graphs.DENOISE, lambda: DenoiseModule(model)),
+        (graphs.FAST_DECODE, lambda: FastDecodeModule(model, vocabulary)),
+    )
+    sizes = {**graphs.sizes(config, len(vocabulary.ids)), **TRACED_SIZES}
+    return [_traceable(spec, maker().eval(), sizes) for spec, maker in makers]
+
+
+def _traceable(spec: GraphSpec, module: nn.Module, sizes: dict[str, int]) -> Traceable:
+    inputs, shapes = [], []
+    free = {symbol: torch.export.Dim(symbol) for symbol in graphs.DYNAMIC}
+    for tensor in spec.inputs:
+        shape = [int(dim) for dim in tensor.resolve(sizes)]
+        inputs.append(torch.empty(shape, dtype=TORCH_TYPES[tensor.dtype], device="meta"))
+        shapes.append({axis: free[str(dim)] for axis, dim in enumerate(tensor.dims) if dim in free})
+    return Traceable(spec, module, tuple(inputs), tuple(shapes))

@@ -1,0 +1,170 @@
+"""Greedy decoding of FAST tokens over the K/V that the prefix graph left.
+
+The first query is the last prompt token once more, at its own position and with its cached K/V masked out, followed by
+the forced tokens; so the prefix graph needs no logits. Every later query is the token just chosen. The cache holds the
+prefix and room for all new tokens; it is allocated once a call and masked where nothing was written yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ki_edge.bundle import Bundle
+from ki_edge.contract import PolicyContract
+from ki_edge.errors import ArgumentError, BackendError
+from ki_edge.prompt import PromptTokenizer
+
+from .prefix import Bool, Int32, Prefix, PrefixInputs
+from .session import Binding, Buffer, Session, Storage
+
+Int64 = npt.NDArray[np.int64]
+TOKENIZER = "assets/tokenizer.model"
+EOS_ID = 1  # PaliGemma's, for a bundle without a tokenizer
+OUTPUTS = ("logits", "new_k", "new_v")
+
+
+@dataclass(frozen=True, eq=False)
+class Choices:
+    """The tokens that may be sampled: `ids` i64 [n] of the vocabulary, and their columns i64 [n] in the logits."""
+
+    ids: Int64
+    columns: Int64
+    eos_id: int
+
+    @classmethod
+    def of(cls, column_ids: Sequence[int], eos_id: int, allowed: Sequence[int] | None = None) -> Choices:
+        """All columns of the decode vocabulary, or only those of `allowed` ids."""
+        ids = np.asarray(column_ids, np.int64)
+        columns = np.arange(ids.size) if allowed is None else np.flatnonzero(np.isin(ids, allowed))
+        return cls(ids[columns], columns, eos_id)
+
+    def best(self, logits: npt.NDArray[np.float32]) -> Int64:
+        """The most likely token of each row, i64 [B], of logits f32 [B, F]; the first one if two are equal."""
+        logits = logits[:, self.columns]
+        if not np.isfinite(logits).all():
+            raise BackendError("fast_decode gave logits that are not finite: this precision or backend is unsafe here")
+        return np.asarray(self.ids[np.argmax(logits, axis=1)])
+
+
+class FastStage:
+    """The fast_decode graph with its cache."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._storage = Storage(session)
+
+    def run(
+        self, prefix: Prefix, inputs: PrefixInputs, choices: Choices, max_tokens: int, forced: Sequence[int]
+    ) -> Int64:
+        """Token ids i64 [B, n], n <= max_tokens; rows end at EOS and are padded with it."""
+        try:
+            return self._run(prefix, inputs, choices, max_tokens, forced)
+        except BackendError:
+            self._storage = Storage(self._session)  # NaN left in the cache would reach later calls through 0 * NaN
+            raise
+
+    def _run(
+        self, prefix: Prefix, inputs: PrefixInputs, choices: Choices, max_tokens: int, forced: Sequence[int]
+    ) -> Int64:
+        # fed: the last prompt token, the forced ones and all sampled ones but the last
+        cache = _Cache(self._session, self._storage, prefix, inputs, room=len(forced) + max_tokens)
+        opening = np.empty((inputs.batch, 1 + len(forced)), np.int32)
+        opening[:, 0] = cache.last_tokens
+        opening[:, 1:] = forced
+        token = choices.best(cache.append(opening))
+        chosen, done = [token], token == choices.eos_id
+        while len(chosen) < max_tokens and not done.all():
+            token = np.where(done, choices.eos_id, choices.best(cache.append(token[:, None].astype(np.int32))))
+            chosen.append(token)
+            done = done | (token == choices.eos_id)
+        return np.stack(chosen, axis=1)
+
+
+class _Cache:
+    """K/V of the prefix and of every token fed since, f32 [L, B, K, C, D], and the graph bound to them."""
+
+    def __init__(self, session: Session, storage: Storage, prefix: Prefix, inputs: PrefixInputs, room: int) -> None:
+        self._session, self._storage = session, storage
+        valid = inputs.mask(session.sizes["P"])  # [B, S]
+        batch, length = valid.shape
+        self._symbols = {**session.sizes, "B": batch, "C": length + room}
+        self._k, self._v, self._mask_buffer = (self._take(name) for name in ("cache_k", "cache_v", "cache_mask"))
+        self._k.place(prefix.k, 0)
+        self._v.place(prefix.v, 0)
+        prompt = inputs.prompt_mask.sum(axis=1)  # [B]
+        last = length - inputs.prompt_mask.shape[1] + prompt - 1
+        self.last_tokens = inputs.prompt_tokens[np.arange(batch), prompt - 1]
+        self._mask: Bool = np.zeros((batch, length + room), np.bool_)
+        self._mask[:, :length] = valid
+        self._mask[np.arange(batch), last] = False  # fed again, so it would be seen twice
+        self._next = (valid.sum(axis=1) - 1).astype(np.int32)  # [B] position of the next token fed
+        self._filled = length
+        self._bound: dict[int, tuple[dict[str, Buffer], Binding]] = {}
+
+    def append(self, tokens: Int32) -> npt.NDArray[np.float32]:
+        """Feed tokens i32 [B, Q] and keep their K/V; gives the logits f32 [B, F] of what follows them."""
+        count = tokens.shape[1]
+        buffers, binding = self._binding(count)
+        buffers["tokens"].write(tokens)
+        buffers["positions"].write(self._next[:, None] + np.arange(count, dtype=np.int32))
+        self._mask_buffer.write(self._mask)
+        binding.run()
+        self._next += np.int32(count)
+        self._k.place(buffers["new_k"], self._filled)
+        self._v.place(buffers["new_v"], self._filled)
+        self._mask[:, self._filled : self._filled + count] = True
+        self._filled += count
+        return buffers["logits"].read()
+
+    def _binding(self, count: int) -> tuple[dict[str, Buffer], Binding]:
+        if count not in self._bound:
+            self._symbols["Q"] = count
+            buffers = {name: self._take(name) for name in ("tokens", "positions", *OUTPUTS)}
+            cache = {"cache_k": self._k, "cache_v": self._v, "cache_mask": self._mask_buffer}
+            self._bound[count] = buffers, self._session.bind({**buffers, **cache})
+        return self._bound[count]
+
+    def _take(self, name: str) -> Buffer:
+        return self._storage.take(self._session.spec.tensor(name), self._symbols)
+
+
+def choices_of(bundle: Bundle, constrained: bool) -> Choices:
+    """What may be sampled with this bundle; the ids come from its decode vocabulary, its contract and its tokenizer.
+
+    ArgumentError if the bundle cannot decode that way, and how it can.
+    """
+    manifest = bundle.manifest
+    ids = manifest.vocabulary.ids
+    full = manifest.vocabulary.count == manifest.config.vocab_size
+    if not constrained and not full:
+        raise ArgumentError(
+            f"constrained=False needs all {manifest.config.vocab_size} tokens, but {bundle.path} was exported with the "
+            f"{len(ids)} of FAST: export with --full-vocabulary"
+        )
+    contract = None if manifest.contract is None else PolicyContract.from_json(manifest.contract)
+    if constrained and full and (contract is None or contract.fast is None):
+        raise ArgumentError(
+            f"{bundle.path} has no FAST ids to constrain decoding to (no contract with 'fast'): pass constrained=False"
+        )
+    if contract is None:
+        return Choices.of(ids, EOS_ID)
+    model = bundle.file(TOKENIZER)
+    tokenizer = PromptTokenizer(model, contract.prompt_format, contract.max_token_len)
+    if not (constrained and full) or contract.fast is None:
+        return Choices.of(ids, tokenizer.eos_id)
+    fast = range(contract.fast.id_offset - contract.fast.size + 1, contract.fast.id_offset + 1)
+    return Choices.of(ids, tokenizer.eos_id, (*fast, *tokenizer.end_ids, tokenizer.eos_id))
+
+
+def check_decoding(max_tokens: Any, forced: Sequence[int], vocab_size: int) -> None:
+    """ArgumentError unless max_tokens is a positive integer and every forced id is in the vocabulary."""
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int | np.integer) or max_tokens < 1:
+        raise ArgumentError(f"max_tokens {max_tokens!r}: expected a positive integer")
+    for token in forced:
+        if not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
+            raise ArgumentError(f"forced id {token!r} is no token: expected integers from 0 to {vocab_size - 1}")

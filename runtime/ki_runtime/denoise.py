@@ -1,0 +1,132 @@
+"""From noise to actions: the Euler loop over the denoise graph.
+
+Everything a step needs is bound before the loop starts: x_t and x_next swap between two buffers, K/V are the prefix
+graph's own outputs, and each step has its row of the modulation table. The loop itself only runs bindings.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+
+from ki_edge import flow
+from ki_edge.bundle import Bundle
+from ki_edge.errors import BundleError
+
+from .prefix import Prefix
+from .session import Binding, Buffer, Session, Storage
+
+F32 = npt.NDArray[np.float32]
+MAX_TABLES = 4
+TensorReader = Callable[[str], npt.NDArray[np.floating[Any]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Clock:
+    """What depends on the number of steps alone, on the device: modulation f32 [M, 3W] of each step, dt f32 []."""
+
+    rows: tuple[Buffer, ...]
+    dt: Buffer
+
+
+@dataclass(frozen=True, eq=False)
+class _Loop:
+    clock: Clock
+    steps: tuple[Binding, ...]
+    states: tuple[Buffer, Buffer]  # x before even steps, x before odd steps
+
+    def state(self, step: int) -> Buffer:
+        """Where x lies before this step."""
+        return self.states[step % 2]
+
+
+class DenoiseStage:
+    """The denoise graph with its memory. `tensor(name)` reads a checkpoint tensor for the modulation table."""
+
+    def __init__(self, session: Session, tensor: TensorReader, depth: int, convention: str) -> None:
+        self._session = session
+        self._storage = Storage(session)
+        self._tensor, self._depth, self._convention = tensor, depth, convention
+        self._clocks: OrderedDict[int, Clock] = OrderedDict()
+        self._loops: WeakKeyDictionary[Prefix, _Loop] = WeakKeyDictionary()  # of the last step count used with each
+
+    def run(self, prefix: Prefix, noise: F32, num_steps: int) -> F32:
+        """Actions f32 [B, H, A], in the model's space, from noise of that shape."""
+        loop = self._loop(prefix, num_steps)
+        loop.state(0).write(noise)
+        for step in loop.steps:
+            step.run()
+        return loop.state(num_steps).read()
+
+    def states(self, prefix: Prefix, noise: F32, num_steps: int) -> F32:
+        """x before every step and after the last, f32 [steps + 1, B, H, A]."""
+        loop = self._loop(prefix, num_steps)
+        loop.state(0).write(noise)
+        states = [loop.state(0).read()]
+        for i, step in enumerate(loop.steps):
+            step.run()
+            states.append(loop.state(i + 1).read())
+        return np.stack(states)
+
+    def _loop(self, prefix: Prefix, num_steps: int) -> _Loop:
+        loop = self._loops.get(prefix)
+        clock = self.clock(num_steps)
+        if loop is None or loop.clock is not clock:
+            loop = self._loops[prefix] = self._bind(prefix, clock)
+        return loop
+
+    def _bind(self, prefix: Prefix, clock: Clock) -> _Loop:
+        symbols = {**self._session.sizes, "B": prefix.batch}
+        spec = self._session.spec
+        even = self._storage.take(spec.tensor("x_t"), symbols)
+        odd = self._storage.take(spec.tensor("x_next"), symbols)
+        common = {"dt": clock.dt, "prefix_k": prefix.k, "prefix_v": prefix.v, "prefix_mask": prefix.mask}
+        swap = ({"x_t": even, "x_next": odd}, {"x_t": odd, "x_next": even})
+        steps = [self._session.bind({**common, **swap[i % 2], "modulation": row}) for i, row in enumerate(clock.rows)]
+        return _Loop(clock, tuple(steps), (even, odd))
+
+    def clock(self, num_steps: int) -> Clock:
+        """The modulation rows of one step count, computed at its first use. ArgumentError for a bad count."""
+        flow.check_steps(num_steps)
+        if num_steps not in self._clocks:
+            self._clocks[num_steps] = self._wind(num_steps)
+        self._clocks.move_to_end(num_steps)
+        if len(self._clocks) > MAX_TABLES:
+            self._clocks.popitem(last=False)
+        return self._clocks[num_steps]
+
+    def _wind(self, num_steps: int) -> Clock:
+        times = flow.denoise_times(num_steps, self._convention)
+        table = flow.modulation_table(self._tensor, times, self._depth)  # [steps, M, 3W]
+        rows = []
+        for row in table:
+            rows.append(self._session.allocate(row.shape, "float32"))
+            rows[-1].write(row)
+        dt = self._session.allocate((), "float32")
+        dt.write(np.asarray(flow.step_size(num_steps)))
+        return Clock(tuple(rows), dt)
+
+
+def runtime_weights(bundle: Bundle) -> TensorReader:
+    """Reader of the checkpoint tensors that the runtime itself computes with, by their checkpoint names.
+
+    BundleError if the manifest does not say where one of them lies.
+    """
+    names = bundle.manifest.weights.get("runtime")
+    depth = bundle.manifest.config.expert.depth
+    missing = [name for name in flow.modulation_weights(depth) if not isinstance(names, dict) or name not in names]
+    weights = bundle.weights()
+    if isinstance(names, dict):
+        missing += [name for name, stored in names.items() if stored not in weights]
+    if missing or not isinstance(names, dict):
+        raise BundleError(
+            f"{bundle.path}: the manifest or the weights file lacks '{missing[0]}' ({len(missing)} such), which the "
+            "time modulation needs: export the checkpoint again"
+        )
+    return lambda name: weights.array(str(names[name]))

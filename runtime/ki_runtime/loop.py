@@ -1,0 +1,187 @@
+"""The control loop: infer a chunk, execute the first actions of it, repeat; over episodes with reproducible noise.
+
+Seeds: episode i resets the robot with seed + i, and its n-th inference starts from `episode_noise(seed + i, n, ...)`.
+Whoever evaluates the same policy elsewhere (PyTorch, another backend) with the same loop or the same two rules gives it
+the same scenes and the same noise.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ki_edge.contract import PolicyContract
+from ki_edge.errors import ArgumentError
+
+from .robots.base import EpisodeStatus, Robot
+from .robots.replay import ReplayRobot
+from .telemetry import Episode, LatencyLog, RunReport
+
+F32 = npt.NDArray[np.float32]
+
+
+class Actor(Protocol):
+    """What the loop needs of a policy: `Policy`, or any other model behind the same call."""
+
+    @property
+    def contract(self) -> PolicyContract: ...
+
+    def infer(
+        self, observation: Mapping[str, Any], *, noise: npt.ArrayLike | None = None, num_steps: int | None = None
+    ) -> Mapping[str, Any]:
+        """{"actions": [H, a] in robot units, "timing": milliseconds by stage}."""
+
+
+class Watcher:
+    """Is told what happens in a loop; every method may be overridden."""
+
+    def episode_started(self, index: int, seed: int, robot: Robot) -> None:
+        """The robot was reset."""
+
+    def inferred(self, step: int, observation: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """A chunk of actions was computed before this step."""
+
+    def stepped(self, step: int, action: F32, robot: Robot) -> None:
+        """An action was applied."""
+
+    def episode_ended(self, index: int, episode: Episode) -> None:
+        """The episode is over."""
+
+    def close(self) -> None:
+        """The run is over, by itself, by an error or by Ctrl-C."""
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """How to run. `execute`: actions of a chunk before the next inference; None: the contract's."""
+
+    episodes: int = 1
+    seed: int = 0
+    execute: int | None = None
+    num_steps: int | None = None  # of denoising; None: the bundle's
+    prompt: str | None = None  # instead of the robot's own
+    max_steps: int | None = None  # of an episode; None: until the robot says that it is over
+    max_hz: float | None = None  # actions a second at most; None: as fast as the robot takes them
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "execute", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ArgumentError(f"{name} {value}: expected at least 1")
+        if self.seed < 0:
+            raise ArgumentError(f"seed {self.seed}: expected 0 or more")
+        if self.max_hz is not None and not self.max_hz > 0:
+            raise ArgumentError(f"max_hz {self.max_hz}: expected more than 0")
+
+
+def episode_noise(seed: int, index: int, shape: Sequence[int]) -> F32:
+    """Noise of the `index`-th inference of the episode with this seed, f32 [*shape], usually [H, A]."""
+    return np.random.default_rng([seed, index]).standard_normal(tuple(shape), np.float32)
+
+
+class ControlLoop:
+    """Runs a policy on a robot, blocking: the robot waits during inference.
+
+    ArgumentError if `execute` exceeds the policy's horizon.
+    """
+
+    def __init__(
+        self, policy: Actor, robot: Robot, options: LoopOptions | None = None, watchers: Sequence[Watcher] = ()
+    ) -> None:
+        self._policy, self._robot, self._watchers = policy, robot, tuple(watchers)
+        self._options = options or LoopOptions()
+        contract = policy.contract
+        self._execute = self._options.execute or contract.execute
+        if self._execute > contract.action_horizon:
+            raise ArgumentError(
+                f"execute {self._execute}: the policy gives {contract.action_horizon} actions an inference"
+            )
+        self._noise_shape = (contract.action_horizon, contract.model_action_dim)
+        self._latencies = LatencyLog()
+        self._episodes: list[Episode] = []
+        self._due = 0.0  # when the next action may be applied, by time.perf_counter
+
+    def run(self) -> RunReport:
+        """All episodes. Errors of the policy or the robot end the run; `report` keeps the episodes before them."""
+        try:
+            for index in range(self._options.episodes):
+                self._run_episode(index, self._options.seed + index)
+        finally:
+            for watcher in self._watchers:
+                watcher.close()
+        return self.report()
+
+    def report(self, *, interrupted: bool = False) -> RunReport:
+        """What was measured so far."""
+        steps, seconds = (sum(getattr(e, name) for e in self._episodes) for name in ("steps", "seconds"))
+        rate = steps / seconds if seconds > 0 else 0.0
+        return RunReport(tuple(self._episodes), self._latencies.summary(), rate, interrupted)
+
+    def _run_episode(self, index: int, seed: int) -> None:
+        robot = self._robot
+        robot.reset(seed)
+        for watcher in self._watchers:
+            watcher.episode_started(index, seed, robot)
+        start = time.perf_counter()
+        status = robot.status()
+        successes, inferences = [status.success], 0
+        while not self._over(status):
+            for step, action in enumerate(self._infer(seed, inferences, status.steps), start=status.steps):
+                self._act(step, action)
+                status = robot.status()
+                successes.append(status.success)
+                if self._over(status):
+                    break
+            inferences += 1
+        episode = Episode(
+            seed=seed,
+            steps=status.steps,
+            inferences=inferences,
+            seconds=time.perf_counter() - start,
+            success=status.success,
+            success_any=None if status.success is None else any(successes),
+            replay_error=_replay_error(robot),
+        )
+        self._episodes.append(episode)
+        for watcher in self._watchers:
+            watcher.episode_ended(index, episode)
+
+    def _over(self, status: EpisodeStatus) -> bool:
+        limit = self._options.max_steps
+        return status.done or (limit is not None and status.steps >= limit)
+
+    def _infer(self, seed: int, index: int, step: int) -> Iterator[F32]:
+        """The actions to execute now, f32 [a] each."""
+        start = time.perf_counter_ns()
+        observation = self._robot.observe()
+        if self._options.prompt is not None:
+            observation = {**observation, "prompt": self._options.prompt}
+        observed = time.perf_counter_ns()
+        noise = episode_noise(seed, index, self._noise_shape)
+        result = self._policy.infer(observation, noise=noise, num_steps=self._options.num_steps)
+        self._latencies.add({"observe_ms": (observed - start) / 1e6, **result["timing"]})
+        for watcher in self._watchers:
+            watcher.inferred(step, observation, result)
+        return iter(np.asarray(result["actions"], np.float32)[: self._execute])
+
+    def _act(self, step: int, action: F32) -> None:
+        start = time.perf_counter()
+        if self._options.max_hz is not None:
+            time.sleep(max(0.0, self._due - start))
+            start = time.perf_counter()
+            self._due = start + 1.0 / self._options.max_hz
+        self._robot.act(action)
+        self._latencies.add({"act_ms": 1e3 * (time.perf_counter() - start)})
+        for watcher in self._watchers:
+            watcher.stepped(step, action, self._robot)
+
+
+def _replay_error(robot: Robot) -> float | None:
+    if not isinstance(robot, ReplayRobot):
+        return None
+    return float(np.nanmean(np.abs(robot.predicted - robot.recorded)))

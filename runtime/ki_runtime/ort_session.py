@@ -1,0 +1,119 @@
+"""ONNX Runtime on the CPU, every tensor bound to memory that the runtime owns.
+
+Weights stay in their mapped file: prepacking would copy each of them into anonymous memory, and Gemm over weights
+stored [out, in] is as fast without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ki_edge import graphs
+from ki_edge.bundle import Bundle
+from ki_edge.errors import ArgumentError, BackendError, BundleError
+from ki_edge.graphs import Dim, GraphSpec, TensorSpec
+
+from .backends import SessionOptions
+from .session import Binding, Buffer, HostBuffer, Session
+
+ELEMENT_TYPES = {"uint8": "uint8", "bool": "bool", "int32": "int32", "float32": "float"}
+ERRORS_ONLY = 3
+
+
+class OrtBinding:
+    """One IoBinding; the OrtValues alias numpy arrays, which are kept alive here."""
+
+    def __init__(self, session: Any, name: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        self._session = session
+        self._name = name
+        self._io = session.io_binding()
+        for tensor, buffer in inputs.items():
+            self._io.bind_ortvalue_input(tensor, _ort_value(buffer))
+        for tensor, buffer in outputs.items():
+            self._io.bind_ortvalue_output(tensor, _ort_value(buffer))
+        self._buffers = (*inputs.values(), *outputs.values())
+
+    def run(self) -> None:
+        try:
+            self._session.run_with_iobinding(self._io)
+        except Exception as error:  # the library raises its own types and bare RuntimeError
+            raise BackendError(f"onnxruntime failed in graph {self._name}: {_first_line(error)}") from error
+
+
+class OrtSession(Session):
+    """An InferenceSession of the CPU provider."""
+
+    def __init__(self, path: Path, spec: GraphSpec, sizes: Mapping[str, int], options: SessionOptions) -> None:
+        super().__init__(spec, sizes)
+        engine = _engine_options(options)
+        try:
+            self._session = ort.InferenceSession(path, engine, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise BackendError(
+                f"onnxruntime {ort.__version__} cannot load {path}: {_first_line(error)}; "
+                "check the bundle with --verify, or upgrade onnxruntime"
+            ) from error
+        check_signature(path, spec.inputs, self._session.get_inputs(), sizes)
+        check_signature(path, spec.outputs, self._session.get_outputs(), sizes)
+
+    def allocate(self, shape: Sequence[int], dtype: str) -> Buffer:
+        return HostBuffer(np.zeros(shape, dtype))
+
+    def _bind(self, buffers: Mapping[str, Buffer]) -> Binding:
+        inputs = {tensor.name: buffers[tensor.name] for tensor in self.inputs}
+        outputs = {tensor.name: buffers[tensor.name] for tensor in self.outputs}
+        return OrtBinding(self._session, self.spec.name, inputs, outputs)
+
+
+def open_session(bundle: Bundle, graph: GraphSpec, options: SessionOptions) -> OrtSession:
+    """Load one graph of a bundle on the CPU."""
+    manifest = bundle.manifest
+    sizes = graphs.sizes(manifest.config, len(manifest.vocabulary.ids))
+    return OrtSession(bundle.graph(graph.name), graph, sizes, options)
+
+
+def check_signature(path: Path, wanted: Sequence[TensorSpec], found: Sequence[Any], sizes: Mapping[str, int]) -> None:
+    """BundleError unless the graph's tensors are those of graphs.py: names in order, element types, dimensions."""
+    names, expected = [arg.name for arg in found], [tensor.name for tensor in wanted]
+    if names != expected:
+        raise BundleError(f"{path}: tensors {names} where {expected} are expected: export the checkpoint again")
+    for tensor, arg in zip(wanted, found, strict=True):
+        dims = tensor.resolve(sizes)
+        fits = len(arg.shape) == len(dims) and all(map(_same_dim, dims, arg.shape))
+        if not fits or arg.type != f"tensor({ELEMENT_TYPES[tensor.dtype]})":
+            raise BundleError(
+                f"{path}: '{tensor.name}' is {arg.type}{arg.shape}, expected {tensor.dtype}{list(dims)}: "
+                "the graph does not belong to this manifest; export the checkpoint again"
+            )
+
+
+def _same_dim(wanted: Dim, found: object) -> bool:
+    """A constant must be equal or left open by the graph; a free dimension must not be a constant."""
+    return found == wanted if isinstance(wanted, int) and isinstance(found, int) else not isinstance(found, int)
+
+
+def _engine_options(options: SessionOptions) -> Any:
+    threads = options.threads
+    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
+        raise ArgumentError(f"threads {threads!r}: expected a positive integer, or None for the engine's choice")
+    engine = ort.SessionOptions()
+    engine.intra_op_num_threads = threads or 0
+    engine.inter_op_num_threads = 1
+    engine.log_severity_level = ERRORS_ONLY
+    engine.add_session_config_entry("session.disable_prepacking", "1")
+    return engine
+
+
+def _ort_value(buffer: Buffer) -> Any:
+    if not isinstance(buffer, HostBuffer):
+        raise BackendError(f"onnxruntime on the CPU cannot bind a {type(buffer).__name__} of another backend")
+    return ort.OrtValue.ortvalue_from_numpy(buffer.array)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -1,0 +1,199 @@
+"""A bundle as a policy: an observation of the robot in, a chunk of robot actions out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ki_edge.bundle import Bundle
+from ki_edge.contract import PolicyContract
+from ki_edge.errors import ArgumentError, BackendError, BundleError
+from ki_edge.fast import FastCodec, FastIds
+from ki_edge.normalize import NormStats, read_norm_stats
+from ki_edge.prompt import PromptTokenizer
+from ki_edge.transforms import InputPipeline, ModelInputs, OutputPipeline
+
+from .decode import TOKENIZER
+from .sampler import Sampler
+
+NORM_STATS = "assets/norm_stats.json"
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyAssets:
+    """What a policy needs besides its model."""
+
+    contract: PolicyContract
+    tokenizer: PromptTokenizer
+    stats: Mapping[str, NormStats]  # "state", "actions"; empty without normalisation
+    fast_folder: Path | None  # of the FAST codec, read at the first use
+
+
+class Policy:
+    """Observation -> actions. The form of observations is the contract's, see `ki_edge.transforms`."""
+
+    def __init__(self, sampler: Sampler, assets: PolicyAssets) -> None:
+        self.sampler = sampler
+        self.contract = assets.contract
+        self.tokenizer = assets.tokenizer
+        self._fast_folder = assets.fast_folder
+        self._inputs = InputPipeline(assets.contract, assets.stats, assets.tokenizer)
+        self._outputs = OutputPipeline(assets.contract, assets.stats)
+
+    @classmethod
+    def load(
+        cls, bundle: str | Path | Bundle, backend: str = "auto", *, threads: int | None = None, verify: bool = False
+    ) -> Policy:
+        """Open a bundle as a policy. Arguments and errors as of `Sampler.open`.
+
+        BundleError names what is missing if the bundle holds the model alone.
+        """
+        sampler = Sampler.open(bundle, backend, threads=threads, verify=verify)
+        return cls(sampler, read_assets(sampler.bundle))
+
+    def infer(
+        self,
+        observation: Mapping[str, Any],
+        *,
+        noise: npt.ArrayLike | None = None,
+        seed: int | None = None,
+        num_steps: int | None = None,
+    ) -> dict[str, Any]:
+        """{"actions": float64 [H, action_dim] in robot units, "timing": milliseconds by stage}.
+
+        `noise` f32 [H, A] or [1, H, A], or drawn from `seed`. ObservationError for an observation that does not fit
+        the contract, ArgumentError for other arguments, BackendError if the model's actions are not finite.
+        """
+        clock = _Stopwatch()
+        inputs = self._inputs(observation)
+        clock.lap("preprocess_ms")
+        if noise is not None and np.ndim(noise) == 2:
+            noise = np.asarray(noise)[None]
+        actions = self.sampler.sample_actions(*_batch(inputs), noise=noise, seed=seed, num_steps=num_steps)[0]
+        clock.lap("model_ms")
+        robot_actions = _finite(self._outputs(actions, inputs.raw_state))
+        clock.lap("postprocess_ms")
+        return {"actions": robot_actions, "timing": self._timing(clock, "denoise")}
+
+    def infer_fast(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+        """Actions decoded from FAST tokens, to compare with the flow's: slower and coarser than `infer`.
+
+        {"actions": float64 [H, action_dim] in robot units or None, "tokens": i64 [n] as sampled, "problem": why there
+        are no actions or None, "timing": milliseconds by stage}. ArgumentError for a policy without FAST.
+        """
+        contract = self.contract.fast
+        if contract is None:
+            raise ArgumentError("this policy has no FAST head: its contract has no 'fast'; use infer")
+        clock = _Stopwatch()
+        inputs = self._inputs(observation)
+        clock.lap("preprocess_ms")
+        forced = self.tokenizer.action_ids
+        limit = max(1, contract.max_tokens - len(forced))
+        tokens = self.sampler.sample_fast_tokens(*_batch(inputs), max_tokens=limit, forced=forced)[0]
+        clock.lap("model_ms")
+        actions, problem = self._decode(tokens, FastIds(contract.id_offset, contract.size))
+        if actions is not None:
+            actions = _finite(self._outputs(actions, inputs.raw_state))
+        clock.lap("postprocess_ms")
+        return {"actions": actions, "tokens": tokens, "problem": problem, "timing": self._timing(clock, "fast")}
+
+    @cached_property
+    def codec(self) -> FastCodec:
+        """The FAST codec of the bundle."""
+        if self._fast_folder is None:
+            raise BundleError("this bundle has no FAST codec in its assets: export the checkpoint again")
+        return FastCodec.load(self._fast_folder)
+
+    def _decode(self, tokens: npt.NDArray[np.int64], ids: FastIds) -> tuple[Float64 | None, str | None]:
+        """(normalised actions [H, action_dim], None), or (None, the problem)."""
+        parsed = ids.parse(tokens, self.tokenizer)
+        if parsed.problem is not None:
+            return None, parsed.problem
+        if not parsed.terminated:
+            return None, f'no "|" and no end within {len(tokens)} tokens'
+        decoded = self.codec.decode(parsed.fast_ids, self.contract.action_horizon, self.contract.action_dim)
+        return decoded.actions, decoded.problem
+
+    def _timing(self, clock: _Stopwatch, stage: str) -> dict[str, float]:
+        laps, times = clock.laps, self.sampler.timing
+        return {
+            "preprocess_ms": laps["preprocess_ms"],
+            "prefix_ms": times.prefix / 1e6,
+            f"{stage}_ms": getattr(times, stage) / 1e6,
+            "postprocess_ms": laps["postprocess_ms"],
+            "total_ms": sum(laps.values()),
+        }
+
+
+def read_assets(bundle: Bundle) -> PolicyAssets:
+    """Contract, tokenizer and statistics of a bundle; BundleError names what is missing or contradicts the model."""
+    manifest = bundle.manifest
+    contract = None if manifest.contract is None else PolicyContract.from_json(manifest.contract)
+    wanted = {"contract": contract is not None, "tokenizer": TOKENIZER in manifest.files}
+    if contract is None or contract.normalization != "none":
+        wanted["norm_stats"] = NORM_STATS in manifest.files
+    missing = [name for name, there in wanted.items() if not there]
+    if missing or contract is None:
+        raise BundleError(
+            f"{bundle.path} holds a model, not a policy: it has no {', no '.join(missing)}. "
+            "Open it as a Sampler, or export it again with them"
+        )
+    _check_contract(bundle, contract)
+    fast = contract.fast
+    has_codec = fast is not None and f"assets/{fast.folder}/tokenizer.json" in manifest.files
+    return PolicyAssets(
+        contract,
+        PromptTokenizer(bundle.file(TOKENIZER), contract.prompt_format, contract.max_token_len),
+        read_norm_stats(bundle.file(NORM_STATS)) if "norm_stats" in wanted else {},
+        bundle.path / "assets" / fast.folder if fast is not None and has_codec else None,
+    )
+
+
+def _check_contract(bundle: Bundle, contract: PolicyContract) -> None:
+    config = bundle.manifest.config
+    size = config.vision.image_size
+    pairs = {
+        "model_action_dim": (contract.model_action_dim, config.action_dim),
+        "action_horizon": (contract.action_horizon, config.action_horizon),
+        "image_size": (contract.image_size, (size, size)),
+    }
+    for name, (said, is_) in pairs.items():
+        if said != is_:
+            raise BundleError(f"{bundle.path}: the contract's {name} is {said}, the model's {is_}: export it again")
+
+
+def _batch(inputs: ModelInputs) -> tuple[npt.NDArray[Any], ...]:
+    """The four prefix inputs with a batch axis of one."""
+    mask = np.ones(inputs.prompt_tokens.shape, np.bool_)
+    return inputs.images[None], inputs.camera_mask[None], inputs.prompt_tokens[None], mask[None]
+
+
+def _finite(actions: Float64) -> Float64:
+    if not np.isfinite(actions).all():
+        bad = int((~np.isfinite(actions)).sum())
+        raise BackendError(
+            f"the model gave {bad} of {actions.size} actions that are NaN or infinite; nothing is sent to the robot. "
+            "Check the bundle with ki-parity; a low precision may overflow"
+        )
+    return actions
+
+
+class _Stopwatch:
+    """Milliseconds between laps."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter_ns()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter_ns()
+        self.laps[name] = (now - self._last) / 1e6
+        self._last = now

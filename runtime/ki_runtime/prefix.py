@@ -1,0 +1,163 @@
+"""Images and prompt to K/V: the checks, the dropping of what nobody attends to, and the prefix graph.
+
+A camera that is absent, or a prompt column that is padding, in every row of the batch never influences a valid token
+(SPEC: masked tokens are invisible and take no position), so it is dropped before the graph runs. With a batch of one
+nothing but what exists is computed.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ki_edge.config import Pi05Config
+from ki_edge.errors import ArgumentError
+
+from .session import Binding, Buffer, Session, Storage
+
+Bool = npt.NDArray[np.bool_]
+Int32 = npt.NDArray[np.int32]
+MAX_PLANS = 32
+
+
+@dataclass(frozen=True, eq=False)
+class PrefixInputs:
+    """One batch of observations: checked, and holding only the columns that some row uses.
+
+    `columns`: the place of each kept token in the untrimmed prefix of N*P + T tokens, i64 [S].
+    """
+
+    images: npt.NDArray[np.uint8]  # [B, N, h, w, 3] RGB
+    camera_mask: Bool  # [B, N]
+    prompt_tokens: Int32  # [B, T]
+    prompt_mask: Bool  # [B, T], True first
+    columns: npt.NDArray[np.int64]  # [S]
+
+    @property
+    def batch(self) -> int:
+        return self.camera_mask.shape[0]
+
+    def mask(self, patches: int) -> Bool:
+        """Which prefix tokens are valid, bool [B, S]; what the graph gives as `prefix_mask`."""
+        return np.concatenate([np.repeat(self.camera_mask, patches, axis=1), self.prompt_mask], axis=1)
+
+
+def prepare_inputs(
+    images: npt.ArrayLike,
+    camera_mask: npt.ArrayLike,
+    prompt_tokens: npt.ArrayLike,
+    prompt_mask: npt.ArrayLike,
+    config: Pi05Config,
+) -> PrefixInputs:
+    """Check and trim. images u8 [B, N, h, w, 3], masks bool [B, N] and [B, T], prompt_tokens integer [B, T].
+
+    ArgumentError says what does not fit. A batch whose cameras are all absent keeps its first one, masked.
+    """
+    images, camera_mask = np.asarray(images), np.asarray(camera_mask)
+    tokens, prompt_mask = np.asarray(prompt_tokens), np.asarray(prompt_mask)
+    _check_images(images, camera_mask, config.vision.image_size)
+    _check_prompt(tokens, prompt_mask, images.shape[0], config.vocab_size)
+    cameras = np.asarray(camera_mask.any(axis=0))
+    cameras[0] |= not cameras.any()
+    length = int(prompt_mask.sum(axis=1).max())
+    patches = config.vision.patches
+    return PrefixInputs(
+        images=images[:, cameras],
+        camera_mask=camera_mask[:, cameras],
+        prompt_tokens=np.where(prompt_mask, tokens, 0)[:, :length].astype(np.int32),
+        prompt_mask=prompt_mask[:, :length],
+        columns=np.flatnonzero(np.concatenate([np.repeat(cameras, patches), np.ones(length, np.bool_)])),
+    )
+
+
+def _check_images(images: npt.NDArray[Any], camera_mask: npt.NDArray[Any], size: int) -> None:
+    if images.dtype != np.uint8 or images.ndim != 5 or images.shape[2:] != (size, size, 3) or 0 in images.shape:
+        raise ArgumentError(f"images: expected uint8 [B, N, {size}, {size}, 3], got {_describe(images)}")
+    if camera_mask.dtype != np.bool_ or camera_mask.shape != images.shape[:2]:
+        raise ArgumentError(f"camera_mask: expected bool {list(images.shape[:2])}, got {_describe(camera_mask)}")
+
+
+def _check_prompt(tokens: npt.NDArray[Any], mask: npt.NDArray[Any], batch: int, vocab_size: int) -> None:
+    if tokens.dtype.kind not in "iu" or tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] == 0:
+        raise ArgumentError(f"prompt_tokens: expected integers [{batch}, T], got {_describe(tokens)}")
+    if mask.dtype != np.bool_ or mask.shape != tokens.shape:
+        raise ArgumentError(f"prompt_mask: expected bool {list(tokens.shape)}, got {_describe(mask)}")
+    if not mask[:, 0].all():
+        row = int(np.flatnonzero(~mask[:, 0])[0])
+        raise ArgumentError(f"prompt_mask: row {row} does not start with a token; prompts are left-aligned, not empty")
+    if (mask[:, 1:] > mask[:, :-1]).any():
+        row = int(np.flatnonzero((mask[:, 1:] > mask[:, :-1]).any(axis=1))[0])
+        raise ArgumentError(f"prompt_mask: row {row} has a gap; padding belongs behind the prompt")
+    bad = tokens[mask & ((tokens < 0) | (tokens >= vocab_size))]
+    if bad.size:
+        raise ArgumentError(f"prompt_tokens: id {int(bad[0])} is outside the model's vocabulary 0..{vocab_size - 1}")
+
+
+def _describe(array: npt.NDArray[Any]) -> str:
+    return f"{array.dtype} {list(array.shape)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """What the prefix graph left on the device. Valid until the next run of the stage that made it."""
+
+    k: Buffer  # f32 [L, B, K, S, D], after RoPE
+    v: Buffer  # f32 [L, B, K, S, D]
+    mask: Buffer  # bool [B, S]
+
+    @property
+    def batch(self) -> int:
+        return self.mask.shape[0]
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    inputs: dict[str, Buffer]
+    prefix: Prefix
+    binding: Binding
+
+
+class PrefixStage:
+    """The prefix graph with its memory. Bindings are kept per shape; all shapes share one memory."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._storage = Storage(session)
+        self._plans: OrderedDict[tuple[int, int, int], _Plan] = OrderedDict()
+
+    def run(self, inputs: PrefixInputs) -> Prefix:
+        """Write the inputs, run the graph; the result stays on the device."""
+        plan = self._plan(inputs)
+        for name, buffer in plan.inputs.items():
+            buffer.write(getattr(inputs, name))
+        plan.binding.run()
+        return plan.prefix
+
+    def _plan(self, inputs: PrefixInputs) -> _Plan:
+        key = (inputs.batch, inputs.images.shape[1], inputs.prompt_tokens.shape[1])
+        plan = self._plans.get(key)
+        if plan is None:
+            growths = self._storage.growths
+            plan = self._bind(*key)
+            if self._storage.growths != growths:  # older plans hold the memory that was just replaced
+                self._plans.clear()
+            self._plans[key] = plan
+        self._plans.move_to_end(key)
+        if len(self._plans) > MAX_PLANS:
+            self._plans.popitem(last=False)
+        return plan
+
+    def _bind(self, batch: int, cameras: int, length: int) -> _Plan:
+        sizes = self._session.sizes
+        symbols = {**sizes, "B": batch, "N": cameras, "T": length, "S": cameras * sizes["P"] + length}
+        spec = self._session.spec
+        buffers = {tensor.name: self._storage.take(tensor, symbols) for tensor in (*spec.inputs, *spec.outputs)}
+        return _Plan(
+            inputs={tensor.name: buffers[tensor.name] for tensor in spec.inputs},
+            prefix=Prefix(buffers["prefix_k"], buffers["prefix_v"], buffers["prefix_mask"]),
+            binding=self._session.bind(buffers),
+        )

@@ -1,0 +1,87 @@
+"""What a control loop needs from a robot, and how a robot is opened by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from ki_edge.errors import RobotError
+
+
+@dataclass(frozen=True)
+class EpisodeStatus:
+    """Where an episode stands: over or not, reached its aim or not (None: unknown), control steps taken."""
+
+    done: bool
+    success: bool | None
+    steps: int
+
+
+class Robot(Protocol):
+    """A robot, real or simulated. All calls come from the thread that opened it."""
+
+    name: str
+    control_hz: float
+
+    def reset(self, seed: int | None = None) -> None:
+        """Start a new episode; where the start is drawn at random, the same seed gives the same one."""
+
+    def observe(self) -> dict[str, Any]:
+        """{"images": {camera: RGB u8 [h, w, 3]}, "state": f32 [s], "prompt": str}, in robot units."""
+
+    def act(self, action: NDArray[np.float32]) -> None:
+        """Apply one action f32 [a], robot units, for one control period. RobotError if it is not finite."""
+
+    def status(self) -> EpisodeStatus:
+        """Where the episode stands."""
+
+    def frame(self) -> NDArray[np.uint8] | None:
+        """A picture for a film, RGB u8 [h, w, 3]; None where the robot has none."""
+
+    def close(self) -> None:
+        """Release the robot."""
+
+
+def checked_action(action: ArrayLike, size: int, robot: str) -> NDArray[np.float32]:
+    """`action` as f32 [size]; RobotError where its shape is another or a value is not finite."""
+    values = np.asarray(action, np.float32)
+    if values.shape != (size,):
+        raise RobotError(f"{robot}: an action has the shape {values.shape}, expected ({size},)")
+    if not np.isfinite(values).all():
+        raise RobotError(f"{robot}: the action {values.tolist()} is not finite; it was not applied")
+    return values
+
+
+def open_robot(spec: str, **options: Any) -> Robot:
+    """Open the robot named by `spec`, "gym:FetchReach-v4" or "replay:FILE"; `options` go to its constructor.
+
+    The simulator is imported only for the robot that needs it.
+    """
+    kind, _, rest = spec.partition(":")
+    opener = _OPENERS.get(kind)
+    if opener is None or not rest:
+        raise _unknown(spec)
+    return opener(rest, options)
+
+
+def _open_gym(env: str, options: dict[str, Any]) -> Robot:
+    if env != "FetchReach-v4":
+        raise _unknown(f"gym:{env}")
+    from ki_runtime.robots.fetch import GymRobot
+
+    return GymRobot(**options)
+
+
+def _open_replay(path: str, options: dict[str, Any]) -> Robot:
+    from ki_runtime.robots.replay import ReplayRobot
+
+    return ReplayRobot(path, **options)
+
+
+def _unknown(spec: str) -> RobotError:
+    return RobotError(f"unknown robot {spec!r}: expected gym:FetchReach-v4 or replay:FILE")
+
+
+_OPENERS: dict[str, Callable[[str, dict[str, Any]], Robot]] = {"gym": _open_gym, "replay": _open_replay}

@@ -1,0 +1,208 @@
+"""A bundle as a model: tensors in, tensors out, no robot and no tokenizer. `Policy` builds on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import numpy.typing as npt
+
+from ki_edge import flow, graphs
+from ki_edge.bundle import Bundle
+from ki_edge.config import Pi05Config
+from ki_edge.errors import ArgumentError, BundleError
+from ki_edge.graphs import GraphSpec
+
+from .backends import SessionOptions, choose_backend, open_session
+from .decode import Choices, FastStage, check_decoding, choices_of
+from .denoise import DenoiseStage, runtime_weights
+from .prefix import PrefixStage, prepare_inputs
+from .session import Session
+
+F32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Nanoseconds that the last call spent in each stage; 0 for a stage that it did not use."""
+
+    prefix: int = 0
+    denoise: int = 0
+    fast: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Everything that parity compares, of one batch, in float32 on the host.
+
+    S counts only the tokens that ran; `columns` i64 [S] tells their place among the N*P + T of the untrimmed prefix.
+    """
+
+    prefix_k: F32  # [L, B, K, S, D]
+    prefix_v: F32  # [L, B, K, S, D]
+    prefix_mask: npt.NDArray[np.bool_]  # [B, S]
+    columns: Int64  # [S]
+    x: F32  # [steps + 1, B, H, A]: noise, x after every step
+
+
+class Sampler:
+    """The three graphs of a bundle over one backend. Calls from several threads wait for each other."""
+
+    def __init__(self, bundle: Bundle, open_graph: Callable[[GraphSpec], Session]) -> None:
+        self.bundle = bundle
+        self.timing = StageTimes()
+        self._open_graph = open_graph
+        self._lock = Lock()
+        self._config = bundle.manifest.config
+        convention, self._num_steps = _sampling(bundle)
+        self._prefix = PrefixStage(open_graph(graphs.PREFIX))
+        depth = self._config.expert.depth
+        self._denoise = DenoiseStage(open_graph(graphs.DENOISE), runtime_weights(bundle), depth, convention)
+        self._fast: FastStage | None = None  # opened at its first use
+        self._choices: dict[bool, Choices] = {}
+
+    @classmethod
+    def open(
+        cls, bundle: str | Path | Bundle, backend: str = "auto", *, threads: int | None = None, verify: bool = False
+    ) -> Sampler:
+        """Open a bundle folder, or take an opened one. `threads`: CPU threads of a graph; `verify`: check all hashes.
+
+        BundleError for a damaged bundle, BackendError for a backend that is missing or refuses a graph.
+        """
+        chosen = choose_backend(backend)
+        opened = bundle if isinstance(bundle, Bundle) and not verify else Bundle.open(_folder(bundle), verify=verify)
+        options = SessionOptions(threads)
+        return cls(opened, lambda graph: open_session(opened, graph, chosen, options))
+
+    @property
+    def config(self) -> Pi05Config:
+        """The model's geometry."""
+        return self._config
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps when a call does not say."""
+        return self._num_steps
+
+    def sample_actions(
+        self,
+        images: npt.ArrayLike,
+        camera_mask: npt.ArrayLike,
+        prompt_tokens: npt.ArrayLike,
+        prompt_mask: npt.ArrayLike,
+        *,
+        noise: npt.ArrayLike | None = None,
+        seed: int | None = None,
+        num_steps: int | None = None,
+    ) -> F32:
+        """Actions f32 [B, H, A] in the model's normalised space.
+
+        images u8 [B, N, h, w, 3] RGB, camera_mask bool [B, N], prompt_tokens integer [B, T], prompt_mask bool [B, T];
+        noise f32 [B, H, A] (x at t = 1), or drawn from `seed` (None: a fresh one). ArgumentError for what does not fit.
+        """
+        inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
+        steps = self._steps(num_steps)
+        x = self._noise(noise, seed, inputs.batch)
+        with self._lock:
+            start = time.perf_counter_ns()
+            prefix = self._prefix.run(inputs)
+            middle = time.perf_counter_ns()
+            actions = self._denoise.run(prefix, x, steps)
+            self.timing = StageTimes(prefix=middle - start, denoise=time.perf_counter_ns() - middle)
+        return actions
+
+    def sample_fast_tokens(
+        self,
+        images: npt.ArrayLike,
+        camera_mask: npt.ArrayLike,
+        prompt_tokens: npt.ArrayLike,
+        prompt_mask: npt.ArrayLike,
+        *,
+        max_tokens: int,
+        forced: Sequence[int] = (),
+        constrained: bool = True,
+    ) -> Int64:
+        """Greedy continuation of the prompt: ids i64 [B, n] of the model's vocabulary, n <= max_tokens.
+
+        `forced` ids are fed first and are not returned. A row ends at EOS and is padded with it. `constrained` allows
+        only the FAST ids, "|" and EOS. Inputs as in `sample_actions`; ArgumentError for what does not fit.
+        """
+        inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
+        check_decoding(max_tokens, forced, self._config.vocab_size)
+        with self._lock:
+            choices, stage = self._choices_of(constrained), self._fast_stage()
+            start = time.perf_counter_ns()
+            prefix = self._prefix.run(inputs)
+            middle = time.perf_counter_ns()
+            tokens = stage.run(prefix, inputs, choices, max_tokens, forced)
+            self.timing = StageTimes(prefix=middle - start, fast=time.perf_counter_ns() - middle)
+        return tokens
+
+    def trace(
+        self,
+        images: npt.ArrayLike,
+        camera_mask: npt.ArrayLike,
+        prompt_tokens: npt.ArrayLike,
+        prompt_mask: npt.ArrayLike,
+        *,
+        noise: npt.ArrayLike | None = None,
+        seed: int | None = None,
+        num_steps: int | None = None,
+    ) -> Trace:
+        """What `sample_actions` computes with the same arguments, with its K/V and x after every step."""
+        inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
+        steps = self._steps(num_steps)
+        x = self._noise(noise, seed, inputs.batch)
+        with self._lock:
+            prefix = self._prefix.run(inputs)
+            states = self._denoise.states(prefix, x, steps)
+            return Trace(prefix.k.read(), prefix.v.read(), prefix.mask.read(), inputs.columns, states)
+
+    def _noise(self, noise: npt.ArrayLike | None, seed: int | None, batch: int) -> F32:
+        shape = (batch, self._config.action_horizon, self._config.action_dim)
+        if noise is None:
+            return np.random.default_rng(seed).standard_normal(shape, np.float32)
+        if seed is not None:
+            raise ArgumentError("noise and seed were both given: the seed would have no effect, pass one of them")
+        given = np.asarray(noise)
+        if given.shape != shape or given.dtype != np.float32:
+            raise ArgumentError(f"noise: expected float32 {list(shape)}, got {given.dtype} {list(given.shape)}")
+        if not np.isfinite(given).all():
+            raise ArgumentError("noise holds NaN or infinity")
+        return given
+
+    def _steps(self, num_steps: int | None) -> int:
+        steps = self._num_steps if num_steps is None else num_steps
+        flow.check_steps(steps)
+        return steps
+
+    def _choices_of(self, constrained: bool) -> Choices:
+        if constrained not in self._choices:
+            self._choices[constrained] = choices_of(self.bundle, constrained)
+        return self._choices[constrained]
+
+    def _fast_stage(self) -> FastStage:
+        if self._fast is None:
+            self._fast = FastStage(self._open_graph(graphs.FAST_DECODE))
+        return self._fast
+
+
+def _folder(bundle: str | Path | Bundle) -> Path:
+    return bundle.path if isinstance(bundle, Bundle) else Path(bundle)
+
+
+def _sampling(bundle: Bundle) -> tuple[str, int]:
+    """(time convention, default number of steps) of the manifest."""
+    sampling = bundle.manifest.sampling
+    convention, steps = sampling.get("time_convention"), sampling.get("num_steps")
+    try:
+        flow.check_steps(steps)  # type: ignore[arg-type]
+        flow.denoise_times(1, str(convention))
+    except ArgumentError as error:
+        raise BundleError(f"{bundle.path}: manifest 'sampling': {error}") from None
+    return str(convention), int(steps)  # type: ignore[arg-type]

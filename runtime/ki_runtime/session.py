@@ -1,0 +1,167 @@
+"""The seam between the runtime and an inference engine: buffers on a device, and one graph that runs over them.
+
+A backend subclasses `Session` and gives `allocate` and `bind`. Whatever is bound stays where it is: the outputs of one
+session are bound as the inputs of another, so K/V and the Euler state never pass through the host.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ki_edge.errors import ArgumentError
+from ki_edge.graphs import GraphSpec, TensorSpec
+
+Array = npt.NDArray[Any]
+
+
+class Buffer(Protocol):
+    """Memory of one tensor where the backend computes; opaque to everyone but its backend."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+    def write(self, array: Array) -> None:
+        """Copy a host array of the same shape and dtype in."""
+
+    def read(self) -> Array:
+        """A copy on the host, after everything that was run before."""
+
+    def view(self, shape: Sequence[int]) -> Buffer:
+        """The first elements of the same memory as a contiguous tensor of another shape."""
+
+    def place(self, source: Buffer, at: int) -> None:
+        """Copy K/V `source` [..., n, D] to the places at..at+n of this buffer [..., C, D]."""
+
+
+class Binding(Protocol):
+    """A graph with memory for every input and output."""
+
+    def run(self) -> None:
+        """Run once. Reads the bound inputs as they are now and overwrites the bound outputs; allocates nothing."""
+
+
+class Session(ABC):
+    """One loaded graph. `sizes` holds the constant symbols of graphs.py; buffers may be shared within a backend."""
+
+    def __init__(self, spec: GraphSpec, sizes: Mapping[str, int]) -> None:
+        self.spec = spec
+        self.sizes = dict(sizes)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return self.spec.inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        return self.spec.outputs
+
+    @abstractmethod
+    def allocate(self, shape: Sequence[int], dtype: str) -> Buffer:
+        """New memory, all zeros."""
+
+    @abstractmethod
+    def _bind(self, buffers: Mapping[str, Buffer]) -> Binding:
+        """Bind checked buffers."""
+
+    def bind(self, buffers: Mapping[str, Buffer]) -> Binding:
+        """Tie a buffer to every input and output. ArgumentError names the tensor that is missing or does not fit."""
+        symbols = dict(self.sizes)
+        for tensor in (*self.inputs, *self.outputs):
+            if tensor.name not in buffers:
+                raise ArgumentError(f"graph {self.spec.name}: no buffer for '{tensor.name}'")
+            match_shape(self.spec.name, tensor, buffers[tensor.name], symbols)
+        return self._bind({tensor.name: buffers[tensor.name] for tensor in (*self.inputs, *self.outputs)})
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once from host arrays to host arrays: for tests and comparisons, not for loops."""
+        buffers: dict[str, Buffer] = {}
+        symbols = dict(self.sizes)
+        for tensor in self.inputs:
+            if tensor.name not in feeds:
+                raise ArgumentError(f"graph {self.spec.name}: input '{tensor.name}' is missing")
+            buffers[tensor.name] = self.allocate(feeds[tensor.name].shape, tensor.dtype)
+            buffers[tensor.name].write(feeds[tensor.name])
+            match_shape(self.spec.name, tensor, buffers[tensor.name], symbols)
+        if "S" not in symbols and {"N", "T"} <= set(symbols):
+            symbols["S"] = symbols["N"] * symbols["P"] + symbols["T"]
+        for tensor in self.outputs:
+            buffers[tensor.name] = self.allocate(shape_of(tensor, symbols), tensor.dtype)
+        self.bind(buffers).run()
+        return {tensor.name: buffers[tensor.name].read() for tensor in self.outputs}
+
+
+def shape_of(tensor: TensorSpec, symbols: Mapping[str, int]) -> tuple[int, ...]:
+    """Shape of a tensor once every symbol has a value; KeyError for one that has none."""
+    return tuple(dim if isinstance(dim, int) else symbols[dim] for dim in tensor.dims)
+
+
+def match_shape(graph: str, tensor: TensorSpec, buffer: Buffer, symbols: dict[str, int]) -> None:
+    """Check a buffer against its spec and learn the symbols it defines."""
+    fits = buffer.dtype == np.dtype(tensor.dtype) and len(buffer.shape) == len(tensor.dims)
+    for dim, size in zip(tensor.dims, buffer.shape, strict=False):
+        fits = fits and size == (dim if isinstance(dim, int) else symbols.setdefault(dim, size))
+    if not fits:
+        wanted = f"{tensor.dtype}{list(tensor.resolve(symbols))}"
+        raise ArgumentError(f"graph {graph}: '{tensor.name}' is {buffer.dtype}{list(buffer.shape)}, expected {wanted}")
+
+
+class HostBuffer:
+    """A buffer in the host's memory, for backends that compute there."""
+
+    def __init__(self, array: Array) -> None:
+        self.array = array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.array.dtype
+
+    def write(self, array: Array) -> None:
+        if array.shape != self.array.shape or array.dtype != self.array.dtype:
+            have = f"{self.array.dtype}{list(self.array.shape)}"
+            raise ArgumentError(f"cannot write {array.dtype}{list(array.shape)} into a buffer of {have}")
+        np.copyto(self.array, array)
+
+    def read(self) -> Array:
+        return self.array.copy()
+
+    def view(self, shape: Sequence[int]) -> HostBuffer:
+        return HostBuffer(self.array.reshape(-1)[: math.prod(shape)].reshape(shape))
+
+    def place(self, source: Buffer, at: int) -> None:
+        assert isinstance(source, HostBuffer)
+        self.array[..., at : at + source.shape[-2], :] = source.array
+
+
+class Storage:
+    """Named memory that grows and never shrinks: a smaller shape is a view of what a larger one allocated.
+
+    Prompts differ by a token from one observation to the next; with this, they cost no allocation.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._blocks: dict[str, Buffer] = {}
+        self.growths = 0  # how often a block was replaced; buffers taken before do not alias the new one
+
+    def take(self, tensor: TensorSpec, symbols: Mapping[str, int]) -> Buffer:
+        """The buffer of `tensor` with the shape that `symbols` give it."""
+        shape = shape_of(tensor, symbols)
+        count = math.prod(shape)
+        block = self._blocks.get(tensor.name)
+        if block is None or block.shape[0] < count:
+            self._blocks[tensor.name] = block = self._session.allocate((count,), tensor.dtype)
+            self.growths += 1
+        return block.view(shape)

@@ -1,0 +1,338 @@
+"""The robots, with the real simulator: pictures, the expert, demonstrations, replay, and what is refused."""
+
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ki_runtime.robots import EpisodeStatus, RobotError, open_robot
+from ki_runtime.robots.fetch import CAMERAS, FetchScene
+from ki_runtime.robots.replay import ReplayRobot, record_episode
+
+if importlib.util.find_spec("gymnasium_robotics") is None:  # not imported here: MUJOCO_GL must be set before
+    pytest.skip("needs ki-edge[sim]", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def scene():
+    scene = FetchScene()
+    yield scene
+    scene.close()
+
+
+@pytest.fixture(scope="module")
+def demonstrations():
+    spec = importlib.util.spec_from_file_location("demonstrations", ROOT / "examples/fetch/demonstrations.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["demonstrations"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["demonstrations"]
+
+
+@pytest.fixture
+def episode(tmp_path):
+    """A recording of 5 steps: two cameras, state [3], action [2]."""
+    rng = np.random.default_rng(0)
+    content = {
+        "images": {name: rng.integers(0, 256, (5, 8, 6, 3), dtype=np.uint8) for name in ("left", "right")},
+        "state": rng.normal(size=(5, 3)).astype(np.float32),
+        "actions": rng.normal(size=(5, 2)).astype(np.float32),
+        "prompt": "wave",
+    }
+    record_episode(tmp_path / "episode.npz", **content)
+    return tmp_path / "episode.npz", content
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def is_red(picture):
+    return (picture[..., 0] > 90) & (picture[..., 1] < 60) & (picture[..., 2] < 60)
+
+
+@pytest.mark.parametrize("offset", [(0.1, -0.12, 0.05), (0.1, 0.13, 0.1), (0.14, 0.0, -0.1), (0.05, -0.1, 0.14)])
+def test_projected_target_is_where_the_red_ball_is(scene, offset):
+    scene.reset(0)
+    scene.move_target(scene.home + np.array(offset))
+    pictures, points = scene.pictures(), scene.target_points()
+    for camera, (x, y) in zip(CAMERAS, points, strict=True):
+        rows, columns = np.nonzero(is_red(pictures[camera.name]))
+        near = np.hypot(columns + 0.5 - x * 96, rows + 0.5 - y * 96) < 5  # pixels
+        assert near.sum() >= 6, camera.name
+        centre = np.array([columns[near].mean(), rows[near].mean()]) + 0.5
+        assert np.abs(centre - [x * 96, y * 96]).max() < 0.75, camera.name
+
+
+def test_points_outside_the_picture_are_nan():
+    camera = CAMERAS[0]
+    assert np.allclose(camera.project(np.array(camera.look_at)), 0.5)
+    assert np.isnan(camera.project(np.array(camera.look_at) + np.array([0.0, 0.0, 2.0]))).all()
+    assert np.isnan(camera.project(np.array([3.0, -0.5, 1.5]))).all()  # behind the camera
+
+
+def test_same_seed_gives_the_same_pictures_whatever_happened_before(scene):
+    scene.reset(7)
+    first = scene.pictures(), scene.state, scene.target
+    scene.step(np.array([1, -1, 0.5, 0], np.float32))
+    scene.film_frame()
+    scene.reset(8)
+    other = scene.pictures()
+    scene.reset(7)
+    again = scene.pictures(), scene.state, scene.target
+    for name, picture in first[0].items():
+        assert picture.shape == (96, 96, 3) and picture.dtype == np.uint8
+        assert np.array_equal(picture, again[0][name])
+        assert not np.array_equal(picture, other[name])
+    assert np.array_equal(first[1], again[1]) and np.array_equal(first[2], again[2])
+
+
+# --- the robot --------------------------------------------------------------------------------------------------------
+
+
+def test_state_is_proprioception(scene):
+    scene.reset(1)
+    before = scene.state
+    scene.move_target(scene.home + 0.1)
+    assert before.dtype == np.float32 and before.shape == (5,)
+    assert np.array_equal(scene.state, before)  # the target is not in it
+    assert np.allclose(before[:3], scene.home, atol=1e-3)
+    scene.step(np.array([0, 0, 1, 0], np.float32))
+    assert scene.state[2] > before[2] + 0.005
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_expert_reaches_the_target(scene, seed):
+    scene.reset(seed)
+    assert not scene.success or scene.distance < 0.05
+    for _ in range(scene.step_limit):
+        scene.step(scene.expert_action())
+    assert scene.success
+    assert scene.distance < 0.025
+
+
+def test_gym_robot_runs_an_episode():
+    robot = open_robot("gym:FetchReach-v4", prompt="touch it")
+    try:
+        robot.reset(3)
+        observation = robot.observe()
+        assert sorted(observation) == ["images", "prompt", "state"]
+        assert sorted(observation["images"]) == ["front_left", "front_right"]
+        assert observation["prompt"] == "touch it"
+        assert robot.control_hz == 25.0
+        assert robot.frame().shape == (320, 320, 3)
+        assert robot.status() == EpisodeStatus(done=False, success=False, steps=0)
+        for step in range(50):
+            assert not robot.status().done, step
+            robot.act(robot._scene.expert_action())
+        assert robot.status() == EpisodeStatus(done=True, success=True, steps=50)
+        robot.reset(3)
+        assert robot.status() == EpisodeStatus(done=False, success=False, steps=0)
+        assert np.array_equal(robot.observe()["images"]["front_left"], observation["images"]["front_left"])
+    finally:
+        robot.close()
+
+
+def test_actions_are_clipped_and_bad_ones_refused():
+    robot = open_robot("gym:FetchReach-v4")
+    try:
+        robot.reset(0)
+        robot.act(np.array([0, 9, 0, 0], np.float32))
+        far = robot.observe()["state"]
+        robot.reset(0)
+        robot.act(np.array([0, 1, 0, 0], np.float32))
+        assert np.array_equal(robot.observe()["state"], far)
+        for action, words in [([0, np.nan, 0, 0], "not finite"), ([0, 0, 0], r"shape \(3,\), expected \(4,\)")]:
+            with pytest.raises(RobotError, match=words):
+                robot.act(np.array(action, np.float32))
+        assert robot.status().steps == 1
+    finally:
+        robot.close()
+
+
+@pytest.mark.parametrize("spec", ["foo:bar", "gym:FetchPush-v4", "gym:", "replay:", "FetchReach-v4", ""])
+def test_unknown_robot_names_the_known_ones(spec):
+    with pytest.raises(RobotError, match=rf"unknown robot '{spec}': expected gym:FetchReach-v4 or replay:FILE"):
+        open_robot(spec)
+
+
+def run_python(code, **variables):
+    environment = {**os.environ, **variables}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"MUJOCO_GL": "nonsense"},
+        {"MUJOCO_GL": "off"},
+        {"MUJOCO_GL": "egl", "__EGL_VENDOR_LIBRARY_DIRS": "/nonexistent"},
+    ],
+    ids=["unknown library", "rendering switched off", "EGL without a driver"],
+)
+def test_missing_gl_is_said_in_one_line(variables):
+    result = run_python(
+        "from ki_runtime.robots import open_robot, RobotError\n"
+        "try: open_robot('gym:FetchReach-v4')\n"
+        "except RobotError as error: print(error)",
+        **variables,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    assert f"MUJOCO_GL={variables['MUJOCO_GL']!r}" in result.stdout
+    assert "apt install libegl1 libgl1-mesa-dri" in result.stdout
+    assert result.stderr == ""
+
+
+def test_package_needs_numpy_only():
+    result = run_python(
+        "import sys; import ki_runtime.robots, ki_runtime.robots.fetch, ki_runtime.robots.replay\n"
+        "print([m for m in ('mujoco', 'gymnasium', 'torch', 'onnxruntime') if m in sys.modules])"
+    )
+    assert result.stdout == "[]\n", result.stderr
+
+
+# --- demonstrations ---------------------------------------------------------------------------------------------------
+
+
+def test_demonstrations_have_the_promised_shapes_and_resume(demonstrations, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demonstrations, "SHARD", 4)
+    arguments = ["--scenes", "12", "--seed", "5", "--workers", "1", "--horizon", "3"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    demonstrations.main([str(whole), *arguments])
+    meta = json.loads((whole / "meta.json").read_text())
+    assert meta["frames"] == 12 and meta["cameras"] == ["front_left", "front_right"] and meta["horizon"] == 3
+    arrays = {name: np.load(whole / f"{name}.npy") for name in ("images", "state", "actions", "prompt", "points")}
+    shapes = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
+    assert shapes == {
+        "images": ("uint8", (12, 2, 96, 96, 3)),
+        "state": ("float32", (12, 5)),
+        "actions": ("float32", (12, 3, 4)),
+        "prompt": ("int32", (12,)),
+        "points": ("float32", (12, 2, 2)),
+    }
+    assert len({image.tobytes() for image in arrays["images"]}) == 12
+    assert np.abs(arrays["actions"]).max() <= 1 and (arrays["actions"][..., 3] == 0).all()
+
+    real, calls = demonstrations.write_shard, []
+
+    def interrupted(job):
+        calls.append(job[2])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(job)
+
+    monkeypatch.setattr(demonstrations, "write_shard", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demonstrations.main([str(resumed), *arguments])
+    assert not resumed.exists()
+    with pytest.raises(SystemExit, match="belongs to a run with"):
+        demonstrations.main([str(resumed), "--scenes", "12", "--seed", "6", "--workers", "1", "--horizon", "3"])
+    demonstrations.main([str(resumed), *arguments])
+    assert calls == [0, 1, 1, 2]  # the finished shard was not rendered again
+    for name, array in arrays.items():
+        assert np.array_equal(np.load(resumed / f"{name}.npy"), array, equal_nan=True), name
+    with pytest.raises(SystemExit, match="exists already"):
+        demonstrations.main([str(resumed), *arguments])
+    capsys.readouterr()
+
+
+def test_the_label_is_what_the_expert_does_from_the_picture(demonstrations, scene):
+    rng = np.random.default_rng(3)
+    demonstrations.arrange(scene, rng, fresh=False)
+    start, target = scene.state[:3], scene.target
+    frame = demonstrations.film_scene(scene, rng, 8)
+    assert np.array_equal(frame["state"][:3], start)
+    assert np.allclose(frame["actions"][0, :3], np.clip(10 * (target - start), -1, 1), atol=1e-5)
+    assert np.linalg.norm(scene.gripper - target) <= max(0.03, np.linalg.norm(start - target))
+
+
+# --- replay -----------------------------------------------------------------------------------------------------------
+
+
+def test_replay_shows_what_was_recorded_and_keeps_predictions(episode):
+    path, content = episode
+    robot = open_robot(f"replay:{path}")
+    assert isinstance(robot, ReplayRobot)
+    for t in range(5):
+        assert robot.status() == EpisodeStatus(done=False, success=None, steps=t)
+        observation = robot.observe()
+        assert observation["prompt"] == "wave"
+        assert np.array_equal(observation["state"], content["state"][t])
+        for name, pictures in content["images"].items():
+            assert np.array_equal(observation["images"][name], pictures[t])
+        robot.act(content["actions"][t] + 1)
+    assert robot.status().done
+    assert np.array_equal(robot.predicted, content["actions"] + 1)
+    assert np.array_equal(robot.recorded, content["actions"])
+    assert robot.frame().shape == (8, 12, 3)
+    with pytest.raises(RobotError, match="5 steps and is over"):
+        robot.act(content["actions"][0])
+    robot.reset(None)
+    assert np.isnan(robot.predicted).all() and robot.status().steps == 0
+    with pytest.raises(RobotError, match="not finite"):
+        robot.act(np.array([np.inf, 0], np.float32))
+
+
+def test_the_expert_can_be_recorded(demonstrations, tmp_path):
+    demonstrations.record_expert(tmp_path / "expert.npz", seed=2)
+    robot = open_robot(f"replay:{tmp_path / 'expert.npz'}", prompt="again")
+    assert robot.recorded.shape == (50, 4)
+    observation = robot.observe()
+    assert observation["prompt"] == "again"
+    assert observation["images"]["front_right"].shape == (96, 96, 3)
+
+
+def bad_files(content):
+    """Name, changed arrays, words of the message."""
+    good = {f"images/{k}": v for k, v in content["images"].items()}
+    good |= {k: np.array(content[k]) for k in ("state", "actions", "prompt")}
+    nan = np.full((5, 3), np.nan, np.float32)
+    yield {k: v for k, v in good.items() if k != "actions"}, "actions is missing"
+    yield {k: v for k, v in good.items() if "/" not in k}, "images/<camera> is missing"
+    yield good | {"state": good["state"][:4]}, r"state is float32 \[4, 3\], expected float32 \[T, n\] with T = 5"
+    yield good | {"state": np.ones((5, 3), np.int64)}, r"state is int64 \[5, 3\]"
+    yield good | {"state": nan}, "state holds values that are not finite"
+    yield good | {"images/left": good["images/left"].astype(np.float32)}, r"expected uint8 \[5, h, w, 3\]"
+    yield good | {"prompt": np.array(3)}, "expected one string"
+    yield good | {"actions": np.array([{}], object)}, "actions is object"
+
+
+def test_bad_recordings_are_refused(episode, tmp_path):
+    _, content = episode
+    for number, (arrays, words) in enumerate(bad_files(content)):
+        path = tmp_path / f"bad{number}.npz"
+        np.savez(path, **arrays)
+        with pytest.raises(RobotError, match=words):
+            open_robot(f"replay:{path}")
+    with pytest.raises(RobotError, match="no such file"):
+        open_robot(f"replay:{tmp_path / 'none.npz'}")
+    (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(RobotError, match="not a readable episode"):
+        open_robot(f"replay:{tmp_path / 'text.npz'}")
+    with pytest.raises(RobotError, match="expected uint8"):
+        record_episode(tmp_path / "no.npz", **{**content, "images": {"left": content["images"]["left"][0]}})
+    assert not list(tmp_path.glob("no.npz*"))
+
+
+def test_a_huge_recording_is_refused_by_its_header(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (1 << 20, 1 << 10, 1 << 10, 3)}
+    )
+    small = io.BytesIO()
+    np.save(small, np.zeros((1, 1), np.float32))
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive:
+        archive.writestr("images/left.npy", header.getvalue())
+        for name in ("state", "actions", "prompt"):
+            archive.writestr(f"{name}.npy", small.getvalue())
+    with pytest.raises(RobotError, match="bytes of arrays, at most"):
+        open_robot(f"replay:{tmp_path / 'huge.npz'}")
