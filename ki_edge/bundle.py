@@ -187,21 +187,12 @@ class BundleWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._hashes: dict[tuple[int, ...], str] = {}  # of files that have not changed since they were hashed
 
     def seal(self, manifest: Manifest) -> Bundle:
         """Hash every file, write the manifest and open the result. May be called again after a change."""
         names = sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
-        old = {} if not (self.folder / MANIFEST).is_file() else read_manifest(self.folder / MANIFEST).files
-        files = {}
-        for name in names:
-            if name != MANIFEST:
-                path = self.folder / name
-                same = (
-                    name in old
-                    and old[name]["size"] == path.stat().st_size
-                    and path.suffix in (".onnx", ".safetensors")
-                )
-                files[name] = old[name] if same else {"size": path.stat().st_size, "sha256": sha256(path)}
+        files = {name: self._facts(self.folder / name) for name in names if name != MANIFEST}
         data = {**asdict(manifest), "files": files}
         text = json.dumps(data, indent=1, ensure_ascii=False)
         partial = self.folder / (MANIFEST + ".partial")
@@ -212,6 +203,13 @@ class BundleWriter:
         partial.replace(self.folder / MANIFEST)
         return Bundle.open(self.folder)
 
+    def _facts(self, path: Path) -> dict[str, Any]:
+        status = path.stat()
+        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        if identity not in self._hashes:
+            self._hashes[identity] = sha256(path)
+        return {"size": status.st_size, "sha256": self._hashes[identity]}
+
 
 @contextmanager
 def write_bundle(target: str | Path, *, force: bool = False) -> Iterator[BundleWriter]:
@@ -220,6 +218,7 @@ def write_bundle(target: str | Path, *, force: bool = False) -> Iterator[BundleW
     BundleError if `target` exists and `force` is off, or if it exists and is no bundle (it is never deleted then).
     """
     target = Path(target)
+    _sweep(target)
     if target.is_symlink() or target.exists():
         if not force:
             raise BundleError(f"output {target} exists: choose another name, or replace it with --force")
@@ -228,7 +227,6 @@ def write_bundle(target: str | Path, *, force: bool = False) -> Iterator[BundleW
                 f"output {target} exists and is no bundle, so --force does not replace it: remove it yourself"
             )
     target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(target)
     folder = target.parent / f".{target.name}.partial-{os.getpid()}"
     folder.mkdir()
     try:
@@ -243,7 +241,7 @@ def _publish(folder: Path, target: Path) -> None:
     if target.exists():
         target.rename(old)
     folder.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
 
 
 def _sweep(target: Path) -> None:
@@ -251,8 +249,15 @@ def _sweep(target: Path) -> None:
     old = target.parent / f".{target.name}.old"
     if old.is_dir() and not target.exists():
         old.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     for stale in target.parent.glob(f".{target.name}.partial-*"):
         pid = stale.name.rsplit("-", 1)[1]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+        ours = pid == str(os.getpid())  # in a container, a killed export often had the same process id
+        if pid.isdigit() and (ours or not Path(f"/proc/{pid}").exists()):
             shutil.rmtree(stale, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)

@@ -30,6 +30,8 @@ class VisionConfig:
             raise CheckpointError(
                 f"vision: image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
             )
+        if self.num_heads < 1 or self.width % self.num_heads:
+            raise CheckpointError(f"vision: width {self.width} cannot be split into {self.num_heads} heads")
 
     @property
     def head_dim(self) -> int:
@@ -51,6 +53,10 @@ class GemmaConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads < 1 or self.num_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise CheckpointError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} K/V heads")
 
     @property
     def modulated_norms(self) -> int:

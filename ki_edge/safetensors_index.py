@@ -96,6 +96,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{path}: __metadata__ must be an object of strings")
     entries = {name: _parse_entry(path, name, item, 8 + length, size) for name, item in header.items()}
+    _check_overlap(path, entries)
     return entries, {str(k): str(v) for k, v in metadata.items()}
 
 
@@ -115,3 +116,11 @@ def _parse_entry(path: Path, name: str, item: Any, base: int, size: int) -> Tens
             f"{path} is truncated: tensor '{name}' ends at byte {base + end} of {size}; copy it again"
         )
     return TensorEntry(dtype, shape, base + begin, end - begin)
+
+
+def _check_overlap(path: Path, entries: dict[str, TensorEntry]) -> None:
+    end, before = 0, ""
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if entry.offset < end:
+            raise CheckpointError(f"{path}: tensors '{before}' and '{name}' overlap: the file is damaged")
+        end, before = entry.offset + entry.nbytes, name

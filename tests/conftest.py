@@ -1,6 +1,8 @@
 """Fixtures that several test files share."""
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,31 @@ def tokenizer_model() -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
+
+
+@pytest.fixture(scope="session")
+def fetch_checkpoint() -> Path:
+    """The trained policy that the project ships."""
+    return Path(__file__).parents[1] / "examples" / "fetch" / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def fetch_bundle(fetch_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped policy, exported and verified by the command that users run."""
+    bundle = tmp_path_factory.mktemp("fetch") / "bundle"
+    command = [sys.executable, "-m", "ki_export.cli", str(fetch_checkpoint), "-o", str(bundle), "--target", "ort"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def fetch_replay(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One episode of the scripted expert, recorded from the simulator."""
+    folder = tmp_path_factory.mktemp("replay")
+    script = Path(__file__).parents[1] / "examples" / "fetch" / "demonstrations.py"
+    command = [sys.executable, str(script), str(folder / "data"), "--scenes", "1", "--workers", "1"]
+    command += ["--replay", str(folder / "expert.npz")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr
+    return folder / "expert.npz"

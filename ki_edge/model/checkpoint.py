@@ -132,7 +132,7 @@ def _geometry(index: SafetensorsIndex, keys: Mapping[str, str], settings: Mappin
 
     def depth(prefix: str) -> int:
         pattern = re.compile(re.escape(prefix) + r"layers\.(\d+)\.")
-        return 1 + max((int(m[1]) for key in keys if (m := pattern.match(key))), default=-1)
+        return len({m[1] for key in keys if (m := pattern.match(key))})
 
     given = settings.get(GEOMETRY, {}) or {}
     vision = PREFIXES["vision."]
@@ -154,7 +154,7 @@ def _geometry(index: SafetensorsIndex, keys: Mapping[str, str], settings: Mappin
             action_dim=shape("action_in_proj.weight")[1],
             action_horizon=_horizon(index.path, settings),
         )
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, IndexError, ValueError, ZeroDivisionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{index.path}: the geometry cannot be read from its tensors: {error!r}") from None
@@ -162,8 +162,11 @@ def _geometry(index: SafetensorsIndex, keys: Mapping[str, str], settings: Mappin
 
 def _horizon(path: Path, settings: Mapping[str, Any]) -> int:
     for name in ("action_horizon", "chunk_size"):
-        if isinstance(settings.get(name), int):
-            return int(settings[name])
+        value = settings.get(name)
+        if type(value) is int and value >= 1:
+            return value
+        if value is not None:
+            raise CheckpointError(f"{path.parent / 'config.json'}: '{name}' is {value!r}, expected a positive integer")
     raise CheckpointError(
         f"{path.parent / 'config.json'}: neither 'action_horizon' nor 'chunk_size' in it: add the actions of a chunk"
     )
@@ -214,6 +217,7 @@ def save_checkpoint(model: Pi05, folder: str | Path, *, max_token_len: int = 200
     state[LM_HEAD] = state.pop(EMBEDDING)
     state[EXPERT_HEAD] = torch.zeros(model.config.vocab_size, model.config.expert.width)
     save_file(state, folder / "model.partial", metadata={EMBEDDING: LM_HEAD, "format": "pt"})
+    (folder / "model.partial").chmod(0o644)  # the library makes it private
     (folder / "model.partial").replace(folder / "model.safetensors")
     config = model.config
     settings = {

@@ -72,8 +72,8 @@ class Backbone(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [B,T] -> [B,T,W], times sqrt(W)."""
-        vectors: Tensor = self.embed_tokens(tokens)
-        return vectors * vectors.shape[-1] ** 0.5
+        vectors: Tensor = self.embed_tokens(tokens) * self.embed_tokens.embedding_dim**0.5
+        return vectors
 
     def keys_values(self, x: Tensor, rope: Rope, bias: Tensor) -> list[KeysValues]:
         """K/V of every layer. The last layer's attention and MLP feed nothing but logits, so they do not run."""

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         train(arguments)
-    except KiEdgeError as error:
+    except (KiEdgeError, OSError) as error:
         print(f"ki-train: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -71,6 +71,7 @@ class Trainer:
 
     def __init__(self, model: Pi05, examples: Examples, recipe: Recipe, settings: TrainSettings, out: Path) -> None:
         self.model, self.examples, self.recipe, self.settings, self.out = model.train(), examples, recipe, settings, out
+        self.points = _points(examples, settings)
         self.average = {name: value.detach().clone() for name, value in model.state_dict().items()}
         decay = [p for p in model.parameters() if p.ndim >= 2]
         other = [p for p in model.parameters() if p.ndim < 2]
@@ -120,8 +121,7 @@ class Trainer:
 
     def _losses(self, rng: np.random.Generator) -> dict[str, Tensor]:
         """Mean loss terms of one batch. The pointing part is a batch of its own: no state, no actions."""
-        examples, settings = self.examples, self.settings
-        points = round(settings.batch * settings.pointing) if len(examples.pointable) else 0
+        examples, settings, points = self.examples, self.settings, self.points
         rows = np.sort(rng.choice(len(examples.images), settings.batch - points, replace=False))
         draws = (len(rows) * settings.flow_draws, *examples.actions.shape[1:])
         noise = torch.from_numpy(rng.standard_normal(draws, np.float32))
@@ -131,7 +131,7 @@ class Trainer:
         terms = {"flow": losses.flow[..., : self.recipe.contract.action_dim].mean()}
         if losses.fast is not None:
             terms["fast"] = losses.fast.mean()
-        if points and settings.knowledge_insulation:
+        if points:
             rows = np.sort(rng.choice(examples.pointable, points, replace=False))
             ask = np.zeros(points, np.int64)
             answers = _observation(examples.images[rows], examples.pointing_prompt, ask, examples.pointing, rows)
@@ -176,6 +176,12 @@ class Trainer:
         if not path.is_file():
             return False
         counter, state = SafetensorsIndex(path).metadata, load_file(path)
+        for name, value in self.model.state_dict().items():
+            saved = state.get(f"model.{name}")
+            if saved is None or saved.shape != value.shape:
+                raise ArgumentError(
+                    f"{path}: its '{name}' does not fit this model: it is of another preset or other demonstrations"
+                )
         self.model.load_state_dict({n[6:]: t for n, t in state.items() if n.startswith("model.")})
         self.average = {n[8:]: t for n, t in state.items() if n.startswith("average.")}
         self.step = int(counter["step"])
@@ -184,6 +190,19 @@ class Trainer:
                 moments = {name: state[f"optimizer.{index}.{name}"] for name in ("exp_avg", "exp_avg_sq")}
                 self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
         return True
+
+
+def _points(examples: Examples, settings: TrainSettings) -> int:
+    """How many frames of a batch answer the pointing question; DatasetError if there are too few frames for a batch."""
+    points = round(settings.batch * settings.pointing) if settings.knowledge_insulation else 0
+    points = points if len(examples.pointable) else 0
+    frames = len(examples.images)
+    if not 1 <= settings.batch - points <= frames or points > len(examples.pointable):
+        raise DatasetError(
+            f"a batch takes {settings.batch - points} frames for actions and {points} for pointing, but the "
+            f"demonstrations have {frames} and {len(examples.pointable)}: choose another batch size or record more"
+        )
+    return points
 
 
 def _observation(

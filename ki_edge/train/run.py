@@ -33,6 +33,10 @@ def open_trainer(
     ArgumentError if `out` holds a run and neither `resume` nor `fresh` was asked for, or nothing to resume.
     """
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise ArgumentError(f"{out} is a file: name a folder for the checkpoint")
+    if threads < 0:
+        raise ArgumentError(f"threads {threads}: expected at least 1, or 0 for all")
     exists = (out / "training" / STATE_FILE).is_file()
     if exists and not (resume or fresh):
         raise ArgumentError(f"{out} holds a training run: go on with --resume, or start over with --fresh")
@@ -47,6 +51,7 @@ def open_trainer(
     trainer = Trainer(model, Examples.encode(data, recipe), recipe, settings, out)
     if resume:
         trainer.resume()
-    elif exists:
-        trainer.log_path.unlink(missing_ok=True)
+    else:
+        for stale in (trainer.log_path, out / "training" / STATE_FILE):
+            stale.unlink(missing_ok=True)
     return trainer

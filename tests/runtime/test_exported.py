@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ki_export import exporter
 from ki_export.exporter import ExportOptions, export
 from ki_export.reference import ReferencePolicy
 from ki_runtime import ControlLoop, LoopOptions, Policy, Sampler
@@ -46,15 +47,33 @@ CASES = [  # cameras present, prompt lengths
 
 
 def random_model():
-    """Weights large enough for sharp attention, and a small embedding, or else every token predicts itself."""
+    """Sharp attention over tokens and a small embedding, or else every token predicts itself."""
     torch.manual_seed(0)
     model = Pi05(CONFIG).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 2.0 * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
+        for name, parameter in model.named_parameters():
+            gain = 2.0 if name.startswith("backbone.layers") else 1.0
+            scale = gain * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1
             parameter.copy_(torch.randn_like(parameter) * scale)
         model.backbone.embed_tokens.weight.mul_(0.05)
     return model
+
+
+def export_both(folder):
+    """Tracing is slow: the graphs that the vocabulary does not change are traced once."""
+    memo, trace = {}, exporter.trace
+
+    def trace_once(traceable, opset, sizes):
+        key = traceable.spec.name, sizes["F"] if traceable.spec is graphs.FAST_DECODE else None
+        if key not in memo:
+            memo[key] = trace(traceable, opset, sizes)
+        return memo[key].clone()
+
+    options = ExportOptions(verify=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "trace", trace_once)
+        export(folder / "checkpoint", folder / "policy", options)
+        export(folder / "checkpoint", folder / "full", replace(options, full_vocabulary=True))
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +91,7 @@ def exported(tmp_path_factory, tokenizer_model):
     fast = FastContract(id_offset=OFFSET, size=codec.vocab_size, max_tokens=60)
     contract = generic(["left", "right"], **fields, image_size=(4, 4), prompt_format="ki", execute=3, fast=fast)
     contract.save(folder / "checkpoint" / "contract.json")
-    options = ExportOptions(verify=False)
-    export(folder / "checkpoint", folder / "policy", options)
-    export(folder / "checkpoint", folder / "full", replace(options, full_vocabulary=True))
+    export_both(folder)
     ends = [*PromptTokenizer(tokenizer_model, "ki", 200).end_ids, 1]
     model.decode_ids = tuple(sorted({*range(OFFSET - codec.vocab_size + 1, OFFSET + 1), *ends}))
     return SimpleNamespace(folder=folder, model=model)

@@ -1,0 +1,47 @@
+# make demo    sets everything up, exports the Fetch policy, proves it equal to PyTorch, moves the simulated arm
+# make test    sets everything up and runs all checks
+# make lint    style and types only
+# make train-demo   demonstrations and training of the Fetch policy (about an hour and a half on two cores)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT := build/demo
+ROBOT := gym:FetchReach-v4
+EPISODES ?= 20
+export MUJOCO_GL ?= egl
+
+.PHONY: setup demo test lint train-demo clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found: install Python 3.10 to 3.13, or say PYTHON=..."; exit 2; }
+	@./examples/fetch/install_gl.sh
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,train,ort,sim,dev]'
+	@touch $@
+
+demo: setup
+	$(BIN)/ki-export examples/fetch/checkpoint -o $(OUT)/bundle --target ort --force
+	$(BIN)/ki-run $(OUT)/bundle --robot $(ROBOT) --episodes $(EPISODES) --seed 1000 --record $(OUT)/run
+	@echo
+	@echo "look at   $(OUT)/bundle/parity.html   (the export against PyTorch)"
+	@echo "and at    $(OUT)/run/                 (film, plots, steps.jsonl)"
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+train-demo: setup
+	$(BIN)/python examples/fetch/demonstrations.py build/fetch/demonstrations --scenes 30000 --seed 0 --workers 2
+	$(BIN)/ki-train build/fetch/demonstrations -o build/fetch/run --steps 6200 --batch 48 --pointing 0.33 --warmup 200
+	$(BIN)/python examples/fetch/evaluate.py build/fetch/run --episodes 100 --seed 1000
+
+clean:
+	rm -rf build dist *.egg-info

@@ -1,0 +1,124 @@
+"""A fresh runtime process: imports ki_runtime, runs a bundle once, and tells what that took, as JSON.
+
+    python benchmarks/probe.py BUNDLE [--cameras N] [--tokens T] [--threads N] [--memory]
+
+`startup.py` and `sampler.py` start it. A policy gets one black observation; a bundle of the model alone gets N black
+pictures and a prompt of T tokens. `--memory` also watches the process while it runs. Nothing but the standard library is
+imported before the clock starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ki_edge.contract import PolicyContract
+
+WATCH_S = 0.002  # between two readings of the anonymous memory
+
+
+class Watch(threading.Thread):
+    """Remembers the largest anonymous memory of this process, in bytes, until it is stopped."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while not self._over.wait(WATCH_S):
+            self.peak = max(self.peak, kernel_bytes("/proc/self/status", "RssAnon"))
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()
+
+
+def kernel_bytes(path: str, name: str) -> int:
+    """A line such as "VmHWM:  123 kB" of a file of /proc, in bytes."""
+    for line in Path(path).read_text(encoding="ascii").splitlines():
+        if line.startswith(name + ":"):
+            return 1024 * int(line.split()[1])
+    raise SystemExit(f"{path} has no {name}: this kernel does not tell the memory of a process")
+
+
+def black_observation(contract: PolicyContract) -> dict[str, Any]:
+    """An observation with everything that the contract wants: black pictures, a state of zeros, any prompt."""
+    import numpy as np
+
+    picture = np.zeros((*contract.image_size, 3), np.uint8)
+    pictures: dict[str, Any] = {camera.key: picture for camera in contract.cameras if camera.key is not None}
+    state, prompt = np.zeros(contract.state_dim), {"prompt": contract.default_prompt or "reach the target"}
+    if contract.robot == "libero":
+        return {**pictures, "observation/state": state, **prompt}
+    if contract.robot == "droid":
+        joints = {"observation/joint_position": state[:-1], "observation/gripper_position": state[-1:]}
+        return {**pictures, **joints, **prompt}
+    return {"images": pictures, "state": state, **prompt}
+
+
+def act(bundle: Path, cameras: int, tokens: int, threads: int | None) -> None:
+    """Open a bundle and let it act once."""
+    import numpy as np
+    from ki_runtime import Policy, Sampler
+
+    from ki_edge.bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    if opened.manifest.contract is not None:
+        policy = Policy.load(opened, threads=threads)
+        policy.infer(black_observation(policy.contract), seed=0)
+        return
+    sampler = Sampler.open(opened, threads=threads)
+    size = sampler.config.vision.image_size
+    images = np.zeros((1, cameras, size, size, 3), np.uint8)
+    prompt = np.full((1, tokens), 5, np.int32)
+    sampler.sample_actions(images, np.ones((1, cameras), np.bool_), prompt, np.ones((1, tokens), np.bool_), seed=0)
+
+
+def main() -> None:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description="Run a bundle once in this process and tell what that took.")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--cameras", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--memory", action="store_true", help="watch the memory (disturbs the times)")
+    options = parser.parse_args()
+    watch = Watch()
+    if options.memory:
+        watch.start()
+    start = time.perf_counter()
+    import ki_runtime  # noqa: F401
+
+    package = time.perf_counter() - start
+    from ki_runtime import Policy  # noqa: F401
+
+    classes = time.perf_counter() - start
+    act(options.bundle, options.cameras, options.tokens, options.threads)
+    report: dict[str, Any] = {
+        "import_s": package,
+        "import_policy_s": classes,
+        "first_action_s": time.perf_counter() - start,
+        "torch_loaded": "torch" in sys.modules,
+    }
+    if options.memory:
+        watch.stop()
+        anonymous = kernel_bytes("/proc/self/smaps_rollup", "Anonymous")
+        report["memory"] = {
+            "rss_peak": kernel_bytes("/proc/self/status", "VmHWM"),
+            "rss": kernel_bytes("/proc/self/status", "VmRSS"),
+            "anonymous_peak": max(watch.peak, anonymous),
+            "anonymous": anonymous,
+        }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Small checkpoints, and exports of them. Every geometry is traced once a test run."""
+
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from ki_export import exporter
+from ki_export.exporter import ExportOptions, export
+
+from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
+from ki_edge.contract import FastContract, generic
+from ki_edge.fast import FastCodec
+from ki_edge.model import Pi05, save_checkpoint
+from ki_edge.normalize import NormStats, write_norm_stats
+
+CONFIG = Pi05Config(
+    vision=VisionConfig(width=16, depth=1, mlp_dim=24, num_heads=2, patch_size=7, image_size=14),
+    backbone=GemmaConfig(width=24, depth=2, mlp_dim=40, num_heads=2, num_kv_heads=1, head_dim=8),
+    expert=GemmaConfig(width=16, depth=2, mlp_dim=24, num_heads=2, num_kv_heads=1, head_dim=8),
+    vocab_size=640,
+    action_dim=6,
+    action_horizon=5,
+)
+OFFSET = 600  # id of FAST token 0
+OPENPI_KEYS = SimpleNamespace(
+    embedding="paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight",
+    lm_head="paligemma_with_expert.paligemma.lm_head.weight",
+    backbone="paligemma_with_expert.paligemma.model.language_model.",
+    expert="paligemma_with_expert.gemma_expert.model.",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def traced_once():
+    """Tracing is slow, so equal graphs are traced once and handed out as copies."""
+    memo, trace = {}, exporter.trace
+
+    def remembered(traceable, opset, sizes):
+        key = (traceable.module.model.config, tuple(sizes.items()), traceable.spec.name, opset)
+        if key not in memo:
+            memo[key] = trace(traceable, opset, sizes)
+        return memo[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "trace", remembered)
+        yield
+
+
+def random_model(seed=0):
+    """A model whose every parameter matters."""
+    torch.manual_seed(seed)
+    model = Pi05(CONFIG).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1))
+        model.backbone.embed_tokens.weight.mul_(0.3)  # else every token predicts itself
+    return model
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, tokenizer_model):
+    """A policy checkpoint as ki-train writes it. Do not change it: copy it."""
+    folder = tmp_path_factory.mktemp("micro") / "checkpoint"
+    save_checkpoint(random_model(), folder, max_token_len=20)
+    codec = FastCodec.fit(np.random.default_rng(0).uniform(-1, 1, (20, 5, 2)), vocab_size=60, margin=2)
+    codec.save(folder / "assets" / "fast")
+    (folder / "assets" / "tokenizer.model").write_bytes(tokenizer_model)
+    stats = NormStats(q01=[-1.0, 0.0], q99=[1.0, 3.0])
+    write_norm_stats(folder / "assets" / "norm_stats.json", {"state": stats, "actions": stats})
+    fields = {"state_dim": 2, "action_dim": 2, "action_horizon": 5, "model_action_dim": 6, "max_token_len": 20}
+    fast = FastContract(id_offset=OFFSET, size=codec.vocab_size, max_tokens=60)
+    contract = generic(["left", "right"], **fields, image_size=(14, 14), prompt_format="ki", fast=fast, num_steps=4)
+    contract.save(folder / "contract.json")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint, tmp_path_factory):
+    """The exported, proven policy."""
+    return export(checkpoint, tmp_path_factory.mktemp("micro") / "bundle", ExportOptions())
+
+
+@pytest.fixture
+def copied(checkpoint, tmp_path):
+    """A checkpoint of one's own to damage."""
+    return shutil.copytree(checkpoint, tmp_path / "checkpoint")

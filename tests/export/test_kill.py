@@ -1,0 +1,80 @@
+"""kill -9 while an export replaces a bundle: the old one stays whole, or nothing is there; the next export cleans up."""
+
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from ki_edge.bundle import Bundle, write_bundle
+
+# A child that exports with graphs traced before, and stops for good at one moment.
+CHILD = """
+import sys, time
+from pathlib import Path
+import onnx_ir as ir
+from ki_edge import bundle as bundles
+from ki_export import exporter, parity
+
+checkpoint, target, traced, moment = sys.argv[1:]
+
+def halt():
+    print("halted", flush=True)
+    time.sleep(600)
+
+def trace(traceable, opset, sizes):
+    model = ir.load(Path(traced) / f"{traceable.spec.name}.onnx")
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = None
+    return model
+
+exporter.trace = trace
+if moment == "graphs":
+    exporter.check = lambda path: halt()
+elif moment == "proof":
+    parity.compare_with_checkpoint = lambda *arguments: halt()
+else:
+    rename = Path.rename
+    def rename_once(self, other):
+        rename(self, other)
+        halt()
+    Path.rename = rename_once
+exporter.export(checkpoint, target, exporter.ExportOptions(force=True, verify=moment == "proof"))
+"""
+
+
+@pytest.fixture(scope="module")
+def halted(bundle, checkpoint, tmp_path_factory):
+    """For each moment a folder with an old bundle, and a child process that stands still there."""
+    children = {}
+    for moment in ("graphs", "proof", "publication"):
+        folder = tmp_path_factory.mktemp(moment)
+        shutil.copytree(bundle.path, folder / "bundle")
+        arguments = [checkpoint, folder / "bundle", bundle.path, moment]
+        command = [sys.executable, "-c", CHILD, *map(str, arguments)]
+        children[moment] = folder, subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    yield children
+    for _, child in children.values():
+        child.kill()
+        child.wait()
+        child.stdout.close()
+
+
+@pytest.mark.parametrize("moment", ["graphs", "proof", "publication"])
+def test_kill_nine(halted, moment):
+    folder, child = halted[moment]
+    assert child.stdout.readline() == "halted\n"
+    left = [path.name for path in folder.iterdir() if path.name.startswith(".bundle.partial-")]
+    assert len(left) == 1  # the child was in the middle of it
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    if moment == "publication":
+        assert not (folder / "bundle").exists()  # between two renames: nothing is there
+    else:
+        assert Bundle.open(folder / "bundle", verify=True).manifest.parity["verified"]
+    with pytest.raises(RuntimeError, match="not today"), write_bundle(folder / "bundle", force=True):
+        raise RuntimeError("not today")
+    assert [path.name for path in folder.iterdir()] == ["bundle"]  # swept, and the old bundle is back
+    assert Bundle.open(folder / "bundle", verify=True).manifest.parity["verified"]

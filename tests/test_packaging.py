@@ -1,0 +1,64 @@
+"""The built wheel: it holds the three packages and nothing else, and alone it runs a bundle."""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(command: list[str | Path], **options: object) -> subprocess.CompletedProcess[str]:
+    result = subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        **options,  # type: ignore[call-overload]
+    )
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT])
+    return next(out.glob("*.whl"))
+
+
+def test_wheel_holds_the_three_packages(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"ki_edge", "ki_export", "ki_runtime"}
+    for source, package in (
+        ("ki_edge", "ki_edge"),
+        ("export/ki_export", "ki_export"),
+        ("runtime/ki_runtime", "ki_runtime"),
+    ):
+        files = {f"{package}/{p.relative_to(ROOT / source).as_posix()}" for p in (ROOT / source).rglob("*.py")}
+        assert files <= set(names), files - set(names)
+
+
+def test_wheel_alone_runs_a_bundle(wheel: Path, fetch_bundle: Path, fetch_replay: Path, tmp_path: Path) -> None:
+    home = tmp_path / "robot"
+    venv.create(home, with_pip=True)
+    python = home / "bin" / "python"
+    run([python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", f"{wheel}[ort]"])
+    installed = {p["name"].lower() for p in json.loads(run([python, "-m", "pip", "list", "--format=json"]).stdout)}
+    assert not installed & {"torch", "onnx", "safetensors", "transformers"}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    report = run(
+        [home / "bin" / "ki-run", fetch_bundle, "--robot", f"replay:{fetch_replay}", "--json"],
+        cwd=tmp_path, env=environment,
+    )  # fmt: skip
+    result = json.loads(report.stdout)
+    assert result["torch_loaded"] is False
+    assert result["episodes"]
