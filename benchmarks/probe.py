@@ -66,9 +66,9 @@ def black_observation(contract: PolicyContract) -> dict[str, Any]:
 def act(bundle: Path, cameras: int, tokens: int, threads: int | None) -> None:
     """Open a bundle and let it act once."""
     import numpy as np
-    from ki_runtime import Policy, Sampler
 
     from ki_edge.bundle import Bundle
+    from ki_runtime import Policy, Sampler
 
     opened = Bundle.open(bundle)
     if opened.manifest.contract is not None:

@@ -32,15 +32,15 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from ki_export.exporter import ExportOptions, export
-from ki_runtime.prefix import PrefixInputs, prepare_inputs
-from ki_runtime.sampler import Sampler
 from machine import cores, describe, print_machine, print_table
 
 from ki_edge.bundle import Bundle
 from ki_edge.config import Pi05Config
 from ki_edge.flow import denoise_times, step_size
 from ki_edge.model import Checkpoint, Pi05
+from ki_export.exporter import ExportOptions, export
+from ki_runtime.prefix import PrefixInputs, prepare_inputs
+from ki_runtime.sampler import Sampler
 
 F32 = npt.NDArray[np.float32]
 CAMERAS, PRESENT, PADDED, TOKENS, STEPS = 3, 2, 200, 30, 10

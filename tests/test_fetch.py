@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from ki_export.reference import ReferencePolicy
 from ki_runtime.loop import ControlLoop, LoopOptions, episode_noise
 from ki_runtime.policy import Policy

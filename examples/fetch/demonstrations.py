@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ki_runtime.robots.fetch import ACTION_NAMES, CAMERAS, PICTURE_SIZE, STATE_NAMES, FetchScene, GymRobot
-from ki_runtime.robots.replay import record_episode
 from numpy.typing import NDArray
 from tqdm import tqdm
+
+from ki_runtime.robots.fetch import ACTION_NAMES, CAMERAS, PICTURE_SIZE, STATE_NAMES, FetchScene, GymRobot
+from ki_runtime.robots.replay import record_episode
 
 PROMPTS = (
     "reach the red target",

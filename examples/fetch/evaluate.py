@@ -13,11 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ki_runtime.loop import ControlLoop, LoopOptions
-from ki_runtime.robots import open_robot
-
 from ki_edge.bundle import MANIFEST
 from ki_edge.errors import KiEdgeError
+from ki_runtime.loop import ControlLoop, LoopOptions
+from ki_runtime.robots import open_robot
 
 
 def open_policy(path: Path) -> Any:

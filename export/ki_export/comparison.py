@@ -13,10 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from ki_runtime.backends import SessionOptions, choose_backend, open_session
-from ki_runtime.denoise import runtime_weights
-from ki_runtime.sampler import Sampler
-from ki_runtime.session import Session
 from torch import Tensor
 
 from ki_edge import graphs
@@ -25,6 +21,10 @@ from ki_edge.flow import denoise_times, modulation_table, step_size
 from ki_edge.graphs import GraphSpec
 from ki_edge.model import Observation, Pi05
 from ki_edge.model.sampling import prefix as run_prefix
+from ki_runtime.backends import SessionOptions, choose_backend, open_session
+from ki_runtime.denoise import runtime_weights
+from ki_runtime.sampler import Sampler
+from ki_runtime.session import Session
 
 from .bars import Measurement, measure
 from .cases import Case

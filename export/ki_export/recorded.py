@@ -15,12 +15,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-from ki_runtime.sampler import Sampler
 
 from ki_edge.bundle import Bundle
 from ki_edge.contract import PolicyContract
 from ki_edge.errors import DatasetError
 from ki_edge.flow import denoise_times, step_size
+from ki_runtime.sampler import Sampler
 
 from .bars import Measurement, measure
 from .cases import Array, Case

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ki_export import exporter
-from ki_export.exporter import ExportOptions, export
 
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.contract import FastContract, generic
 from ki_edge.fast import FastCodec
 from ki_edge.model import Pi05, save_checkpoint
 from ki_edge.normalize import NormStats, write_norm_stats
+from ki_export import exporter
+from ki_export.exporter import ExportOptions, export
 
 CONFIG = Pi05Config(
     vision=VisionConfig(width=16, depth=1, mlp_dim=24, num_heads=2, patch_size=7, image_size=14),

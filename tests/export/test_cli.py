@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from ki_export import cli, exporter
 from safetensors.torch import load_file, save_file
 
 from ki_edge.bundle import Bundle
 from ki_edge.errors import ExportError
+from ki_export import cli, exporter
 
 from .conftest import OPENPI_KEYS
 
@@ -152,8 +152,10 @@ def test_progress_and_summary(checkpoint, tmp_path, capsys):
     output = capsys.readouterr()
     lines = output.err.splitlines()
     assert output.out == "" and all(line.startswith("ki-export: ") for line in lines)
-    assert ["traced prefix", "traced denoise", "traced fast_decode"] == [
-        " ".join(line.split()[1:3]) for line in lines[:3]
+    assert [" ".join(line.split()[1:3]) for line in lines[:3]] == [
+        "traced prefix",
+        "traced denoise",
+        "traced fast_decode",
     ]
     assert "weights linked" in lines[-1] and "verified, worst error" in lines[-1]
 

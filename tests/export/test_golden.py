@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+
+from ki_edge.model import Checkpoint
 from ki_export import parity_cli
 from ki_export.exporter import ExportOptions, export
 from ki_export.recorded import compare_with_recording
-
-from ki_edge.model import Checkpoint
 
 BAR = 2e-5  # absolute, whatever the tensor's magnitude: these models are small
 

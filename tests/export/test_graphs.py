@@ -3,9 +3,9 @@
 import onnx
 import onnx_ir as ir
 import pytest
-from ki_export.checker import check
 
 from ki_edge import flow, graphs
+from ki_export.checker import check
 
 from .conftest import OFFSET
 

@@ -4,6 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+
 from ki_export.passes.cleanup import clean_up
 from ki_export.passes.constants import fold_constants
 from ki_export.passes.identities import remove_identities

@@ -7,17 +7,17 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ki_export import safetensors_writer, weights
-from ki_export.exporter import ExportOptions, export
-from ki_export.safetensors_writer import write_float32
-from ki_export.weights import place_weights
-from ki_runtime.sampler import Sampler
 from safetensors.torch import load_file, save_file
 
 from ki_edge.errors import ExportError
 from ki_edge.model import Checkpoint
 from ki_edge.model.checkpoint import FLOAT32
 from ki_edge.safetensors_index import SafetensorsIndex
+from ki_export import safetensors_writer, weights
+from ki_export.exporter import ExportOptions, export
+from ki_export.safetensors_writer import write_float32
+from ki_export.weights import place_weights
+from ki_runtime.sampler import Sampler
 
 from .conftest import OPENPI_KEYS
 

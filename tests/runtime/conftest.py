@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from ki_runtime.sampler import Sampler
-from ki_runtime.session import HostBuffer, Session
 from safetensors.numpy import save_file
 
 from ki_edge import flow, graphs
 from ki_edge.bundle import Bundle, Manifest, write_bundle
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
+from ki_runtime.sampler import Sampler
+from ki_runtime.session import HostBuffer, Session
 
 CONFIG = Pi05Config(
     vision=VisionConfig(width=8, depth=1, mlp_dim=8, num_heads=2, patch_size=2, image_size=4),

@@ -8,12 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ki_export import exporter
-from ki_export.exporter import ExportOptions, export
-from ki_export.reference import ReferencePolicy
-from ki_runtime import ControlLoop, LoopOptions, Policy, Sampler
-from ki_runtime.backends import SessionOptions, choose_backend, open_session
-from ki_runtime.robots import EpisodeStatus
 
 from ki_edge import graphs
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
@@ -23,6 +17,12 @@ from ki_edge.model import Observation, Pi05, save_checkpoint
 from ki_edge.model.sampling import denoise_trace
 from ki_edge.normalize import NormStats, write_norm_stats
 from ki_edge.prompt import PromptTokenizer
+from ki_export import exporter
+from ki_export.exporter import ExportOptions, export
+from ki_export.reference import ReferencePolicy
+from ki_runtime import ControlLoop, LoopOptions, Policy, Sampler
+from ki_runtime.backends import SessionOptions, choose_backend, open_session
+from ki_runtime.robots import EpisodeStatus
 
 GEMMA = GemmaConfig(width=32, depth=2, mlp_dim=48, num_heads=4, num_kv_heads=2, head_dim=8)
 CONFIG = Pi05Config(

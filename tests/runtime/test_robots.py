@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from ki_runtime.robots import EpisodeStatus, RobotError, open_robot
 from ki_runtime.robots.fetch import CAMERAS, FetchScene
 from ki_runtime.robots.replay import ReplayRobot, record_episode

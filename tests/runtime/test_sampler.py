@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from ki_runtime.decode import choices_of
-from ki_runtime.sampler import Sampler
 
 from ki_edge import flow
 from ki_edge.contract import FastContract, generic
 from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_edge.prompt import PromptTokenizer
+from ki_runtime.decode import choices_of
+from ki_runtime.sampler import Sampler
 
 from .conftest import BAR, CONFIG, EOS, FAST_COUNT, FAST_FIRST
 
