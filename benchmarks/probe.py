@@ -3,7 +3,7 @@
     python benchmarks/probe.py BUNDLE [--cameras N] [--tokens T] [--threads N] [--memory]
 
 `startup.py` and `sampler.py` start it. A policy gets one black observation; a bundle of the model alone gets N black
-pictures and a prompt of T tokens. `--memory` also watches the process while it runs. Nothing but the standard library is
+pictures and a prompt of T tokens. `--memory` also watches the process while it runs. Only the standard library is
 imported before the clock starts.
 """
 

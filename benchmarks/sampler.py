@@ -11,9 +11,9 @@ CPU with the same number of threads:
     trimmed    PyTorch on the runtime's terms: only tokens that exist, modulations computed beforehand
     bundle     ki_runtime.Sampler on ONNX Runtime
 
-openpi / trimmed is what not computing is worth, trimmed / bundle what the engine is worth. The backbone's dead tail (the
-last layer's attention and MLP) runs in none of them, although openpi runs it: with few layers it would flatter the
-ratio. A fresh process without torch then runs the bundle once and tells its memory. Exit status 1 if a bar is missed.
+openpi / trimmed is what not computing is worth, trimmed / bundle what the engine is worth. openpi also runs the last
+backbone layer's attention and MLP, which nothing uses; here no contender does, since with few layers that would flatter
+the ratio. A fresh process without torch runs the bundle once and tells its memory. Exit status 1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def medians(runs: list[Run]) -> dict[str, float]:
 
 
 def needed_bytes(bundle: Bundle) -> int:
-    """Bytes of the weights file that acting needs: those of two graphs, and of the time modulation; shared ones once."""
+    """Bytes of the weights file that acting needs: two graphs' and the time modulation's, shared ones once."""
     spans = set()
     for graph in ("prefix", "denoise"):
         for tensor in onnx.load(bundle.graph(graph), load_external_data=False).graph.initializer:

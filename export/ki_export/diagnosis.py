@@ -32,8 +32,8 @@ NOT_FINITE_CAUSE = "values are not finite: usually an overflow, or a weight that
 
 @torch.no_grad()
 def explain(comparison: Comparison, bundle: Bundle, checkpoint: Checkpoint, model: Pi05, cases: Sequence[Case]) -> str:
-    """One line about the first failure in the order of the graphs."""
-    failure = min(comparison.failures, key=lambda m: (ORDER.index(m.graph), -m.severity))
+    """One line about the first failure in the order of graphs and layers."""
+    failure = min(comparison.failures, key=_order)
     line = f"{summary(failure)}; {len(comparison.failures)} of {len(comparison.measurements)} comparisons failed"
     changed = changed_weights(bundle, checkpoint)
     layer = None
@@ -51,6 +51,12 @@ def explain(comparison: Comparison, bundle: Bundle, checkpoint: Checkpoint, mode
     else:
         parts.append(f"cause: {GRAPH_CAUSE if layer else ROUNDING_CAUSE}")
     return "; ".join(parts)
+
+
+def _order(failure: Measurement) -> tuple[int, float, float]:
+    """Graphs in the order in which they run, then layers and steps, then the worst."""
+    place = np.inf if failure.place is None else failure.place
+    return ORDER.index(failure.graph), place, -failure.severity
 
 
 def summary(failure: Measurement) -> str:

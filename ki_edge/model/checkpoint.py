@@ -127,7 +127,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
 def _geometry(index: SafetensorsIndex, keys: Mapping[str, str], settings: Mapping[str, Any]) -> Pi05Config:
     def shape(key: str) -> tuple[int, ...]:
         if key not in keys:
-            raise CheckpointError(f"{index.path}: key '{key}' is missing")
+            raise CheckpointError(f"key '{key}' is missing")
         return index.entries[keys[key]].shape
 
     def depth(prefix: str) -> int:
@@ -152,24 +152,22 @@ def _geometry(index: SafetensorsIndex, keys: Mapping[str, str], settings: Mappin
             expert=_gemma(PREFIXES["expert."], shape, depth, given.get("action_expert")),
             vocab_size=shape(EMBEDDING)[0],
             action_dim=shape("action_in_proj.weight")[1],
-            action_horizon=_horizon(index.path, settings),
+            action_horizon=_horizon(settings),
         )
+    except CheckpointError as error:
+        raise CheckpointError(f"{index.path.parent}: {error}") from None
     except (KeyError, TypeError, IndexError, ValueError, ZeroDivisionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         raise CheckpointError(f"{index.path}: the geometry cannot be read from its tensors: {error!r}") from None
 
 
-def _horizon(path: Path, settings: Mapping[str, Any]) -> int:
+def _horizon(settings: Mapping[str, Any]) -> int:
     for name in ("action_horizon", "chunk_size"):
         value = settings.get(name)
         if type(value) is int and value >= 1:
             return value
         if value is not None:
-            raise CheckpointError(f"{path.parent / 'config.json'}: '{name}' is {value!r}, expected a positive integer")
-    raise CheckpointError(
-        f"{path.parent / 'config.json'}: neither 'action_horizon' nor 'chunk_size' in it: add the actions of a chunk"
-    )
+            raise CheckpointError(f"config.json: '{name}' is {value!r}, expected a positive integer")
+    raise CheckpointError("config.json: neither 'action_horizon' nor 'chunk_size' in it: add the actions of a chunk")
 
 
 def _gemma(prefix: str, shape: Any, depth: Any, given: Mapping[str, Any] | None) -> GemmaConfig:

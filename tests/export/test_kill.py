@@ -1,4 +1,4 @@
-"""kill -9 while an export replaces a bundle: the old one stays whole, or nothing is there; the next export cleans up."""
+"""kill -9 while an export replaces a bundle: the old one stays, or nothing is there, and the next export cleans up."""
 
 import shutil
 import signal

@@ -77,7 +77,7 @@ def test_vision_tower_is_transformers_siglip(small_model, generator):
     close(small_model.vision(pixels), reference(pixels).last_hidden_state)
 
 
-def gemma(config, vocab_size, bidirectional):
+def gemma(config, vocab_size):
     settings = transformers.GemmaConfig(
         vocab_size=vocab_size,
         hidden_size=config.width,
@@ -86,7 +86,6 @@ def gemma(config, vocab_size, bidirectional):
         num_attention_heads=config.num_heads,
         num_key_value_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        use_bidirectional_attention=bidirectional,
         attn_implementation="eager",
     )
     return transformers.GemmaModel(settings).eval()
@@ -97,17 +96,22 @@ def gemma(config, vocab_size, bidirectional):
 def test_backbone_is_transformers_gemma(small_model, generator, bidirectional):
     """Embedding with its scale, hidden states of every layer, K and V; with padding behind the second sample."""
     config = small_model.config
-    reference = gemma(config.backbone, config.vocab_size, bidirectional)
+    reference = gemma(config.backbone, config.vocab_size)
     reference.load_state_dict(small_model.backbone.state_dict())
     ids = torch.randint(0, 96, (2, 7), generator=generator)
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[1, 5:] = False
     positions = torch.arange(7).expand(2, -1)
+    order = torch.ones(7, 7).tril() > 0 if not bidirectional else torch.ones(7, 7) > 0
+    hidden_pairs = ~(order & mask[:, None, None, :])  # [B,1,S,S]
     out = reference(
-        input_ids=ids, attention_mask=mask.long(), position_ids=positions, use_cache=True, output_hidden_states=True
+        input_ids=ids,
+        attention_mask=torch.zeros(2, 1, 7, 7).masked_fill(hidden_pairs, torch.finfo(torch.float32).min),
+        position_ids=positions,
+        use_cache=True,
+        output_hidden_states=True,
     )
-    causal = torch.ones(7, 7).tril() > 0
-    bias = layers.key_bias(mask) + torch.where(causal | bidirectional, 0.0, layers.MASKED)
+    bias = layers.key_bias(mask) + torch.where(order, 0.0, layers.MASKED)
     vectors = small_model.backbone.embed(ids)
     hidden, cache = small_model.backbone(vectors, small_model._rope(positions), bias)
     close(vectors, out.hidden_states[0], 1e-6)

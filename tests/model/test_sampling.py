@@ -190,21 +190,21 @@ def test_actions_equal_the_uncached_oracle(small_model, observation, num_steps):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("constrained", [False, True])
 @pytest.mark.parametrize("forced", [(), (17, 40)])
-def test_fast_tokens_equal_the_uncached_oracle(small_model, observation, constrained, forced, monkeypatch):
+@pytest.mark.parametrize(("constrained", "seed"), [(False, 1), (True, 2)])
+def test_fast_tokens_equal_the_uncached_oracle(small_model, observe, constrained, forced, seed, monkeypatch):
+    observation = observe(CAMERAS, PROMPTS, seed=seed)
     allowed = list(range(30, 70)) if constrained else list(range(96))
     monkeypatch.setattr(small_model, "decode_ids", tuple(allowed) if constrained else ())
     arguments = {"max_tokens": 6, "forced": forced, "constrained": constrained}
     free = small_model.sample_fast_tokens(observation, **arguments)
-    monkeypatch.setattr(small_model, "eos_id", int(free[1, 2]))  # so that one sample ends before the others
+    late = next(token for row in free.tolist() for token in row if token not in free[:, 0])
+    monkeypatch.setattr(small_model, "eos_id", late)  # so that some samples end before the others
     tokens = small_model.sample_fast_tokens(observation, **arguments)
     oracle = Oracle(small_model)
     expected = [oracle.fast_tokens(observation, row, allowed, forced, tokens.shape[1]) for row in range(3)]
     assert tokens.tolist() == expected
-    assert len({tuple(row) for row in expected}) == 3
-    assert tokens[1, 2:].eq(small_model.eos_id).all()
-    assert not tokens.eq(small_model.eos_id).all()
+    assert len({row.index(late) if late in row else None for row in expected}) > 1
 
 
 @torch.no_grad()

@@ -1,0 +1,330 @@
+"""Checkpoint folders: both layouts, the tied embedding, dtypes, what is refused, and writing."""
+
+import json
+import shutil
+import struct
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ki_edge.config import PI05, GemmaConfig, Pi05Config, VisionConfig
+from ki_edge.errors import CheckpointError
+from ki_edge.model import Checkpoint, Pi05, save_checkpoint
+from ki_edge.model.checkpoint import checkpoint_key
+
+P = "paligemma_with_expert.paligemma."
+EMBEDDING = P + "model.language_model.embed_tokens.weight"
+LM_HEAD = P + "lm_head.weight"
+NORM = P + "model.language_model.norm.weight"
+GEOMETRY = {  # of the golden checkpoints "openpi_a" and "lerobot_a", as their makers describe it
+    "vision": VisionConfig(width=64, depth=2, mlp_dim=112, num_heads=4, patch_size=14, image_size=224),
+    "backbone": GemmaConfig(width=64, depth=3, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=16),
+    "expert": GemmaConfig(width=32, depth=3, mlp_dim=64, num_heads=4, num_kv_heads=1, head_dim=16),
+}
+
+
+@pytest.fixture(scope="module")
+def real(data):
+    """Every key of the released π0.5 models: [shape, dtype as openpi deploys it]."""
+    return json.loads((data / "pi05_state_dict.json").read_text())
+
+
+@pytest.fixture
+def folder(small_model, tmp_path):
+    """A small checkpoint that the test may damage."""
+    save_checkpoint(small_model, tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture
+def edit(folder):
+    """edit(function): rewrite the stored tensors, a dict, with function(tensors)."""
+
+    def rewrite(change, at=folder, **options):
+        tensors = load_file(at / "model.safetensors")
+        change(tensors)
+        save_file(tensors, at / "model.safetensors", **options)
+
+    return rewrite
+
+
+def configure(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def refused(folder, message):
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Checkpoint.open(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+# ---------------------------------------------------------------------- what is read
+
+
+@pytest.mark.parametrize("layout", ["openpi", "lerobot"])
+def test_layout_and_geometry(data, layout):
+    checkpoint = Checkpoint.open(data / f"{layout}_a")
+    assert (checkpoint.layout, checkpoint.time_convention) == (layout, layout)
+    assert checkpoint.config == Pi05Config(**GEOMETRY, vocab_size=1024, action_dim=32, action_horizon=10)
+
+
+def test_geometry_of_the_real_model(real, tmp_path):
+    """From a file with all headers and no content."""
+    header, end = {}, 0
+    for key, (shape, _) in real.items():
+        if key != EMBEDDING:
+            begin, end = end, end + 2 * int(torch.tensor(shape).prod())
+            header[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    blob = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(blob)) + blob)
+        file.truncate(8 + len(blob) + end)  # a hole
+    (tmp_path / "config.json").write_text('{"action_horizon": 50}')
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.config == PI05
+    assert set(checkpoint.keys) == set(real)
+
+
+def test_heads_of_openpis_debug_variant_need_no_geometry_block(data, tmp_path):
+    shutil.copytree(data / "ki", tmp_path / "ki")
+    (tmp_path / "ki" / "config.json").write_text('{"action_horizon": 12}')
+    backbone = Checkpoint.open(tmp_path / "ki").config.backbone
+    assert (backbone.num_heads, backbone.num_kv_heads, backbone.head_dim) == (8, 1, 16)
+
+
+def test_both_layouts_hold_the_same_model(data):
+    first, second = (Pi05.from_checkpoint(data / name).state_dict() for name in ("openpi_a", "lerobot_a"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", ["openpi_a", "lerobot_a"])
+def test_the_stored_embedding_wins_over_the_head(data, tmp_path, edit, name):
+    """LeRobot trains embed_tokens and leaves lm_head behind."""
+    at = shutil.copytree(data / name, tmp_path / "both")
+    prefix = "model." if name == "lerobot_a" else ""
+
+    def untie(tensors):
+        tensors[prefix + EMBEDDING] = tensors[prefix + LM_HEAD].clone()
+        tensors[prefix + LM_HEAD] += 1.0
+
+    edit(untie, at)
+    embedding = Pi05.from_checkpoint(at).state_dict()["backbone.embed_tokens.weight"]
+    assert torch.equal(embedding, Pi05.from_checkpoint(data / name).state_dict()["backbone.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("name", ["openpi_a", "lerobot_a"])
+def test_the_head_alone_is_the_embedding(data, tmp_path, edit, name):
+    at = shutil.copytree(data / name, tmp_path / "head")
+    prefix = "model." if name == "lerobot_a" else ""
+    edit(lambda tensors: tensors.pop(prefix + EMBEDDING, None), at)
+    embedding = Pi05.from_checkpoint(at).state_dict()["backbone.embed_tokens.weight"]
+    assert torch.equal(embedding, load_file(at / "model.safetensors")[prefix + LM_HEAD])
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_half_precision_files_are_widened(folder, edit, small_model, stored):
+    edit(lambda tensors: tensors.update({name: value.to(stored) for name, value in tensors.items()}))
+    loaded = Pi05.from_checkpoint(folder).state_dict()
+    for name, value in small_model.state_dict().items():
+        assert loaded[name].dtype == torch.float32
+        assert torch.equal(loaded[name], value.to(stored).float()), name
+
+
+def test_parameters_that_stay_float32_are_openpis(data, real):
+    model = Pi05.from_checkpoint(data / "openpi_a", dtype=torch.bfloat16)
+    for name, value in model.state_dict().items():
+        assert str(value.dtype) == f"torch.{real[checkpoint_key(name)][1]}", name
+
+
+def test_a_loaded_model_is_in_evaluation_mode(folder):
+    assert not Pi05.from_checkpoint(str(folder)).training
+
+
+def test_entry_tells_where_a_tensor_lies(data):
+    for name in ("openpi_a", "lerobot_a"):
+        checkpoint = Checkpoint.open(data / name)
+        entry = checkpoint.entry(EMBEDDING)
+        assert (entry.dtype, entry.shape) == ("F32", (1024, 64))
+        with (data / name / "model.safetensors").open("rb") as file:
+            file.seek(entry.offset)
+            content = torch.frombuffer(bytearray(file.read(entry.nbytes)), dtype=torch.float32)
+        assert torch.equal(content.view(1024, 64), checkpoint.load_model().backbone.embed_tokens.weight)
+
+
+# ---------------------------------------------------------------------- what is refused
+
+
+def test_no_folder(tmp_path):
+    refused(tmp_path / "none", "no checkpoint folder at .*none")
+    (tmp_path / "file").write_text("")
+    refused(tmp_path / "file", "no checkpoint folder")
+
+
+def test_no_file(folder):
+    (folder / "model.safetensors").unlink()
+    refused(folder, r"no such file: .*model\.safetensors")
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.999])
+def test_truncated_file(folder, share):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: int(share * len(content))])
+    refused(folder, "is truncated.*copy it again")
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a pickle in disguise", b"{}" * 50])
+def test_foreign_file(folder, content):
+    (folder / "model.safetensors").write_bytes(content)
+    refused(folder, "is not a safetensors file")
+
+
+def test_missing_key(folder, edit):
+    edit(lambda tensors: tensors.pop(NORM))
+    refused(folder, rf"key '{NORM}' is missing \(1 missing, 0 unexpected of \d+\)")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "action_in_proj.weight",
+        LM_HEAD,
+        P + "model.language_model.layers.0.self_attn.k_proj.weight",
+        P + "model.vision_tower.vision_model.embeddings.position_embedding.weight",
+        "paligemma_with_expert.gemma_expert.model.layers.0.mlp.gate_proj.weight",
+    ],
+)
+def test_missing_key_that_the_geometry_is_read_from(folder, edit, key):
+    edit(lambda tensors: tensors.pop(key))
+    refused(folder, f"key '{EMBEDDING if key == LM_HEAD else key}' is missing")
+
+
+def test_unexpected_key(folder, edit):
+    edit(lambda tensors: tensors.update({"memory.weight": torch.zeros(2)}))
+    refused(folder, r"unexpected key 'memory\.weight' \(0 missing, 1 unexpected")
+
+
+def test_a_lost_layer(folder, edit):
+    """Of both transformers, or of one."""
+    layer = P + "model.language_model.layers.1."
+    edit(lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith(layer)])
+    refused(folder, "their depth is 2 and 3")
+    edit(lambda tensors: [tensors.pop(name) for name in list(tensors) if "expert.model.layers.1." in name])
+    refused(folder, rf"key '.*layers\.1\..*' is missing \({9 + 11} missing, {9 + 11} unexpected")
+
+
+def test_a_layer_number_out_of_this_world(folder, edit):
+    """It must not make the reader build a billion layers."""
+    edit(
+        lambda tensors: tensors.update({P + "model.language_model.layers.999999999.mlp.up_proj.weight": torch.ones(1)})
+    )
+    refused(folder, "their depth is 4 and 3")
+
+
+def test_wrong_shape(folder, edit):
+    edit(lambda tensors: tensors.update({NORM: torch.zeros(25)}))
+    refused(folder, rf"'{NORM}' has shape \[25\], expected \[24\]")
+
+
+def test_wrong_dtype(folder, edit):
+    edit(lambda tensors: tensors.update({NORM: torch.zeros(24).long()}))
+    refused(folder, rf"'{NORM}' has dtype I64, expected F32, BF16 or F16")
+
+
+def test_pi0_is_named(folder, edit):
+    def older(tensors):
+        for part in ("weight", "bias"):
+            tensors[f"action_time_mlp_in.{part}"] = tensors.pop(f"time_mlp_in.{part}")
+        tensors["state_proj.weight"] = torch.zeros(16, 6)
+
+    edit(older)
+    refused(folder, "no π0.5 checkpoint but a π0 checkpoint")
+
+
+def test_another_model_is_named_by_its_keys(folder):
+    save_file({"encoder.weight": torch.zeros(1)}, folder / "model.safetensors")
+    refused(folder, r"no π0.5 checkpoint but keys such as \['encoder\.weight'\]")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "is not valid JSON"),
+        (b"\xff\xfe", "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b"[]", "expected a JSON object"),
+        (b" " * 4_000_001, "more than a configuration can be"),
+        (b"{}", "neither 'action_horizon' nor 'chunk_size'"),
+    ],
+)
+def test_bad_config(folder, content, message):
+    (folder / "config.json").write_bytes(content)
+    refused(folder, message)
+
+
+def test_no_config_at_all(folder):
+    (folder / "config.json").unlink()
+    refused(folder, r"config\.json: neither 'action_horizon' nor 'chunk_size'")
+
+
+@pytest.mark.parametrize("horizon", [0, -3, 2.5, "10", True, [10]])
+def test_bad_horizon(folder, horizon):
+    configure(folder, action_horizon=horizon)
+    refused(folder, r"config\.json: 'action_horizon' is .*, expected a positive integer")
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("vision", None, "no geometry in its tensors and config.json"),
+        ("vision", {"num_attention_heads": "x"}, "no geometry in its tensors and config.json"),
+        ("vision", {"num_attention_heads": 0}, "width 16 cannot be split into 0 heads"),
+        ("vision", {"num_attention_heads": 3}, "width 16 cannot be split into 3 heads"),
+        ("paligemma", 5, "no geometry in its tensors and config.json"),
+        ("paligemma", {"head_dim": 0}, "no geometry in its tensors and config.json"),
+        ("paligemma", {"head_dim": 1000}, "0 query heads cannot share 0 K/V heads"),
+        ("paligemma", {"head_dim": 4}, "their num_heads is 8 and 4"),
+    ],
+)
+def test_bad_geometry_block(folder, part, value, message):
+    block = json.loads((folder / "config.json").read_text())["tiny"]
+    configure(folder, tiny={**block, part: value})
+    refused(folder, message)
+
+
+# ---------------------------------------------------------------------- what is written
+
+
+def test_round_trip(small_model, folder):
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.config == small_model.config
+    assert checkpoint.layout == "openpi"
+    loaded = checkpoint.load_model().state_dict()
+    assert loaded.keys() == small_model.state_dict().keys()
+    assert all(torch.equal(loaded[name], value) for name, value in small_model.state_dict().items())
+
+
+def test_written_keys_are_openpis(folder, real):
+    """Every key of the small model exists in the real one, and the tie is recorded the same way."""
+    stored = load_file(folder / "model.safetensors")
+    assert set(stored) <= set(real)
+    assert EMBEDDING not in stored
+    assert Checkpoint.open(folder).index.metadata[EMBEDDING] == LM_HEAD
+    layers = {name for name in real if "layers." not in name or "layers.0." in name or "layers.1." in name}
+    assert layers - {EMBEDDING} <= set(stored)
+    settings = json.loads((folder / "config.json").read_text())
+    assert (settings["action_dim"], settings["action_horizon"], settings["max_token_len"]) == (6, 5, 200)
+
+
+def test_saving_again_replaces_the_files(small_model, folder):
+    with torch.no_grad():
+        small_model.action_out_proj.bias += 1.0
+    small_model.half()
+    save_checkpoint(small_model, str(folder), max_token_len=64)
+    bias = Pi05.from_checkpoint(folder).action_out_proj.bias
+    assert torch.equal(bias, small_model.action_out_proj.bias.float())
+    assert json.loads((folder / "config.json").read_text())["max_token_len"] == 64
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
