@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -30,23 +29,24 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import torch
 from machine import cores, describe, print_machine, print_table
+from memory import limit, print_memory, process_memory
 
 from ki_edge.bundle import Bundle
 from ki_edge.config import Pi05Config
 from ki_edge.flow import denoise_times, step_size
 from ki_edge.model import Checkpoint, Pi05
 from ki_export.exporter import ExportOptions, export
-from ki_runtime.prefix import PrefixInputs, prepare_inputs
+from ki_runtime.prefix import prepare_inputs
 from ki_runtime.sampler import Sampler
 
 F32 = npt.NDArray[np.float32]
+Array = npt.NDArray[Any]
+Inputs = tuple[Array, Array, Array, Array]  # of the prefix graph, in its order
 CAMERAS, PRESENT, PADDED, TOKENS, STEPS = 3, 2, 200, 30, 10
 SPEEDUP = 3.0  # openpi / bundle, total
 DIFFERENCE = 2e-5  # max abs of the actions: the float32 bar of the export
-WEIGHTS_FACTOR, EXTRA_BYTES = 1.15, 300e6  # memory: at most factor * weights + extra
 PAUSE_S = 0.1  # before each measurement: the other engine's threads stop spinning
 
 
@@ -66,7 +66,7 @@ class Run:
 Contender = Callable[[], Run]
 
 
-def draw_inputs(config: Pi05Config) -> tuple[npt.NDArray[Any], ...]:
+def draw_inputs(config: Pi05Config) -> Inputs:
     """images [1,3,h,w,3], camera_mask [1,3], prompt_tokens [1,200], prompt_mask [1,200]; what is absent is zeros."""
     rng = np.random.default_rng(0)
     size = config.vision.image_size
@@ -87,7 +87,7 @@ class TorchSide:
         with torch.inference_mode():
             self._rows = list(model.modulation(self._times))
 
-    def contender(self, inputs: tuple[npt.NDArray[Any], ...], noise: F32, *, hoisted: bool) -> Contender:
+    def contender(self, inputs: Inputs, noise: F32, *, hoisted: bool) -> Contender:
         """`hoisted`: modulations were computed beforehand; else each step computes its own."""
         tensors, x_1 = [torch.from_numpy(np.ascontiguousarray(array)) for array in inputs], torch.from_numpy(noise)
 
@@ -106,7 +106,7 @@ class TorchSide:
         return run
 
 
-def bundle_contender(sampler: Sampler, inputs: tuple[npt.NDArray[Any], ...], noise: F32) -> Contender:
+def bundle_contender(sampler: Sampler, inputs: Inputs, noise: F32) -> Contender:
     """The runtime on the untrimmed inputs; trimming is part of what is measured, in the prefix."""
 
     def run() -> Run:
@@ -137,35 +137,9 @@ def medians(runs: list[Run]) -> dict[str, float]:
     }
 
 
-def needed_bytes(bundle: Bundle) -> int:
-    """Bytes of the weights file that acting needs: two graphs' and the time modulation's, shared ones once."""
-    spans = set()
-    for graph in ("prefix", "denoise"):
-        for tensor in onnx.load(bundle.graph(graph), load_external_data=False).graph.initializer:
-            place = {entry.key: entry.value for entry in tensor.external_data}
-            if place:
-                spans.add((int(place["offset"]), int(place["length"])))
-    stored = bundle.weights()
-    for name in bundle.manifest.weights["runtime"].values():
-        spans.add((stored.entries[name].offset, stored.entries[name].nbytes))
-    return sum(length for _, length in spans)
-
-
-def process_memory(bundle: Bundle, threads: int) -> dict[str, int]:
-    """Memory of a fresh process that ran the bundle once, in bytes."""
-    probe = Path(__file__).with_name("probe.py")
-    command = [sys.executable, str(probe), str(bundle.path), "--memory", "--threads", str(threads)]
-    command += ["--cameras", str(PRESENT), "--tokens", str(TOKENS)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    report = json.loads(output)
-    assert not report["torch_loaded"], "the runtime imported torch"
-    memory: dict[str, int] = report["memory"]
-    return {"weights": needed_bytes(bundle), **memory}
-
-
 def compare(checkpoint: Path, bundle: Bundle, threads: int, rounds: int) -> dict[str, Any]:
     """Everything that is reported."""
-    memory = process_memory(bundle, threads)
+    memory = process_memory(bundle, threads, cameras=PRESENT, tokens=TOKENS)
     torch.set_num_threads(threads)
     model = Checkpoint.open(checkpoint).load_model()
     sampler = Sampler.open(bundle, "ort", threads=threads)
@@ -173,7 +147,7 @@ def compare(checkpoint: Path, bundle: Bundle, threads: int, rounds: int) -> dict
     inputs = draw_inputs(config)
     noise = np.random.default_rng(1).standard_normal((1, config.action_horizon, config.action_dim), np.float32)
     side = TorchSide(model, str(bundle.manifest.sampling["time_convention"]))
-    kept: PrefixInputs = prepare_inputs(*inputs, config)
+    kept = prepare_inputs(*inputs, config)
     trimmed = (kept.images, kept.camera_mask, kept.prompt_tokens, kept.prompt_mask)
     contenders = {
         "openpi": side.contender(inputs, noise, hoisted=False),
@@ -200,11 +174,10 @@ def compare(checkpoint: Path, bundle: Bundle, threads: int, rounds: int) -> dict
 def missed_bars(report: Mapping[str, Any]) -> list[str]:
     """What is not as good as it must be."""
     memory = report["memory"]
-    limit = WEIGHTS_FACTOR * memory["weights"] + EXTRA_BYTES
     bars = {
         f"speed-up at least {SPEEDUP:.0f}x": report["ratio"] >= SPEEDUP,
         f"difference at most {DIFFERENCE:.0e}": report["max_abs_difference"] <= DIFFERENCE,
-        f"peak memory at most {limit / 1e6:.0f} MB": memory["rss_peak"] <= limit,
+        f"peak memory at most {limit(memory) / 1e6:.0f} MB": memory["rss_peak"] <= limit(memory),
     }
     return [name for name, held in bars.items() if not held]
 
@@ -227,8 +200,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     low, high = report["ratio_of_rounds"]
     print(f"\nspeed-up over openpi's way    {report['ratio']:.2f}x (single rounds {low:.2f} to {high:.2f})")
     print(f"max |difference| of actions   {report['max_abs_difference']:.2e}\n")
-    memory = {name: f"{count / 1e6:.0f}" for name, count in report["memory"].items()}
-    print_table(("memory of a runtime process, MB", *memory), [("", *memory.values())])
+    print_memory(report["memory"])
     missed = missed_bars(report)
     print("\n" + (f"MISSED: {'; '.join(missed)}" if missed else "all bars held"))
 

@@ -45,7 +45,7 @@ class Manifest:
     """What a bundle says of itself. JSON objects stay plain dicts where another module owns their meaning."""
 
     model: dict[str, Any]  # Pi05Config.to_dict()
-    contract: dict[str, Any] | None  # PolicyContract.to_dict(); None: model only, no tokenizer or statistics
+    contract: dict[str, Any] | None  # PolicyContract.to_json(); None: model only, no tokenizer or statistics
     sampling: dict[str, Any]  # {"time_convention": "openpi"|"lerobot", "num_steps": int}
     precision: str  # "float32"
     graphs: dict[str, dict[str, Any]]  # graph name -> {"file", "inputs", "outputs"}
@@ -67,12 +67,15 @@ class Manifest:
 
     @property
     def vocabulary(self) -> DecodeVocabulary:
-        """Columns of the FAST logits."""
-        v = self.decode_vocabulary
-        try:
-            return DecodeVocabulary(int(v["first"]), int(v["count"]), tuple(int(i) for i in v["extra"]))
-        except (KeyError, TypeError, ValueError):
-            raise BundleError("manifest: 'decode_vocabulary' needs integers first, count and a list extra") from None
+        """Columns of the FAST logits; BundleError unless all are tokens of the model."""
+        v, size = self.decode_vocabulary, self.config.vocab_size
+        first, count, extra = (v.get(name) for name in ("first", "count", "extra"))
+        if type(first) is not int or type(count) is not int or not isinstance(extra, list | tuple):
+            raise BundleError("manifest: 'decode_vocabulary' needs integers first, count and a list extra")
+        fits = 0 <= first < first + count <= size and all(type(i) is int and 0 <= i < size for i in extra)
+        if not fits:
+            raise BundleError(f"manifest: 'decode_vocabulary' {v} is not within the model's {size} tokens")
+        return DecodeVocabulary(first, count, tuple(extra))
 
 
 @dataclass(frozen=True)

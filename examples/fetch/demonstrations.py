@@ -6,7 +6,7 @@ OUT is a folder of memory-mapped arrays, one frame per scene (F frames, H = hori
 
     images.npy   u8  [F, 2, 96, 96, 3]   RGB, cameras in the order of meta.json
     state.npy    f32 [F, 5]              gripper position (m), fingers (m)
-    actions.npy  f32 [F, H, 4]           what the expert does next, in [-1, 1]
+    actions.npy  f32 [F, H, 4]           the expert's next set-points: gripper position (m), opening
     prompt.npy   i32 [F]                 index into meta.json's prompts
     points.npy   f32 [F, 2, 2]           the target in each picture: x, y as fractions; NaN outside, hidden or not
 
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from ki_runtime.robots.fetch import ACTION_NAMES, CAMERAS, PICTURE_SIZE, STATE_NAMES, FetchScene, GymRobot
+from ki_runtime.robots.fetch import ACTION_NAMES, CAMERAS, PICTURE_SIZE, PLAN_STEP, STATE_NAMES, FetchScene, GymRobot
 from ki_runtime.robots.replay import record_episode
 
 PROMPTS = (
@@ -86,22 +86,21 @@ def arrange(scene: FetchScene, rng: np.random.Generator, fresh: bool) -> None:
         scene.move_target(draw_target(scene, rng, near=False))
         return
     if rng.random() < JOG:
-        action = np.append(rng.uniform(-1.0, 1.0, 3), 0.0).astype(np.float32)
+        offset = rng.uniform(-PLAN_STEP, PLAN_STEP, 3)
         for _ in range(rng.integers(1, 5)):
-            scene.step(action)
+            scene.step(np.append(scene.gripper + offset, 0.0))
     scene.move_target(draw_target(scene, rng, near=rng.random() < NEARBY))
     if rng.random() < APPROACH:
         for _ in range(rng.integers(1, 7)):
-            scene.step(scene.expert_action())
+            scene.step(scene.plan(1)[0])
 
 
 def film_scene(scene: FetchScene, rng: np.random.Generator, horizon: int) -> Frame:
     """One frame, then the expert's next `horizon` actions; the arm stays where they lead."""
     pictures, state, points = scene.pictures(), scene.state, scene.target_points()
-    actions = np.empty((horizon, len(ACTION_NAMES)), np.float32)
-    for action in actions:
-        action[:] = scene.expert_action()
-        scene.step(action)
+    actions = scene.plan(horizon)
+    for setpoint in actions:
+        scene.step(setpoint)
     return {
         "images": np.stack([pictures[camera.name] for camera in CAMERAS]),
         "state": state,
@@ -205,7 +204,7 @@ def record_expert(path: Path, seed: int) -> None:
     for _ in range(scene.step_limit):
         pictures.append(scene.pictures())
         states.append(scene.state)
-        actions.append(scene.expert_action())
+        actions.append(scene.plan(1)[0])
         scene.step(actions[-1])
     images = {camera.name: np.stack([picture[camera.name] for picture in pictures]) for camera in CAMERAS}
     record_episode(path, images=images, state=np.stack(states), actions=np.stack(actions), prompt=PROMPTS[0])

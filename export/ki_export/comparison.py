@@ -23,7 +23,7 @@ from ki_edge.model import Observation, Pi05
 from ki_edge.model.sampling import prefix as run_prefix
 from ki_runtime.backends import SessionOptions, choose_backend, open_session
 from ki_runtime.denoise import runtime_weights
-from ki_runtime.sampler import Sampler
+from ki_runtime.sampler import Sampler, Trace
 from ki_runtime.session import Session
 
 from .bars import Measurement, measure
@@ -99,8 +99,9 @@ def _compare_case(sides: Sides, case: Case) -> tuple[list[Measurement], tuple[Ar
     states = [torch.from_numpy(case.noise)]
     found += _denoise(sides, case, (k, v, mask), states)
     found += _fast(sides, case, observation)
-    found += _runtime(sides, case, (k, v, mask), states)
-    return found, (sides.sampler.sample_actions(*case.inputs, noise=case.noise)[0], states[-1][0].numpy())
+    trace = sides.sampler.trace(*case.inputs, noise=case.noise, num_steps=case.num_steps)
+    found += _runtime(case, trace, (k, v, mask), states)
+    return found, (trace.x[-1][0], states[-1][0].numpy())
 
 
 def _prefix(sides: Sides, case: Case, observation: Observation, reference: tuple[Tensor, ...]) -> Iterator[Measurement]:
@@ -180,8 +181,8 @@ def watched(
         del model.fast_decode_step
 
 
-def _runtime(sides: Sides, case: Case, prefix: tuple[Tensor, ...], states: Sequence[Tensor]) -> Iterator[Measurement]:
-    trace = sides.sampler.trace(*case.inputs, noise=case.noise, num_steps=case.num_steps)
+def _runtime(case: Case, trace: Trace, prefix: tuple[Tensor, ...], states: Sequence[Tensor]) -> Iterator[Measurement]:
+    """The whole pipeline, which leaves out absent cameras and padding."""
     k, v, mask = (tensor.numpy() for tensor in prefix)
     mask = mask[:, trace.columns]
     yield measure(case.name, RUNTIME, "prefix_mask", trace.prefix_mask, mask)

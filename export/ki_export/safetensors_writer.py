@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +23,10 @@ PIECE = 1 << 22  # elements
 ALIGNMENT = 64  # of the first tensor, in bytes
 
 
-def write_float32(
-    source: SafetensorsIndex, names: Sequence[str], path: Path, progress: Callable[[int], object] | None = None
-) -> None:
+def write_float32(source: SafetensorsIndex, names: Sequence[str], path: Path) -> None:
     """Copy the tensors called `names` to `path`, widening float16 and bfloat16 exactly.
 
-    `progress` is told the bytes written. ExportError if the disk is too small or writing fails.
+    ExportError if the disk is too small or writing fails.
     """
     shapes = {name: source.entries[name].shape for name in names}
     check_space(path, 4 * sum(math.prod(shape) for shape in shapes.values()))
@@ -40,10 +38,7 @@ def write_float32(
                 raw, dtype = source.raw(name), source.entries[name].dtype
                 width = 4 if dtype == "F32" else 2
                 for start in range(0, raw.size, PIECE * width):
-                    piece = widen(raw[start : start + PIECE * width], dtype)
-                    file.write(piece.data)
-                    if progress:
-                        progress(piece.nbytes)
+                    file.write(widen(raw[start : start + PIECE * width], dtype).data)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

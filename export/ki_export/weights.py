@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,7 +66,6 @@ def place_weights(
     used: Iterable[str],
     *,
     pack: bool,
-    progress: Callable[[int], object] | None = None,
 ) -> Weights:
     """Put weights.safetensors into `folder`, holding at least the checkpoint keys `used`. ExportError if it cannot."""
     names = {key: checkpoint.keys[key] for key in sorted(set(used))}
@@ -75,7 +74,7 @@ def place_weights(
     convert = any(checkpoint.index.entries[name].dtype != "F32" for name in stored)
     if convert or pack:
         order = sorted(stored, key=lambda name: checkpoint.index.entries[name].offset)
-        write_float32(checkpoint.index, order, path, progress)
+        write_float32(checkpoint.index, order, path)
         how = "converted" if convert else "packed"
     else:
         how = _link_or_copy(checkpoint.index.path, path)

@@ -136,9 +136,9 @@ def _geometry(index: SafetensorsIndex, keys: Mapping[str, str], settings: Mappin
 
     given = settings.get(GEOMETRY, {}) or {}
     vision = PREFIXES["vision."]
-    patch = shape(vision + "embeddings.patch_embedding.weight")
-    patches = shape(vision + "embeddings.position_embedding.weight")[0]
     try:
+        patch = shape(vision + "embeddings.patch_embedding.weight")
+        patches = shape(vision + "embeddings.position_embedding.weight")[0]
         return Pi05Config(
             vision=VisionConfig(
                 width=patch[0],
@@ -157,7 +157,7 @@ def _geometry(index: SafetensorsIndex, keys: Mapping[str, str], settings: Mappin
     except CheckpointError as error:
         raise CheckpointError(f"{index.path.parent}: {error}") from None
     except (KeyError, TypeError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{index.path}: the geometry cannot be read from its tensors: {error!r}") from None
+        raise CheckpointError(f"{index.path}: no geometry in its tensors and config.json: {error!r}") from None
 
 
 def _horizon(settings: Mapping[str, Any]) -> int:

@@ -40,9 +40,18 @@ class CenteredPatches(nn.Conv2d):
     @staticmethod
     def fold(state: dict[str, Tensor], center: Tensor) -> dict[str, Tensor]:
         """`state` for an ordinary patch embedding that computes the same."""
-        weight = state[PATCHES + "weight"]
-        moved = nn.functional.conv2d(center, weight, stride=weight.shape[-1]).flatten(2).transpose(1, 2)[0]
-        return {**state, POSITIONS: state[POSITIONS] - moved}
+        return {**state, POSITIONS: state[POSITIONS] - _share_of_center(state, center)}
+
+    @staticmethod
+    def unfold(state: dict[str, Tensor], center: Tensor) -> dict[str, Tensor]:
+        """Inverse of `fold`: `state` of an ordinary patch embedding for one with `center` that computes the same."""
+        return {**state, POSITIONS: state[POSITIONS] + _share_of_center(state, center)}
+
+
+def _share_of_center(state: dict[str, Tensor], center: Tensor) -> Tensor:
+    """What the centre contributes to each patch, [P,width]."""
+    weight = state[PATCHES + "weight"]
+    return nn.functional.conv2d(center, weight, stride=weight.shape[-1]).flatten(2).transpose(1, 2)[0]
 
 
 def mean_picture(images: Tensor) -> Tensor:

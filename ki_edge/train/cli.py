@@ -38,6 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("demonstrations", type=Path, help="folder of recorded demonstrations")
     parser.add_argument("-o", "--out", type=Path, required=True, help="checkpoint folder to write, or to go on with")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny", help="widths and depths of the model")
+    parser.add_argument(
+        "--init", type=Path, metavar="CHECKPOINT", help="start from these weights instead of random ones"
+    )
     parser.add_argument("--resume", action="store_true", help="go on where the run in OUT stopped")
     parser.add_argument("--fresh", action="store_true", help="start over although OUT holds a run")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
@@ -65,6 +68,7 @@ def train(arguments: argparse.Namespace) -> None:
     config, out = PRESETS[arguments.preset], arguments.out
     trainer = open_trainer(
         arguments.demonstrations, out, config, settings,
+        init=arguments.init,
         resume=arguments.resume, fresh=arguments.fresh, threads=arguments.threads,
     )  # fmt: skip
     with tqdm(total=trainer.settings.steps, initial=trainer.step, unit="step", smoothing=0.05) as bar:

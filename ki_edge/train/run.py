@@ -9,6 +9,7 @@ import torch
 
 from ..config import Pi05Config
 from ..errors import ArgumentError
+from ..model import Checkpoint
 from .centering import CenteredPatches, mean_picture
 from .demonstrations import Demonstrations
 from .initialization import from_scratch
@@ -24,12 +25,14 @@ def open_trainer(
     config: Pi05Config,
     settings: TrainSettings,
     *,
+    init: str | Path | None = None,
     resume: bool = False,
     fresh: bool = False,
     threads: int = 0,
 ) -> Trainer:
     """A Trainer ready to run. Everything that is fitted to the data is fitted again on resume: it is deterministic.
 
+    `init`: checkpoint folder whose weights the run starts from; without one they are random.
     ArgumentError if `out` holds a run and neither `resume` nor `fresh` was asked for, or nothing to resume.
     """
     out = Path(out)
@@ -47,7 +50,10 @@ def open_trainer(
     data = Demonstrations.open(demonstrations)
     recipe = Recipe.fit(data, config)
     model = from_scratch(recipe.config, seed=settings.seed, knowledge_insulation=settings.knowledge_insulation)
-    CenteredPatches.install(model, mean_picture(torch.from_numpy(np.array(data.images[:CENTER_FRAMES]))))
+    center = mean_picture(torch.from_numpy(np.array(data.images[:CENTER_FRAMES])))
+    if init is not None:
+        model.load_state_dict(CenteredPatches.unfold(_initial_state(Path(init), recipe.config), center))
+    CenteredPatches.install(model, center)
     trainer = Trainer(model, Examples.encode(data, recipe), recipe, settings, out)
     if resume:
         trainer.resume()
@@ -55,3 +61,12 @@ def open_trainer(
         for stale in (trainer.log_path, out / "training" / STATE_FILE):
             stale.unlink(missing_ok=True)
     return trainer
+
+
+def _initial_state(folder: Path, config: Pi05Config) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint.open(folder)
+    if checkpoint.config != config:
+        raise ArgumentError(
+            f"{folder} cannot be the start of this run: its geometry is {checkpoint.config}, not {config}"
+        )
+    return checkpoint.load_model().state_dict()

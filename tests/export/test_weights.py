@@ -114,8 +114,7 @@ def test_written_files_open_with_the_official_reader(tmp_path):
     state = {"b": torch.randn(3, 5), "a": torch.randn(7).bfloat16(), "c": torch.randn(2, 1, 4).half()}
     save_file(state, tmp_path / "in.safetensors", metadata={"who": "me"})
     index = SafetensorsIndex(tmp_path / "in.safetensors")
-    told = []
-    write_float32(index, ["c", "a", "b"], tmp_path / "out.safetensors", told.append)
+    write_float32(index, ["c", "a", "b"], tmp_path / "out.safetensors")
     written = load_file(tmp_path / "out.safetensors")
     assert {name: torch.equal(tensor, state[name].float()) for name, tensor in written.items()} == dict.fromkeys(
         "abc", True
@@ -123,7 +122,6 @@ def test_written_files_open_with_the_official_reader(tmp_path):
     result = SafetensorsIndex(tmp_path / "out.safetensors")
     assert result.metadata == {"who": "me", "format": "pt"}
     assert min(entry.offset for entry in result.entries.values()) % 64 == 0
-    assert sum(told) == 4 * (15 + 7 + 8)
 
 
 def test_a_full_disk_is_noticed_before_writing(checkpoint, tmp_path, monkeypatch):

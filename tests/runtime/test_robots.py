@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ki_runtime.robots import EpisodeStatus, RobotError, open_robot
-from ki_runtime.robots.fetch import CAMERAS, FetchScene
+from ki_runtime.robots.fetch import CAMERAS, PLAN_STEP, FetchScene
 from ki_runtime.robots.replay import ReplayRobot, record_episode
 
 if importlib.util.find_spec("gymnasium_robotics") is None:  # not imported here: MUJOCO_GL must be set before
@@ -106,7 +106,8 @@ def test_state_is_proprioception(scene):
     assert before.dtype == np.float32 and before.shape == (5,)
     assert np.array_equal(scene.state, before)  # the target is not in it
     assert np.allclose(before[:3], scene.home, atol=1e-3)
-    scene.step(np.array([0, 0, 1, 0], np.float32))
+    up = scene.gripper + np.array([0.0, 0.0, 0.1])
+    scene.step(np.append(up, 0.0))
     assert scene.state[2] > before[2] + 0.005
 
 
@@ -115,7 +116,7 @@ def test_expert_reaches_the_target(scene, seed):
     scene.reset(seed)
     assert not scene.success or scene.distance < 0.05
     for _ in range(scene.step_limit):
-        scene.step(scene.expert_action())
+        scene.step(scene.plan(1)[0])
     assert scene.success
     assert scene.distance < 0.025
 
@@ -133,7 +134,7 @@ def test_gym_robot_runs_an_episode():
         assert robot.status() == EpisodeStatus(done=False, success=False, steps=0)
         for step in range(50):
             assert not robot.status().done, step
-            robot.act(robot._scene.expert_action())
+            robot.act(robot._scene.plan(1)[0])
         assert robot.status() == EpisodeStatus(done=True, success=True, steps=50)
         robot.reset(3)
         assert robot.status() == EpisodeStatus(done=False, success=False, steps=0)
@@ -142,14 +143,23 @@ def test_gym_robot_runs_an_episode():
         robot.close()
 
 
-def test_actions_are_clipped_and_bad_ones_refused():
+def test_plan_goes_straight_to_the_target_and_stays(scene):
+    scene.reset(1)
+    start, target = scene.gripper, scene.target
+    plan = scene.plan(8)
+    assert plan.shape == (8, 4) and plan.dtype == np.float32
+    assert np.all(np.abs(np.diff(np.vstack([start, plan[:, :3]]), axis=0)) <= PLAN_STEP + 1e-6)
+    assert np.allclose(plan[-1], [*target, 0.0], atol=1e-6)
+
+
+def test_far_setpoints_are_bounded_and_bad_ones_refused():
     robot = open_robot("gym:FetchReach-v4")
     try:
         robot.reset(0)
-        robot.act(np.array([0, 9, 0, 0], np.float32))
+        robot.act(np.array([1.34, 9, 0.53, 0], np.float32))
         far = robot.observe()["state"]
         robot.reset(0)
-        robot.act(np.array([0, 1, 0, 0], np.float32))
+        robot.act(np.array([1.34, 2, 0.53, 0], np.float32))
         assert np.array_equal(robot.observe()["state"], far)
         for action, words in [([0, np.nan, 0, 0], "not finite"), ([0, 0, 0], r"shape \(3,\), expected \(4,\)")]:
             with pytest.raises(RobotError, match=words):

@@ -20,11 +20,12 @@ from ki_edge.errors import RobotError
 from ki_runtime.robots.base import EpisodeStatus, checked_action
 
 STATE_NAMES = ("gripper_x", "gripper_y", "gripper_z", "left_finger", "right_finger")
-ACTION_NAMES = ("dx", "dy", "dz", "gripper")
+ACTION_NAMES = ("x", "y", "z", "gripper")
 PICTURE_SIZE = 96  # pixels, width and height of what the policy sees
 FILM_SIZE = 320  # pixels, width and height of a film frame
 FIELD_OF_VIEW = 45.0  # degrees, vertical
-EXPERT_GAIN = 10.0  # action per metre of distance; an action of 1 asks for 5 cm
+TRACKING_GAIN = 10.0  # environment action per metre of distance; an action of 1 asks for 5 cm
+PLAN_STEP = 0.1  # m, how far the expert's set-point moves along each axis in one control period
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,10 @@ FILM_CAMERA = Camera("film", azimuth=165.0, elevation=-20.0, distance=1.25)
 class FetchScene:
     """FetchReach-v4 without its time limit: move the target, step, render. Use it from the thread that opened it.
 
-    An action is f32 [4] in [-1, 1]: displacement of the gripper along x, y, z (1 = 5 cm asked for) and the gripper's
-    opening (blocked in this task). The state is f32 [5], proprioception only: position of the gripper xyz (m), and of
-    the left and right finger (m).
+    The arm is commanded by set-points f32 [4]: where the gripper shall be, xyz (m, world), and its opening in [-1, 1]
+    (blocked in this task). `track` turns a set-point into the environment's bounded displacement, so no command moves
+    the arm faster than the environment allows. The state is f32 [5], proprioception only: position of the gripper
+    xyz (m), and of the left and right finger (m).
     """
 
     def __init__(self) -> None:
@@ -114,15 +116,22 @@ class FetchScene:
         model.site_pos[site] = point - data.xpos[model.site_bodyid[site]]  # its body stands still and is not rotated
         data.site_xpos[site] = point
 
-    def step(self, action: NDArray[np.float32]) -> None:
-        """Hold one action f32 [4] for one control period (40 ms)."""
-        self._read(self._env.step(action)[0])
+    def step(self, setpoint: NDArray[np.float32]) -> None:
+        """Follow one set-point f32 [4] for one control period (40 ms)."""
+        self._read(self._env.step(self.track(setpoint))[0])
 
-    def expert_action(self) -> NDArray[np.float32]:
-        """The scripted expert's action f32 [4]: straight to the target, slowing down over the last 10 cm."""
-        action = np.zeros(4, np.float32)
-        action[:3] = np.clip(EXPERT_GAIN * (self.target - self._gripper), -1.0, 1.0)
-        return action
+    def track(self, setpoint: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The environment's action f32 [4] in [-1, 1] that brings the gripper towards a set-point."""
+        action = np.array(setpoint, np.float32)
+        action[:3] = TRACKING_GAIN * (setpoint[:3] - self._gripper)
+        return np.clip(action, -1.0, 1.0)
+
+    def plan(self, horizon: int) -> NDArray[np.float32]:
+        """The scripted expert's next set-points f32 [horizon, 4]: straight to the target along each axis, then there."""
+        reach = PLAN_STEP * np.arange(1, horizon + 1)[:, None]
+        setpoints = np.zeros((horizon, len(ACTION_NAMES)), np.float32)
+        setpoints[:, :3] = self._gripper + np.clip(self.target - self._gripper, -reach, reach)
+        return setpoints
 
     def pictures(self) -> dict[str, NDArray[np.uint8]]:
         """What each camera sees now: name -> RGB u8 [96, 96, 3]."""

@@ -1,0 +1,75 @@
+"""The model's geometry: presets, JSON round trip, and everything that must be refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from ki_edge.config import PI05, TINY, GemmaConfig, Pi05Config, VisionConfig
+from ki_edge.errors import CheckpointError
+
+
+@pytest.mark.parametrize("config", [PI05, TINY])
+def test_round_trip(config):
+    assert Pi05Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_the_real_model(data):
+    """Sizes that follow from the shapes of the released models."""
+    shapes = {key: shape for key, (shape, _) in json.loads((data / "pi05_state_dict.json").read_text()).items()}
+    paligemma = "paligemma_with_expert.paligemma.model."
+    vision, expert = paligemma + "vision_tower.vision_model.", "paligemma_with_expert.gemma_expert.model."
+    assert shapes[vision + "embeddings.position_embedding.weight"] == [PI05.vision.patches, PI05.vision.width]
+    assert shapes[paligemma + "language_model.layers.17.self_attn.q_proj.weight"] == [8 * 256, PI05.backbone.width]
+    assert shapes[expert + "layers.17.mlp.gate_proj.weight"] == [PI05.expert.mlp_dim, PI05.expert.width]
+    dense = [key for key in shapes if key.startswith(expert) and key.endswith(".dense.weight")]
+    assert len(dense) == PI05.expert.modulated_norms == 37
+    assert (PI05.vision.patches, PI05.vision.head_dim) == (256, 72)
+
+
+@pytest.mark.parametrize("part", ["backbone", "expert", "vision", "vocab_size", "action_horizon"])
+def test_missing_and_unknown_fields(part):
+    content = PI05.to_dict()
+    value = content.pop(part)
+    with pytest.raises(CheckpointError, match=f"'{part}'"):
+        Pi05Config.from_dict(content)
+    with pytest.raises(CheckpointError, match=r"geometry 'model': missing \[\], unknown \['cameras'\]"):
+        Pi05Config.from_dict({**content, part: value, "cameras": 3})
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "value"),
+    [(None, "action_dim", v) for v in (0, -1, 2.0, "32", True, None)] + [("backbone", "width", 0), ("vision", "depth", "3")],
+)  # fmt: skip
+def test_sizes_are_positive_integers(part, field, value):
+    content = PI05.to_dict()
+    (content[part] if part else content)[field] = value
+    with pytest.raises(CheckpointError, match=rf"'{part or 'model'}\.{field}': expected a positive integer, not"):
+        Pi05Config.from_dict(content)
+
+
+def test_a_field_inside_a_part():
+    content = PI05.to_dict()
+    del content["expert"]["head_dim"]
+    with pytest.raises(CheckpointError, match=r"geometry 'expert': missing \['head_dim'\], unknown \[\]"):
+        Pi05Config.from_dict(content)
+    with pytest.raises(CheckpointError, match="geometry: 'vision' must be an object, not list"):
+        Pi05Config.from_dict({**PI05.to_dict(), "vision": []})
+
+
+@pytest.mark.parametrize("changes", [{"depth": 3}, {"head_dim": 128}, {"num_heads": 4}, {"num_kv_heads": 2}])
+def test_backbone_and_expert_must_share_keys_and_values(changes):
+    with pytest.raises(CheckpointError, match=f"share K/V, but their {next(iter(changes))} is"):
+        replace(PI05, expert=replace(PI05.expert, **changes))
+
+
+def test_heads_must_divide():
+    vision = {"width": 16, "depth": 1, "mlp_dim": 8, "num_heads": 2, "patch_size": 7, "image_size": 14}
+    with pytest.raises(CheckpointError, match="image_size 15 is no multiple of patch_size 7"):
+        VisionConfig(**{**vision, "image_size": 15})
+    for heads in (0, 3):
+        with pytest.raises(CheckpointError, match=f"width 16 cannot be split into {heads} heads"):
+            VisionConfig(**{**vision, "num_heads": heads})
+    for heads, shared in ((0, 1), (4, 0), (4, 3)):
+        with pytest.raises(CheckpointError, match=f"{heads} query heads cannot share {shared} K/V heads"):
+            GemmaConfig(width=8, depth=1, mlp_dim=8, num_heads=heads, num_kv_heads=shared, head_dim=4)
