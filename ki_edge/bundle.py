@@ -68,10 +68,11 @@ class Manifest:
     @property
     def vocabulary(self) -> DecodeVocabulary:
         """Columns of the FAST logits; BundleError unless all are tokens of the model."""
-        v, size = self.decode_vocabulary, self.config.vocab_size
+        v = self.decode_vocabulary
         first, count, extra = (v.get(name) for name in ("first", "count", "extra"))
         if type(first) is not int or type(count) is not int or not isinstance(extra, list | tuple):
             raise BundleError("manifest: 'decode_vocabulary' needs integers first, count and a list extra")
+        size = self.config.vocab_size
         fits = 0 <= first < first + count <= size and all(type(i) is int and 0 <= i < size for i in extra)
         if not fits:
             raise BundleError(f"manifest: 'decode_vocabulary' {v} is not within the model's {size} tokens")

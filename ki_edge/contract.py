@@ -104,6 +104,10 @@ class PolicyContract:
         if self.fast is not None:
             _require(self.fast.size >= 1 and self.fast.max_tokens >= 1, f"fast: size and max_tokens, got {self.fast}")
             _require(self.fast.id_offset - self.fast.size + 1 >= 0, f"fast: {self.fast} gives ids below 0")
+            folder = self.fast.folder
+            _require(
+                folder not in ("", ".", "..") and not set(folder) & set("/\\"), f"fast: folder {folder!r} is no name"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values; `from_json` gives back an equal contract."""

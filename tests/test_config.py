@@ -39,8 +39,8 @@ def test_missing_and_unknown_fields(part):
 
 @pytest.mark.parametrize(
     ("part", "field", "value"),
-    [(None, "action_dim", v) for v in (0, -1, 2.0, "32", True, None)] + [("backbone", "width", 0), ("vision", "depth", "3")],
-)  # fmt: skip
+    [*((None, "action_dim", bad) for bad in (0, -1, 2.0, "32", True, None)), ("expert", "width", 0)],
+)
 def test_sizes_are_positive_integers(part, field, value):
     content = PI05.to_dict()
     (content[part] if part else content)[field] = value

@@ -116,6 +116,8 @@ def test_not_an_object(content):
         ({"control_hz": 0.0}, "control_hz"),
         ({"fast": FastContract(id_offset=10, size=12)}, "below 0"),
         ({"fast": FastContract(size=0)}, "size and max_tokens"),
+        ({"fast": FastContract(folder="../fast")}, "folder '../fast' is no name"),
+        ({"fast": FastContract(folder="")}, "folder '' is no name"),
         ({"cameras": ()}, "at least one slot"),
         ({"cameras": (Camera("a", "x"), Camera("a", "y"))}, "same slot twice"),
         ({"cameras": (Camera("a", "x"), Camera("b", "x"))}, "same key twice"),

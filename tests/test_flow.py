@@ -47,7 +47,7 @@ def test_any_number_of_steps(convention, steps):
 @pytest.mark.parametrize("steps", [0, -1, 1001, 2.0, "10", None, True])
 def test_wrong_number_of_steps(steps):
     for function in (flow.denoise_times, flow.step_size, flow.check_steps):
-        with pytest.raises(ArgumentError, match="num_steps .*: expected an integer from 1 to 1000"):
+        with pytest.raises(ArgumentError, match=r"num_steps .*: expected an integer from 1 to 1000"):
             function(steps)
 
 

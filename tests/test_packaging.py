@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -28,8 +29,12 @@ def run(command: list[str | Path], **options: object) -> subprocess.CompletedPro
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, ROOT])
+    out, clean = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("sources")
+    for name in ("ki_edge", "export", "runtime"):  # a copy: setuptools would pack what an older build left behind
+        shutil.copytree(ROOT / name, clean / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, clean)
+    run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, clean])
     return next(out.glob("*.whl"))
 
 
@@ -38,13 +43,15 @@ def test_wheel_holds_the_three_packages(wheel: Path) -> None:
         names = archive.namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"ki_edge", "ki_export", "ki_runtime"}
+    expected = set()
     for source, package in (
         ("ki_edge", "ki_edge"),
         ("export/ki_export", "ki_export"),
         ("runtime/ki_runtime", "ki_runtime"),
     ):
-        files = {f"{package}/{p.relative_to(ROOT / source).as_posix()}" for p in (ROOT / source).rglob("*.py")}
-        assert files <= set(names), files - set(names)
+        files = [*(ROOT / source).rglob("*.py"), ROOT / source / "py.typed"]
+        expected |= {f"{package}/{path.relative_to(ROOT / source).as_posix()}" for path in files}
+    assert {name for name in names if ".dist-info/" not in name} == expected
 
 
 def test_wheel_alone_runs_a_bundle(wheel: Path, fetch_bundle: Path, fetch_replay: Path, tmp_path: Path) -> None:

@@ -31,10 +31,11 @@ def plot_losses(log: Path, picture: Path) -> None:
     columns = read_log(log)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for name, label in TERMS.items():
-        values = np.array(columns[name])
-        if np.isfinite(values).any():
-            (line,) = axes.plot(columns["step"], values, alpha=0.25, linewidth=0.8)
-            axes.plot(columns["step"], _smooth(values), color=line.get_color(), label=label)
+        logged = np.isfinite(columns[name])
+        steps, values = np.array(columns["step"])[logged], np.array(columns[name])[logged]
+        if len(steps):
+            (line,) = axes.plot(steps, values, alpha=0.25, linewidth=0.8)
+            axes.plot(steps, _smooth(values), color=line.get_color(), label=label)
     axes.set(xlabel="step", ylabel="loss", yscale="log", title="Training losses")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -43,4 +44,4 @@ def plot_losses(log: Path, picture: Path) -> None:
 
 
 def _smooth(values: npt.NDArray[np.float64], window: int = 25) -> list[float]:
-    return [float(np.nanmean(values[max(0, i - window + 1) : i + 1])) for i in range(len(values))]
+    return [float(np.mean(values[max(0, i - window + 1) : i + 1])) for i in range(len(values))]

@@ -61,10 +61,9 @@ def open_session(bundle: Bundle, graph: GraphSpec, backend: Backend, options: Se
     says.
     """
     try:
-        module = import_module(backend.module)
+        session: Session = import_module(backend.module).open_session(bundle, graph, options)
     except ImportError as error:
         raise BackendError(f"backend '{backend.name}' cannot be imported: {error}; {backend.install}") from error
-    session: Session = module.open_session(bundle, graph, options)
     return session
 
 

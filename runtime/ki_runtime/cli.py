@@ -43,8 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return _run(options)
-    except KiEdgeError as error:
-        print(f"ki-run: error: {error}", file=sys.stderr)
+    except (KiEdgeError, OSError) as error:
+        print(f"ki-run: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("ki-run: interrupted", file=sys.stderr)
@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--episodes", type=int, default=defaults.episodes, metavar="N", help="default %(default)s")
     add("--seed", type=int, default=defaults.seed, metavar="S", help="episode i uses seed S + i; default %(default)s")
     add("--prompt", metavar="TEXT", help="instruction, instead of the robot's own")
-    add("--backend", choices=NAMES, default="auto", help="inference engine; default: the best one installed")
+    add("--backend", default="auto", metavar="NAME", help=f"{', '.join(NAMES)}; default: the best one installed")
     add("--threads", type=int, metavar="N", help="CPU threads of the engine; default: its own choice")
     add("--num-steps", type=int, metavar="N", help="denoising steps; default: the bundle's")
     add("--execute", type=int, metavar="K", help="actions executed per inference; default: the contract's")

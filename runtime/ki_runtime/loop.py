@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ki_edge import flow
 from ki_edge.contract import PolicyContract
 from ki_edge.errors import ArgumentError
 
@@ -73,6 +74,8 @@ class LoopOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ArgumentError(f"{name} {value}: expected at least 1")
+        if self.num_steps is not None:
+            flow.check_steps(self.num_steps)
         if self.seed < 0:
             raise ArgumentError(f"seed {self.seed}: expected 0 or more")
         if self.max_hz is not None and not self.max_hz > 0:
@@ -163,8 +166,9 @@ class ControlLoop:
             observation = {**observation, "prompt": self._options.prompt}
         observed = time.perf_counter_ns()
         noise = episode_noise(seed, index, self._noise_shape)
-        result = self._policy.infer(observation, noise=noise, num_steps=self._options.num_steps)
-        self._latencies.add({"observe_ms": (observed - start) / 1e6, **result["timing"]})
+        result = dict(self._policy.infer(observation, noise=noise, num_steps=self._options.num_steps))
+        result["timing"] = {"observe_ms": (observed - start) / 1e6, **result["timing"]}
+        self._latencies.add(result["timing"])
         for watcher in self._watchers:
             watcher.inferred(step, observation, result)
         return iter(np.asarray(result["actions"], np.float32)[: self._execute])

@@ -7,11 +7,11 @@ stored [out, in] is as fast without.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from ki_edge import graphs
 from ki_edge.bundle import Bundle
@@ -50,6 +50,7 @@ class OrtSession(Session):
 
     def __init__(self, path: Path, spec: GraphSpec, sizes: Mapping[str, int], options: SessionOptions) -> None:
         super().__init__(spec, sizes)
+        ort = _onnxruntime()
         engine = _engine_options(options)
         try:
             self._session = ort.InferenceSession(path, engine, providers=["CPUExecutionProvider"])
@@ -101,7 +102,7 @@ def _engine_options(options: SessionOptions) -> Any:
     threads = options.threads
     if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
         raise ArgumentError(f"threads {threads!r}: expected a positive integer, or None for the engine's choice")
-    engine = ort.SessionOptions()
+    engine = _onnxruntime().SessionOptions()
     engine.intra_op_num_threads = threads or 0
     engine.inter_op_num_threads = 1
     engine.log_severity_level = ERRORS_ONLY
@@ -112,7 +113,12 @@ def _engine_options(options: SessionOptions) -> Any:
 def _ort_value(buffer: Buffer) -> Any:
     if not isinstance(buffer, HostBuffer):
         raise BackendError(f"onnxruntime on the CPU cannot bind a {type(buffer).__name__} of another backend")
-    return ort.OrtValue.ortvalue_from_numpy(buffer.array)
+    return _onnxruntime().OrtValue.ortvalue_from_numpy(buffer.array)
+
+
+def _onnxruntime() -> Any:
+    """The engine; imported when the first session is opened, so that this module can be imported without it."""
+    return import_module("onnxruntime")
 
 
 def _first_line(error: Exception) -> str:

@@ -3,7 +3,7 @@
 steps.jsonl           one object a line: {"event": "episode" | "inference" | "step" | "end", ...}
 episode_000.mp4       the robot's film (GIF without imageio-ffmpeg), at its control rate
 actions_000.png       executed actions; for a replay, with the recorded ones
-latency.png           every measured latency by stage
+latency.png           every latency of an inference by stage
 """
 
 from __future__ import annotations

@@ -1,12 +1,22 @@
-"""Small checkpoints, and exports of them. Every geometry is traced once a test run."""
+"""Small checkpoints, and exports of them."""
 
+import hashlib
+import os
 import shutil
+from importlib.metadata import version as version_of
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
 
+import ki_edge.model
+import ki_export.passes
+import ki_export.tracing
+import ki_export.wrappers
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.contract import FastContract, generic
 from ki_edge.fast import FastCodec
@@ -33,19 +43,45 @@ OPENPI_KEYS = SimpleNamespace(
 
 
 @pytest.fixture(scope="session", autouse=True)
-def traced_once():
-    """Tracing is slow, so equal graphs are traced once and handed out as copies."""
-    memo, trace = {}, exporter.trace
+def traced_once(request):
+    """Tracing is slow, so each graph is traced once, and again only after a change of anything that shapes it."""
+    trace, folder = exporter.trace, request.config.cache.mkdir("ki_export_traces")
+    version = hashlib.sha256(repr((torch.__version__, onnx.__version__, version_of("onnxscript"))).encode())
+    for package in (ki_edge.model, ki_export.passes):
+        for file in sorted(Path(package.__file__).parent.glob("*.py")):
+            version.update(file.read_bytes())
+    for module in (ki_export.tracing, ki_export.wrappers):
+        version.update(Path(module.__file__).read_bytes())
 
     def remembered(traceable, opset, sizes):
-        key = (traceable.module.model.config, tuple(sizes.items()), traceable.spec.name, opset)
-        if key not in memo:
-            memo[key] = trace(traceable, opset, sizes)
-        return memo[key].clone()
+        tensors = (*traceable.spec.inputs, *traceable.spec.outputs)
+        key = repr((traceable.module.model.config, [t.resolve(sizes) for t in tensors], opset, traceable.module))
+        path = folder / (hashlib.sha256(version.digest() + key.encode()).hexdigest()[:32] + ".onnx")
+        if not path.exists():
+            save_traced(trace(traceable, opset, sizes), path)
+        return load_traced(path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exporter, "trace", remembered)
         yield
+
+
+def save_traced(model, path):
+    """A traced graph has weights without values: any place in a file stands in for them."""
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None:
+            value.const_value = ir.ExternalTensor("none", 0, 0, ir.DataType.FLOAT, shape=value.shape, name=name)
+    partial = path.with_suffix(f".{os.getpid()}")
+    ir.save(model, partial)
+    partial.replace(path)
+
+
+def load_traced(path):
+    model = ir.load(path)
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = None
+    return model
 
 
 def random_model(seed=0):

@@ -129,6 +129,7 @@ def test_pace():
         ({"execute": 6}, "execute 6: the policy gives 5 actions"),
         ({"max_steps": 0}, "max_steps 0"),
         ({"max_hz": 0.0}, "max_hz 0.0"),
+        ({"num_steps": 0}, "num_steps 0"),
     ],
 )
 def test_options_that_make_no_sense(options, message):
@@ -201,7 +202,8 @@ def test_steps_are_logged(tmp_path):
     assert lines[0] == {"event": "episode", "index": 0, "seed": 8, "robot": "counting"}
     inference = lines[5]
     assert inference["step"] == 3 and inference["state"] == [3, 3] and inference["prompt"] == "own prompt"
-    assert inference["actions"] == [[3, h] for h in range(HORIZON)] and inference["timing"]["denoise_ms"] == 1.0
+    assert inference["actions"] == [[3, h] for h in range(HORIZON)]
+    assert inference["timing"]["denoise_ms"] == 1.0 and inference["timing"]["observe_ms"] > 0
     assert lines[6] == {"event": "step", "step": 3, "action": [3, 0]}
     assert lines[len(one) - 1]["success"] is True and lines[len(one) - 1]["seed"] == 8
 
@@ -339,8 +341,10 @@ def test_an_error_is_one_line(run):
 
 
 def test_options_are_checked_before_anything_is_loaded(run):
-    result = run("--episodes", "0")
-    assert result.status == 2 and result.loaded == [] and "error: episodes 0" in result.err
+    for option, name in (("--episodes", "episodes"), ("--num-steps", "num_steps")):
+        result = run(option, "0")
+        assert result.status == 2 and result.loaded == [] and f"error: {name} 0" in result.err
+        assert len(result.err.splitlines()) == 1
 
 
 def test_interrupt(run, tmp_path):
@@ -363,9 +367,34 @@ def test_interrupt_while_loading(monkeypatch, capsys):
     assert capsys.readouterr().err == "ki-run: interrupted\n"
 
 
-def test_missing_bundle_and_unknown_robot(capsys, tmp_path):
-    assert cli.main([str(tmp_path / "none"), "--robot", "gym:FetchReach-v4"]) == 2
-    assert "no bundle at" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--robot", "gym:FetchReach-v4"], "no bundle at"),
+        (["--robot", "gym:FetchReach-v4", "--backend", "abacus"], "no backend 'abacus'; there are: auto, ort"),
+    ],
+)
+def test_missing_bundle_and_unknown_backend(capsys, tmp_path, arguments, message):
+    assert cli.main([str(tmp_path / "none"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ki-run: error: ") and message in error and len(error.splitlines()) == 1
+
+
+def test_unknown_robot(capsys, monkeypatch):
+    monkeypatch.setattr("ki_runtime.policy.Policy.load", lambda *_, **__: FormulaPolicy())
+    assert cli.main(["bundle", "--robot", "gym:Unknown-v0"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ki-run: error: unknown robot 'gym:Unknown-v0'") and len(error.splitlines()) == 1
+
+
+def test_a_disk_that_fails_is_one_line(run):
+    class Full(Failing):
+        error = OSError(28, "No space left on device")
+
+    robot = CountingRobot()
+    result = run("--episodes", "2", policy=Full(), robot=robot)
+    assert result.status == 2 and robot.closed
+    assert result.err.splitlines()[-1] == "ki-run: error: [Errno 28] No space left on device"
 
 
 def test_help_names_every_backend(capsys):

@@ -384,6 +384,16 @@ def test_malformed_sampling(fake_sampler, make_bundle, sampling):
         fake_sampler(make_bundle(sampling=sampling))
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"first": "600"}, {"first": -1}, {"count": 0}, {"count": 10**12}, {"extra": None}, {"extra": [CONFIG.vocab_size]}],
+)
+def test_a_decode_vocabulary_that_the_model_does_not_have(make_bundle, changes):
+    bundle = make_bundle(decode_vocabulary={"first": FAST_FIRST, "count": FAST_COUNT, "extra": [BAR, EOS], **changes})
+    with pytest.raises(BundleError, match="'decode_vocabulary'"):
+        Sampler.open(bundle)
+
+
 @pytest.mark.parametrize("runtime", [None, {}, {"time_mlp_in.weight": "nowhere"}])
 def test_missing_runtime_weights(fake_sampler, make_bundle, runtime):
     with pytest.raises(BundleError, match="time modulation"):

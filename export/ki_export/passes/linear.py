@@ -51,16 +51,18 @@ def _rewrite(graph: ir.Graph, node: ir.Node, weight: ir.Value, sizes: Sizes) -> 
         new.append(ir.node("Constant", [], attributes={"value": ir.tensor(np.array(numbers, np.int64))}))
         return new[-1].outputs[0]
 
-    flat = x if len(leading) == 1 else add("Reshape", [x, constant(-1, rows_in)])
-    flat.shape, flat.type = ir.Shape([_rows(leading), rows_in]) if flat is not x else x.shape, x.type
-    out = add("Gemm", [flat, weight, *bias], transB=1)
-    out.type, out.shape = x.type, ir.Shape([flat.shape[0], rows_out])
-    if len(leading) > 1:
+    if len(leading) == 1:
+        out = add("Gemm", [x, weight, *bias], transB=1)
+    else:
+        flat = add("Reshape", [x, constant(-1, rows_in)])
+        flat.type, flat.shape = x.type, ir.Shape([_rows(leading), rows_in])
+        rows = add("Gemm", [flat, weight, *bias], transB=1)
+        rows.type, rows.shape = x.type, ir.Shape([_rows(leading), rows_out])
         key = tuple(str(dim) for dim in leading)
         if key not in sizes:  # nodes are visited in their order, so the first Shape precedes all its users
             sizes[key] = add("Shape", [x], start=0, end=len(leading))
-        out = add("Reshape", [out, add("Concat", [sizes[key], constant(rows_out)], axis=0)])
-        out.type, out.shape = x.type, ir.Shape([*leading, rows_out])
+        out = add("Reshape", [rows, add("Concat", [sizes[key], constant(rows_out)], axis=0)])
+    out.type, out.shape = x.type, ir.Shape([*leading, rows_out])
     ir.convenience.replace_nodes_and_values(graph, last, [last], new, last.outputs, [out])
 
 

@@ -127,7 +127,7 @@ class FetchScene:
         return np.clip(action, -1.0, 1.0)
 
     def plan(self, horizon: int) -> NDArray[np.float32]:
-        """The scripted expert's next set-points f32 [horizon, 4]: straight to the target along each axis, then there."""
+        """The scripted expert's next set-points f32 [horizon, 4]: to the target along each axis, then there."""
         reach = PLAN_STEP * np.arange(1, horizon + 1)[:, None]
         setpoints = np.zeros((horizon, len(ACTION_NAMES)), np.float32)
         setpoints[:, :3] = self._gripper + np.clip(self.target - self._gripper, -reach, reach)
@@ -204,7 +204,7 @@ class GymRobot:
         return {"images": self._scene.pictures(), "state": self._scene.state, "prompt": self._prompt}
 
     def act(self, action: NDArray[np.float32]) -> None:
-        """Apply one action f32 [4] for one control period; the environment clips it to [-1, 1]."""
+        """Follow one set-point f32 [4] for one control period; how fast it is approached is limited."""
         self._scene.step(checked_action(action, len(ACTION_NAMES), self.name))
         self._steps += 1
 

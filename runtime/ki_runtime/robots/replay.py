@@ -6,6 +6,7 @@ The file is an .npz: "images/<camera>" u8 [T, h, w, 3] for each camera, "state" 
 
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from ki_runtime.robots.base import EpisodeStatus, checked_action
 
 MAX_BYTES = 4 << 30  # all arrays of a file together, uncompressed
 MAX_PROMPT = 4096  # characters
+# What zipfile and numpy raise for a damaged, encrypted or foreign archive.
+UNREADABLE = (OSError, ValueError, EOFError, KeyError, SyntaxError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _npy: Any = np.lib.format  # some of its functions carry no types in numpy 1
 _CURE = "record it again with ki_runtime.robots.replay.record_episode"
 
@@ -112,7 +115,7 @@ def _load(path: Path) -> dict[str, NDArray[Any]]:
             arrays = {name: file[name] for name in headers}
     except FileNotFoundError as error:
         raise RobotError(f"{path}: no such file; expected an .npz written by record_episode") from error
-    except (OSError, ValueError, EOFError, KeyError, SyntaxError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise RobotError(f"{path}: not a readable episode ({error}); {_CURE}") from error
     fault = _value_fault(arrays)
     if fault:
