@@ -63,8 +63,8 @@ def black_observation(contract: PolicyContract) -> dict[str, Any]:
     return {"images": pictures, "state": state, **prompt}
 
 
-def act(bundle: Path, cameras: int, tokens: int, threads: int | None) -> None:
-    """Open a bundle and let it act once."""
+def act(bundle: Path, cameras: int, tokens: int, threads: int | None) -> object:
+    """Open a bundle, let it act once, and return it: it must live until its memory was read."""
     import numpy as np
 
     from ki_edge.bundle import Bundle
@@ -74,12 +74,13 @@ def act(bundle: Path, cameras: int, tokens: int, threads: int | None) -> None:
     if opened.manifest.contract is not None:
         policy = Policy.load(opened, threads=threads)
         policy.infer(black_observation(policy.contract), seed=0)
-        return
+        return policy
     sampler = Sampler.open(opened, threads=threads)
     size = sampler.config.vision.image_size
     images = np.zeros((1, cameras, size, size, 3), np.uint8)
     prompt = np.full((1, tokens), 5, np.int32)
     sampler.sample_actions(images, np.ones((1, cameras), np.bool_), prompt, np.ones((1, tokens), np.bool_), seed=0)
+    return sampler
 
 
 def main() -> None:
@@ -101,11 +102,13 @@ def main() -> None:
     from ki_runtime import Policy  # noqa: F401
 
     classes = time.perf_counter() - start
-    act(options.bundle, options.cameras, options.tokens, options.threads)
+    alive = act(options.bundle, options.cameras, options.tokens, options.threads)
+    first = time.perf_counter() - start
     report: dict[str, Any] = {
         "import_s": package,
         "import_policy_s": classes,
-        "first_action_s": time.perf_counter() - start,
+        "first_action_s": first,
+        "ran": type(alive).__name__,
         "torch_loaded": "torch" in sys.modules,
     }
     if options.memory:

@@ -71,6 +71,9 @@ class PolicyContract:
     time_convention: TimeConvention = "openpi"  # openpi: times accumulated in f32; lerobot: f32(1 + step * dt)
     num_steps: int = 10  # of the sampler
     control_hz: float | None = None  # rate at which actions were recorded
+    action_names: tuple[str, ...] | None = (
+        None  # what each action dimension commands; a robot that says otherwise is refused
+    )
 
     @property
     def state_in_prompt(self) -> bool:
@@ -101,6 +104,10 @@ class PolicyContract:
         _require(dim in (None, self.state_dim), f"state_dim of {self.robot} is {dim}, got {self.state_dim}")
         _require(not self.adapt_to_pi or self.action_dim == ALOHA_DIM, f"adapt_to_pi needs action_dim {ALOHA_DIM}")
         _require(self.control_hz is None or self.control_hz > 0, f"control_hz must be positive, got {self.control_hz}")
+        names = self.action_names
+        _require(
+            names is None or len(names) == self.action_dim, f"action_names {names}: expected {self.action_dim} names"
+        )
         if self.fast is not None:
             _require(self.fast.size >= 1 and self.fast.max_tokens >= 1, f"fast: size and max_tokens, got {self.fast}")
             _require(self.fast.id_offset - self.fast.size + 1 >= 0, f"fast: {self.fast} gives ids below 0")

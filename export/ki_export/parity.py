@@ -8,7 +8,7 @@ from typing import Any
 
 from ki_edge.bundle import Bundle, BundleWriter
 from ki_edge.contract import PolicyContract
-from ki_edge.errors import ParityError
+from ki_edge.errors import ArgumentError, ParityError
 from ki_edge.model import Checkpoint, Pi05
 from ki_edge.prompt import PromptTokenizer
 
@@ -39,6 +39,11 @@ def prove(writer: BundleWriter, bundle: Bundle, checkpoint: Checkpoint, say: Say
 
 def compare_with_checkpoint(bundle: Bundle, checkpoint: Checkpoint, say: Say) -> Comparison:
     """All standard cases against the PyTorch model; `explanation` tells of the first failure."""
+    if checkpoint.config != bundle.manifest.config:
+        raise ArgumentError(
+            f"{checkpoint.path} is not this bundle's checkpoint: its geometry is {checkpoint.config}, "
+            f"the bundle's {bundle.manifest.config}"
+        )
     model = checkpoint.load_model()
     cases = _prepare(bundle, checkpoint, model)
     comparison = compare(bundle, model, cases, say)

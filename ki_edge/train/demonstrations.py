@@ -89,7 +89,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
             raise DatasetError(f"{path}: '{name}' must be a non-empty {kind.__name__}, not {meta.get(name)!r}")
     if meta["version"] != VERSION:
         raise DatasetError(f"{path}: version {meta['version']}, this version reads {VERSION}")
-    for name in ("cameras", "prompts"):
+    for name in ("cameras", "prompts", "action_names"):
         if not all(isinstance(item, str) for item in meta[name]):
             raise DatasetError(f"{path}: '{name}' must be a list of strings, not {meta[name]!r}")
     hz = meta.get("control_hz")
@@ -100,7 +100,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 def _load(path: Path, dtype: str, shape: tuple[int | None, ...]) -> npt.NDArray[Any]:
     try:
-        array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+        array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from None
     fits = array.ndim == len(shape) and all(want in (None, got) for want, got in zip(shape, array.shape, strict=True))

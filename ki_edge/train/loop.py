@@ -54,6 +54,10 @@ class TrainSettings:
         for name in ("steps", "batch", "flow_draws", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.seed < 0:
+            raise ArgumentError(f"seed {self.seed}: expected 0 or more")
+        if not (self.learning_rate > 0 and self.clip > 0 and self.warmup >= 0):
+            raise ArgumentError("learning_rate and clip must be positive, warmup 0 or more")
         if not 0.0 <= self.pointing < 1.0 or not 0.0 <= self.ema < 1.0:
             raise ArgumentError(f"pointing {self.pointing} and ema {self.ema}: expected 0 <= value < 1")
 

@@ -60,7 +60,8 @@ class Recipe:
             prompt_format="ki",
             max_token_len=MAX_PROMPT,
             default_prompt=data.meta["prompts"][0],
-            control_hz=data.meta.get("control_hz"),
+            control_hz=None if data.meta.get("control_hz") is None else float(data.meta["control_hz"]),
+            action_names=tuple(data.meta["action_names"]),
             fast=FastContract(id_offset=vocabulary - 1, size=codec.vocab_size, max_tokens=MAX_POSTFIX),
         )
         return cls(config, contract, stats, words, codec)
@@ -125,7 +126,7 @@ class Examples:
             data.actions, recipe.stats["actions"], contract.normalization, contract.normalization_epsilon
         )
         prompts = [tokenizer.encode(data.meta["prompts"][i], row) for i, row in zip(data.prompt, state, strict=True)]
-        fast = [recipe.fast_ids.postfix(recipe.codec.encode(chunk, lossy=True), tokenizer) for chunk in actions]
+        fast = [recipe.fast_ids.postfix(recipe.codec.encode(chunk), tokenizer) for chunk in actions]
         padded = np.zeros((*actions.shape[:2], contract.model_action_dim), np.float32)
         padded[..., : contract.action_dim] = actions
         ask, answers, pointable = _pointing(data, recipe)

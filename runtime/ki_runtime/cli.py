@@ -66,9 +66,9 @@ def _run(options: argparse.Namespace) -> int:
     policy = Policy.load(options.bundle, options.backend, threads=options.threads, verify=options.verify)
     robot: Robot = open_robot(options.robot)
     try:
+        loop = ControlLoop(policy, robot, loop_options)  # refuses what does not fit before anything is written
         recorder = Recorder(options.record) if options.record else None
-        watchers: list[Watcher] = [Progress(options.episodes), *([recorder] if recorder else [])]
-        loop = ControlLoop(policy, robot, loop_options, watchers)
+        loop.watch(Progress(options.episodes), *([recorder] if recorder else []))
         try:
             report, status = loop.run(), 0
         except KeyboardInterrupt:

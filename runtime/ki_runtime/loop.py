@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from ki_edge import flow
 from ki_edge.contract import PolicyContract
-from ki_edge.errors import ArgumentError
+from ki_edge.errors import ArgumentError, RobotError
 
 from .robots.base import EpisodeStatus, Robot
 from .robots.replay import ReplayRobot
@@ -90,13 +90,13 @@ def episode_noise(seed: int, index: int, shape: Sequence[int]) -> F32:
 class ControlLoop:
     """Runs a policy on a robot, blocking: the robot waits during inference.
 
-    ArgumentError if `execute` exceeds the policy's horizon.
+    ArgumentError if `execute` exceeds the policy's horizon, RobotError if the robot's actions are not the policy's.
     """
 
     def __init__(
         self, policy: Actor, robot: Robot, options: LoopOptions | None = None, watchers: Sequence[Watcher] = ()
     ) -> None:
-        self._policy, self._robot, self._watchers = policy, robot, tuple(watchers)
+        self._policy, self._robot, self._watchers = policy, robot, list(watchers)
         self._options = options or LoopOptions()
         contract = policy.contract
         self._execute = self._options.execute or contract.execute
@@ -104,10 +104,20 @@ class ControlLoop:
             raise ArgumentError(
                 f"execute {self._execute}: the policy gives {contract.action_horizon} actions an inference"
             )
+        taken, given = getattr(robot, "action_names", None), contract.action_names
+        if taken is not None and given is not None and tuple(taken) != tuple(given):
+            raise RobotError(
+                f"{robot.name} is commanded by ({', '.join(taken)}), but the policy gives ({', '.join(given)}): "
+                "use a policy trained for this robot"
+            )
         self._noise_shape = (contract.action_horizon, contract.model_action_dim)
         self._latencies = LatencyLog()
         self._episodes: list[Episode] = []
         self._due = 0.0  # when the next action may be applied, by time.perf_counter
+
+    def watch(self, *watchers: Watcher) -> None:
+        """Tell these too what happens, from the next episode on."""
+        self._watchers.extend(watchers)
 
     def run(self) -> RunReport:
         """All episodes. Errors of the policy or the robot end the run; `report` keeps the episodes before them."""

@@ -431,3 +431,12 @@ def test_every_public_name_is_there():
     assert all(getattr(ki_runtime, name).__name__ == name for name in ki_runtime.__all__)
     with pytest.raises(AttributeError, match="nothing"):
         _ = ki_runtime.nothing
+
+
+def test_a_robot_with_other_actions_is_refused():
+    """Same number of actions, another meaning: the arm must not move."""
+    contract = generic(["front"], state_dim=2, action_dim=2, action_horizon=4, action_names=("dx", "dy"))
+    arm = SimpleNamespace(name="arm", action_names=("x", "y"))
+    with pytest.raises(RobotError, match=r"arm is commanded by \(x, y\), but the policy gives \(dx, dy\)"):
+        ControlLoop(SimpleNamespace(contract=contract), arm)
+    ControlLoop(SimpleNamespace(contract=contract), SimpleNamespace(name="arm", action_names=("dx", "dy")))

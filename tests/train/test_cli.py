@@ -30,7 +30,8 @@ def test_a_run_and_its_continuation(pictures, tmp_path, capsys):
     assert ki_train(pictures, "-o", out, *SHORT) == 0
     assert f"checkpoint {out} after 2 steps" in capsys.readouterr().out
     assert Checkpoint.open(out).config.vision.image_size == 96
-    assert Image.open(out / "training" / "losses.png").size == (960, 540)
+    with Image.open(out / "training" / "losses.png") as plot:
+        assert plot.size == (960, 540)
     assert ki_train(pictures, "-o", out, *SHORT) == 2
     assert "go on with --resume" in capsys.readouterr().err
     assert ki_train(pictures, "-o", out, *SHORT[2:], "--steps", "3", "--resume") == 0
@@ -119,5 +120,4 @@ def test_log_of_a_resumed_run(tmp_path):
     assert columns["step"] == [1, 2]
     assert columns["flow"] == [3.0, 1.5]
     assert columns["fast"][1] == 4.0
-    plot_losses(log, tmp_path / "losses.png")
-    assert Image.open(tmp_path / "losses.png").size == (960, 540)
+    plot_losses(log, tmp_path / "losses.png")  # without a warning

@@ -105,6 +105,7 @@ def test_wrong_array(folder, name, array, message):
         ({"cameras": []}, r"'cameras' must be a non-empty list, not \[\]"),
         ({"cameras": [1, 2]}, r"'cameras' must be a list of strings, not \[1, 2\]"),
         ({"prompts": [None, "a"]}, "'prompts' must be a list of strings"),
+        ({"action_names": ["dx", 2, "dz"]}, "'action_names' must be a list of strings"),
         ({"prompts": "go"}, "'prompts' must be a non-empty list, not 'go'"),
         ({"horizon": None}, "'horizon' must be a non-empty int"),
         ({"control_hz": 0}, "'control_hz' must be a positive number, not 0"),

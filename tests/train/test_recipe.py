@@ -93,6 +93,7 @@ def test_contract(recipe, data):
     assert (contract.state_dim, contract.action_dim, contract.action_horizon) == (3, 3, 4)
     assert (contract.model_action_dim, contract.image_size, contract.prompt_format) == (4, (8, 8), "ki")
     assert (contract.default_prompt, contract.control_hz) == ("Reach the red target", 25)
+    assert contract.action_names == ("dx", "dy", "dz")
     assert (recipe.config.action_horizon, recipe.config.action_dim) == (4, 4)
 
 

@@ -8,6 +8,7 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ki_edge.errors import ArgumentError, CheckpointError, DatasetError
 from ki_edge.model import Checkpoint, Observation, Pi05
@@ -144,8 +145,8 @@ def test_resuming_is_exact(train, tmp_path, bfloat16):
     later = list(resumed.run())
     assert same(weights(whole), weights(resumed))
     assert without_speed(later) == without_speed(records[3:])
-    for name in ("model.safetensors", "config.json", "contract.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+    saved = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts")]
+    assert same(*saved)
 
 
 def test_a_seed_fixes_everything(train):
@@ -245,7 +246,7 @@ def test_learning_rate(train):
     "changes",
     [
         {"steps": 0}, {"batch": 0}, {"flow_draws": -1}, {"save_every": 0}, {"log_every": 0}, {"pointing": 1.0},
-        {"ema": 1.0},
+        {"ema": 1.0}, {"seed": -1},
     ],
 )  # fmt: skip
 def test_impossible_settings(changes):

@@ -20,7 +20,11 @@ class EpisodeStatus:
 
 
 class Robot(Protocol):
-    """A robot, real or simulated. All calls come from the thread that opened it."""
+    """A robot, real or simulated. All calls come from the thread that opened it.
+
+    A robot may also have `action_names`, what each dimension of an action commands: a loop then refuses a policy whose
+    contract names them otherwise.
+    """
 
     name: str
     control_hz: float

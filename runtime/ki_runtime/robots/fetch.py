@@ -187,6 +187,7 @@ class GymRobot:
     """The simulated robot `gym:FetchReach-v4`. Use it from the thread that opened it (its GL context lives there)."""
 
     name = "gym:FetchReach-v4"
+    action_names = ACTION_NAMES
 
     def __init__(self, *, prompt: str = "reach the red target") -> None:
         self._prompt = prompt
@@ -235,7 +236,13 @@ def _open_env() -> tuple[Any, Any, int]:
     except Exception as error:
         raise _no_gl(error) from error
     gymnasium.register_envs(gymnasium_robotics)
-    env = gymnasium.make("FetchReach-v4", disable_env_checker=True)
+    try:
+        env = gymnasium.make("FetchReach-v4", disable_env_checker=True)
+    except Exception as error:  # a MuJoCo that does not fit fails in ways of its own
+        reason = " ".join(str(error).split())
+        raise RobotError(
+            f"FetchReach-v4 cannot be made ({reason}): pip install 'ki-edge[sim]' brings what fits"
+        ) from error
     limit = env.spec.max_episode_steps if env.spec is not None else None
     return mujoco, env.unwrapped, int(limit or 50)
 
