@@ -53,8 +53,8 @@ def test_arm_reaches_unseen_targets(policy: Policy, reference: ReferencePolicy) 
         arm = open_robot(ROBOT)
         rates.append(ControlLoop(actor, arm, UNSEEN).run().success_rate)
         arm.close()
-    assert rates[0] == rates[1]
-    assert rates[0] is not None and rates[0] >= 0.7
+    assert rates[0] is not None and rates[0] >= 0.9
+    assert abs(rates[0] - rates[1]) <= 0.1  # float noise of 1e-6 may decide one episode that ends at 5 cm
 
 
 def test_fast_tokens_decode_to_the_same_direction(policy: Policy) -> None:
