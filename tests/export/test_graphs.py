@@ -110,9 +110,8 @@ def test_linear_layers_use_the_stored_layout(protos, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_bytes_go_into_a_cast_and_nowhere_else(protos, name):
     """TensorRT accepts uint8 only as a network input that is cast at once."""
-    raw = [
-        value.name for value in protos[name].graph.input if value.type.tensor_type.elem_type == onnx.TensorProto.UINT8
-    ]
+    types = {value.name: value.type.tensor_type.elem_type for value in protos[name].graph.input}
+    raw = {tensor for tensor, kind in types.items() if kind == onnx.TensorProto.UINT8}
     users = {node.op_type for node in protos[name].graph.node if raw & set(node.input)}
     assert users == ({"Cast"} if name == "prefix" else set())
 
