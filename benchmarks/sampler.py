@@ -1,10 +1,10 @@
 """The exported runtime against PyTorch: the same inputs, the same weights, one process, measured in turn.
 
-    python benchmarks/random_checkpoint.py /tmp/depth2 --depth 2
-    python benchmarks/sampler.py /tmp/depth2
+    python benchmarks/random_checkpoint.py build/depth2 --depth 2
+    python benchmarks/sampler.py build/depth2
 
-Two of three cameras are present, the prompt has 30 tokens, 10 denoising steps. Contenders, in float32 on the CPU with the
-same number of threads:
+Two of three cameras are present, the prompt has 30 tokens, 10 denoising steps. Contenders run in float32 on the CPU,
+with the same number of threads:
 
     openpi     PyTorch as openpi runs it: the absent camera is a black picture with its mask off, the prompt is padded
                to 200 tokens, the last backbone layer runs to its end although nothing uses more than its K/V, and every

@@ -104,9 +104,10 @@ class PolicyContract:
         _require(dim in (None, self.state_dim), f"state_dim of {self.robot} is {dim}, got {self.state_dim}")
         _require(not self.adapt_to_pi or self.action_dim == ALOHA_DIM, f"adapt_to_pi needs action_dim {ALOHA_DIM}")
         _require(self.control_hz is None or self.control_hz > 0, f"control_hz must be positive, got {self.control_hz}")
-        names = self.action_names
+        actions = self.action_names
         _require(
-            names is None or len(names) == self.action_dim, f"action_names {names}: expected {self.action_dim} names"
+            actions is None or len(actions) == self.action_dim,
+            f"action_names {actions}: expected {self.action_dim} names",
         )
         if self.fast is not None:
             _require(self.fast.size >= 1 and self.fast.max_tokens >= 1, f"fast: size and max_tokens, got {self.fast}")

@@ -231,7 +231,8 @@ def test_demonstrations_have_the_promised_shapes_and_resume(demonstrations, tmp_
         "points": ("float32", (12, 2, 2)),
     }
     assert len({image.tobytes() for image in arrays["images"]}) == 12
-    assert np.abs(arrays["actions"]).max() <= 1 and (arrays["actions"][..., 3] == 0).all()
+    ahead = arrays["actions"][..., :3] - arrays["state"][:, None, :3]
+    assert np.abs(ahead).max() <= 3 * PLAN_STEP + 1e-6 and (arrays["actions"][..., 3] == 0).all()
 
     real, calls = demonstrations.write_shard, []
 
@@ -262,7 +263,8 @@ def test_the_label_is_what_the_expert_does_from_the_picture(demonstrations, scen
     start, target = scene.state[:3], scene.target
     frame = demonstrations.film_scene(scene, rng, 8)
     assert np.array_equal(frame["state"][:3], start)
-    assert np.allclose(frame["actions"][0, :3], np.clip(10 * (target - start), -1, 1), atol=1e-5)
+    assert np.allclose(frame["actions"][0, :3], start + np.clip(target - start, -PLAN_STEP, PLAN_STEP), atol=1e-5)
+    assert np.allclose(frame["actions"][-1, :3], target, atol=1e-5)
     assert np.linalg.norm(scene.gripper - target) <= max(0.03, np.linalg.norm(start - target))
 
 
