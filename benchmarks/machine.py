@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
+import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -28,6 +30,20 @@ def describe() -> dict[str, str]:
     return {**found, "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")}
 
 
+class OtherLoad:
+    """How busy other processes kept the CPU while a block ran: `share` of all cores, 0 to 1; NaN where unknown."""
+
+    def __enter__(self) -> OtherLoad:
+        self._start = (time.perf_counter(), time.process_time(), _busy_seconds())
+        self.share = math.nan
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        now = (time.perf_counter(), time.process_time(), _busy_seconds())
+        wall, own, busy = (after - before for after, before in zip(now, self._start, strict=True))
+        self.share = max(0.0, busy - own) / (wall * (os.cpu_count() or 1))
+
+
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns as wide as they must be; the first to the left, the others to the right."""
     widths = [max(len(row[at]) for row in (head, *rows)) for at in range(len(head))]
@@ -39,6 +55,15 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def print_machine() -> None:
     """One line of facts."""
     print(", ".join(f"{name} {value}" for name, value in describe().items()))
+
+
+def _busy_seconds() -> float:
+    """CPU seconds that all processes together have used; NaN where the kernel does not tell."""
+    path = Path("/proc/stat")
+    if not path.is_file():
+        return math.nan
+    user, nice, system = path.read_text(encoding="ascii").split()[1:4]
+    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def _processor() -> str:

@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from contenders import Contender, Inputs, Run, TorchSide, bundle_contender, count_gflop
-from machine import cores, describe, print_machine, print_table
+from machine import OtherLoad, cores, describe, print_machine, print_table
 from memory import limit, print_memory, process_memory
 
 from ki_edge.bundle import Bundle
@@ -103,12 +103,14 @@ def compare(checkpoint: Path, bundle: Bundle, threads: int, rounds: int) -> dict
     gflop = {name: count_gflop(run) for name, run in contenders.items()}
     contenders["bundle"] = bundle_contender(sampler, inputs, noise, STEPS)
     gflop["bundle"] = gflop["trimmed"]
-    runs = measure(contenders, rounds)
+    with OtherLoad() as others:
+        runs = measure(contenders, rounds)
     stages = {name: medians(found) for name, found in runs.items()}
     return {
         "machine": describe(),
         "threads": threads,
         "rounds": rounds,
+        "other_load": others.share,
         "model": {"layers": config.backbone.depth, "width": config.backbone.width, "horizon": config.action_horizon},
         "tokens": {"openpi": CAMERAS * config.vision.patches + PADDED, "bundle": len(kept.columns)},
         "gflop": gflop,
@@ -156,7 +158,8 @@ def print_report(report: Mapping[str, Any]) -> None:
     print_table(
         ("p50, ms", "prefix", "denoise", "total", "GFLOP", "GFLOP/s", "bundle is faster", "in single rounds"), rows
     )
-    print(f"\nmax |difference| of the actions: {report['max_abs_difference']:.2e}\n")
+    print(f"\nother processes used {100 * report['other_load']:.0f} % of the CPU meanwhile")
+    print(f"max |difference| of the actions: {report['max_abs_difference']:.2e}\n")
     print_memory(report["memory"])
     missed = missed_bars(report)
     print("\n" + (f"MISSED: {'; '.join(missed)}" if missed else "all bars held"))

@@ -43,9 +43,10 @@ OPENPI_KEYS = SimpleNamespace(
 
 
 @pytest.fixture(scope="session", autouse=True)
-def traced_once(request):
+def traced_once(request, tmp_path_factory):
     """Tracing is slow, so each graph is traced once, and again only after a change of anything that shapes it."""
-    trace, folder = exporter.trace, request.config.cache.mkdir("ki_export_traces")
+    trace, cache = exporter.trace, getattr(request.config, "cache", None)
+    folder = cache.mkdir("ki_export_traces") if cache else tmp_path_factory.mktemp("traces")
     version = hashlib.sha256(repr((torch.__version__, onnx.__version__, version_of("onnxscript"))).encode())
     for package in (ki_edge.model, ki_export.passes):
         for file in sorted(Path(package.__file__).parent.glob("*.py")):
