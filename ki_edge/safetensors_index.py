@@ -56,6 +56,12 @@ class SafetensorsIndex:
             self._bytes = np.memmap(self.path, np.uint8, mode="r")
         return self._bytes[entry.offset : entry.offset + entry.nbytes]
 
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
+        """Bytes start..stop of the tensor, u8, copied from the file: unlike `raw` it maps nothing into the process."""
+        entry = self._entry(name)
+        stop = entry.nbytes if stop is None else stop
+        return np.fromfile(self.path, np.uint8, stop - start, offset=entry.offset + start)
+
     def array(self, name: str) -> npt.NDArray[Any]:
         """The tensor with its shape: a read-only view, except bfloat16, which is widened to a float32 copy."""
         entry, raw = self._entry(name), self.raw(name)
