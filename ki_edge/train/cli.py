@@ -8,8 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ..commands import Parser, run_command
 from ..config import TINY
-from ..errors import KiEdgeError
 
 PRESETS = {"tiny": TINY}
 HELP = {
@@ -30,11 +30,11 @@ HELP = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The command line; defaults come from TrainSettings."""
     from .loop import TrainSettings
 
-    parser = argparse.ArgumentParser(prog="ki-train", description="Train a π0.5 policy with knowledge insulation.")
+    parser = Parser(prog="ki-train", description="Train a π0.5 policy with knowledge insulation.")
     parser.add_argument("demonstrations", type=Path, help="folder of recorded demonstrations")
     parser.add_argument("-o", "--out", type=Path, required=True, help="checkpoint folder to write, or to go on with")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny", help="widths and depths of the model")
@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train(arguments: argparse.Namespace) -> None:
+def train(arguments: argparse.Namespace) -> int:
     """Run what the command line asks for, with a progress bar."""
     from tqdm import tqdm
 
@@ -78,20 +78,13 @@ def train(arguments: argparse.Namespace) -> None:
     picture = out / "training" / "losses.png"
     plot_losses(trainer.log_path, picture)
     print(f"checkpoint {out} after {trainer.step} steps; loss plot {picture}")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ki-train; returns the exit status."""
     arguments = build_parser().parse_args(argv)
-    try:
-        train(arguments)
-    except (KiEdgeError, OSError) as error:
-        print(f"ki-train: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("ki-train: stopped; --resume goes on from the last save", file=sys.stderr)
-        return 130
-    return 0
+    return run_command("ki-train", lambda: train(arguments), "--resume goes on from the last save")
 
 
 if __name__ == "__main__":

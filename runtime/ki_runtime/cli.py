@@ -8,15 +8,13 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ki_edge.errors import KiEdgeError
+from ki_edge.commands import INTERRUPTED, Parser, run_command
 
 from .backends import NAMES
 from .loop import ControlLoop, LoopOptions, Watcher
 from .recorder import Recorder
 from .robots import Robot, open_robot
 from .telemetry import Episode
-
-INTERRUPTED = 130
 
 
 class Progress(Watcher):
@@ -41,14 +39,7 @@ class Progress(Watcher):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0; 2 for an error, which is one line on stderr; 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
-    try:
-        return _run(options)
-    except (KiEdgeError, OSError) as error:
-        print(f"ki-run: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("ki-run: interrupted", file=sys.stderr)
-        return INTERRUPTED
+    return run_command("ki-run", lambda: _run(options), "nothing was run")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -92,9 +83,9 @@ def _print(options: argparse.Namespace, report: dict[str, Any], lines: list[str]
         print("add --record DIR to plot the predicted actions against the recorded ones")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     defaults = LoopOptions()
-    parser = argparse.ArgumentParser(prog="ki-run", description="Run a bundle on a robot, or on a recording of one.")
+    parser = Parser(prog="ki-run", description="Run a bundle on a robot, or on a recording of one.")
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help="folder written by ki-export")
     add("--robot", required=True, metavar="NAME", help="gym:FetchReach-v4, or replay:FILE for a recorded episode")

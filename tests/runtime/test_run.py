@@ -364,7 +364,7 @@ def test_interrupt_while_loading(monkeypatch, capsys):
 
     monkeypatch.setattr("ki_runtime.policy.Policy.load", load)
     assert cli.main(["bundle", "--robot", "gym:FetchReach-v4"]) == 130
-    assert capsys.readouterr().err == "ki-run: interrupted\n"
+    assert capsys.readouterr().err == "ki-run: interrupted; nothing was run\n"
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,7 @@ def test_interruption(pictures, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(cli, "train", interrupt)
     assert ki_train(pictures, "-o", tmp_path / "out") == 130
-    assert capsys.readouterr().err == "ki-train: stopped; --resume goes on from the last save\n"
+    assert capsys.readouterr().err == "ki-train: interrupted; --resume goes on from the last save\n"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,8 @@ def test_usage(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         ki_train(*arguments)
     assert caught.value.code == 2
-    assert "usage: ki-train" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("ki-train: error: ") and error.count("\n") == 1
 
 
 def test_help_names_every_setting(capsys):
