@@ -2,60 +2,46 @@
 
     python benchmarks/startup.py BUNDLE
 
-Each measurement is a fresh process (see `probe.py`); the bundle's files are in the page cache after the first, which is
-not counted. Exit status 1 if a bar is missed.
+Each measurement is a fresh process (see `ki_export/bench/probe.py`); the bundle's files are in the page cache after the
+first, which is not counted. Exit status 1 if a bar is missed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from machine import describe, print_machine, print_table
+
+from ki_edge.bundle import Bundle
+from ki_edge.commands import run_command
+from ki_export.bench.machine import describe
+from ki_export.bench.process import Startup, start_once
+from ki_export.bench.tables import table
 
 # seconds, p50
-BARS = {"import_s": 0.3, "import_policy_s": 0.3, "first_action_s": 1.5, "process_s": None}
+BARS = {"import_s": 0.3, "import_policy_s": 0.3, "load_s": None, "first_action_s": 1.5}
 LABELS = {
     "import_s": "import ki_runtime",
     "import_policy_s": "... and Policy, with numpy",
-    "first_action_s": "... and the first action",
-    "process_s": "whole process",
+    "load_s": "loading the bundle alone",
+    "first_action_s": "first action, from the first import",
 }
 
 
-def start_once(bundle: Path, threads: int | None) -> dict[str, float]:
-    """Seconds of one fresh process, by what it had done."""
-    command = [sys.executable, str(Path(__file__).with_name("probe.py")), str(bundle)]
-    command += ["--threads", str(threads)] if threads else []
-    begin = time.perf_counter()
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - begin
-    if result.returncode:
-        raise SystemExit(f"startup: {bundle} cannot be run:\n{result.stderr}")
-    report = json.loads(result.stdout)
-    return {**{name: report[name] for name in BARS if name != "process_s"}, "process_s": seconds}
-
-
-def summarize(runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+def summarize(runs: Sequence[Startup]) -> dict[str, dict[str, Any]]:
     """p50, extremes and bar of each span."""
     found = {}
-    for name, bar in BARS.items():
-        values = [run[name] for run in runs]
+    for name in (field.name for field in fields(Startup)):
+        values, bar = [getattr(run, name) for run in runs], BARS[name]
         p50 = float(np.median(values))
-        found[name] = {
-            "p50": p50,
-            "min": min(values),
-            "max": max(values),
-            "bar": bar,
-            "held": bar is None or p50 <= bar,
-        }
+        held = bar is None or p50 <= bar
+        found[name] = {"p50": p50, "min": min(values), "max": max(values), "bar": bar, "held": held}
     return found
 
 
@@ -67,19 +53,21 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of the engine (its own choice)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
-    runs = [start_once(options.bundle, options.threads) for _ in range(options.rounds + 1)][1:]
+    policy = Bundle.open(options.bundle).manifest.contract is not None
+    arguments = ["policy" if policy else "model", *(["--threads", str(options.threads)] if options.threads else [])]
+    runs = [start_once(options.bundle, *arguments) for _ in range(options.rounds + 1)][1:]
     spans = summarize(runs)
     if options.json:
         print(json.dumps({"machine": describe(), "rounds": options.rounds, "seconds": spans}, indent=1))
     else:
-        print_machine()
+        print(", ".join(f"{name} {value}" for name, value in describe().items()))
         rows = []
         for name, x in spans.items():
             bar = "" if x["bar"] is None else f"{x['bar']:.1f} " + ("held" if x["held"] else "MISSED")
             rows.append((LABELS[name], f"{x['p50']:.3f}", f"{x['min']:.3f}", f"{x['max']:.3f}", bar))
-        print_table(("seconds", "p50", "min", "max", "bar"), rows)
+        print("\n".join(table(("seconds", "p50", "min", "max", "bar"), rows)))
     return 0 if all(x["held"] for x in spans.values()) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command("startup", main))

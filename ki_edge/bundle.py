@@ -193,6 +193,10 @@ class BundleWriter:
         self.folder = folder
         self._hashes: dict[tuple[int, ...], str] = {}  # of files that have not changed since they were hashed
 
+    def remember(self, path: Path, digest: str) -> None:
+        """The sha256 of a file in `folder` that whoever wrote it knows already."""
+        self._hashes[_identity(path)] = digest
+
     def seal(self, manifest: Manifest) -> Bundle:
         """Hash every file, write the manifest and open the result. May be called again after a change."""
         names = sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
@@ -208,11 +212,16 @@ class BundleWriter:
         return Bundle.open(self.folder)
 
     def _facts(self, path: Path) -> dict[str, Any]:
-        status = path.stat()
-        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        identity = _identity(path)
         if identity not in self._hashes:
             self._hashes[identity] = sha256(path)
-        return {"size": status.st_size, "sha256": self._hashes[identity]}
+        return {"size": path.stat().st_size, "sha256": self._hashes[identity]}
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """The same for two links to one file, another after a change."""
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @contextmanager

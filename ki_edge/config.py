@@ -1,4 +1,4 @@
-"""The architecture of a π0.5 model: what tensors' shapes say, and what they cannot.
+"""The architecture of a π0.5 or π0 model: what tensors' shapes say, and what they cannot.
 
 Sizes follow openpi's variants `gemma_2b`, `gemma_300m` and SigLIP so400m/14 at 224 pixels.
 """
@@ -6,12 +6,13 @@ Sizes follow openpi's variants `gemma_2b`, `gemma_300m` and SigLIP so400m/14 at 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, Literal, TypeVar, get_args
 
 from .errors import CheckpointError
 
 T = TypeVar("T")
+Variant = Literal["pi05", "pi0"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,11 @@ class GemmaConfig:
 
 @dataclass(frozen=True)
 class Pi05Config:
-    """Geometry of the whole policy. `action_dim` is the model's (32 in the released checkpoints), not the robot's."""
+    """Geometry of the whole policy. `action_dim` is the model's (32 in the released checkpoints), not the robot's.
+
+    `variant`: in "pi05" the flow time modulates the expert's norms and the state is words of the prompt; in "pi0" the
+    flow time is mixed into the action tokens and the state is a token of the expert.
+    """
 
     vision: VisionConfig
     backbone: GemmaConfig
@@ -74,12 +79,28 @@ class Pi05Config:
     vocab_size: int
     action_dim: int
     action_horizon: int
+    variant: Variant = "pi05"
 
     def __post_init__(self) -> None:
+        if self.variant not in get_args(Variant):
+            known = ", ".join(get_args(Variant))
+            raise CheckpointError(f"geometry 'model.variant': expected one of {known}, not {self.variant!r}")
         for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
             ours, theirs = getattr(self.backbone, name), getattr(self.expert, name)
             if ours != theirs:
                 raise CheckpointError(f"backbone and action expert share K/V, but their {name} is {ours} and {theirs}")
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the denoise graph takes the robot's state as a tensor."""
+        return self.variant == "pi0"
+
+    @property
+    def modulation_shape(self) -> tuple[int, int]:
+        """(M, R) of what a denoise step is told about its time: all adaRMS rows, or π0's one embedding of the time."""
+        if self.variant == "pi0":
+            return 1, self.expert.width
+        return self.expert.modulated_norms, 3 * self.expert.width
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form; `from_dict` reads it back."""
@@ -87,7 +108,7 @@ class Pi05Config:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Pi05Config:
-        """Read `to_dict`'s form; CheckpointError names a missing or unknown field."""
+        """Read `to_dict`'s form; CheckpointError names a missing or unknown field. Without `variant` it is a π0.5."""
         parts = {"vision": VisionConfig, "backbone": GemmaConfig, "expert": GemmaConfig}
         built = {name: _build(part, data.get(name), name) for name, part in parts.items()}
         return _build(cls, {**data, **built}, "model")
@@ -97,11 +118,12 @@ def _build(cls: type[T], data: object, where: str) -> T:
     if not isinstance(data, Mapping):
         raise CheckpointError(f"geometry: '{where}' must be an object, not {type(data).__name__}")
     expected = {f.name: f.type for f in fields(cls)}  # type: ignore[arg-type]
-    if set(data) != set(expected):
-        missing, unknown = sorted(set(expected) - set(data)), sorted(set(data) - set(expected))
+    required = {f.name for f in fields(cls) if f.default is MISSING}  # type: ignore[arg-type]
+    missing, unknown = sorted(required - set(data)), sorted(set(data) - set(expected))
+    if missing or unknown:
         raise CheckpointError(f"geometry '{where}': missing {missing}, unknown {unknown}")
     for name, kind in expected.items():
-        value = data[name]
+        value = data.get(name)
         if kind == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise CheckpointError(f"geometry '{where}.{name}': expected a positive integer, not {value!r}")
     return cls(**data)

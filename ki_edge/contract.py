@@ -5,20 +5,24 @@ It is stored in the bundle's manifest, and beside a trained checkpoint. Every ke
 
 import json
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ki_edge.errors import ContractError
+from ki_edge.images import Resize
 from ki_edge.normalize import EpsilonStyle, NormalizationKind
 from ki_edge.prompt import STATE_FORMATS, PromptFormat
 
 RobotKind = Literal["generic", "droid", "libero", "aloha"]
 TimeConvention = Literal["openpi", "lerobot"]
+Feature = Literal["state", "actions"]
 MODEL_ACTION_DIM = 32
 ALOHA_DIM = 14
 DROID_DIM = 8
+# What all π0 policies of openpi share: the state is no part of the prompt.
+PI0 = {"prompt_format": "pi0", "max_token_len": 48, "normalization": "zscore"}
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,12 @@ class PolicyContract:
     execute: int  # actions that a simple loop executes before the next inference, 1..action_horizon
     model_action_dim: int = MODEL_ACTION_DIM
     image_size: tuple[int, int] = (224, 224)  # height, width in pixels
-    resize: Literal["pil_pad"] = "pil_pad"
+    resize: Resize = "pil_pad"
     prompt_format: PromptFormat = "pi05"
     max_token_len: int = 200
     default_prompt: str | None = None  # used when an observation has none
     normalization: NormalizationKind = "quantile"
+    action_normalization: NormalizationKind | None = None  # of actions, where it is not the state's
     normalization_epsilon: EpsilonStyle = "openpi"
     delta_mask: tuple[bool, ...] | None = None  # True: this action dimension is relative to the current state
     adapt_to_pi: bool = False  # ALOHA only: joint signs and gripper of the model's own ALOHA convention
@@ -79,6 +84,17 @@ class PolicyContract:
     def state_in_prompt(self) -> bool:
         """Whether the prompt holds the digitised state."""
         return self.prompt_format in STATE_FORMATS
+
+    def normalization_of(self, feature: Feature) -> NormalizationKind:
+        """How "state" or "actions" are normalised."""
+        if feature == "actions" and self.action_normalization is not None:
+            return self.action_normalization
+        return self.normalization
+
+    @property
+    def needs_stats(self) -> bool:
+        """Whether anything is normalised."""
+        return (self.normalization_of("state"), self.normalization_of("actions")) != ("none", "none")
 
     def __post_init__(self) -> None:
         dims = ("state_dim", "action_dim", "model_action_dim")
@@ -185,6 +201,21 @@ def aloha(**changes: Any) -> PolicyContract:
     return _preset({**base, "adapt_to_pi": True, "delta_mask": mask, "control_hz": 50.0}, changes)
 
 
+def pi0_droid(**changes: Any) -> PolicyContract:
+    """openpi's pi0_droid: as `droid`, for π0, horizon 10."""
+    return droid(**{"action_horizon": 10, **PI0, **changes})
+
+
+def pi0_libero(**changes: Any) -> PolicyContract:
+    """openpi's pi0_libero: as `libero`, for π0; its actions were made relative to the state once more, horizon 50."""
+    return libero(**{"action_horizon": 50, "delta_mask": make_mask(6, -1), **PI0, **changes})
+
+
+def pi0_aloha(**changes: Any) -> PolicyContract:
+    """openpi's pi0_aloha: as `aloha`, for π0."""
+    return aloha(**{**PI0, **changes})
+
+
 def generic(
     cameras: Sequence[str | Camera], *, state_dim: int, action_dim: int, action_horizon: int, **changes: Any
 ) -> PolicyContract:
@@ -192,6 +223,11 @@ def generic(
     slots = tuple(camera if isinstance(camera, Camera) else Camera(camera, camera) for camera in cameras)
     base = {"state_dim": state_dim, "action_dim": action_dim, "action_horizon": action_horizon}
     return _preset({"robot": "generic", "cameras": slots, **base}, changes)
+
+
+PRESETS: Mapping[str, Callable[..., PolicyContract]] = {
+    preset.__name__: preset for preset in (droid, droid_joint_position, libero, aloha, pi0_droid, pi0_libero, pi0_aloha)
+}
 
 
 def _preset(base: Mapping[str, Any], changes: Mapping[str, Any]) -> PolicyContract:

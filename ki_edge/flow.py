@@ -1,8 +1,9 @@
 """The flow-matching clock in numpy: denoising times, and everything that depends on time alone.
 
 t = 1 is noise, t = 0 is data; dt = -1/steps; x_{t+dt} = x_t + dt * v_t (openpi pi0_pytorch.py, sample_actions).
-All adaRMS modulations of the action expert are functions of t, so they are computed once per number of steps and fed to
-the denoise graph one row a step; the sine of up to 1571 rad is taken in float64 and never meets low precision.
+What a step is told about its time (π0.5: all adaRMS modulations of the action expert; π0: the embedding of the time) is
+computed once per number of steps and fed to the denoise graph one row a step; the sine of up to 1571 rad is taken in
+float64 and never meets low precision.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from .config import Pi05Config
 from .errors import ArgumentError
 
 F32 = npt.NDArray[np.float32]
@@ -65,28 +67,37 @@ def modulation_names(depth: int) -> list[str]:
     return [f"{expert}layers.{i}.{norm}.dense" for i in range(depth) for norm in norms] + [f"{expert}norm.dense"]
 
 
-def modulation_weights(depth: int) -> list[str]:
-    """All checkpoint tensors that `modulation_table` reads."""
-    layers = ["time_mlp_in", "time_mlp_out", *modulation_names(depth)]
+def modulation_weights(config: Pi05Config) -> list[str]:
+    """All checkpoint tensors that `modulation_table` reads; none for a π0."""
+    if config.variant == "pi0":
+        return []
+    layers = ["time_mlp_in", "time_mlp_out", *modulation_names(config.expert.depth)]
     return [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
 
 
-def modulation_table(tensor: Callable[[str], npt.NDArray[np.floating]], times: F32, depth: int) -> F32:
-    """All adaRMS modulations, f32 [steps, M, 3W]: scale, shift and gate of each norm, in that order.
+def modulation_table(tensor: Callable[[str], npt.NDArray[np.floating]], times: F32, config: Pi05Config) -> F32:
+    """The denoise graph's `modulation` at every time, f32 [steps, M, R]. `tensor(name)` returns a checkpoint tensor."""
+    embedding = sincos_embedding(times, config.expert.width).astype(np.float32)
+    if config.variant == "pi0":
+        return embedding[:, None, :]
+    return _adarms_rows(tensor, embedding, modulation_names(config.expert.depth))
 
-    `tensor(name)` returns a checkpoint tensor. cond = silu(time_mlp_out(silu(time_mlp_in(embedding)))), then one dense
-    layer a norm (openpi gemma.py adaRMS; pi0_pytorch.py embed_suffix). Computed in float32 as the reference does it.
+
+def _adarms_rows(tensor: Callable[[str], npt.NDArray[np.floating]], embedding: F32, norms: list[str]) -> F32:
+    """Scale, shift and gate of each norm, in that order, f32 [steps, M, 3W].
+
+    cond = silu(time_mlp_out(silu(time_mlp_in(embedding)))), then one dense layer a norm (openpi gemma.py adaRMS;
+    pi0_pytorch.py embed_suffix). Computed in float32 as the reference does it.
     """
 
     def dense(x: F32, layer: str) -> F32:
         weight, bias = tensor(f"{layer}.weight"), tensor(f"{layer}.bias")
         return np.asarray(x @ np.asarray(weight, np.float32).T + np.asarray(bias, np.float32), np.float32)
 
-    width = tensor("time_mlp_in.weight").shape[1]
-    cond = sincos_embedding(times, width).astype(np.float32)
+    cond = embedding
     for layer in ("time_mlp_in", "time_mlp_out"):
         cond = _silu(dense(cond, layer))
-    return np.stack([dense(cond, layer) for layer in modulation_names(depth)], axis=1)
+    return np.stack([dense(cond, norm) for norm in norms], axis=1)
 
 
 def _silu(x: F32) -> F32:

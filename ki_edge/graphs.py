@@ -4,8 +4,11 @@ Every other place (export wrappers, TensorRT profiles, manifest, runtime checks,
 
     B batch                 N cameras present        P patches a camera (constant)    T prompt tokens
     S = N*P + T prefix      L layers (constant)      K kv heads (constant)            D head dim (constant)
-    H horizon (constant)    A action dim (constant)  W expert width (constant)   M = 2L+1 modulated norms (constant)
-    C cache length          Q new tokens             F decode vocabulary (constant)    h, w image size (constant)
+    H horizon (constant)    A action dim (constant)  W expert width (constant)   C cache length   Q new tokens
+    F decode vocabulary (constant)    h, w image size (constant)
+    M, R modulation (constant): M = 2L+1 modulated norms, R = 3W numbers each; π0's one embedding of the time is 1, W
+
+The denoise graph of a π0 has one input more than a π0.5's, the robot's state; `specs` gives the graphs of a policy.
 """
 
 from __future__ import annotations
@@ -66,7 +69,7 @@ DENOISE = GraphSpec(
     "denoise",
     inputs=(
         TensorSpec("x_t", "float32", ("B", "H", "A")),
-        TensorSpec("modulation", "float32", ("M", "3W")),
+        TensorSpec("modulation", "float32", ("M", "R")),
         TensorSpec("dt", "float32", ()),
         TensorSpec("prefix_k", "float32", KV),
         TensorSpec("prefix_v", "float32", KV),
@@ -74,6 +77,10 @@ DENOISE = GraphSpec(
     ),
     outputs=(TensorSpec("x_next", "float32", ("B", "H", "A")),),
 )
+
+# π0: the state as the policy normalises it, zeros past the robot's dimensions
+STATE = TensorSpec("state", "float32", ("B", "A"))
+DENOISE_WITH_STATE = GraphSpec("denoise", inputs=(*DENOISE.inputs, STATE), outputs=DENOISE.outputs)
 
 FAST_DECODE = GraphSpec(
     "fast_decode",
@@ -97,8 +104,14 @@ GRAPHS = (PREFIX, DENOISE, FAST_DECODE)
 DYNAMIC = ("B", "N", "T", "S", "C", "Q")
 
 
+def specs(config: Pi05Config) -> tuple[GraphSpec, GraphSpec, GraphSpec]:
+    """The prefix, denoise and fast_decode graphs of one policy."""
+    return PREFIX, DENOISE_WITH_STATE if config.has_state else DENOISE, FAST_DECODE
+
+
 def sizes(config: Pi05Config, decode_vocabulary: int) -> dict[str, int]:
     """Values of the constant symbols for one policy. `decode_vocabulary` is F."""
+    rows, row_length = config.modulation_shape
     return {
         "h": config.vision.image_size,
         "w": config.vision.image_size,
@@ -108,7 +121,7 @@ def sizes(config: Pi05Config, decode_vocabulary: int) -> dict[str, int]:
         "D": config.backbone.head_dim,
         "H": config.action_horizon,
         "A": config.action_dim,
-        "3W": 3 * config.expert.width,
-        "M": config.expert.modulated_norms,
+        "M": rows,
+        "R": row_length,
         "F": decode_vocabulary,
     }

@@ -12,21 +12,24 @@ Formulas, x in robot units, y normalised (not clipped anywhere, so y may leave [
     zscore    lerobot   (x - mean) / (std + 1e-8)                 y std + mean
     none                x                                         y
 
-w = q99 - q01, or 1e-8 where that is 0.
+w = q99 - q01, or 1e-8 where that is 0. LeRobot's are computed in float32, as it does: the state's bins in the prompt
+are then its bins. Its MIN_MAX and QUANTILE10 are `quantile` with other percentiles in the fields q01 and q99.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from ki_edge.errors import ContractError, DatasetError
 
+Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
+Floats = TypeVar("Floats", Float32, Float64)
 NormalizationKind = Literal["quantile", "zscore", "none"]
 EpsilonStyle = Literal["openpi", "lerobot"]
 
@@ -39,7 +42,8 @@ FIELDS = ("mean", "std", "q01", "q99")
 class NormStats:
     """Statistics of one feature ("state" or "actions"), each float64 [d] in robot units, or None where unknown.
 
-    `mean` and `std` serve the z-score, `q01` and `q99` (the 1 % and 99 % quantiles) the quantile normalisation.
+    `mean` and `std` serve the z-score, `q01` and `q99` (the 1 % and 99 % quantiles, or whatever other values map to -1
+    and 1) the quantile normalisation.
     """
 
     mean: Float64 | None = None
@@ -100,11 +104,11 @@ def normalize(x: npt.ArrayLike, stats: NormStats, kind: NormalizationKind, epsil
     if stats.dim < d:
         raise ContractError(f"norm stats have {stats.dim} dimensions, the data {d}: are they those of this robot?")
     low, high = (field[:d] for field in _fields(stats, kind))
+    if epsilon == "lerobot":
+        return _normalize_lerobot(x.astype(np.float32), low.astype(np.float32), high.astype(np.float32), kind)
     if kind == "quantile":
-        if epsilon == "openpi":
-            return np.asarray((x - low) / (high - low + OPENPI_EPSILON) * 2.0 - 1.0)
-        return np.asarray(2.0 * (x - low) / _lerobot_width(low, high) - 1.0)
-    return np.asarray((x - low) / (high + (OPENPI_EPSILON if epsilon == "openpi" else LEROBOT_EPSILON)))
+        return np.asarray((x - low) / (high - low + OPENPI_EPSILON) * 2.0 - 1.0)
+    return np.asarray((x - low) / (high + OPENPI_EPSILON))
 
 
 def unnormalize(
@@ -186,6 +190,12 @@ def _fields(stats: NormStats, kind: NormalizationKind) -> tuple[Float64, Float64
     return low, high
 
 
-def _lerobot_width(low: Float64, high: Float64) -> Float64:
+def _normalize_lerobot(x: Float32, low: Float32, high: Float32, kind: NormalizationKind) -> Float64:
+    if kind == "quantile":
+        return np.asarray(2 * (x - low) / _lerobot_width(low, high) - 1, np.float64)
+    return np.asarray((x - low) / (high + np.float32(LEROBOT_EPSILON)), np.float64)
+
+
+def _lerobot_width(low: Floats, high: Floats) -> Floats:
     width = high - low
-    return np.where(width == 0.0, LEROBOT_EPSILON, width)
+    return np.where(width == 0, width.dtype.type(LEROBOT_EPSILON), width)

@@ -2,9 +2,11 @@
 
 Formats, s = the state's bins joined by spaces, clean = strip, "_" and newline to space:
 
-    pi0    [bos] enc(clean) + enc("\\n")                                 no state
-    pi05   [bos] enc("Task: {clean}, State: {s};\\nAction: ")            case kept
-    ki     [bos] enc("Task: {lower, strip, _ to space}, State: {s};\\n") newlines kept; openpi's prefix of FAST tokens
+    pi0          [bos] enc(clean) + enc("\\n")                          no state
+    lerobot_pi0  [bos] enc("{prompt}\\n")                               as given, one newline at the end; no state
+    pi05         [bos] enc("Task: {clean}, State: {s};\\nAction: ")     case kept
+    ki           [bos] enc("Task: {lower, strip, _ to space}, State: {s};\\n")
+                                                     newlines kept; openpi's prefix of FAST tokens
 
 The postfix of "ki", "Action: ...|<eos>", is built by `ki_edge.fast.FastIds`.
 """
@@ -18,7 +20,7 @@ import numpy.typing as npt
 from ki_edge.errors import ArgumentError, ContractError, ObservationError, PromptError
 
 Int32 = npt.NDArray[np.int32]
-PromptFormat = Literal["pi0", "pi05", "ki"]
+PromptFormat = Literal["pi0", "pi05", "ki", "lerobot_pi0"]
 STATE_FORMATS: tuple[PromptFormat, ...] = ("pi05", "ki")
 BIN_EDGES = np.linspace(-1.0, 1.0, 257)[:-1]
 
@@ -87,6 +89,8 @@ class PromptTokenizer:
         clean = clean.lower() if self.format == "ki" else clean.replace("\n", " ")
         if not clean.strip():
             raise PromptError(f"the prompt is empty (got {prompt!r}): give the task in words, or set a default_prompt")
+        if self.format == "lerobot_pi0":
+            return prompt.removesuffix("\n") + "\n"
         if self.format == "pi0":
             return clean + "\n"
         bins = " ".join(map(str, digitize_state(self._state(state))))
@@ -96,8 +100,9 @@ class PromptTokenizer:
     def encode(self, prompt: str, state: npt.ArrayLike | None = None) -> Int32:
         """Token ids i32 [T], bos first, not padded; 1 < T <= max_token_len.
 
-        `state` float [s] is the normalised, unpadded state ("pi0" ignores it). Raises PromptError on an empty prompt or
-        one that is too long (it is never cut), ObservationError if the state is missing or not one-dimensional.
+        `state` float [s] is the normalised, unpadded state (π0's formats ignore it). Raises PromptError on an empty
+        prompt or one that is too long (it is never cut), ObservationError if the state is missing or not
+        one-dimensional.
         """
         text = self.text(prompt, state)
         if self.format == "pi0":

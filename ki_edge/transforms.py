@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ki_edge.contract import PolicyContract
+from ki_edge.contract import Feature, PolicyContract
 from ki_edge.errors import ArgumentError, ContractError, DatasetError, ObservationError, PromptError
-from ki_edge.images import UInt8, parse_image, resize_with_pad
+from ki_edge.images import UInt8, fit_image
 from ki_edge.normalize import Float64, NormStats, normalize, unnormalize
 from ki_edge.prompt import Int32, PromptTokenizer
 
@@ -85,8 +85,8 @@ class InputPipeline:
         raw_state = read_state(contract, observation)
         if contract.adapt_to_pi:
             raw_state = aloha_state_to_model(raw_state)
-        kind, epsilon = contract.normalization, contract.normalization_epsilon
-        state = normalize(raw_state, self._state_stats, kind, epsilon)
+        kind = contract.normalization_of("state")
+        state = normalize(raw_state, self._state_stats, kind, contract.normalization_epsilon)
         in_prompt = pad_last(state, contract.model_action_dim) if contract.pad_state_first else state
         tokens = self.tokenizer.encode(read_prompt(contract, observation), in_prompt)
         images, camera_mask = read_images(contract, observation)
@@ -106,7 +106,8 @@ class InputPipeline:
         if contract.delta_mask is not None:
             target -= _reference(contract.delta_mask, inputs.raw_state, target.shape[-1])
         stats = _stats(contract, self._stats, "actions", contract.action_dim)
-        target = normalize(target, stats, contract.normalization, contract.normalization_epsilon)
+        kind = contract.normalization_of("actions")
+        target = normalize(target, stats, kind, contract.normalization_epsilon)
         return TrainingExample(inputs, pad_last(target, contract.model_action_dim), target)
 
 
@@ -131,7 +132,7 @@ class OutputPipeline:
         if state.shape != (contract.state_dim,):
             raise ArgumentError(f"raw_state must be of shape ({contract.state_dim},), got {state.shape}")
         out = given[:, : contract.action_dim]
-        out = unnormalize(out, self._stats, contract.normalization, contract.normalization_epsilon)
+        out = unnormalize(out, self._stats, contract.normalization_of("actions"), contract.normalization_epsilon)
         if contract.delta_mask is not None:
             out += _reference(contract.delta_mask, state, out.shape[-1])
         return aloha_actions_to_robot(out) if contract.adapt_to_pi else out
@@ -174,7 +175,7 @@ def read_images(contract: PolicyContract, observation: Mapping[str, Any]) -> tup
     for slot, camera in enumerate(contract.cameras):
         image = None if camera.key is None else given.get(camera.key)
         if image is not None:
-            images[slot] = resize_with_pad(parse_image(image, f"camera {camera.key}"), height, width)
+            images[slot] = fit_image(image, height, width, contract.resize, f"camera {camera.key}")
             mask[slot] = True
         elif camera.key is not None and camera.required:
             raise ObservationError(f"camera {camera.key} is missing; the observation has {_names(given)}")
@@ -218,12 +219,13 @@ def _reference(mask: tuple[bool, ...], state: Float64, size: int) -> Float64:
     return pad_last(np.where(mask, state[:d], 0.0), size)
 
 
-def _stats(contract: PolicyContract, stats: Mapping[str, NormStats], name: str, size: int) -> NormStats:
-    if contract.normalization == "none":
+def _stats(contract: PolicyContract, stats: Mapping[str, NormStats], name: Feature, size: int) -> NormStats:
+    kind = contract.normalization_of(name)
+    if kind == "none":
         return NormStats()
     if name not in stats:
-        raise ContractError(f'norm stats have no "{name}", which {contract.normalization} normalization needs')
-    normalize(np.zeros(size), stats[name], contract.normalization, contract.normalization_epsilon)  # raises if unfit
+        raise ContractError(f'norm stats have no "{name}", which {kind} normalization needs')
+    normalize(np.zeros(size), stats[name], kind, contract.normalization_epsilon)  # raises if unfit
     return stats[name]
 
 

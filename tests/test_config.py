@@ -48,6 +48,20 @@ def test_sizes_are_positive_integers(part, field, value):
         Pi05Config.from_dict(content)
 
 
+def test_variants():
+    """Manifests that were written before there were two are π0.5's."""
+    content = PI05.to_dict()
+    pi0 = Pi05Config.from_dict({**content, "variant": "pi0"})
+    assert pi0 == replace(PI05, variant="pi0")
+    assert (pi0.has_state, PI05.has_state) == (True, False)
+    assert (pi0.modulation_shape, PI05.modulation_shape) == ((1, 1024), (37, 3072))
+    del content["variant"]
+    assert Pi05Config.from_dict(content) == PI05
+    for wrong in ("pi0.5", None, 0):
+        with pytest.raises(CheckpointError, match=f"'model.variant': expected one of pi05, pi0, not {wrong!r}"):
+            Pi05Config.from_dict({**content, "variant": wrong})
+
+
 def test_a_field_inside_a_part():
     content = PI05.to_dict()
     del content["expert"]["head_dim"]

@@ -1,15 +1,20 @@
 """The flow-matching clock against recorded runs of openpi and LeRobot."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from ki_edge import flow
+from ki_edge.config import PI05
 from ki_edge.errors import ArgumentError
 from ki_edge.safetensors_index import SafetensorsIndex
 
 DEPTH = 3  # of the recorded models
+CONFIG = replace(  # as far as it matters here: the expert's width and depth
+    PI05, backbone=replace(PI05.backbone, depth=DEPTH), expert=replace(PI05.expert, width=32, depth=DEPTH)
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +84,7 @@ def test_sines_are_exact_at_large_angles():
 
 def test_modulations_follow_from_the_recorded_conditions(recorded, tensor):
     """Rows in order of use: two norms a layer, then the final one; each the recorded condition through its layer."""
-    table = flow.modulation_table(tensor, recorded["times"], DEPTH)
+    table = flow.modulation_table(tensor, recorded["times"], CONFIG)
     assert table.dtype == np.float32
     assert table.shape == (10, 2 * DEPTH + 1, 3 * 32)
     condition = recorded["adarms_cond_steps"][:, 0].astype(np.float64)
@@ -101,7 +106,7 @@ def test_modulations_equal_the_models(data, recorded, tensor):
 
     with torch.no_grad():
         expected = Pi05.from_checkpoint(data / "openpi_a").modulation(torch.from_numpy(recorded["times"]))
-    ours = flow.modulation_table(tensor, recorded["times"], DEPTH)
+    ours = flow.modulation_table(tensor, recorded["times"], CONFIG)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
 
 
@@ -112,6 +117,15 @@ def test_names_of_what_the_table_reads(tensor):
         read.append(name)
         return tensor(name)
 
-    flow.modulation_table(remember, flow.denoise_times(1), DEPTH)
-    assert set(read) == set(flow.modulation_weights(DEPTH))
-    assert len(flow.modulation_weights(DEPTH)) == 2 * (2 + 2 * DEPTH + 1)
+    flow.modulation_table(remember, flow.denoise_times(1), CONFIG)
+    assert set(read) == set(flow.modulation_weights(CONFIG))
+    assert len(flow.modulation_weights(CONFIG)) == 2 * (2 + 2 * DEPTH + 1)
+
+
+def test_the_row_of_a_pi0_is_the_embedding_of_the_time(recorded):
+    """Nothing is read: its layers are in the graph."""
+    config = replace(CONFIG, variant="pi0")
+    table = flow.modulation_table({}.__getitem__, recorded["times"], config)
+    assert (table.dtype, table.shape) == (np.float32, (10, *config.modulation_shape))
+    np.testing.assert_allclose(table, recorded["time_sincos_steps"], rtol=0, atol=1e-7)
+    assert flow.modulation_weights(config) == []

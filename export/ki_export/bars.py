@@ -1,21 +1,30 @@
-"""How far a float32 bundle may be from its reference: one table, each bar with its reason."""
+"""How far a bundle may be from its float32 reference: one table a precision, each bar with its reason."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from ki_edge.errors import ArgumentError
+
+MAX_ABS = "max abs error"
+COSINE = "cosine distance"  # 1 - cos of the angle between both tensors as vectors
+CHANGED = "share changed"
+Array = npt.NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class Bar:
-    """The largest absolute error allowed; `scaled`: times the reference's largest magnitude where that exceeds 1."""
+    """The largest error allowed in `metric`; `scaled`: times the reference's largest magnitude where it exceeds 1."""
 
     limit: float
     scaled: bool
     reason: str
+    metric: str = MAX_ABS
 
     def at(self, magnitude: float) -> float:
         """The bar of a tensor whose reference reaches `magnitude`."""
@@ -26,8 +35,9 @@ KV_REASON = (
     "float32 sums of up to 16384 terms in another order: about 1e-6 of the largest value a layer; K/V of large models "
     "reach tens, hence scaled"
 )
+INT8_REASON = "8-bit products round by about 1 % a layer, in random directions: the direction must hold, not each value"
 
-BARS = {
+FLOAT32 = {
     "times": Bar(0.0, False, "the float32 times of both conventions are exact; any difference is the wrong convention"),
     "modulation": Bar(2e-5, True, "three small float32 dense layers, computed once a step count"),
     "prefix_mask": Bar(0.0, False, "boolean"),
@@ -42,10 +52,33 @@ BARS = {
     "greedy_ids": Bar(0.0, False, "token ids are integers: one difference changes everything after it"),
 }
 
+INT8 = {
+    **FLOAT32,
+    **dict.fromkeys(("prefix_k", "prefix_v", "new_k", "new_v"), Bar(5e-2, False, INT8_REASON, COSINE)),
+    "logits": Bar(5e-2, False, INT8_REASON, COSINE),
+    "x_next": Bar(1e-2, False, "one step: the noise in x is exact, so only the velocity's share of x differs", COSINE),
+    "x": Bar(1e-2, False, "as the actions, which it becomes", COSINE),
+    "actions": Bar(1e-2, False, "cosine 0.99: below it the robot misses; success on a robot decides", COSINE),
+    "greedy_ids": Bar(1.0, False, "near ties fall the other way, and one difference changes all that follow", CHANGED),
+}
+
+BARS = {"float32": FLOAT32, "int8": INT8}  # by the manifest's precision
+
+
+def bars_of(precision: str) -> Mapping[str, Bar]:
+    """The bars of a bundle's precision; ArgumentError for one that has none."""
+    if precision not in BARS:
+        raise ArgumentError(f"no bars for precision '{precision}': expected one of {', '.join(BARS)}")
+    return BARS[precision]
+
 
 @dataclass(frozen=True)
 class Measurement:
-    """One comparison. `place`: the layer or step, or None for a tensor as a whole. `error`: max abs, may be NaN."""
+    """One comparison. `place`: the layer or step, or None for a tensor as a whole.
+
+    `error` is in `metric`, whose bar is `limit`, and may be NaN; `max_abs` and `relative` (L2, of the reference's) are
+    there whatever the metric. `magnitude`: the reference's largest absolute value.
+    """
 
     case: str
     graph: str
@@ -54,6 +87,9 @@ class Measurement:
     error: float
     magnitude: float
     limit: float
+    metric: str
+    max_abs: float
+    relative: float
 
     @property
     def passed(self) -> bool:
@@ -76,10 +112,46 @@ class Measurement:
 
 
 def measure(
-    case: str, graph: str, tensor: str, given: npt.ArrayLike, reference: npt.ArrayLike, place: int | None = None
+    case: str,
+    graph: str,
+    tensor: str,
+    given: npt.ArrayLike,
+    reference: npt.ArrayLike,
+    place: int | None = None,
+    bars: Mapping[str, Bar] = FLOAT32,
 ) -> Measurement:
     """Compare arrays of one shape against the bar called `tensor`. Another shape, NaN or infinity fails."""
-    ours, theirs = np.asarray(given, np.float64), np.asarray(reference, np.float64)
+    ours, theirs, bar = np.asarray(given, np.float64), np.asarray(reference, np.float64), bars[tensor]
     magnitude = float(np.abs(theirs).max(initial=0.0))
-    error = float(np.abs(ours - theirs).max(initial=0.0)) if ours.shape == theirs.shape else float("inf")
-    return Measurement(case, graph, tensor, place, error, magnitude, BARS[tensor].at(magnitude))
+    fits = ours.shape == theirs.shape
+    max_abs = _max_abs(ours, theirs)
+    relative = _ratio(float(np.linalg.norm(ours - theirs)), float(np.linalg.norm(theirs))) if fits else math.inf
+    error = METRICS[bar.metric](ours, theirs)
+    return Measurement(case, graph, tensor, place, error, magnitude, bar.at(magnitude), bar.metric, max_abs, relative)
+
+
+def _max_abs(ours: Array, theirs: Array) -> float:
+    return float(np.abs(ours - theirs).max(initial=0.0)) if ours.shape == theirs.shape else math.inf
+
+
+def _ratio(error: float, size: float) -> float:
+    return error / size if size else (0.0 if error == 0 else math.inf)
+
+
+def _cosine_distance(ours: Array, theirs: Array) -> float:
+    if ours.shape != theirs.shape or not np.isfinite(ours).all():
+        return math.inf
+    lengths = float(np.linalg.norm(ours) * np.linalg.norm(theirs))
+    if lengths == 0:
+        return 0.0 if not ours.any() and not theirs.any() else 1.0
+    return max(0.0, 1.0 - float(np.vdot(ours, theirs)) / lengths)
+
+
+def _changed(ours: Array, theirs: Array) -> float:
+    """Rows [B,n] of ids may end early: what only one side has counts as changed."""
+    common = min(ours.shape[1], theirs.shape[1])
+    same = int((ours[:, :common] == theirs[:, :common]).sum())
+    return 1.0 - same / max(1, ours.size, theirs.size)
+
+
+METRICS = {MAX_ABS: _max_abs, COSINE: _cosine_distance, CHANGED: _changed}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ class Case:
     num_steps: int
     forced: tuple[int, ...] = ()
     max_tokens: int = 6
+    state: Array | None = None  # f32 [B,A], of a π0
 
     @property
     def inputs(self) -> tuple[Array, Array, Array, Array]:
@@ -42,6 +43,7 @@ class Case:
             "cameras": self.camera_mask.sum(axis=1).tolist(),
             "prompt_tokens": self.prompt_mask.sum(axis=1).tolist(),
             "num_steps": self.num_steps,
+            "fast_tokens": self.max_tokens,
         }
 
 
@@ -64,6 +66,17 @@ def standard_cases(
     ]
 
 
+def compact_cases(config: Pi05Config, *, cameras: int, num_steps: int, forced: tuple[int, ...]) -> list[Case]:
+    """One batch with everything that a graph distinguishes: cameras and an absent one, a short prompt and padding.
+
+    For models whose every token costs seconds. Two sampled tokens run the FAST graph with several new tokens, then one.
+    """
+    slots = max(2, cameras)
+    mask = np.array([[True] * (slots - 1) + [False]])
+    case = _draw(config, "absent camera, short prompt", 0, mask, [SHORT], num_steps, forced)
+    return [replace(case, max_tokens=2)]
+
+
 def _draw(
     config: Pi05Config, name: str, seed: int, mask: Array, lengths: list[int], num_steps: int, forced: tuple[int, ...]
 ) -> Case:
@@ -81,6 +94,7 @@ def _draw(
         noise=rng.standard_normal((batch, config.action_horizon, config.action_dim), np.float32),
         num_steps=num_steps,
         forced=forced,
+        state=rng.standard_normal((batch, config.action_dim), np.float32) if config.has_state else None,
     )
 
 

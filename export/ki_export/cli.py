@@ -1,51 +1,40 @@
-"""ki-export: from a checkpoint folder to a proven bundle."""
+"""ki-export: from a checkpoint of any format to a proven bundle; --inspect tells what a checkpoint is."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
-from ki_edge.errors import KiEdgeError, ParityError
+from ki_edge.commands import Parser, run_command, tell
+from ki_edge.contract import PRESETS
+from ki_edge.errors import ArgumentError
 
-INTERRUPTED = 130
+if TYPE_CHECKING:
+    from ki_edge.bundle import Bundle
 
+    from .opening import Where
+    from .policies import PolicyRequest
 
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong argument as one line on stderr, like every other error."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+NAME = "ki-export"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0; 1 if the bundle differs from the model (nothing is left); 2 for any other error."""
     options = _parser().parse_args(arguments)
-    return run_command("ki-export", lambda: _export(options))
-
-
-def run_command(name: str, command: Callable[[], int]) -> int:
-    """Run a command, its errors as one line on stderr and an exit status."""
-    try:
-        return command()
-    except KeyboardInterrupt:
-        tell(f"{name}: interrupted; nothing was published")
-        return INTERRUPTED
-    except (KiEdgeError, OSError) as error:
-        tell(f"{name}: error: {' '.join(str(error).split())}")
-        return 1 if isinstance(error, ParityError) else 2
-
-
-def tell(line: str) -> None:
-    """A line on stderr, at once."""
-    print(line, file=sys.stderr, flush=True)
+    return run_command(NAME, lambda: _inspect(options) if options.inspect else _export(options))
 
 
 def _export(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
+    if arguments.output is None:
+        raise ArgumentError("no output: give -o BUNDLE, or --inspect to see what the checkpoint is")
+    if arguments.json:
+        raise ArgumentError("--json goes with --inspect")
     from .exporter import ExportOptions, export
 
     options = ExportOptions(
@@ -57,36 +46,100 @@ def _export(arguments: argparse.Namespace) -> int:
         force=arguments.force,
         full_vocabulary=arguments.full_vocabulary,
         pack=arguments.pack,
+        precision=arguments.precision,
+        weights=arguments.weights,
+        policy=_request(arguments),
     )
-    bundle = export(arguments.checkpoint, arguments.output, options, lambda line: tell(f"ki-export: {line}"))
+    bundle = export(_where(arguments), arguments.output, options, lambda line: tell(f"{NAME}: {line}"))
+    tell(f"{NAME}: {arguments.output}: {_summary(bundle)}, {time.perf_counter() - start:.0f} s")
+    return 0
+
+
+def _summary(bundle: Bundle) -> str:
     size = sum(facts["size"] for facts in bundle.manifest.files.values())
     how, parity = bundle.manifest.provenance["weights"], bundle.manifest.parity
     verdict = "not verified"
     if parity["verified"]:
         worst = parity["worst"]
         verdict = f"verified, worst error {worst['error']:.1e} of {worst['limit']:.1e} in {worst['tensor']}"
-    seconds = time.perf_counter() - start
-    tell(f"ki-export: {arguments.output}: {size / 1e6:.1f} MB (weights {how}), {verdict}, {seconds:.0f} s")
+    return f"{size / 1e6:.1f} MB (weights {how}), {verdict}"
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from .inspection import inspect
+
+    found = inspect(_where(arguments), _request(arguments), lambda line: tell(f"{NAME}: {line}"))
+    text = json.dumps(found.to_json(), indent=1, ensure_ascii=False) if arguments.json else "\n".join(found.lines())
+    sys.stdout.write(text + "\n")
     return 0
+
+
+def _where(arguments: argparse.Namespace) -> Where:
+    from .opening import Where
+
+    return Where(arguments.checkpoint, arguments.revision, arguments.base, arguments.horizon)
+
+
+def _request(arguments: argparse.Namespace) -> PolicyRequest:
+    from .policies import PolicyRequest
+
+    return PolicyRequest(
+        contract=arguments.contract,
+        assets=arguments.assets,
+        tokenizer=arguments.tokenizer,
+        fast=arguments.fast,
+        prompt=arguments.prompt,
+        pad_state_first=True if arguments.padded_state_prompt else None,
+    )
 
 
 def _parser() -> Parser:
     parser = Parser(
-        prog="ki-export",
+        prog=NAME,
         description="Write the three ONNX graphs of a checkpoint with their weights, and prove them against PyTorch.",
     )
-    add = parser.add_argument
-    add("checkpoint", type=Path, help="folder with model.safetensors, as openpi, LeRobot or ki-train write it")
-    add("-o", "--output", type=Path, required=True, metavar="BUNDLE", help="bundle folder to write")
+    parser.add_argument(
+        "checkpoint",
+        help="folder of openpi (PyTorch or JAX), LeRobot, a PEFT adapter or ki-train; or ORG/NAME of the Hub",
+    )
+    _add_output(parser.add_argument_group("what to write"))
+    _add_source(parser.add_argument_group("where the checkpoint is"))
+    _add_policy(parser.add_argument_group("what a checkpoint may not record of its policy"))
+    return parser
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("-o", "--output", type=Path, metavar="BUNDLE", help="bundle folder to write")
+    add("--inspect", action="store_true", help="write nothing; tell format, geometry, contract and what is missing")
+    add("--json", action="store_true", help="with --inspect: as JSON")
     add("--target", default="ort", help="engine that the bundle is for: ort (%(default)s)")
+    add("--precision", default="fp32", help="of the matrix products: fp32, or int8 for the CPU (%(default)s)")
+    add("--weights", default="float32", help="float32, or stored: the checkpoint's own types, widened while running")
     add("--model-only", action="store_true", help="the model alone, without tokenizer, statistics and contract")
-    add("--num-steps", type=int, help="denoising steps recorded as the default (contract's, or 10)")
-    add("--opset", type=int, default=20, help="ONNX opset of the graphs (%(default)s)")
+    add("--num-steps", type=int, metavar="N", help="denoising steps recorded as the default (contract's, or 10)")
+    add("--opset", type=int, default=20, metavar="N", help="ONNX opset of the graphs (%(default)s)")
     add("--no-verify", action="store_true", help="publish without proof; the manifest says so")
     add("--force", action="store_true", help="replace an existing bundle, once the new one is proven")
     add("--full-vocabulary", action="store_true", help="keep the logits of all tokens, not only FAST's")
     add("--pack", action="store_true", help="write only the tensors in use, instead of linking the checkpoint's file")
-    return parser
+
+
+def _add_source(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--revision", metavar="REV", help="branch, tag or commit of a Hub repository; its commit is recorded")
+    add("--base", metavar="DIR_OR_ID", help="base checkpoint of a PEFT adapter, instead of the one it names")
+    add("--horizon", type=int, metavar="N", help="actions of a chunk, where the checkpoint does not record them")
+
+
+def _add_policy(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--contract", metavar="NAME|FILE", help=f"{', '.join(PRESETS)}, or a JSON file")
+    add("--assets", type=Path, metavar="PATH", help="norm_stats.json, or a folder that holds one")
+    add("--tokenizer", type=Path, metavar="FILE", help="PaliGemma's tokenizer.model (default: the Hub's cache)")
+    add("--fast", type=Path, metavar="DIR", help="folder of the FAST codec")
+    add("--prompt", metavar="TEXT", help="instruction for observations that have none")
+    add("--padded-state-prompt", action="store_true", help="LeRobot up to 0.4: the prompt holds the padded state")
 
 
 if __name__ == "__main__":

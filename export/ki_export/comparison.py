@@ -5,7 +5,7 @@ A graph by itself gets the reference's own intermediate tensors, so that a failu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,18 +16,17 @@ import torch
 from torch import Tensor
 
 from ki_edge import graphs
-from ki_edge.bundle import Bundle
+from ki_edge.errors import BundleError
 from ki_edge.flow import denoise_times, modulation_table, step_size
-from ki_edge.graphs import GraphSpec
-from ki_edge.model import Observation, Pi05
+from ki_edge.model import Observation, PiModel
 from ki_edge.model.sampling import prefix as run_prefix
-from ki_runtime.backends import SessionOptions, choose_backend, open_session
 from ki_runtime.denoise import runtime_weights
-from ki_runtime.sampler import Sampler, Trace
-from ki_runtime.session import Session
+from ki_runtime.sampler import Trace
 
-from .bars import Measurement, measure
+from .bars import FLOAT32, Bar, Measurement, bars_of, measure
 from .cases import Case
+from .progress import Progress
+from .sides import Sides
 
 Array = npt.NDArray[Any]
 RUNTIME = "runtime"  # stands for the three graphs driven by the Sampler
@@ -37,14 +36,22 @@ RUNTIME = "runtime"  # stands for the three graphs driven by the Sampler
 class Comparison:
     """What was compared. `traces`: actions f32 [H,A] of the first case, the bundle's and the reference's.
 
+    `precision`: the bundle's; `method`: how the reference was held: "resident", "streamed", "recorded";
     `explanation`: one line about the first failure, None if there is none.
     """
 
     reference: str
+    precision: str
+    method: str
     cases: list[dict[str, Any]] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
     traces: tuple[Array, Array] | None = None
     explanation: str | None = None
+
+    @property
+    def bars(self) -> Mapping[str, Bar]:
+        """What was allowed."""
+        return bars_of(self.precision)
 
     @property
     def failures(self) -> list[Measurement]:
@@ -56,52 +63,48 @@ class Comparison:
         return max(self.measurements, key=lambda m: m.severity)
 
 
-class Sides:
-    """The bundle's graphs under ONNX Runtime on one side, the model on the other."""
-
-    def __init__(self, bundle: Bundle, model: Pi05) -> None:
-        self.bundle, self.model = bundle, model
-        backend = choose_backend("ort")
-        self._sessions = {s.name: open_session(bundle, s, backend, SessionOptions()) for s in graphs.GRAPHS}
-        self.sampler = Sampler(bundle, lambda spec: self._sessions[spec.name])
-
-    def session(self, spec: GraphSpec) -> Session:
-        return self._sessions[spec.name]
-
-    def run(self, spec: GraphSpec, *tensors: Tensor) -> dict[str, Array]:
-        """One graph on the reference's tensors, given in the contract's order."""
-        feeds = {
-            wanted.name: np.array(tensor.numpy(), wanted.dtype, order="C")
-            for wanted, tensor in zip(spec.inputs, tensors, strict=True)
-        }
-        return self.session(spec).run(feeds)
-
-
 @torch.no_grad()
-def compare(bundle: Bundle, model: Pi05, cases: Sequence[Case], say: Callable[[str], object]) -> Comparison:
+def compare(sides: Sides, cases: Sequence[Case], progress: Progress) -> Comparison:
     """Every tensor of every case against the model."""
-    sides = Sides(bundle, model)
-    result = Comparison("the PyTorch model")
+    result = Comparison("the PyTorch model", sides.bundle.manifest.precision, sides.method)
     for case in cases:
-        found, traces = _compare_case(sides, case)
+        found, traces = _compare_case(sides, case, progress)
         result.measurements += found
         result.traces = result.traces or traces
         result.cases.append(case.describe())
         worst = max(found, key=lambda m: m.severity)
-        say(f"compared {case.name}: worst {worst.error:.1e} of {worst.limit:.1e} ({worst.where})")
+        progress.say(f"compared {case.name}: worst {worst.error:.1e} of {worst.limit:.1e} ({worst.where})")
     return result
 
 
-def _compare_case(sides: Sides, case: Case) -> tuple[list[Measurement], tuple[Array, Array]]:
-    observation = Observation(*(torch.from_numpy(array) for array in case.inputs))
-    k, v, mask = run_prefix(sides.model, observation)
-    found = list(_prefix(sides, case, observation, (k, v, mask)))
+def _compare_case(sides: Sides, case: Case, progress: Progress) -> tuple[list[Measurement], tuple[Array, Array]]:
+    observation, config = observe(case), sides.model.config
+    steps, depth = case.num_steps, config.backbone.depth
+    with progress.stage("PyTorch prefix", sides.steps(config.vision.depth + depth)):
+        prefix = run_prefix(sides.model, observation)
+    with progress.stage("prefix graph", sides.steps(0, prefix=1)):
+        found = list(_prefix(sides, case, observation, prefix))
     states = [torch.from_numpy(case.noise)]
-    found += _denoise(sides, case, (k, v, mask), states)
-    found += _fast(sides, case, observation)
-    trace = sides.sampler.trace(*case.inputs, noise=case.noise, num_steps=case.num_steps)
-    found += _runtime(case, trace, (k, v, mask), states)
+    with progress.stage("PyTorch and denoise graph", sides.steps(steps * config.expert.depth, denoise=steps)):
+        found += _denoise(sides, case, observation, prefix, states)
+    with progress.stage("PyTorch and FAST graph", sides.steps(case.max_tokens * depth, fast_decode=case.max_tokens)):
+        logits, expected = _fast(sides, case, observation, prefix)
+        found += logits
+    with progress.stage("the runtime's actions", sides.steps(0, prefix=1, denoise=steps)):
+        trace = sides.sampler.trace(*case.inputs, state=case.state, noise=case.noise, num_steps=steps)
+        found += _runtime(sides, case, trace, prefix, states)
+    if all(np.isfinite(m.error) for m in logits):  # else the runtime refuses to choose a token
+        with progress.stage("the runtime's FAST tokens", sides.steps(0, prefix=1, fast_decode=case.max_tokens)):
+            ids = sides.sampler.sample_fast_tokens(*case.inputs, **_decoding(sides, case))
+        found.append(measure(case.name, RUNTIME, "greedy_ids", ids, expected.numpy(), bars=sides.bars))
     return found, (trace.x[-1][0], states[-1][0].numpy())
+
+
+def observe(case: Case) -> Observation:
+    """A case's inputs as tensors."""
+    images, camera_mask, prompt_tokens, prompt_mask = (torch.from_numpy(array) for array in case.inputs)
+    state = None if case.state is None else torch.from_numpy(case.state)
+    return Observation(images, camera_mask, prompt_tokens, prompt_mask, state=state)
 
 
 def _prefix(sides: Sides, case: Case, observation: Observation, reference: tuple[Tensor, ...]) -> Iterator[Measurement]:
@@ -113,66 +116,88 @@ def _prefix(sides: Sides, case: Case, observation: Observation, reference: tuple
         observation.prompt_mask,
     )
     mask = reference[2].numpy()
-    yield measure(case.name, "prefix", "prefix_mask", given["prefix_mask"], mask)
+    yield measure(case.name, "prefix", "prefix_mask", given["prefix_mask"], mask, bars=sides.bars)
     for name, expected in zip(("prefix_k", "prefix_v"), reference, strict=False):
-        yield from by_layer(case.name, "prefix", name, given[name], expected.numpy(), mask)
+        yield from by_layer(case.name, "prefix", name, given[name], expected.numpy(), mask, sides.bars)
 
 
 def by_layer(
-    case: str, graph: str, name: str, given: Array, expected: Array, mask: npt.NDArray[np.bool_]
+    case: str,
+    graph: str,
+    name: str,
+    given: Array,
+    expected: Array,
+    mask: npt.NDArray[np.bool_],
+    bars: Mapping[str, Bar] = FLOAT32,
 ) -> Iterator[Measurement]:
     """K or V [L,B,K,S,D] layer by layer, where the prefix mask bool [B,S] is set: nothing else is ever read."""
     for layer, (ours, theirs) in enumerate(zip(given, expected, strict=True)):
-        yield measure(case, graph, name, ours.swapaxes(1, 2)[mask], theirs.swapaxes(1, 2)[mask], layer)
+        yield measure(case, graph, name, ours.swapaxes(1, 2)[mask], theirs.swapaxes(1, 2)[mask], layer, bars)
 
 
-def _denoise(sides: Sides, case: Case, prefix: tuple[Tensor, ...], states: list[Tensor]) -> Iterator[Measurement]:
+def _denoise(
+    sides: Sides, case: Case, observation: Observation, prefix: tuple[Tensor, ...], states: list[Tensor]
+) -> Iterator[Measurement]:
     """Each step from the reference's x; appends the reference's states to `states`."""
     manifest = sides.bundle.manifest
     times = denoise_times(case.num_steps, manifest.sampling["time_convention"])
     rows = sides.model.modulation(torch.from_numpy(times))
-    table = modulation_table(runtime_weights(sides.bundle), times, manifest.config.expert.depth)
+    table = modulation_table(runtime_weights(sides.bundle), times, manifest.config)
     dt = torch.tensor(step_size(case.num_steps))
+    _, graph, _ = graphs.specs(manifest.config)
+    fixed = prefix if observation.state is None else (*prefix, observation.state)
     for step, row in enumerate(rows):
-        yield measure(case.name, RUNTIME, "modulation", table[step], row.numpy(), step)
-        expected = sides.model.denoise_step(states[-1], row, dt, *prefix)
-        given = sides.run(graphs.DENOISE, states[-1], row, dt, *prefix)
-        yield measure(case.name, "denoise", "x_next", given["x_next"], expected.numpy(), step)
+        yield measure(case.name, RUNTIME, "modulation", table[step], row.numpy(), step, sides.bars)
+        expected = sides.model.denoise_step(states[-1], row, dt, *fixed)
+        given = sides.run(graph, states[-1], row, dt, *fixed)
+        yield measure(case.name, "denoise", "x_next", given["x_next"], expected.numpy(), step, sides.bars)
         states.append(expected)
 
 
-def _fast(sides: Sides, case: Case, observation: Observation) -> Iterator[Measurement]:
-    """Every decoding step of the reference replayed through the graph, then the runtime's own greedy ids."""
+def _fast(
+    sides: Sides, case: Case, observation: Observation, prefix: tuple[Tensor, ...]
+) -> tuple[list[Measurement], Tensor]:
+    """Every decoding step of the reference replayed through the graph; and the reference's greedy ids."""
     found: list[Measurement] = []
 
     def replay(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
         given = sides.run(graphs.FAST_DECODE, *inputs)
         logits, *new = (tensor.numpy() for tensor in outputs)
-        found.append(measure(case.name, "fast_decode", "logits", given["logits"], logits, None))
+        found.append(measure(case.name, "fast_decode", "logits", given["logits"], logits, None, sides.bars))
         for name, expected in zip(("new_k", "new_v"), new, strict=True):
-            pairs = zip(given[name], expected, strict=True)
-            found.extend(measure(case.name, "fast_decode", name, a, b, layer) for layer, (a, b) in enumerate(pairs))
+            for layer, (ours, theirs) in enumerate(zip(given[name], expected, strict=True)):
+                found.append(measure(case.name, "fast_decode", name, ours, theirs, layer, sides.bars))
 
-    constrained = bool(sides.model.decode_ids)
-    options = {"max_tokens": case.max_tokens, "forced": case.forced, "constrained": constrained}
-    with watched(sides.model, sides.bundle.manifest.vocabulary.ids, replay):
-        expected = sides.model.sample_fast_tokens(observation, **options)  # type: ignore[arg-type]
-    yield from found
-    given = sides.sampler.sample_fast_tokens(*case.inputs, **options)  # type: ignore[arg-type]
-    yield measure(case.name, RUNTIME, "greedy_ids", given, expected.numpy())
+    with watched(sides.model, sides.bundle.manifest.vocabulary.ids, replay), known_prefix(sides.model, prefix):
+        ids = sides.model.sample_fast_tokens(observation, **_decoding(sides, case))
+    return found, ids
+
+
+def _decoding(sides: Sides, case: Case) -> dict[str, Any]:
+    return {"max_tokens": case.max_tokens, "forced": case.forced, "constrained": bool(sides.model.decode_ids)}
 
 
 @contextmanager
 def watched(
-    model: Pi05, columns: Sequence[int], see: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], None]
+    model: PiModel, columns: Sequence[int], see: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], None]
 ) -> Iterator[None]:
-    """Show `see` every fast_decode_step of the model: its inputs and outputs, logits of the bundle's columns."""
+    """Show `see` every fast_decode_step of the model: its inputs and outputs, logits of the bundle's columns.
+
+    The sampler gets those of the ids that it may emit. BundleError if one of them is no column.
+    """
     step: Callable[..., tuple[Tensor, ...]] = model.fast_decode_step
+    wanted = model.decode_ids or range(model.config.vocab_size)
+    places = {token: at for at, token in enumerate(columns)}
+    missing = [token for token in wanted if token not in places]
+    if missing:
+        raise BundleError(f"the decode vocabulary lacks {len(missing)} tokens, such as {missing[0]}: export again")
+    chosen = torch.tensor([places[token] for token in wanted])
     rows = model.backbone.embed_tokens.weight[torch.tensor(columns)]
 
     def shown(*inputs: Tensor) -> tuple[Tensor, ...]:
-        see(inputs[:5], step(*inputs[:5], rows))
-        return step(*inputs)
+        logits, *new = step(*inputs[:5], rows)
+        see(inputs[:5], (logits, *new))
+        return logits[:, chosen], *new
 
     model.fast_decode_step = shown  # type: ignore[method-assign, assignment]
     try:
@@ -181,13 +206,25 @@ def watched(
         del model.fast_decode_step
 
 
-def _runtime(case: Case, trace: Trace, prefix: tuple[Tensor, ...], states: Sequence[Tensor]) -> Iterator[Measurement]:
+@contextmanager
+def known_prefix(model: PiModel, prefix: tuple[Tensor, ...]) -> Iterator[None]:
+    """Give a sampler of the model the prefix that was computed before."""
+    model.prefix_forward = lambda *_: prefix  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del model.prefix_forward
+
+
+def _runtime(
+    sides: Sides, case: Case, trace: Trace, prefix: tuple[Tensor, ...], states: Sequence[Tensor]
+) -> Iterator[Measurement]:
     """The whole pipeline, which leaves out absent cameras and padding."""
     k, v, mask = (tensor.numpy() for tensor in prefix)
-    mask = mask[:, trace.columns]
-    yield measure(case.name, RUNTIME, "prefix_mask", trace.prefix_mask, mask)
+    mask, bars = mask[:, trace.columns], sides.bars
+    yield measure(case.name, RUNTIME, "prefix_mask", trace.prefix_mask, mask, bars=bars)
     for name, given, expected in (("prefix_k", trace.prefix_k, k), ("prefix_v", trace.prefix_v, v)):
-        yield from by_layer(case.name, RUNTIME, name, given, expected[:, :, :, trace.columns], mask)
+        yield from by_layer(case.name, RUNTIME, name, given, expected[:, :, :, trace.columns], mask, bars)
     for step, (ours, theirs) in enumerate(zip(trace.x[1:], states[1:], strict=True)):
-        yield measure(case.name, RUNTIME, "x", ours, theirs.numpy(), step)
-    yield measure(case.name, RUNTIME, "actions", trace.x[-1], states[-1].numpy())
+        yield measure(case.name, RUNTIME, "x", ours, theirs.numpy(), step, bars)
+    yield measure(case.name, RUNTIME, "actions", trace.x[-1], states[-1].numpy(), bars=bars)

@@ -12,13 +12,14 @@ from ki_edge import graphs
 from ki_edge.bundle import Bundle
 from ki_edge.flow import denoise_times, step_size
 from ki_edge.graphs import GraphSpec
-from ki_edge.model import Checkpoint, Observation, Pi05
+from ki_edge.model import Checkpoint, PiModel
 from ki_edge.model.sampling import prefix as run_prefix
 
 from .bars import Measurement
 from .cases import Case
-from .comparison import RUNTIME, Comparison, watched
-from .localize import changed_weights, first_wrong_layer
+from .changed import changed_weights
+from .comparison import RUNTIME, Comparison, observe, watched
+from .localize import first_wrong_layer
 
 ORDER = [*(spec.name for spec in graphs.GRAPHS), RUNTIME]
 GRAPH_CAUSE = (
@@ -31,7 +32,9 @@ NOT_FINITE_CAUSE = "values are not finite: usually an overflow, or a weight that
 
 
 @torch.no_grad()
-def explain(comparison: Comparison, bundle: Bundle, checkpoint: Checkpoint, model: Pi05, cases: Sequence[Case]) -> str:
+def explain(
+    comparison: Comparison, bundle: Bundle, checkpoint: Checkpoint, model: PiModel, cases: Sequence[Case]
+) -> str:
     """One line about the first failure in the order of graphs and layers."""
     failure = min(comparison.failures, key=_order)
     line = f"{summary(failure)}; {len(comparison.failures)} of {len(comparison.measurements)} comparisons failed"
@@ -61,26 +64,28 @@ def _order(failure: Measurement) -> tuple[int, float, float]:
 
 def summary(failure: Measurement) -> str:
     """Which tensor failed, by how much, and where."""
-    return f"{failure.where}: max abs error {failure.error:.2e}, bar {failure.limit:.2e} ({failure.case})"
+    return f"{failure.where}: {failure.metric} {failure.error:.2e}, bar {failure.limit:.2e} ({failure.case})"
 
 
-def _wrong_layer(graph: str, bundle: Bundle, model: Pi05, case: Case) -> str | None:
+def _wrong_layer(graph: str, bundle: Bundle, model: PiModel, case: Case) -> str | None:
     spec, tensors = _inputs(graph, bundle, model, case)
     feeds = {t.name: x.numpy().astype(t.dtype) for t, x in zip(spec.inputs, tensors, strict=True)}
     methods = {"prefix": model.prefix_forward, "denoise": model.denoise_step, "fast_decode": model.fast_decode_step}
     return first_wrong_layer(bundle, graph, feeds, model, lambda: methods[graph](*tensors))  # type: ignore[operator]
 
 
-def _inputs(graph: str, bundle: Bundle, model: Pi05, case: Case) -> tuple[GraphSpec, tuple[Tensor, ...]]:
+def _inputs(graph: str, bundle: Bundle, model: PiModel, case: Case) -> tuple[GraphSpec, tuple[Tensor, ...]]:
     """What the model itself feeds to a graph first."""
-    observation = Observation(*(torch.from_numpy(array) for array in case.inputs))
+    observation = observe(case)
     if graph == "prefix":
         return graphs.PREFIX, tuple(torch.from_numpy(array) for array in case.inputs)
     if graph == "denoise":
         times = denoise_times(case.num_steps, bundle.manifest.sampling["time_convention"])
         row = model.modulation(torch.from_numpy(times[:1]))[0]
         dt = torch.tensor(step_size(case.num_steps))
-        return graphs.DENOISE, (torch.from_numpy(case.noise), row, dt, *run_prefix(model, observation))
+        state = () if observation.state is None else (observation.state,)
+        spec = graphs.specs(model.config)[1]
+        return spec, (torch.from_numpy(case.noise), row, dt, *run_prefix(model, observation), *state)
     seen: list[tuple[Tensor, ...]] = []
     with watched(model, bundle.manifest.vocabulary.ids, lambda inputs, outputs: seen.append(inputs)):
         model.sample_fast_tokens(observation, max_tokens=1, forced=case.forced, constrained=bool(model.decode_ids))

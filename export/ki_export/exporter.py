@@ -7,35 +7,45 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import onnx
 import onnx_ir as ir
 
 from ki_edge import flow, graphs
 from ki_edge.bundle import Bundle, BundleWriter, DecodeVocabulary, Manifest, write_bundle
+from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import ArgumentError
-from ki_edge.model import Checkpoint
 
-from .assets import PolicyFiles, decode_vocabulary
 from .checker import check
-from .provenance import provenance, tool_versions
-from .tracing import MIN_OPSET, trace
-from .weights import WEIGHTS, Rows, Weights, attach, place_weights, sources
-from .wrappers import traceables
+from .int8 import choose
+from .opening import Where, open_checkpoint, with_horizon
+from .passes.quantize import quantize
+from .passes.stored import keep_stored_types
+from .policies import PolicyFiles, PolicyRequest, decode_vocabulary, read_policy
+from .provenance import Hashes, hash_files, provenance, tool_versions
+from .tracing import MIN_OPSET, quiet, trace_all
+from .weights import ONNX_TYPES, WEIGHTS, Rows, Stored, Weights, attach, place_weights, sources
 
 TARGETS = ("ort",)
 OPSET = 20
 NUM_STEPS = 10
+Precision = Literal["fp32", "int8"]
+PRECISIONS = {"fp32": "float32", "int8": "int8"}  # as the manifest calls them
 Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """How to export. `num_steps` None: the contract's, or 10."""
+    """How to export. `num_steps` None: the contract's, or 10.
+
+    `precision` of the matrix products; `weights`: "float32", or "stored" to keep the checkpoint's own types in the file
+    and widen while running; `policy`: what the checkpoint does not record.
+    """
 
     target: str = "ort"
     model_only: bool = False
@@ -45,10 +55,15 @@ class ExportOptions:
     force: bool = False
     full_vocabulary: bool = False
     pack: bool = False
+    precision: Precision = "fp32"
+    weights: Stored = "float32"
+    policy: PolicyRequest = field(default_factory=PolicyRequest)
 
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise ArgumentError(f"target {self.target!r}: expected one of {', '.join(TARGETS)}")
+        choices = {"target": TARGETS, "precision": get_args(Precision), "weights": get_args(Stored)}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ArgumentError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
         newest = onnx.defs.onnx_opset_version()
         if not MIN_OPSET <= self.opset <= newest:
             raise ArgumentError(f"opset {self.opset}: expected {MIN_OPSET} to {newest} with onnx {onnx.__version__}")
@@ -70,70 +85,93 @@ class Plan:
     def used(self) -> set[str]:
         """Checkpoint keys that graphs or runtime read."""
         rows = (row.key for origin in self.origins.values() for row in origin.values())
-        return {*rows, *flow.modulation_weights(self.checkpoint.config.expert.depth)}
+        return {*rows, *flow.modulation_weights(self.checkpoint.config)}
 
 
-def export(checkpoint: str | Path, output: str | Path, options: ExportOptions, say: Say = lambda _: None) -> Bundle:
-    """Write a bundle for a checkpoint folder and return it, opened.
+def export(
+    checkpoint: str | Path | Where, output: str | Path, options: ExportOptions, say: Say = lambda _: None
+) -> Bundle:
+    """Write a bundle for a checkpoint and return it, opened.
 
     `say` gets a line a stage. CheckpointError, BundleError or ExportError for what is wrong with the input, ParityError
     if the result differs from the model; then nothing is left at `output` but what was there before.
     """
-    opened = Checkpoint.open(checkpoint)
-    files = None if options.model_only else PolicyFiles.open(opened)
-    with write_bundle(output, force=options.force) as writer:
+    where = checkpoint if isinstance(checkpoint, Where) else Where(str(checkpoint))
+    opened = open_checkpoint(with_horizon(where, options.policy), say)
+    files = None if options.model_only else _policy(opened, options.policy)
+    with write_bundle(output, force=options.force) as writer, ThreadPoolExecutor(1) as hasher:
+        hashes = hasher.submit(hash_files, opened.source.files)
         plan = _plan(opened, files, options, say)
         with _stage(say, "wrote graphs and weights"):
-            bundle = _write(writer, plan, options)
+            bundle = _write(writer, plan, options, hashes)
         if options.verify:
             from .parity import prove
 
             prove(writer, bundle, opened, say)
+        opened.check_unchanged()
     return Bundle.open(output)
+
+
+def _policy(checkpoint: Checkpoint, request: PolicyRequest) -> PolicyFiles:
+    return read_policy(checkpoint.path, checkpoint.format, checkpoint.settings, checkpoint.config, request)
 
 
 def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOptions, say: Say) -> Plan:
     config = checkpoint.config
     vocabulary = decode_vocabulary(config, files, full=options.full_vocabulary)
-    sizes = graphs.sizes(config, len(vocabulary.ids))
-    models = {}
-    for traceable in traceables(config, vocabulary):
-        with _stage(say, f"traced {traceable.spec.name}"):
-            models[traceable.spec.name] = trace(traceable, options.opset, sizes)
+    with _stage(say, "traced the graphs"):
+        models = trace_all(config, vocabulary, options.opset)
+    if options.precision == "int8":
+        with quiet():
+            for model in models.values():
+                quantize(model, choose(config))
     origins = {name: sources(model, vocabulary) for name, model in models.items()}
+    if options.weights == "stored":
+        tensors = checkpoint.source.tensors
+        for name, model in models.items():
+            types = {at: tensors[row.key].dtype for at, row in origins[name].items() if row.key in tensors}
+            keep_stored_types(model, {at: ONNX_TYPES[dtype] for at, dtype in types.items()})
     return Plan(checkpoint, files, vocabulary, models, origins)
 
 
-def _write(writer: BundleWriter, plan: Plan, options: ExportOptions) -> Bundle:
-    weights = place_weights(plan.checkpoint, writer.folder, plan.used, pack=options.pack)
+def _write(writer: BundleWriter, plan: Plan, options: ExportOptions, hashes: Future[Hashes]) -> Bundle:
+    weights = place_weights(plan.checkpoint, writer.folder, plan.used, stored=options.weights, pack=options.pack)
     for name, model in plan.models.items():
         attach(model, plan.origins[name], weights)
         path = writer.folder / f"{name}.onnx"
         ir.save(model, path)
         check(path)
     if plan.files is not None:
-        plan.files.copy(writer.folder)
-    return writer.seal(_manifest(plan, options, weights))
+        plan.files.write(writer.folder)
+    read = hashes.result()
+    if weights.how == "linked":
+        writer.remember(weights.index.path, read[plan.checkpoint.source.files[0]])
+    elif weights.sha256 is not None:
+        writer.remember(weights.index.path, weights.sha256)
+    plan.checkpoint.check_unchanged()
+    return writer.seal(_manifest(plan, options, weights, read))
 
 
-def _manifest(plan: Plan, options: ExportOptions, weights: Weights) -> Manifest:
+def _manifest(plan: Plan, options: ExportOptions, weights: Weights, hashes: Hashes) -> Manifest:
     contract = plan.files.contract if plan.files is not None else None
     config, vocabulary = plan.checkpoint.config, plan.vocabulary
     steps = options.num_steps or (contract.num_steps if contract is not None else NUM_STEPS)
     convention = contract.time_convention if contract is not None else plan.checkpoint.time_convention
+    origin = provenance(plan.checkpoint, hashes, weights.how)
     return Manifest(
         model=config.to_dict(),
         contract=contract.to_json() if contract is not None else None,
         sampling={"time_convention": convention, "num_steps": steps},
-        precision="float32",
+        precision=PRECISIONS[options.precision],
         graphs=_signatures(plan),
         weights={
             "file": WEIGHTS,
-            "runtime": {key: weights.names[key] for key in flow.modulation_weights(config.expert.depth)},
+            "types": options.weights,
+            "runtime": {key: weights.names[key] for key in flow.modulation_weights(config)},
         },
         decode_vocabulary={"first": vocabulary.first, "count": vocabulary.count, "extra": list(vocabulary.extra)},
         tools={**tool_versions(), "opset": str(options.opset)},
-        provenance=provenance(plan.checkpoint, weights.how),
+        provenance={**origin, **({} if plan.files is None else {"policy": plan.files.sources})},
         parity={"verified": False, "reason": "exported with --no-verify"},
     )
 
@@ -146,7 +184,7 @@ def _signatures(plan: Plan) -> dict[str, dict[str, Any]]:
 
     return {
         spec.name: {"file": f"{spec.name}.onnx", "inputs": describe(spec.inputs), "outputs": describe(spec.outputs)}
-        for spec in graphs.GRAPHS
+        for spec in graphs.specs(plan.checkpoint.config)
     }
 
 

@@ -1,98 +1,77 @@
-"""After a failed bar: which weight differs from the checkpoint, and which layer is the first to go wrong."""
+"""After a failed bar: which layer is the first to go wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime as ort
 from torch import Tensor, nn
 
 from ki_edge.bundle import Bundle
-from ki_edge.errors import CheckpointError
-from ki_edge.model import Checkpoint, Pi05
-from ki_edge.model.checkpoint import checkpoint_key
-from ki_edge.safetensors_index import SafetensorsIndex
+from ki_edge.model import PiModel
+from ki_edge.model.streaming import EmbeddingRows
 
-from .safetensors_writer import PIECE, widen
-from .wrappers import UNEMBEDDING
+from .segments import Segment, SegmentPool, cut, run_segments
 
 Array = npt.NDArray[Any]
-LAYER_BAR = 2e-5  # times the layer's largest output: below it an error is rounding
-LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Embedding)
-
-
-def changed_weights(bundle: Bundle, checkpoint: Checkpoint) -> list[str]:
-    """Checkpoint keys whose values in the bundle are not the checkpoint's. Reads both files whole."""
-    stored = bundle.weights()
-    keys = {key: str(name) for key, name in bundle.manifest.weights["runtime"].items()}
-    for graph in bundle.manifest.graphs:
-        proto = onnx.load(bundle.graph(graph), load_external_data=False)
-        for tensor in proto.graph.initializer:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL and not tensor.name.startswith(UNEMBEDDING):
-                key = checkpoint_key(tensor.name)
-                keys[key] = checkpoint.keys[key]
-    return [key for key, name in keys.items() if not _equal(stored, name, checkpoint, key)]
-
-
-def _equal(stored: SafetensorsIndex, name: str, checkpoint: Checkpoint, key: str) -> bool:
-    try:
-        ours, theirs = stored.raw(name), checkpoint.index.raw(checkpoint.keys[key])
-    except (CheckpointError, KeyError):
-        return False
-    dtype = checkpoint.entry(key).dtype
-    width = 4 if dtype == "F32" else 2
-    for start in range(0, theirs.size // width, PIECE):
-        expected = widen(theirs[start * width : (start + PIECE) * width], dtype)
-        if ours[start * 4 : (start + PIECE) * 4].tobytes() != expected.tobytes():
-            return False
-    return True
+# times the layer's largest output: below it an error is rounding, or that of the layers before it
+LAYER_BARS = {"float32": 2e-5, "int8": 0.5}
+LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Embedding, EmbeddingRows)
+SAMPLES = 1 << 18  # values kept of a layer's output, so that those of a large model fit into memory
+PRIMES = (1, 2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103)
 
 
 def first_wrong_layer(
-    bundle: Bundle, graph: str, feeds: Mapping[str, Array], model: Pi05, run: Callable[[], object]
+    bundle: Bundle, graph: str, feeds: Mapping[str, Array], model: PiModel, run: Callable[[], object]
 ) -> str | None:
     """Name of the first layer whose output differs, or None if every layer is within rounding.
 
     `run` makes the model compute what `graph` computes from `feeds`.
     """
+    bar = LAYER_BARS[bundle.manifest.precision]
     with _recorded(model) as expected:
         run()
-    proto = onnx.load(bundle.graph(graph), load_external_data=False)
-    order = [name for node in proto.graph.node for name in node.output if name in expected]
-    ours = _outputs(bundle, proto, order, feeds)
-    for name, given in zip(order, ours, strict=True):
-        reference = expected[name].reshape(-1)
-        error = float(np.abs(given.reshape(-1) - reference).max()) if given.size == reference.size else np.inf
-        if not error <= LAYER_BAR * max(1.0, float(np.abs(reference).max())):
-            return str(name)
+    parts = cut(onnx.load(bundle.graph(graph), load_external_data=False))
+    segments = [part.with_outputs([name for name in _made(part) if name in expected]) for part in parts]
+    for made, segment in run_segments(segments, SegmentPool(bundle.path), feeds):
+        for name in _made(segment):
+            if name in expected and not _close(made[name], *expected[name], bar):
+                return name
     return None
 
 
-def _outputs(bundle: Bundle, proto: Any, names: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
-    """Values inside a graph. The graph is run from memory, its weights from the bundle's folder."""
-    present = {output.name for output in proto.graph.output}
-    for name in names:
-        if name not in present:
-            proto.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(bundle.path))
-    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return list(session.run(list(names), dict(feeds)))
+def _made(segment: Segment) -> list[str]:
+    """The values that a segment computes, in order."""
+    return [str(name) for node in segment.model.graph.node for name in node.output]
+
+
+def _close(given: Array, size: int, expected: Array, bar: float) -> bool:
+    if given.size != size:
+        return False
+    error = float(np.abs(sample(given) - expected).max(initial=0.0))
+    return error <= bar * max(1.0, float(np.abs(expected).max(initial=0.0)))
+
+
+def sample(values: Array) -> Array:
+    """Every value of a small array, flat; of a large one every p-th, p prime so that no column is left out."""
+    step = next((prime for prime in PRIMES if values.size <= prime * SAMPLES), PRIMES[-1])
+    return values.reshape(-1)[::step].copy()
 
 
 @contextmanager
-def _recorded(model: Pi05) -> Iterator[dict[str, Array]]:
-    """Outputs of the model's layers by name, filled while the block runs."""
-    outputs: dict[str, Array] = {}
+def _recorded(model: PiModel) -> Iterator[dict[str, tuple[int, Array]]]:
+    """(size, sample) of the outputs of the model's layers by name, filled while the block runs."""
+    outputs: dict[str, tuple[int, Array]] = {}
 
     def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda module, inputs, output: outputs.update({name: output.detach().numpy().copy()})
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            outputs[name] = output.numel(), sample(output.detach().numpy())
+
+        return hook
 
     handles = [
         module.register_forward_hook(keep(name)) for name, module in model.named_modules() if isinstance(module, LAYERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,14 +10,16 @@ from typing import Any
 from ki_edge.bundle import Bundle, BundleWriter
 from ki_edge.contract import PolicyContract
 from ki_edge.errors import ArgumentError, ParityError
-from ki_edge.model import Checkpoint, Pi05
+from ki_edge.model import Checkpoint
 from ki_edge.prompt import PromptTokenizer
 
-from .cases import Case, standard_cases
+from .cases import Case, compact_cases, standard_cases
 from .comparison import Comparison, compare
 from .diagnosis import explain
+from .progress import Progress, peak_memory
 from .provenance import tool_versions
 from .report import to_json, write_report
+from .sides import Method, Sides, choose_method, open_sides
 
 MAX_PROMPT = 200  # tokens, where neither contract nor checkpoint says: π0.5's
 CAMERAS = 3
@@ -27,29 +30,40 @@ Say = Callable[[str], object]
 
 def prove(writer: BundleWriter, bundle: Bundle, checkpoint: Checkpoint, say: Say) -> Bundle:
     """Compare a sealed bundle with its checkpoint, add report and verdict, seal again. ParityError if a bar fails."""
+    start = time.perf_counter()
     comparison = compare_with_checkpoint(bundle, checkpoint, say)
     if comparison.explanation is not None:
         raise ParityError(comparison.explanation)
     facts = report_facts(bundle)
     write_report(writer.folder, comparison, facts)
     report = to_json(comparison, {})
-    verdict = {key: report[key] for key in ("verified", "reference", "worst")}
+    verdict = {key: report[key] for key in ("verified", "reference", "method", "cases", "worst")}
+    peak = peak_memory()
+    memory = "" if peak is None else f", peak memory {peak / 1e9:.1f} GB"
+    say(f"verified, model {comparison.method} ({time.perf_counter() - start:.1f} s{memory})")
     return writer.seal(replace(bundle.manifest, parity=verdict))
 
 
-def compare_with_checkpoint(bundle: Bundle, checkpoint: Checkpoint, say: Say) -> Comparison:
-    """All standard cases against the PyTorch model; `explanation` tells of the first failure."""
+def compare_with_checkpoint(
+    bundle: Bundle, checkpoint: Checkpoint, say: Say, *, method: Method | None = None
+) -> Comparison:
+    """Cases of every kind against the PyTorch model; `explanation` tells of the first failure.
+
+    `method`: whether both sides are held whole or in pieces; None: as size of model and memory demand.
+    """
     if checkpoint.config != bundle.manifest.config:
         raise ArgumentError(
             f"{checkpoint.path} is not this bundle's checkpoint: its geometry is {checkpoint.config}, "
             f"the bundle's {bundle.manifest.config}"
         )
-    model = checkpoint.load_model()
-    cases = _prepare(bundle, checkpoint, model)
-    comparison = compare(bundle, model, cases, say)
+    progress = Progress(say)
+    sides = open_sides(bundle, checkpoint, method or choose_method(checkpoint.config), progress)
+    cases = _prepare(sides, checkpoint)
+    comparison = compare(sides, cases, progress)
     comparison.reference = f"the PyTorch model of checkpoint {checkpoint.path.resolve().name}"
     if comparison.failures:
-        comparison.explanation = explain(comparison, bundle, checkpoint, model, cases)
+        with progress.stage("looking for the cause"):
+            comparison.explanation = explain(comparison, bundle, checkpoint, sides.model, cases)
     return comparison
 
 
@@ -59,8 +73,9 @@ def report_facts(bundle: Bundle) -> dict[str, Any]:
     return {"provenance": manifest.provenance, "sampling": manifest.sampling, "tools": tool_versions()}
 
 
-def _prepare(bundle: Bundle, checkpoint: Checkpoint, model: Pi05) -> list[Case]:
+def _prepare(sides: Sides, checkpoint: Checkpoint) -> list[Case]:
     """The cases of a bundle; tells the model which ids it may emit."""
+    bundle, model = sides.bundle, sides.model
     manifest = bundle.manifest
     contract = None if manifest.contract is None else PolicyContract.from_json(manifest.contract)
     settings = checkpoint.settings
@@ -74,10 +89,7 @@ def _prepare(bundle: Bundle, checkpoint: Checkpoint, model: Pi05) -> list[Case]:
             first = contract.fast.id_offset - contract.fast.size + 1
             fast = range(first, contract.fast.id_offset + 1)
             model.decode_ids = tuple(dict.fromkeys((*fast, *tokenizer.end_ids, tokenizer.eos_id)))
-    return standard_cases(
-        manifest.config,
-        cameras=cameras,
-        max_prompt=int(prompt),
-        num_steps=manifest.sampling["num_steps"],
-        forced=forced,
-    )
+    config, steps = manifest.config, manifest.sampling["num_steps"]
+    if sides.method == "streamed":
+        return compact_cases(config, cameras=cameras, num_steps=steps, forced=forced)
+    return standard_cases(config, cameras=cameras, max_prompt=int(prompt), num_steps=steps, forced=forced)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .cli import Parser, run_command, tell
+from ki_edge.commands import Parser, run_command, tell
 
 if TYPE_CHECKING:
     from .comparison import Comparison

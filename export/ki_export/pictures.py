@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from .bars import BARS, Measurement
+from .bars import Measurement
 from .comparison import RUNTIME, Array, Comparison
 
 SHOWN_ACTIONS = 6
@@ -20,7 +20,7 @@ def pictures(comparison: Comparison) -> list[tuple[str, bytes]]:
     found = []
     steps = [m for m in comparison.measurements if m.tensor in ("x", "x_next") and m.place is not None]
     if steps:
-        found.append(("Error of x after each denoise step", _lines(steps, "denoise step", BARS["x"].limit)))
+        found.append(("Error of x after each denoise step", _lines(steps, "denoise step", comparison.bars["x"].limit)))
     if comparison.traces is not None:
         found.append(("Actions: bundle over reference, first case", _traces(*comparison.traces)))
     layers = [m for m in comparison.measurements if m.tensor in ("prefix_k", "prefix_v") and m.graph == RUNTIME]
@@ -43,7 +43,7 @@ def _lines(measurements: Sequence[Measurement], label: str, bar: float | None) -
             axes.plot(places, limits, color=line.get_color(), lw=1, ls="--", label=f"bar of {tensor}")
     if bar is not None:
         axes.axhline(bar, color="#b3261e", lw=1, ls="--", label=f"bar {bar:.0e}")
-    axes.set(xlabel=label, ylabel="max abs error", yscale="log")
+    axes.set(xlabel=label, ylabel=measurements[0].metric, yscale="log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from platform import machine, python_version
 from typing import Any
 
 from ki_edge.bundle import sha256
-from ki_edge.model import Checkpoint
+from ki_edge.checkpoints import Checkpoint
 
 PACKAGES = ("ki-edge", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+Hashes = Mapping[Path, str]
 
 
 def tool_versions() -> dict[str, str]:
@@ -23,13 +26,28 @@ def tool_versions() -> dict[str, str]:
     return found
 
 
-def provenance(checkpoint: Checkpoint, how: str) -> dict[str, Any]:
-    """The checkpoint: its folder's name, layout, stored types and hash; `how` its weights came into the bundle."""
-    entries = checkpoint.index.entries.values()
+def hash_files(paths: Iterable[Path]) -> Hashes:
+    """sha256 of each file."""
+    return {path: sha256(path) for path in paths}
+
+
+def provenance(checkpoint: Checkpoint, hashes: Hashes, how: str) -> dict[str, Any]:
+    """The checkpoint: its folder's name, format, stored types and hashes; `how` its weights came into the bundle.
+
+    `origin` names repository and revision of a checkpoint that was fetched.
+    """
+    folder = checkpoint.path.resolve()
+    stored = sorted({tensor.dtype for tensor in checkpoint.source.tensors.values()})
+
+    def name(path: Path) -> str:
+        path = path.absolute()
+        return path.relative_to(folder).as_posix() if folder in path.parents else path.name
+
     return {
-        "checkpoint": checkpoint.path.resolve().name,
-        "layout": checkpoint.layout,
-        "sha256": sha256(checkpoint.index.path),
-        "stored_types": sorted({entry.dtype for entry in entries}),
+        "checkpoint": folder.name,
+        "format": checkpoint.format,
+        "origin": dict(checkpoint.origin),
+        "sha256": {name(path): digest for path, digest in hashes.items()},
+        "stored_types": stored,
         "weights": how,
     }

@@ -1,7 +1,8 @@
 """Compare a bundle with recorded outputs of another system: two .npz files, inputs and outputs.
 
     inputs   image/<camera> u8 [B,h,w,3], image_mask/<camera> bool [B], tokenized_prompt int [B,T] and
-             tokenized_prompt_mask bool [B,T] (or prompt_only_tokens, prompt_only_mask), noise f32 [B,H,A], num_steps
+             tokenized_prompt_mask bool [B,T] (or prompt_only_tokens, prompt_only_mask), noise f32 [B,H,A], num_steps;
+             of a π0 also state f32 [B,A]
     outputs  any of: actions [B,H,A], x_steps or v_steps [steps,B,H,A] (before each step), times [steps],
              kv_k, kv_v [L,B,K,S,D] over all cameras and the padded prompt, greedy_tokens int [B,n]
 
@@ -47,13 +48,14 @@ def compare_with_recording(bundle: Bundle, outputs: Path, inputs: Path | None = 
     given = read_arrays(inputs or outputs.with_name("inputs.npz"))
     sampler = Sampler.open(bundle)
     case = read_case(given, bundle, sampler, outputs)
-    result = Comparison(f"recorded outputs {outputs.parent.name}/{outputs.name}", [case.describe()])
+    name = f"recorded outputs {outputs.parent.name}/{outputs.name}"
+    result = Comparison(name, bundle.manifest.precision, "recorded", [case.describe()])
     result.measurements += _actions(sampler, case, recorded, result)
     if "greedy_tokens" in recorded:
         expected = recorded["greedy_tokens"]
         full = bundle.manifest.vocabulary.count == bundle.manifest.config.vocab_size
         ids = sampler.sample_fast_tokens(*case.inputs, max_tokens=expected.shape[1], constrained=not full)
-        result.measurements.append(measure(case.name, RUNTIME, "greedy_ids", ids, expected))
+        result.measurements.append(measure(case.name, RUNTIME, "greedy_ids", ids, expected, bars=result.bars))
     if result.failures:
         first = result.failures[0]
         result.explanation = f"{summary(first)}; usual cause: {CAUSES.get(first.tensor, 'other weights')}"
@@ -79,6 +81,8 @@ def read_case(given: Mapping[str, Array], bundle: Bundle, sampler: Sampler, sour
         cameras = [camera.slot for camera in contract.cameras]
     tokens, mask = next((pair for pair in PROMPTS if set(pair) <= set(given)), PROMPTS[-1])
     wanted = [f"image_mask/{camera}" for camera in cameras] + [tokens, mask]
+    if sampler.config.has_state:
+        wanted.append("state")
     missing = [name for name in wanted if name not in given] + ([] if cameras else ["image/<camera>"])
     if missing:
         raise DatasetError(f"recorded inputs of {source}: {', '.join(missing)} missing")
@@ -92,6 +96,7 @@ def read_case(given: Mapping[str, Array], bundle: Bundle, sampler: Sampler, sour
         prompt_mask=given[mask],
         noise=given.get("noise", np.zeros(shape, np.float32)),
         num_steps=int(given.get("num_steps", sampler.num_steps)),
+        state=given["state"].astype(np.float32) if config.has_state else None,
     )
 
 
@@ -99,17 +104,19 @@ def _actions(sampler: Sampler, case: Case, recorded: Mapping[str, Array], result
     """Times, K/V, every step and the actions, as far as they were recorded."""
     if "times" in recorded:
         convention = sampler.bundle.manifest.sampling["time_convention"]
-        yield measure(case.name, RUNTIME, "times", denoise_times(case.num_steps, convention), recorded["times"])
-    trace = sampler.trace(*case.inputs, noise=case.noise, num_steps=case.num_steps)
+        yield measure(
+            case.name, RUNTIME, "times", denoise_times(case.num_steps, convention), recorded["times"], bars=result.bars
+        )
+    trace = sampler.trace(*case.inputs, state=case.state, noise=case.noise, num_steps=case.num_steps)
     for name, ours in (("kv_k", trace.prefix_k), ("kv_v", trace.prefix_v)):
         if name in recorded:
             tensor, expected = name.replace("kv", "prefix"), recorded[name][:, :, :, trace.columns]
-            yield from by_layer(case.name, RUNTIME, tensor, ours, expected, trace.prefix_mask)
+            yield from by_layer(case.name, RUNTIME, tensor, ours, expected, trace.prefix_mask, result.bars)
     for step, expected in enumerate(_states(case, recorded)):
-        yield measure(case.name, RUNTIME, "x", trace.x[step + 1], expected, step)
+        yield measure(case.name, RUNTIME, "x", trace.x[step + 1], expected, step, result.bars)
     if "actions" in recorded:
         result.traces = trace.x[-1][0], recorded["actions"][0]
-        yield measure(case.name, RUNTIME, "actions", trace.x[-1], recorded["actions"])
+        yield measure(case.name, RUNTIME, "actions", trace.x[-1], recorded["actions"], bars=result.bars)
 
 
 def _states(case: Case, recorded: Mapping[str, Array]) -> list[Array]:

@@ -11,32 +11,29 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ki_edge.contract import PolicyContract
-from ki_edge.errors import CheckpointError
-from ki_edge.model import Checkpoint, Observation
-from ki_edge.normalize import read_norm_stats
-from ki_edge.prompt import PromptTokenizer
-from ki_edge.transforms import InputPipeline, OutputPipeline
+from ki_edge.model import Observation
+from ki_edge.transforms import InputPipeline, ModelInputs, OutputPipeline, pad_last
+
+from .opening import Where, open_checkpoint
+from .policies import PolicyRequest, given_contract, read_policy
 
 
 class ReferencePolicy:
     """Same observations, noise and pipelines as `ki_runtime.policy.Policy`; the model runs in PyTorch, float32.
 
-    It takes a checkpoint folder of `ki-train`: weights, contract.json, assets/. CheckpointError if a part is missing.
+    It takes a checkpoint of any format; `request` gives what it does not record. CheckpointError if a part is missing.
     """
 
-    def __init__(self, checkpoint: str | Path) -> None:
-        folder = Path(checkpoint)
-        parts = [folder / "contract.json", folder / "assets" / "tokenizer.model", folder / "assets" / "norm_stats.json"]
-        for part in parts:
-            if not part.is_file():
-                raise CheckpointError(f"{folder} is no complete policy: {part.relative_to(folder)} is missing")
-        self.contract = PolicyContract.load(parts[0])
-        tokenizer = PromptTokenizer(parts[1], self.contract.prompt_format, self.contract.max_token_len)
-        stats = read_norm_stats(parts[2])
-        self._inputs = InputPipeline(self.contract, stats, tokenizer)
-        self._outputs = OutputPipeline(self.contract, stats)
-        self.model = Checkpoint.open(folder).load_model()
+    def __init__(self, checkpoint: str | Path, request: PolicyRequest | None = None) -> None:
+        request = request or PolicyRequest()
+        given = given_contract(request)
+        horizon = None if given is None else given.action_horizon
+        opened = open_checkpoint(Where(str(checkpoint), default_horizon=horizon))
+        files = read_policy(opened.path, opened.format, opened.settings, opened.config, request)
+        self.contract = files.contract
+        self._inputs = InputPipeline(files.contract, files.stats, files.tokenizer)
+        self._outputs = OutputPipeline(files.contract, files.stats)
+        self.model = opened.load_model()
 
     def infer(
         self, observation: Mapping[str, Any], *, noise: npt.ArrayLike | None = None, num_steps: int | None = None
@@ -49,6 +46,7 @@ class ReferencePolicy:
             camera_mask=torch.from_numpy(inputs.camera_mask)[None],
             prompt_tokens=torch.from_numpy(inputs.prompt_tokens)[None],
             prompt_mask=torch.ones(1, len(inputs.prompt_tokens), dtype=torch.bool),
+            state=self._state(inputs),
         )
         actions = self.model.sample_actions(
             batch,
@@ -58,3 +56,8 @@ class ReferencePolicy:
         )
         robot_actions = self._outputs(actions[0].numpy(), inputs.raw_state)
         return {"actions": robot_actions, "timing": {"total_ms": 1e3 * (time.perf_counter() - start)}}
+
+    def _state(self, inputs: ModelInputs) -> torch.Tensor | None:
+        """The state as a tensor f32 [1,A] for a π0; a π0.5 has it in its prompt."""
+        config = self.model.config
+        return torch.from_numpy(pad_last(inputs.state, config.action_dim)).float()[None] if config.has_state else None

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from .bars import BARS, Measurement
+from .bars import MAX_ABS, Bar, Measurement
 from .comparison import Comparison
 from .pictures import pictures
 
@@ -33,9 +33,11 @@ def to_json(comparison: Comparison, facts: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "verified": not comparison.failures,
         "reference": comparison.reference,
+        "precision": comparison.precision,
+        "method": comparison.method,
         **facts,
         "worst": _plain(comparison.worst),
-        "bars": {name: asdict(bar) for name, bar in BARS.items()},
+        "bars": {name: asdict(bar) for name, bar in comparison.bars.items()},
         "cases": comparison.cases,
         "measurements": [_plain(m) for m in comparison.measurements],
     }
@@ -68,7 +70,7 @@ def to_html(comparison: Comparison, facts: Mapping[str, Any]) -> str:
 <h1>Parity report</h1>
 <p><span class="verdict {verdict[0]}">{verdict[1]}</span></p>
 <p>{len(comparison.measurements)} comparisons with {escape(comparison.reference)} in {len(comparison.cases)} cases.
-Closest to its bar: {escape(worst.where)}, max abs error {worst.error:.2e} of {worst.limit:.2e}
+Closest to its bar: {escape(worst.where)}, {worst.metric} {worst.error:.2e} of {worst.limit:.2e}
 ({escape(worst.case)}).</p>
 <h2>Worst error of each tensor</h2>
 {_summary_table(comparison.measurements)}
@@ -77,11 +79,11 @@ Closest to its bar: {escape(worst.where)}, max abs error {worst.error:.2e} of {w
 <h2>Cases</h2>
 {_table(("case", "batch", "cameras", "prompt tokens", "steps"), (_case_row(case) for case in comparison.cases))}
 <h2>Bars</h2>
-{_table(("tensor", "bar", "reason"), ((n, _bar_text(n), b.reason) for n, b in BARS.items()))}
+{_table(("tensor", "bar", "reason"), ((n, _bar_text(b), b.reason) for n, b in comparison.bars.items()))}
 <h2>Provenance</h2>
 {_table(("what", "value"), ((name, json.dumps(value)) for name, value in facts.items()))}
 <details><summary>All comparisons</summary>
-{_table(("case", "where", "max abs error", "bar"), map(_row, comparison.measurements))}
+{_table(("case", "where", "error", "bar"), map(_row, comparison.measurements))}
 </details>
 </body></html>
 """
@@ -94,9 +96,12 @@ def _summary_table(measurements: Sequence[Measurement]) -> str:
     rows = []
     for (graph, tensor), group in groups.items():
         m = max(group, key=lambda m: m.severity)
-        mark, numbers = "" if m.passed else "!", (f"{m.error:.2e}", f"{m.limit:.2e}", f"{m.magnitude:.3g}")
+        mark, numbers = (
+            "" if m.passed else "!",
+            (f"{m.error:.2e}", f"{m.limit:.2e}", f"{m.max_abs:.2e}", f"{m.magnitude:.3g}"),
+        )
         rows.append((mark + graph, tensor, *numbers, str(len(group))))
-    return _table(("graph", "tensor", "max abs error", "bar", "largest value", "comparisons"), rows)
+    return _table(("graph", "tensor", "error", "bar", "max abs error", "largest value", "comparisons"), rows)
 
 
 def _row(m: Measurement) -> tuple[str, ...]:
@@ -107,11 +112,11 @@ def _case_row(case: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(case[key]) for key in ("name", "batch", "cameras", "prompt_tokens", "num_steps"))
 
 
-def _bar_text(name: str) -> str:
-    bar = BARS[name]
+def _bar_text(bar: Bar) -> str:
     if not bar.limit:
         return "identical"
-    return f"{bar.limit:.0e}" + (" x largest value, if above 1" if bar.scaled else "")
+    metric = "" if bar.metric == MAX_ABS else f" {bar.metric}"
+    return f"{bar.limit:.0e}{metric}" + (" x largest value, if above 1" if bar.scaled else "")
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,27 +1,38 @@
 """From a module on the meta device to an ONNX graph with the contract's names, cleaned by the passes.
 
-No weight is read: initializers carry names and shapes, and get their place in the weights file later.
+No weight is read: initializers carry names and shapes, and get their place in the weights file later. The graphs of a
+deep model take a minute each, so they are traced in two processes.
 """
 
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 import onnx
 import onnx_ir as ir
 import torch
 
+from ki_edge import graphs
+from ki_edge.bundle import DecodeVocabulary
+from ki_edge.config import Pi05Config
 from ki_edge.errors import ExportError
 from ki_edge.graphs import GraphSpec
 
 from .passes import PASSES
-from .wrappers import Traceable
+from .wrappers import Traceable, traceables
 
 MODULE = "model."  # where the wrappers hold the model
 MIN_OPSET = 18
+DEEP = 8  # layers of a model that is worth two processes
+PROCESSES = 2  # 0.6 GB each
+NOWHERE = "none"
 ONNX_TYPES = {
     "uint8": ir.DataType.UINT8,
     "bool": ir.DataType.BOOL,
@@ -30,11 +41,50 @@ ONNX_TYPES = {
 }
 
 
+def trace_all(config: Pi05Config, vocabulary: DecodeVocabulary, opset: int) -> dict[str, ir.Model]:
+    """The three graphs of a model, by name. ExportError if one cannot be traced."""
+    names = [spec.name for spec in graphs.specs(config)]
+    if config.backbone.depth < DEEP or (os.cpu_count() or 1) == 1:
+        sizes = graphs.sizes(config, len(vocabulary.ids))
+        return {t.spec.name: trace(t, opset, sizes) for t in traceables(config, vocabulary)}
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    try:
+        with ProcessPoolExecutor(PROCESSES, spawn) as pool:
+            graphs_of = [pool.submit(_trace_apart, config, vocabulary, name, opset) for name in names]
+            return {name: unpack(future.result()) for name, future in zip(names, graphs_of, strict=True)}
+    except BrokenProcessPool:
+        raise ExportError("a tracing process was killed: is there 1.5 GB of memory free?") from None
+
+
+def _trace_apart(config: Pi05Config, vocabulary: DecodeVocabulary, name: str, opset: int) -> bytes:
+    """In a process of its own: one graph, packed."""
+    torch.set_num_threads(1)
+    wanted = next(t for t in traceables(config, vocabulary) if t.spec.name == name)
+    return pack(trace(wanted, opset, graphs.sizes(config, len(vocabulary.ids))))
+
+
+def pack(model: ir.Model) -> bytes:
+    """A traced graph as bytes. Its weights have no values: any place in a file stands in for them."""
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None:
+            value.const_value = ir.ExternalTensor(NOWHERE, 0, 0, ir.DataType.FLOAT, shape=value.shape, name=name)
+    return ir.to_proto(model).SerializeToString()
+
+
+def unpack(packed: bytes) -> ir.Model:
+    """What `pack` packed."""
+    model = ir.from_proto(onnx.ModelProto.FromString(packed))
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = None
+    return model
+
+
 def trace(traceable: Traceable, opset: int, sizes: Mapping[str, int]) -> ir.Model:
     """The graph of one wrapper. `sizes`: constants of `graphs.sizes`. ExportError if the tracer or a pass fails."""
     spec = traceable.spec
     try:
-        with _quiet():
+        with quiet():
             model = _export(traceable, opset)
             prepare(model)
             for apply in PASSES:
@@ -88,7 +138,7 @@ def finish(model: ir.Model, spec: GraphSpec, sizes: Mapping[str, int]) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence what tracer and passes say about packages that are not installed and weights that have no values."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
     levels = [logger.level for logger in loggers]

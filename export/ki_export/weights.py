@@ -1,31 +1,40 @@
 """The bundle's weights: one safetensors file that all three graphs point into.
 
-It is a hard link to the checkpoint's own file if that holds what the graphs need in float32 and lies on the same
-filesystem; else a copy. Stored in another type, or with `pack`, only the tensors in use are written, as float32.
+Where the checkpoint's own file holds what the graphs need, in the type they need it, it is that file: a hard link, or a
+copy on another filesystem. Else only the tensors in use are written, streamed and converted piece by piece.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import onnx_ir as ir
 
 from ki_edge.bundle import DecodeVocabulary
+from ki_edge.checkpoints import Checkpoint, TensorSource
+from ki_edge.checkpoints.keys import EMBEDDING, checkpoint_key
 from ki_edge.errors import ExportError
-from ki_edge.model import Checkpoint
-from ki_edge.model.checkpoint import EMBEDDING, checkpoint_key
 from ki_edge.safetensors_index import SafetensorsIndex
 
-from .safetensors_writer import check_space, write_float32
+from .int8 import SCALES, VALUES, Int8Weights, split_key
+from .safetensors_writer import Part, copy_file, write_tensors
 from .wrappers import UNEMBEDDING, runs
 
 WEIGHTS = "weights.safetensors"
 NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
+ONNX_TYPES = {
+    "F32": ir.DataType.FLOAT,
+    "BF16": ir.DataType.BFLOAT16,
+    "F16": ir.DataType.FLOAT16,
+    "I8": ir.DataType.INT8,
+}
+Stored = Literal["float32", "stored"]  # types in the file: all float32, or as the checkpoint stores them
 
 
 @dataclass(frozen=True)
@@ -39,11 +48,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class Weights:
-    """The written file. `names`: checkpoint key -> name in the file; `how`: linked, copied, packed or converted."""
+    """The written file. `names`: checkpoint key -> name in the file; `how`: linked, copied, packed or converted.
+
+    `sha256` of the file, None where it was linked and not read.
+    """
 
     index: SafetensorsIndex
     names: Mapping[str, str]
     how: str
+    sha256: str | None = None
 
 
 def sources(model: ir.Model, vocabulary: DecodeVocabulary) -> dict[str, Rows]:
@@ -61,40 +74,19 @@ def sources(model: ir.Model, vocabulary: DecodeVocabulary) -> dict[str, Rows]:
 
 
 def place_weights(
-    checkpoint: Checkpoint,
-    folder: Path,
-    used: Iterable[str],
-    *,
-    pack: bool,
+    checkpoint: Checkpoint, folder: Path, used: Iterable[str], *, stored: Stored = "float32", pack: bool = False
 ) -> Weights:
     """Put weights.safetensors into `folder`, holding at least the checkpoint keys `used`. ExportError if it cannot."""
-    names = {key: checkpoint.keys[key] for key in sorted(set(used))}
-    path = folder / WEIGHTS
-    stored = list(dict.fromkeys(names.values()))
-    convert = any(checkpoint.index.entries[name].dtype != "F32" for name in stored)
-    if convert or pack:
-        order = sorted(stored, key=lambda name: checkpoint.index.entries[name].offset)
-        write_float32(checkpoint.index, order, path)
-        how = "converted" if convert else "packed"
-    else:
-        how = _link_or_copy(checkpoint.index.path, path)
-    return Weights(SafetensorsIndex(path), names, how)
-
-
-def _link_or_copy(source: Path, path: Path) -> str:
-    source = source.resolve()
-    try:
-        os.link(source, path)
-        return "linked"
-    except OSError as error:
-        if error.errno not in NO_LINK:
-            raise ExportError(f"cannot link {source} to {path}: {error}") from error
-    check_space(path, source.stat().st_size)
-    try:
-        shutil.copyfile(source, path)
-    except OSError as error:
-        raise ExportError(f"cannot copy {source} to {path}: {error}") from error
-    return "copied"
+    keys, path = sorted(set(used)), folder / WEIGHTS
+    names = None if pack else _names_in_one_file(checkpoint.source, keys, stored)
+    if names is not None:
+        how, digest = _link_or_copy(checkpoint.source.files[0], path)
+        return Weights(SafetensorsIndex(path), names, how, digest)
+    parts = _parts(checkpoint.source, keys, stored)
+    tensors = checkpoint.source.tensors
+    same = all(part.name in tensors and part.dtype == tensors[part.name].dtype for part in parts)
+    digest = write_tensors(path, parts, {"format": "pt"})
+    return Weights(SafetensorsIndex(path), {key: key for key in keys}, "packed" if same else "converted", digest)
 
 
 def attach(model: ir.Model, origins: Mapping[str, Rows], weights: Weights) -> None:
@@ -105,13 +97,67 @@ def attach(model: ir.Model, origins: Mapping[str, Rows], weights: Weights) -> No
         shape = entry.shape if rows.count is None else (rows.count, *entry.shape[1:])
         if value.shape is None or tuple(value.shape) != shape:
             raise ExportError(f"graph {model.graph.name}: '{name}' is {value.shape}, but its weights are {list(shape)}")
+        if value.dtype is not None and value.dtype != ONNX_TYPES[entry.dtype]:
+            raise ExportError(f"graph {model.graph.name}: '{name}' is {value.dtype}, but its weights are {entry.dtype}")
         row = entry.nbytes // entry.shape[0]
         value.const_value = ir.ExternalTensor(
             WEIGHTS,
             offset=entry.offset + rows.first * row,
             length=shape[0] * row,
-            dtype=ir.DataType.FLOAT,
+            dtype=ONNX_TYPES[entry.dtype],
             shape=ir.Shape(shape),
             name=name,
             base_dir=weights.index.path.parent,
         )
+
+
+def _names_in_one_file(source: TensorSource, keys: Iterable[str], stored: Stored) -> dict[str, str] | None:
+    """Each key's name in the checkpoint's only file; None if its bytes cannot be used as they lie there."""
+    names = {}
+    for key in keys:
+        tensor = source.tensors.get(key)
+        if tensor is None or tensor.place is None or len(source.files) != 1:
+            return None
+        if stored == "float32" and tensor.dtype != "F32":
+            return None
+        names[key] = tensor.place.name
+    return names
+
+
+def _parts(source: TensorSource, keys: Iterable[str], stored: Stored) -> list[Part]:
+    """The tensors of the weights file: as the checkpoint stores them, widened, or quantised."""
+    weights, parts = Int8Weights(source), []
+    for key in _in_file_order(source, keys):
+        base, kind = split_key(key)
+        rows, *columns = source.tensors[base].shape
+        if kind == VALUES:
+            parts.append(Part(key, "I8", (*columns, rows), partial(weights.values, base)))
+        elif kind == SCALES:
+            parts.append(Part(key, "F32", (rows,), partial(weights.scales, base)))
+        elif stored == "stored":
+            parts.append(Part(key, source.tensors[key].dtype, (rows, *columns), partial(source.stored, key)))
+        else:
+            parts.append(Part(key, "F32", (rows, *columns), partial(source.pieces, key)))
+    return parts
+
+
+def _in_file_order(source: TensorSource, keys: Iterable[str]) -> list[str]:
+    """So that a file is read from its beginning to its end."""
+
+    def position(key: str) -> tuple[str, int, str]:
+        base, kind = split_key(key)
+        place = source.tensors[base].place
+        return ("", 0, kind) if place is None else (place.index.path.name, place.offset, kind)
+
+    return sorted(keys, key=position)
+
+
+def _link_or_copy(source: Path, path: Path) -> tuple[str, str | None]:
+    source = source.resolve()
+    try:
+        os.link(source, path)
+        return "linked", None
+    except OSError as error:
+        if error.errno not in NO_LINK:
+            raise ExportError(f"cannot link {source} to {path}: {error}") from error
+    return "copied", copy_file(source, path)

@@ -5,7 +5,6 @@ Nothing here computes. Inputs, their order, types and free dimensions come from 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from ki_edge import graphs
 from ki_edge.bundle import DecodeVocabulary
 from ki_edge.config import Pi05Config
 from ki_edge.graphs import GraphSpec
-from ki_edge.model import Pi05
+from ki_edge.model import PiModel, build
 
 # Any sizes will do while tracing, as long as they differ from each other and from 1, which the tracer would bake in.
 TRACED_SIZES = {"B": 2, "N": 3, "T": 5, "S": 29, "C": 31, "Q": 7}
@@ -27,7 +26,7 @@ Outputs = tuple[Tensor, ...]
 class PrefixModule(nn.Module):
     """Graph 1: pictures and prompt to K/V."""
 
-    def __init__(self, model: Pi05) -> None:
+    def __init__(self, model: PiModel) -> None:
         super().__init__()
         self.model = model
 
@@ -38,7 +37,7 @@ class PrefixModule(nn.Module):
 class DenoiseModule(nn.Module):
     """Graph 2: one Euler step."""
 
-    def __init__(self, model: Pi05) -> None:
+    def __init__(self, model: PiModel) -> None:
         super().__init__()
         self.model = model
 
@@ -48,6 +47,26 @@ class DenoiseModule(nn.Module):
         return (self.model.denoise_step(x_t, modulation, dt, prefix_k, prefix_v, prefix_mask),)
 
 
+class StateDenoiseModule(nn.Module):
+    """Graph 2 of a π0: one Euler step with the robot's state."""
+
+    def __init__(self, model: PiModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        x_t: Tensor,
+        modulation: Tensor,
+        dt: Tensor,
+        prefix_k: Tensor,
+        prefix_v: Tensor,
+        prefix_mask: Tensor,
+        state: Tensor,
+    ) -> Outputs:
+        return (self.model.denoise_step(x_t, modulation, dt, prefix_k, prefix_v, prefix_mask, state),)
+
+
 class FastDecodeModule(nn.Module):
     """Graph 3: new tokens over a cache to logits of the decode vocabulary.
 
@@ -55,7 +74,7 @@ class FastDecodeModule(nn.Module):
     values of its own. It is empty if all rows are wanted.
     """
 
-    def __init__(self, model: Pi05, vocabulary: DecodeVocabulary) -> None:
+    def __init__(self, model: PiModel, vocabulary: DecodeVocabulary) -> None:
         super().__init__()
         self.model = model
         width, whole = model.config.backbone.width, len(vocabulary.ids) == model.config.vocab_size
@@ -87,14 +106,11 @@ def runs(vocabulary: DecodeVocabulary) -> list[tuple[int, int]]:
 def traceables(config: Pi05Config, vocabulary: DecodeVocabulary) -> list[Traceable]:
     """The three graphs of a model without weights: everything lies on the meta device."""
     with torch.device("meta"):
-        model = Pi05(config).eval().requires_grad_(False)
-    makers: Sequence[tuple[GraphSpec, Callable[[], nn.Module]]] = (
-        (graphs.PREFIX, lambda: PrefixModule(model)),
-        (graphs.DENOISE, lambda: DenoiseModule(model)),
-        (graphs.FAST_DECODE, lambda: FastDecodeModule(model, vocabulary)),
-    )
+        model = build(config).eval().requires_grad_(False)
+    denoise = StateDenoiseModule if config.has_state else DenoiseModule
+    modules = (PrefixModule(model), denoise(model), FastDecodeModule(model, vocabulary))
     sizes = {**graphs.sizes(config, len(vocabulary.ids)), **TRACED_SIZES}
-    return [_traceable(spec, maker().eval(), sizes) for spec, maker in makers]
+    return [_traceable(spec, module.eval(), sizes) for spec, module in zip(graphs.specs(config), modules, strict=True)]
 
 
 def _traceable(spec: GraphSpec, module: nn.Module, sizes: dict[str, int]) -> Traceable:

@@ -1,8 +1,12 @@
-"""The π0.5 model in PyTorch."""
+"""The π0.5 and π0 models in PyTorch."""
 
-from .checkpoint import Checkpoint, save_checkpoint
+from ..checkpoints import Checkpoint
+from .build import build
+from .checkpoint import save_checkpoint
 from .loss import Losses
 from .observation import Observation
+from .pi import PiModel
+from .pi0 import Pi0
 from .pi05 import Pi05
 
-__all__ = ["Checkpoint", "Losses", "Observation", "Pi05", "save_checkpoint"]
+__all__ = ["Checkpoint", "Losses", "Observation", "Pi0", "Pi05", "PiModel", "build", "save_checkpoint"]

@@ -39,7 +39,7 @@ class GemmaAttention(nn.Module):
         return x.view(x.shape[0], x.shape[1], count, self.head_dim).transpose(1, 2)
 
 
-class BackboneLayer(nn.Module):
+class GemmaLayer(nn.Module):
     """Gemma layer: attention and MLP, each behind an RMSNorm."""
 
     def __init__(self, config: GemmaConfig) -> None:
@@ -62,13 +62,13 @@ class Backbone(nn.Module):
     def __init__(self, config: GemmaConfig, vocab_size: int) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, config.width)
-        self.layers = nn.ModuleList(BackboneLayer(config) for _ in range(config.depth))
+        self.layers = nn.ModuleList(GemmaLayer(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.width)
 
     @property
-    def stack(self) -> list[BackboneLayer]:
+    def stack(self) -> list[GemmaLayer]:
         """The layers, with their type."""
-        return cast("list[BackboneLayer]", list(self.layers))
+        return cast("list[GemmaLayer]", list(self.layers))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [B,T] -> [B,T,W], times sqrt(W)."""
@@ -149,3 +149,28 @@ class ActionExpert(nn.Module):
             rows = (modulation[:, 2 * index], modulation[:, 2 * index + 1])
             x = layer(x, rows, rope, prefix[index], bias)
         return modulated_norm(x, modulation[:, -1])[0]
+
+
+class PlainExpert(nn.Module):
+    """π0's action expert: small Gemma layers as they are, nothing modulated, nothing gated."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(GemmaLayer(config) for _ in range(config.depth))
+        self.norm = RMSNorm(config.width)
+
+    @property
+    def stack(self) -> list[GemmaLayer]:
+        """The layers, with their type."""
+        return cast("list[GemmaLayer]", list(self.layers))
+
+    def forward(self, x: Tensor, rope: Rope, prefix: list[KeysValues], bias: Tensor) -> Tensor:
+        """Suffix tokens [B,Q,W] -> final normed hidden states [B,Q,W]; bias over the keys of prefix and suffix."""
+        for layer, (past_k, past_v) in zip(self.stack, prefix, strict=True):
+            normed = layer.input_layernorm(x)
+            own_k, own_v = layer.self_attn.keys_values(normed, rope)
+            k = torch.cat([past_k, own_k], dim=2)  # [B,K,S+Q,D]
+            v = torch.cat([past_v, own_v], dim=2)
+            x = layer.finish(x, normed, rope, k, v, bias)
+        out: Tensor = self.norm(x)
+        return out

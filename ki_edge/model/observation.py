@@ -21,6 +21,7 @@ class Observation:
     prompt_mask    bool [B,T]
     fast_tokens    int [B,F], the whole postfix from "Action: " to <eos>, left-aligned; None outside training
     fast_mask      bool [B,F]
+    state          f32 [B,A], for a π0 alone: normalised, zeros past the robot's numbers
     """
 
     images: Tensor
@@ -29,6 +30,7 @@ class Observation:
     prompt_mask: Tensor
     fast_tokens: Tensor | None = None
     fast_mask: Tensor | None = None
+    state: Tensor | None = None
 
     def check(self, config: Pi05Config) -> None:
         """ObservationError unless shapes and types fit each other and the model."""
@@ -46,6 +48,19 @@ class Observation:
             raise ObservationError("fast_tokens and fast_mask: give both or neither")
         if self.fast_tokens is not None and self.fast_mask is not None:
             _expect("fast_mask", self.fast_mask, (batch, self.fast_tokens.shape[-1]))
+        self._check_state(config, (batch, config.action_dim))
+
+    def _check_state(self, config: Pi05Config, shape: tuple[int, int]) -> None:
+        if not config.has_state:
+            if self.state is not None:
+                raise ObservationError("state: this π0.5 reads the state in its prompt: leave it out")
+            return
+        if self.state is None:
+            raise ObservationError(f"state: missing, expected torch.float32 {list(shape)}: a π0 takes it as a tensor")
+        if self.state.dtype != torch.float32 or tuple(self.state.shape) != shape:
+            raise ObservationError(
+                f"state: {self.state.dtype} {list(self.state.shape)}, expected torch.float32 {list(shape)}"
+            )
 
 
 def _expect(name: str, mask: Tensor, shape: tuple[int, ...]) -> None:

@@ -12,12 +12,12 @@ from ..flow import denoise_times, step_size
 from .observation import Observation
 
 if TYPE_CHECKING:
-    from .pi05 import Pi05
+    from .pi import PiModel
 
 
 @torch.no_grad()
 def sample_actions(
-    model: Pi05,
+    model: PiModel,
     observation: Observation,
     *,
     noise: Tensor | None = None,
@@ -31,7 +31,7 @@ def sample_actions(
 
 @torch.no_grad()
 def denoise_trace(
-    model: Pi05,
+    model: PiModel,
     observation: Observation,
     *,
     noise: Tensor | None = None,
@@ -47,15 +47,16 @@ def denoise_trace(
     times = torch.from_numpy(denoise_times(num_steps, time_convention))
     dt = torch.tensor(float(step_size(num_steps)))
     k, v, mask = prefix(model, observation)
+    state = () if observation.state is None else (observation.state,)
     trace = [x_t]
     for rows in model.modulation(times):
-        trace.append(model.denoise_step(trace[-1], rows, dt, k, v, mask))
+        trace.append(model.denoise_step(trace[-1], rows, dt, k, v, mask, *state))
     return trace
 
 
 @torch.no_grad()
 def sample_fast_tokens(
-    model: Pi05,
+    model: PiModel,
     observation: Observation,
     *,
     max_tokens: int,
@@ -97,7 +98,7 @@ def sample_fast_tokens(
     return torch.stack(out, dim=1)
 
 
-def prefix(model: Pi05, observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
+def prefix(model: PiModel, observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
     """`prefix_forward` of an observation."""
     return model.prefix_forward(
         observation.images, observation.camera_mask, observation.prompt_tokens, observation.prompt_mask

@@ -121,10 +121,9 @@ class Examples:
     def encode(cls, data: Demonstrations, recipe: Recipe) -> Examples:
         """Normalise and tokenise all frames once."""
         contract, tokenizer = recipe.contract, recipe.tokenizer
-        state = normalize(data.state, recipe.stats["state"], contract.normalization, contract.normalization_epsilon)
-        actions = normalize(
-            data.actions, recipe.stats["actions"], contract.normalization, contract.normalization_epsilon
-        )
+        epsilon, stats = contract.normalization_epsilon, recipe.stats
+        state = normalize(data.state, stats["state"], contract.normalization_of("state"), epsilon)
+        actions = normalize(data.actions, stats["actions"], contract.normalization_of("actions"), epsilon)
         prompts = [tokenizer.encode(data.meta["prompts"][i], row) for i, row in zip(data.prompt, state, strict=True)]
         fast = [recipe.fast_ids.postfix(recipe.codec.encode(chunk), tokenizer) for chunk in actions]
         padded = np.zeros((*actions.shape[:2], contract.model_action_dim), np.float32)

@@ -7,7 +7,7 @@ graph's own outputs, and each step has its row of the modulation table. The loop
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ki_edge import flow
 from ki_edge.bundle import Bundle
+from ki_edge.config import Pi05Config
 from ki_edge.errors import BundleError
 
 from .prefix import Prefix
@@ -29,7 +30,7 @@ TensorReader = Callable[[str], npt.NDArray[np.floating[Any]]]
 
 @dataclass(frozen=True, eq=False)
 class Clock:
-    """What depends on the number of steps alone, on the device: modulation f32 [M, 3W] of each step, dt f32 []."""
+    """What depends on the number of steps alone, on the device: modulation f32 [M, R] of each step, dt f32 []."""
 
     rows: tuple[Buffer, ...]
     dt: Buffer
@@ -39,39 +40,49 @@ class Clock:
 class _Loop:
     clock: Clock
     steps: tuple[Binding, ...]
-    states: tuple[Buffer, Buffer]  # x before even steps, x before odd steps
+    places: tuple[Buffer, Buffer]  # x before even steps, x before odd steps
+    once: dict[str, Buffer]  # inputs that are written once for all steps: π0's state
 
-    def state(self, step: int) -> Buffer:
+    def x(self, step: int) -> Buffer:
         """Where x lies before this step."""
-        return self.states[step % 2]
+        return self.places[step % 2]
+
+    def start(self, noise: F32, once: Mapping[str, F32]) -> None:
+        """Write everything that the first step needs."""
+        self.x(0).write(noise)
+        for name, buffer in self.once.items():
+            buffer.write(once[name])
 
 
 class DenoiseStage:
-    """The denoise graph with its memory. `tensor(name)` reads a checkpoint tensor for the modulation table."""
+    """The denoise graph with its memory. `tensor(name)` reads a checkpoint tensor for the modulation table.
 
-    def __init__(self, session: Session, tensor: TensorReader, depth: int, convention: str) -> None:
+    `once` holds the graph's other inputs by name, the same for all steps: {"state": f32 [B, A]} for a π0, else nothing.
+    """
+
+    def __init__(self, session: Session, tensor: TensorReader, config: Pi05Config, convention: str) -> None:
         self._session = session
         self._storage = Storage(session)
-        self._tensor, self._depth, self._convention = tensor, depth, convention
+        self._tensor, self._config, self._convention = tensor, config, convention
         self._clocks: OrderedDict[int, Clock] = OrderedDict()
         self._loops: WeakKeyDictionary[Prefix, _Loop] = WeakKeyDictionary()  # of the last step count used with each
 
-    def run(self, prefix: Prefix, noise: F32, num_steps: int) -> F32:
+    def run(self, prefix: Prefix, noise: F32, num_steps: int, once: Mapping[str, F32]) -> F32:
         """Actions f32 [B, H, A], in the model's space, from noise of that shape."""
         loop = self._loop(prefix, num_steps)
-        loop.state(0).write(noise)
+        loop.start(noise, once)
         for step in loop.steps:
             step.run()
-        return loop.state(num_steps).read()
+        return loop.x(num_steps).read()
 
-    def states(self, prefix: Prefix, noise: F32, num_steps: int) -> F32:
+    def states(self, prefix: Prefix, noise: F32, num_steps: int, once: Mapping[str, F32]) -> F32:
         """x before every step and after the last, f32 [steps + 1, B, H, A]."""
         loop = self._loop(prefix, num_steps)
-        loop.state(0).write(noise)
-        states = [loop.state(0).read()]
+        loop.start(noise, once)
+        states = [loop.x(0).read()]
         for i, step in enumerate(loop.steps):
             step.run()
-            states.append(loop.state(i + 1).read())
+            states.append(loop.x(i + 1).read())
         return np.stack(states)
 
     def _loop(self, prefix: Prefix, num_steps: int) -> _Loop:
@@ -87,9 +98,12 @@ class DenoiseStage:
         even = self._storage.take(spec.tensor("x_t"), symbols)
         odd = self._storage.take(spec.tensor("x_next"), symbols)
         common = {"dt": clock.dt, "prefix_k": prefix.k, "prefix_v": prefix.v, "prefix_mask": prefix.mask}
+        others = [tensor for tensor in spec.inputs if tensor.name not in (*common, "x_t", "modulation")]
+        once = {tensor.name: self._storage.take(tensor, symbols) for tensor in others}
+        common.update(once)
         swap = ({"x_t": even, "x_next": odd}, {"x_t": odd, "x_next": even})
         steps = [self._session.bind({**common, **swap[i % 2], "modulation": row}) for i, row in enumerate(clock.rows)]
-        return _Loop(clock, tuple(steps), (even, odd))
+        return _Loop(clock, tuple(steps), (even, odd), once)
 
     def clock(self, num_steps: int) -> Clock:
         """The modulation rows of one step count, computed at its first use. ArgumentError for a bad count."""
@@ -103,7 +117,7 @@ class DenoiseStage:
 
     def _wind(self, num_steps: int) -> Clock:
         times = flow.denoise_times(num_steps, self._convention)
-        table = flow.modulation_table(self._tensor, times, self._depth)  # [steps, M, 3W]
+        table = flow.modulation_table(self._tensor, times, self._config)  # [steps, M, R]
         rows = []
         for row in table:
             rows.append(self._session.allocate(row.shape, "float32"))
@@ -118,13 +132,11 @@ def runtime_weights(bundle: Bundle) -> TensorReader:
 
     BundleError if the manifest does not say where one of them lies.
     """
-    names = bundle.manifest.weights.get("runtime")
-    depth = bundle.manifest.config.expert.depth
-    missing = [name for name in flow.modulation_weights(depth) if not isinstance(names, dict) or name not in names]
+    recorded = bundle.manifest.weights.get("runtime")
+    names = recorded if isinstance(recorded, dict) else {}
     weights = bundle.weights()
-    if isinstance(names, dict):
-        missing += [name for name, stored in names.items() if stored not in weights]
-    if missing or not isinstance(names, dict):
+    missing = [name for name in flow.modulation_weights(bundle.manifest.config) if str(names.get(name)) not in weights]
+    if missing:
         raise BundleError(
             f"{bundle.path}: the manifest or the weights file lacks '{missing[0]}' ({len(missing)} such), which the "
             "time modulation needs: export the checkpoint again"

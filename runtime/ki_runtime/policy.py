@@ -13,12 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.bundle import Bundle
+from ki_edge.config import Pi05Config
 from ki_edge.contract import PolicyContract
 from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_edge.fast import FastCodec, FastIds
 from ki_edge.normalize import NormStats, read_norm_stats
 from ki_edge.prompt import PromptTokenizer
-from ki_edge.transforms import InputPipeline, ModelInputs, OutputPipeline
+from ki_edge.transforms import InputPipeline, ModelInputs, OutputPipeline, pad_last
 
 from .decode import TOKENIZER
 from .sampler import Sampler
@@ -77,7 +78,10 @@ class Policy:
         clock.lap("preprocess_ms")
         if noise is not None and np.ndim(noise) == 2:
             noise = np.asarray(noise)[None]
-        actions = self.sampler.sample_actions(*_batch(inputs), noise=noise, seed=seed, num_steps=num_steps)[0]
+        state = _state(inputs, self.sampler.config)
+        actions = self.sampler.sample_actions(
+            *_batch(inputs), state=state, noise=noise, seed=seed, num_steps=num_steps
+        )[0]
         clock.lap("model_ms")
         robot_actions = _finite(self._outputs(actions, inputs.raw_state))
         clock.lap("postprocess_ms")
@@ -138,7 +142,7 @@ def read_assets(bundle: Bundle) -> PolicyAssets:
     manifest = bundle.manifest
     contract = None if manifest.contract is None else PolicyContract.from_json(manifest.contract)
     wanted = {"contract": contract is not None, "tokenizer": TOKENIZER in manifest.files}
-    if contract is None or contract.normalization != "none":
+    if contract is None or contract.needs_stats:
         wanted["norm_stats"] = NORM_STATS in manifest.files
     missing = [name for name, there in wanted.items() if not there]
     if missing or contract is None:
@@ -174,6 +178,11 @@ def _batch(inputs: ModelInputs) -> tuple[npt.NDArray[Any], ...]:
     """The four prefix inputs with a batch axis of one."""
     mask = np.ones(inputs.prompt_tokens.shape, np.bool_)
     return inputs.images[None], inputs.camera_mask[None], inputs.prompt_tokens[None], mask[None]
+
+
+def _state(inputs: ModelInputs, config: Pi05Config) -> npt.NDArray[np.float32] | None:
+    """The state as a tensor f32 [1, A] for a π0; a π0.5 has it in its prompt."""
+    return pad_last(inputs.state, config.action_dim).astype(np.float32)[None] if config.has_state else None
 
 
 def _finite(actions: Float64) -> Float64:

@@ -74,6 +74,26 @@ def prepare_inputs(
     )
 
 
+def prepare_state(state: npt.ArrayLike | None, batch: int, config: Pi05Config) -> dict[str, npt.NDArray[np.float32]]:
+    """The denoise graph's inputs that an observation holds: {"state": f32 [B, A]} for a π0, else nothing. Checked.
+
+    ArgumentError if the state is missing, unwanted, not finite, or of another shape or type.
+    """
+    if not config.has_state:
+        if state is not None:
+            raise ArgumentError("state: this model is a π0.5, which reads the state in its prompt; leave it out")
+        return {}
+    shape = (batch, config.action_dim)
+    if state is None:
+        raise ArgumentError(f"state: missing; this model is a π0, which takes it as float32 {list(shape)}, normalised")
+    given = np.asarray(state)
+    if given.shape != shape or given.dtype != np.float32:
+        raise ArgumentError(f"state: expected float32 {list(shape)}, got {_describe(given)}")
+    if not np.isfinite(given).all():
+        raise ArgumentError("state holds NaN or infinity")
+    return {"state": given}
+
+
 def _check_images(images: npt.NDArray[Any], camera_mask: npt.NDArray[Any], size: int) -> None:
     if images.dtype != np.uint8 or images.ndim != 5 or images.shape[2:] != (size, size, 3) or 0 in images.shape:
         raise ArgumentError(f"images: expected uint8 [B, N, {size}, {size}, 3], got {_describe(images)}")

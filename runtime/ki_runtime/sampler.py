@@ -20,7 +20,7 @@ from ki_edge.graphs import GraphSpec
 from .backends import SessionOptions, choose_backend, open_session
 from .decode import Choices, FastStage, check_decoding, choices_of
 from .denoise import DenoiseStage, runtime_weights
-from .prefix import PrefixStage, prepare_inputs
+from .prefix import PrefixStage, prepare_inputs, prepare_state
 from .session import Session
 
 F32 = npt.NDArray[np.float32]
@@ -60,9 +60,9 @@ class Sampler:
         self._lock = Lock()
         self._config = bundle.manifest.config
         convention, self._num_steps = _sampling(bundle)
-        self._prefix = PrefixStage(open_graph(graphs.PREFIX))
-        depth = self._config.expert.depth
-        self._denoise = DenoiseStage(open_graph(graphs.DENOISE), runtime_weights(bundle), depth, convention)
+        prefix, denoise, self._fast_spec = graphs.specs(self._config)
+        self._prefix = PrefixStage(open_graph(prefix))
+        self._denoise = DenoiseStage(open_graph(denoise), runtime_weights(bundle), self._config, convention)
         self._fast: FastStage | None = None  # opened at its first use
         self._choices: dict[bool, Choices] = {}
 
@@ -96,6 +96,7 @@ class Sampler:
         prompt_tokens: npt.ArrayLike,
         prompt_mask: npt.ArrayLike,
         *,
+        state: npt.ArrayLike | None = None,
         noise: npt.ArrayLike | None = None,
         seed: int | None = None,
         num_steps: int | None = None,
@@ -103,16 +104,18 @@ class Sampler:
         """Actions f32 [B, H, A] in the model's normalised space.
 
         images u8 [B, N, h, w, 3] RGB, camera_mask bool [B, N], prompt_tokens integer [B, T], prompt_mask bool [B, T];
+        state f32 [B, A], for a π0 alone: normalised, zeros past the robot's numbers;
         noise f32 [B, H, A] (x at t = 1), or drawn from `seed` (None: a fresh one). ArgumentError for what does not fit.
         """
         inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
+        once = prepare_state(state, inputs.batch, self._config)
         steps = self._steps(num_steps)
         x = self._noise(noise, seed, inputs.batch)
         with self._lock:
             start = time.perf_counter_ns()
             prefix = self._prefix.run(inputs)
             middle = time.perf_counter_ns()
-            actions = self._denoise.run(prefix, x, steps)
+            actions = self._denoise.run(prefix, x, steps, once)
             self.timing = StageTimes(prefix=middle - start, denoise=time.perf_counter_ns() - middle)
         return actions
 
@@ -150,17 +153,19 @@ class Sampler:
         prompt_tokens: npt.ArrayLike,
         prompt_mask: npt.ArrayLike,
         *,
+        state: npt.ArrayLike | None = None,
         noise: npt.ArrayLike | None = None,
         seed: int | None = None,
         num_steps: int | None = None,
     ) -> Trace:
         """What `sample_actions` computes with the same arguments, with its K/V and x after every step."""
         inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
+        once = prepare_state(state, inputs.batch, self._config)
         steps = self._steps(num_steps)
         x = self._noise(noise, seed, inputs.batch)
         with self._lock:
             prefix = self._prefix.run(inputs)
-            states = self._denoise.states(prefix, x, steps)
+            states = self._denoise.states(prefix, x, steps, once)
             return Trace(prefix.k.read(), prefix.v.read(), prefix.mask.read(), inputs.columns, states)
 
     def _noise(self, noise: npt.ArrayLike | None, seed: int | None, batch: int) -> F32:
@@ -188,7 +193,7 @@ class Sampler:
 
     def _fast_stage(self) -> FastStage:
         if self._fast is None:
-            self._fast = FastStage(self._open_graph(graphs.FAST_DECODE))
+            self._fast = FastStage(self._open_graph(self._fast_spec))
         return self._fast
 
 

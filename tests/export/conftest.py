@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
 
@@ -20,9 +19,8 @@ import ki_export.wrappers
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.contract import FastContract, generic
 from ki_edge.fast import FastCodec
-from ki_edge.model import Pi05, save_checkpoint
+from ki_edge.model import build, save_checkpoint
 from ki_edge.normalize import NormStats, write_norm_stats
-from ki_export import exporter
 from ki_export.exporter import ExportOptions, export
 
 CONFIG = Pi05Config(
@@ -45,7 +43,7 @@ OPENPI_KEYS = SimpleNamespace(
 @pytest.fixture(scope="session", autouse=True)
 def traced_once(request, tmp_path_factory):
     """Tracing is slow, so each graph is traced once, and again only after a change of anything that shapes it."""
-    trace, cache = exporter.trace, getattr(request.config, "cache", None)
+    trace, cache = ki_export.tracing.trace, getattr(request.config, "cache", None)
     folder = cache.mkdir("ki_export_traces") if cache else tmp_path_factory.mktemp("traces")
     version = hashlib.sha256(repr((torch.__version__, onnx.__version__, version_of("onnxscript"))).encode())
     for package in (ki_edge.model, ki_export.passes):
@@ -59,36 +57,20 @@ def traced_once(request, tmp_path_factory):
         key = repr((traceable.module.model.config, [t.resolve(sizes) for t in tensors], opset, traceable.module))
         path = folder / (hashlib.sha256(version.digest() + key.encode()).hexdigest()[:32] + ".onnx")
         if not path.exists():
-            save_traced(trace(traceable, opset, sizes), path)
-        return load_traced(path)
+            partial = path.with_suffix(f".{os.getpid()}")
+            partial.write_bytes(ki_export.tracing.pack(trace(traceable, opset, sizes)))
+            partial.replace(path)
+        return ki_export.tracing.unpack(path.read_bytes())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "trace", remembered)
+        patch.setattr(ki_export.tracing, "trace", remembered)
         yield
 
 
-def save_traced(model, path):
-    """A traced graph has weights without values: any place in a file stands in for them."""
-    for name, value in model.graph.initializers.items():
-        if value.const_value is None:
-            value.const_value = ir.ExternalTensor("none", 0, 0, ir.DataType.FLOAT, shape=value.shape, name=name)
-    partial = path.with_suffix(f".{os.getpid()}")
-    ir.save(model, partial)
-    partial.replace(path)
-
-
-def load_traced(path):
-    model = ir.load(path)
-    for value in model.graph.initializers.values():
-        if isinstance(value.const_value, ir.ExternalTensor):
-            value.const_value = None
-    return model
-
-
-def random_model(seed=0):
+def random_model(seed=0, config=CONFIG):
     """A model whose every parameter matters."""
     torch.manual_seed(seed)
-    model = Pi05(CONFIG).eval()
+    model = build(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * (parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.1))

@@ -36,7 +36,7 @@ def test_every_comparison_with_pytorch_within_the_absolute_bar(golden):
     errors = {(m["graph"], m["tensor"]): m["error"] for m in report["measurements"]}
     assert {graph for graph, _ in errors} == {"prefix", "denoise", "fast_decode", "runtime"}
     assert max(m["error"] for m in report["measurements"]) <= BAR
-    assert bundle.manifest.sampling["time_convention"] == Checkpoint.open(folder).layout
+    assert bundle.manifest.sampling["time_convention"] == Checkpoint.open(folder).format
 
 
 def test_the_wrong_time_convention_is_named(data, golden, capsys):
@@ -55,8 +55,9 @@ def test_tied_and_untied_embeddings_give_one_table(data, golden):
     """LeRobot stores embed_tokens and lm_head; the trained one is embed_tokens, and both graphs point at it."""
     folder, bundle = golden
     checkpoint = Checkpoint.open(folder)
-    key = next(key for key in checkpoint.keys if key.endswith("embed_tokens.weight"))
-    stored = bundle.weights().array(checkpoint.keys[key])
+    tensors = checkpoint.source.tensors
+    key = next(key for key in tensors if key.endswith("embed_tokens.weight"))
+    stored = bundle.weights().array(tensors[key].place.name)
     model = checkpoint.load_model()
     np.testing.assert_array_equal(stored, model.backbone.embed_tokens.weight.detach().numpy())
     assert model.backbone.embed_tokens.weight.dtype == torch.float32

@@ -15,7 +15,7 @@ import sys, time
 from pathlib import Path
 import onnx_ir as ir
 from ki_edge import bundle as bundles
-from ki_export import exporter, parity
+from ki_export import exporter, parity, tracing
 
 checkpoint, target, traced, moment = sys.argv[1:]
 
@@ -30,7 +30,7 @@ def trace(traceable, opset, sizes):
             value.const_value = None
     return model
 
-exporter.trace = trace
+tracing.trace = trace
 if moment == "graphs":
     exporter.check = lambda path: halt()
 elif moment == "proof":

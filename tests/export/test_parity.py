@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import numpy as np
 import onnx
@@ -9,12 +10,14 @@ import pytest
 
 from ki_edge.bundle import Bundle, BundleWriter
 from ki_edge.model import Checkpoint
+from ki_edge.model.streaming import streamed
 from ki_edge.safetensors_index import SafetensorsIndex
-from ki_export import cli, exporter, parity_cli
-from ki_export.bars import BARS, measure
+from ki_export import cli, exporter, localize, parity_cli, segments, sides
+from ki_export.bars import FLOAT32, measure
 from ki_export.cases import standard_cases
-from ki_export.localize import changed_weights
+from ki_export.changed import changed_weights
 from ki_export.parity import compare_with_checkpoint
+from ki_export.segments import SegmentPool, cut
 
 from .conftest import CONFIG, OPENPI_KEYS
 
@@ -46,10 +49,21 @@ def packed(bundle, tmp_path):
     return Bundle.open(shutil.copytree(bundle.path, tmp_path / "packed"))
 
 
+@pytest.fixture
+def small_segments(monkeypatch):
+    """Nothing stays in memory: a segment a layer, and no session or weight kept."""
+    each_layer = partial(cut, limit=0)
+    monkeypatch.setattr(segments, "cut", each_layer)
+    monkeypatch.setattr(localize, "cut", each_layer)
+    monkeypatch.setattr(sides, "SegmentPool", partial(SegmentPool, budget=0))
+    monkeypatch.setattr(sides, "streamed", partial(streamed, budget=0))
+
+
+@pytest.mark.parametrize("method", ["resident", "streamed"])
 @pytest.mark.parametrize(("key", "where", "layer"), DAMAGE)
-def test_a_damaged_weight_is_found_and_named(checkpoint, packed, key, where, layer):
+def test_a_damaged_weight_is_found_and_named(checkpoint, packed, key, where, layer, method, small_segments):
     damage(packed.path / "weights.safetensors", key)
-    comparison = compare_with_checkpoint(packed, Checkpoint.open(checkpoint), lambda line: None)
+    comparison = compare_with_checkpoint(packed, Checkpoint.open(checkpoint), lambda line: None, method=method)
     assert where in comparison.explanation
     assert f"weight '{key}' in the bundle is not the checkpoint's" in comparison.explanation
     if layer:
@@ -126,8 +140,8 @@ def test_nan_infinity_and_shape_fail(given):
 
 
 def test_scaled_bars_grow_with_the_reference_only_above_one():
-    assert measure("c", "prefix", "prefix_k", [0.1], [0.1]).limit == BARS["prefix_k"].limit
-    assert measure("c", "prefix", "prefix_k", [8.0], [8.0]).limit == 8 * BARS["prefix_k"].limit
+    assert measure("c", "prefix", "prefix_k", [0.1], [0.1]).limit == FLOAT32["prefix_k"].limit
+    assert measure("c", "prefix", "prefix_k", [8.0], [8.0]).limit == 8 * FLOAT32["prefix_k"].limit
     assert measure("c", "runtime", "actions", [8.0], [8.0]).limit == 2e-5
 
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ki_edge.errors import ExportError
-from ki_edge.model import Checkpoint
+from ki_edge.bundle import Bundle, sha256
+from ki_edge.checkpoints import Checkpoint
+from ki_edge.errors import CheckpointError, ExportError
 from ki_edge.model.checkpoint import FLOAT32
 from ki_edge.safetensors_index import SafetensorsIndex
-from ki_export import safetensors_writer, weights
+from ki_export import weights
 from ki_export.exporter import ExportOptions, export
-from ki_export.safetensors_writer import write_float32
+from ki_export.safetensors_writer import Part, write_tensors
 from ki_export.weights import place_weights
 from ki_runtime.sampler import Sampler
 
@@ -64,10 +65,11 @@ def test_pack_keeps_what_is_used_and_no_more(checkpoint, bundle, tmp_path):
     packed = export(checkpoint, tmp_path / "packed", ExportOptions(pack=True, verify=False))
     before, after = bundle.weights(), packed.weights()
     dropped = set(before.entries) - set(after.entries)
-    # the expert's output layer belongs to no graph; the tied embedding is stored as lm_head and stays
-    assert dropped == {"paligemma_with_expert.gemma_expert.lm_head.weight"}
+    # the expert's output layer belongs to no graph; the tied embedding, stored as lm_head, gets its own name
+    assert dropped == {"paligemma_with_expert.gemma_expert.lm_head.weight", OPENPI_KEYS.lm_head}
     for name in after.entries:
-        np.testing.assert_array_equal(after.array(name), before.array(name))
+        stored = OPENPI_KEYS.lm_head if name == OPENPI_KEYS.embedding else name
+        np.testing.assert_array_equal(after.array(name), before.array(stored))
     config, x = packed.manifest.config, noise(packed.manifest.config)
     actions = [Sampler.open(b, threads=1).sample_actions(*inputs(config), noise=x) for b in (bundle, packed)]
     np.testing.assert_array_equal(*actions)
@@ -77,7 +79,7 @@ def test_pack_keeps_what_is_used_and_no_more(checkpoint, bundle, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_checkpoints_are_widened_exactly(copied, tmp_path, monkeypatch, dtype):
     """As openpi deploys: most tensors in 16 bits, some in float32. Pieces are smaller than a tensor here."""
-    monkeypatch.setattr(safetensors_writer, "PIECE", 37)
+    monkeypatch.setattr("ki_edge.checkpoints.source.PIECE", 37)
     file = copied / "model.safetensors"
     state = {k: v if FLOAT32.search(k) else v.to(dtype) for k, v in load_file(file).items()}
     save_file(state, file, metadata={"format": "pt"})
@@ -85,6 +87,7 @@ def test_low_precision_checkpoints_are_widened_exactly(copied, tmp_path, monkeyp
     assert exported.manifest.provenance["weights"] == "converted"
     written = load_file(exported.path / "weights.safetensors")
     assert all(tensor.dtype == torch.float32 for tensor in written.values())
+    state[OPENPI_KEYS.embedding] = state[OPENPI_KEYS.lm_head]
     for name, tensor in written.items():
         assert torch.equal(tensor, state[name].float())
     model, config = Checkpoint.open(copied).load_model(), exported.manifest.config
@@ -105,23 +108,81 @@ def test_the_lerobot_layout_with_both_embeddings(copied, tmp_path):
     save_file(state, file)
     exported = export(copied, tmp_path / "bundle", ExportOptions(model_only=True))
     assert exported.manifest.parity["verified"]
-    assert exported.manifest.sampling["time_convention"] == "lerobot"
-    assert exported.manifest.provenance["layout"] == "lerobot"
+    assert exported.manifest.provenance["format"] == "openpi"  # its config.json is openpi's
+
+
+def test_stored_types_share_the_checkpoints_16_bit_file(copied, tmp_path):
+    """--weights stored: nothing is converted, the graphs widen, and the actions are those of the float32 bundle."""
+    file = copied / "model.safetensors"
+    state = {k: v if FLOAT32.search(k) else v.bfloat16() for k, v in load_file(file).items()}
+    save_file(state, file, metadata={"format": "pt"})
+    linked = export(copied, tmp_path / "linked", ExportOptions(weights="stored"))
+    assert linked.manifest.provenance["weights"] == "linked" and linked.manifest.parity["verified"]
+    assert (linked.path / "weights.safetensors").stat().st_ino == file.stat().st_ino
+    widened = export(copied, tmp_path / "widened", ExportOptions(verify=False))
+    config = widened.manifest.config
+    actions = [
+        Sampler.open(b, threads=1).sample_actions(*inputs(config), noise=noise(config)) for b in (linked, widened)
+    ]
+    np.testing.assert_array_equal(*actions)
+    packed = export(copied, tmp_path / "packed", ExportOptions(weights="stored", pack=True, verify=False))
+    assert packed.manifest.provenance["weights"] == "packed"
+    given, state[OPENPI_KEYS.embedding] = load_file(packed.path / "weights.safetensors"), state[OPENPI_KEYS.lm_head]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in given.items())
+
+
+def test_hashes_are_those_of_the_files(checkpoint, tmp_path):
+    for name, options in {"linked": {}, "packed": {"pack": True}}.items():
+        exported = export(checkpoint, tmp_path / name, ExportOptions(verify=False, **options))
+        Bundle.open(exported.path, verify=True)
+        recorded = exported.manifest.provenance["sha256"]
+        assert recorded == {"model.safetensors": sha256(checkpoint / "model.safetensors")}
+
+
+def test_a_checkpoint_that_changes_while_it_is_read(copied, tmp_path, monkeypatch):
+    def touch(*arguments, **options):
+        placed = place_weights(*arguments, **options)
+        os.utime(copied / "model.safetensors", ns=(0, 0))
+        return placed
+
+    monkeypatch.setattr("ki_export.exporter.place_weights", touch)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        export(copied, tmp_path / "bundle", ExportOptions(verify=False))
+    assert [path.name for path in tmp_path.iterdir() if "bundle" in path.name] == []
 
 
 def test_written_files_open_with_the_official_reader(tmp_path):
-    torch.manual_seed(0)
-    state = {"b": torch.randn(3, 5), "a": torch.randn(7).bfloat16(), "c": torch.randn(2, 1, 4).half()}
-    save_file(state, tmp_path / "in.safetensors", metadata={"who": "me"})
-    index = SafetensorsIndex(tmp_path / "in.safetensors")
-    write_float32(index, ["c", "a", "b"], tmp_path / "out.safetensors")
+    rng = np.random.default_rng(0)
+    values = {"b": rng.standard_normal((3, 5), np.float32), "a": rng.integers(-127, 128, (7, 2)).astype(np.int8)}
+    kinds = {"b": "F32", "a": "I8"}
+    parts = [Part(name, kinds[name], values[name].shape, lambda name=name: iter(values[name])) for name in values]
+    digest = write_tensors(tmp_path / "out.safetensors", parts, {"who": "me"})
+    assert digest == sha256(tmp_path / "out.safetensors")
     written = load_file(tmp_path / "out.safetensors")
-    assert {name: torch.equal(tensor, state[name].float()) for name, tensor in written.items()} == dict.fromkeys(
-        "abc", True
-    )
+    assert all(np.array_equal(written[name].numpy(), values[name]) for name in values)
     result = SafetensorsIndex(tmp_path / "out.safetensors")
-    assert result.metadata == {"who": "me", "format": "pt"}
+    assert result.metadata == {"who": "me"}
     assert min(entry.offset for entry in result.entries.values()) % 64 == 0
+
+
+def test_a_part_of_the_wrong_size_is_noticed(tmp_path):
+    part = Part("x", "F32", (3,), lambda: iter([np.zeros(2, np.float32)]))
+    with pytest.raises(ExportError, match="'x' has 8 bytes, its shape says 12"):
+        write_tensors(tmp_path / "out.safetensors", [part], {})
+
+
+def test_a_disk_that_fills_up_while_writing_leaves_the_old_bundle(checkpoint, tmp_path, monkeypatch):
+    old = export(checkpoint, tmp_path / "bundle", ExportOptions(verify=False))
+    before = {path: path.read_bytes() for path in old.path.iterdir() if path.is_file()}
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ki_export.safetensors_writer.os.fsync", full)
+    with pytest.raises(ExportError, match="No space left on device"):
+        export(checkpoint, tmp_path / "bundle", ExportOptions(verify=False, pack=True, force=True))
+    assert {path: path.read_bytes() for path in old.path.iterdir() if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
 def test_a_full_disk_is_noticed_before_writing(checkpoint, tmp_path, monkeypatch):

@@ -121,7 +121,7 @@ def make_bundle(tmp_path):
 def runtime_weights(random):
     width = CONFIG.expert.width
     shapes = {}
-    for name in flow.modulation_weights(CONFIG.expert.depth):
+    for name in flow.modulation_weights(CONFIG):
         rows = width if name.startswith("time_mlp") else 3 * width
         shapes[name] = (rows, width) if name.endswith("weight") else (rows,)
     return {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}

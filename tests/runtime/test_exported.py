@@ -17,7 +17,7 @@ from ki_edge.model import Observation, Pi05, save_checkpoint
 from ki_edge.model.sampling import denoise_trace
 from ki_edge.normalize import NormStats, write_norm_stats
 from ki_edge.prompt import PromptTokenizer
-from ki_export import exporter
+from ki_export import tracing
 from ki_export.exporter import ExportOptions, export
 from ki_export.reference import ReferencePolicy
 from ki_runtime import ControlLoop, LoopOptions, Policy, Sampler
@@ -61,7 +61,7 @@ def random_model():
 
 def export_both(folder):
     """Tracing is slow: the graphs that the vocabulary does not change are traced once."""
-    memo, trace = {}, exporter.trace
+    memo, trace = {}, tracing.trace
 
     def trace_once(traceable, opset, sizes):
         key = traceable.spec.name, sizes["F"] if traceable.spec is graphs.FAST_DECODE else None
@@ -71,7 +71,7 @@ def export_both(folder):
 
     options = ExportOptions(verify=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "trace", trace_once)
+        patch.setattr(tracing, "trace", trace_once)
         export(folder / "checkpoint", folder / "policy", options)
         export(folder / "checkpoint", folder / "full", replace(options, full_vocabulary=True))
 

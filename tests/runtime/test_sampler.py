@@ -28,7 +28,7 @@ def expected_actions(bundle, inputs, x, num_steps, convention="openpi"):
     seen = P * (pixels * camera_mask).sum(axis=1) + (tokens * mask).sum(axis=1)
     weights = bundle.weights()
     times = flow.denoise_times(num_steps, convention)
-    table = flow.modulation_table(lambda name: weights.array(f"model.{name}"), times, CONFIG.expert.depth)
+    table = flow.modulation_table(lambda name: weights.array(f"model.{name}"), times, CONFIG)
     for row in table:
         x = x + flow.step_size(num_steps) * (row[1, 2] + np.float32(1e-3) * seen[:, None, None])
     return x
@@ -127,7 +127,7 @@ def test_steps_and_times(fake_sampler, make_bundle, batch, num_steps, convention
     )
     weights = bundle.weights()
     times = flow.denoise_times(num_steps, convention)
-    table = flow.modulation_table(lambda name: weights.array(f"model.{name}"), times, CONFIG.expert.depth)
+    table = flow.modulation_table(lambda name: weights.array(f"model.{name}"), times, CONFIG)
     np.testing.assert_array_equal([call["modulation"] for call in engine.of("denoise")], table)
     assert {float(call["dt"]) for call in engine.of("denoise")} == {float(np.float32(-1 / num_steps))}
 

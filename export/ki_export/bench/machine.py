@@ -1,4 +1,4 @@
-"""What a measurement was made on, and how a table of it is printed."""
+"""What a measurement was made on, and what else was running."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import os
 import platform
 import time
-from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,7 +30,10 @@ def describe() -> dict[str, str]:
 
 
 class OtherLoad:
-    """How busy other processes kept the CPU while a block ran: `share` of all cores, 0 to 1; NaN where unknown."""
+    """How much of the CPU others took while a block ran: `share` of all cores, 0 to 1; NaN where unknown.
+
+    Others are all other processes, and on a virtual machine its neighbours, as far as the kernel is told ("steal").
+    """
 
     def __enter__(self) -> OtherLoad:
         self._start = (time.perf_counter(), time.process_time(), _busy_seconds())
@@ -44,26 +46,13 @@ class OtherLoad:
         self.share = max(0.0, busy - own) / (wall * (os.cpu_count() or 1))
 
 
-def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as they must be; the first to the left, the others to the right."""
-    widths = [max(len(row[at]) for row in (head, *rows)) for at in range(len(head))]
-    for row in (head, *rows):
-        cells = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-        print("  ".join((row[0].ljust(widths[0]), *cells)))
-
-
-def print_machine() -> None:
-    """One line of facts."""
-    print(", ".join(f"{name} {value}" for name, value in describe().items()))
-
-
 def _busy_seconds() -> float:
-    """CPU seconds that all processes together have used; NaN where the kernel does not tell."""
+    """CPU seconds that everybody together has used; NaN where the kernel does not tell."""
     path = Path("/proc/stat")
     if not path.is_file():
         return math.nan
-    user, nice, system = path.read_text(encoding="ascii").split()[1:4]
-    return (int(user) + int(nice) + int(system)) / os.sysconf("SC_CLK_TCK")
+    user, nice, system, _idle, _io_wait, irq, soft_irq, steal = map(int, path.read_text("ascii").split()[1:9])
+    return (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def _processor() -> str:

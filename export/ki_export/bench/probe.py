@@ -1,10 +1,10 @@
-"""A fresh runtime process: imports ki_runtime, runs a bundle once, and tells what that took, as JSON.
+"""A fresh runtime process: imports ki_runtime, runs a bundle once, and tells what that took, as JSON on stdout.
 
-    python benchmarks/probe.py BUNDLE [--cameras N] [--tokens T] [--threads N] [--memory]
+    python -m ki_export.bench.probe BUNDLE policy [--threads N] [--backend NAME] [--memory]
+    python -m ki_export.bench.probe BUNDLE model [--cameras N] [--tokens T] [--steps N] ...
 
-`startup.py` and `sampler.py` start it. A policy gets one black observation; a bundle of the model alone gets N black
-pictures and a prompt of T tokens. `--memory` also watches the process while it runs. Only the standard library is
-imported before the clock starts.
+A policy gets one black observation; a model gets N black pictures and a prompt of T tokens. `--memory` also watches the
+process while it runs. Only the standard library is imported before the clock starts.
 """
 
 from __future__ import annotations
@@ -63,33 +63,46 @@ def black_observation(contract: PolicyContract) -> dict[str, Any]:
     return {"images": pictures, "state": state, **prompt}
 
 
-def act(bundle: Path, cameras: int, tokens: int, threads: int | None) -> object:
-    """Open a bundle, let it act once, and return it: it must live until its memory was read."""
+def run_policy(options: argparse.Namespace) -> tuple[object, float]:
+    """Open a bundle and let it act once: what was opened (it must live until its memory was read), and when it was."""
+    from ki_runtime import Policy
+
+    policy = Policy.load(options.bundle, options.backend, threads=options.threads)
+    ready = time.perf_counter()
+    policy.infer(black_observation(policy.contract), seed=0, num_steps=options.steps)
+    return policy, ready
+
+
+def run_model(options: argparse.Namespace) -> tuple[object, float]:
+    """The same with the model alone."""
     import numpy as np
 
-    from ki_edge.bundle import Bundle
-    from ki_runtime import Policy, Sampler
+    from ki_runtime import Sampler
 
-    opened = Bundle.open(bundle)
-    if opened.manifest.contract is not None:
-        policy = Policy.load(opened, threads=threads)
-        policy.infer(black_observation(policy.contract), seed=0)
-        return policy
-    sampler = Sampler.open(opened, threads=threads)
-    size = sampler.config.vision.image_size
-    images = np.zeros((1, cameras, size, size, 3), np.uint8)
-    prompt = np.full((1, tokens), 5, np.int32)
-    sampler.sample_actions(images, np.ones((1, cameras), np.bool_), prompt, np.ones((1, tokens), np.bool_), seed=0)
-    return sampler
+    sampler = Sampler.open(options.bundle, options.backend, threads=options.threads)
+    ready = time.perf_counter()
+    config = sampler.config
+    images = np.zeros((1, options.cameras, config.vision.image_size, config.vision.image_size, 3), np.uint8)
+    present, prompt = np.ones((1, options.cameras), np.bool_), np.ones((1, options.tokens), np.bool_)
+    tokens = 5 * prompt.astype(np.int32)
+    state = np.zeros((1, config.action_dim), np.float32) if config.has_state else None
+    sampler.sample_actions(images, present, tokens, prompt, state=state, seed=0, num_steps=options.steps)
+    return sampler, ready
+
+
+RUNS = {"policy": run_policy, "model": run_model}
 
 
 def main() -> None:
-    """Parse, run, print."""
+    """Parse, run, write."""
     parser = argparse.ArgumentParser(description="Run a bundle once in this process and tell what that took.")
     parser.add_argument("bundle", type=Path)
+    parser.add_argument("what", choices=sorted(RUNS))
     parser.add_argument("--cameras", type=int, default=2)
     parser.add_argument("--tokens", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--backend", default="auto")
     parser.add_argument("--memory", action="store_true", help="watch the memory (disturbs the times)")
     options = parser.parse_args()
     watch = Watch()
@@ -98,16 +111,17 @@ def main() -> None:
     start = time.perf_counter()
     import ki_runtime  # noqa: F401
 
-    package = time.perf_counter() - start
+    package = time.perf_counter()
     from ki_runtime import Policy  # noqa: F401
 
-    classes = time.perf_counter() - start
-    alive = act(options.bundle, options.cameras, options.tokens, options.threads)
-    first = time.perf_counter() - start
+    classes = time.perf_counter()
+    alive, ready = RUNS[options.what](options)
+    first = time.perf_counter()
     report: dict[str, Any] = {
-        "import_s": package,
-        "import_policy_s": classes,
-        "first_action_s": first,
+        "import_s": package - start,
+        "import_policy_s": classes - start,
+        "load_s": ready - classes,
+        "first_action_s": first - start,
         "ran": type(alive).__name__,
         "torch_loaded": "torch" in sys.modules,
     }
@@ -120,7 +134,7 @@ def main() -> None:
             "anonymous_peak": max(watch.peak, anonymous),
             "anonymous": anonymous,
         }
-    print(json.dumps(report))
+    sys.stdout.write(json.dumps(report) + "\n")
 
 
 if __name__ == "__main__":

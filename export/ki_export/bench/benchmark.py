@@ -1,0 +1,241 @@
+"""One benchmark from beginning to end: `bench(bundle, options)`."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ki_edge.bundle import Bundle
+from ki_edge.config import Pi05Config
+from ki_runtime.backends import choose_backend
+from ki_runtime.sampler import Sampler
+
+from .machine import OtherLoad, cores, describe
+from .options import BenchOptions, Case, cases
+from .peaks import PeakContenders, Peaks, biggest
+from .process import Memory, Startup, process_memory, start_once
+from .report import FAST_FIRST, FAST_TOKEN, INFERENCE, PREFIX, STEP, Against, Ratio, Report, Stage
+from .rounds import Contender, Samples, Say, Spread, measure, policy
+from .stages import FORCED, Room, Works, bundle_contender, draw_inputs, draw_noise, fast_contender, room
+from .work import Work
+
+if TYPE_CHECKING:
+    from .pytorch import TorchSide
+
+BUSY = 0.05  # other processes' share of the CPU from which on figures are suspect
+FAST = "FAST"
+PARTS = ("prefix", "step")
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What is known before anything is measured."""
+
+    bundle: Bundle
+    backend: str
+    threads: int
+    options: BenchOptions
+    space: Room
+    cases: Sequence[Case]
+    works: Works
+
+    @property
+    def config(self) -> Pi05Config:
+        return self.bundle.manifest.config
+
+
+def bench(bundle: str | Path | Bundle, options: BenchOptions, say: Say = lambda _: None) -> Report:
+    """Measure a bundle on this machine; `say` gets a line for each thing that takes time.
+
+    ArgumentError for cases that the bundle has no room for, BundleError and BackendError as `Sampler.open`,
+    CheckpointError for the checkpoint of `options.against`.
+    """
+    setting = _setting(bundle, options)
+    say("a fresh process that acts once")
+    memory, startup = _fresh_process(setting)
+    sampler = Sampler.open(setting.bundle, setting.backend, threads=setting.threads)
+    works = [work for case in setting.cases for work in (setting.works.prefix(case), setting.works.step(case))]
+    peaks = PeakContenders(biggest(works), setting.threads)
+    rivals = _rivals(setting, say)
+    contenders = {**_contenders(setting, sampler), **peaks.contenders()}
+    contenders.update({dtype: side.contender() for dtype, side in rivals.items()})
+    say("warming up")
+    with OtherLoad() as others:
+        samples = measure(contenders, options.rounds, options.warm_up_s, say)
+    limits = peaks.peaks(samples)
+    report = Report(
+        machine=describe(),
+        bundle=setting.bundle.path.name,
+        precision=setting.bundle.manifest.precision,
+        model=_model_facts(setting.config),
+        backend=setting.backend,
+        threads=setting.threads,
+        rounds=options.rounds,
+        warm_up_policy=policy(options.warm_up_s),
+        warm_up={name: found.warm_up for name, found in samples.items()},
+        startup=startup,
+        memory=memory,
+        peaks=limits,
+        stages=tuple(_stages(setting, samples, limits)),
+        against=tuple(_against(setting, sampler, rivals, samples)),
+        other_load=None if math.isnan(others.share) else others.share,
+        warnings=(),
+    )
+    return replace(report, warnings=tuple(_warnings(report, works)))
+
+
+def _setting(bundle: str | Path | Bundle, options: BenchOptions) -> Setting:
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    space = room(opened)
+    steps = int(opened.manifest.sampling["num_steps"])
+    wanted = cases(options, slots=space.slots, padded=space.padded, steps=steps)
+    threads = options.threads or cores()
+    return Setting(opened, choose_backend(options.backend).name, threads, options, space, wanted, Works(opened))
+
+
+def _fresh_process(setting: Setting) -> tuple[Memory | None, Startup]:
+    """Its memory (where the kernel tells), then its times with the files in the page cache."""
+    main = setting.cases[0]
+    arguments = ["model", "--backend", setting.backend, "--threads", str(setting.threads)]
+    arguments += ["--cameras", str(main.cameras), "--tokens", str(main.tokens), "--steps", str(main.steps)]
+    memory = process_memory(setting.bundle, *arguments) if sys.platform.startswith("linux") else None
+    return memory, start_once(setting.bundle.path, *arguments)
+
+
+def _contenders(setting: Setting, sampler: Sampler) -> dict[str, Contender]:
+    noise = draw_noise(setting.config)
+    found = {}
+    for case in setting.cases:
+        inputs = draw_inputs(setting.config, setting.space, case)
+        found[_name(case)] = bundle_contender(sampler, inputs, noise, case.steps)
+    if setting.options.fast:
+        inputs = draw_inputs(setting.config, setting.space, setting.cases[0])
+        found[FAST] = fast_contender(setting.bundle, setting.backend, setting.threads, inputs)
+    return found
+
+
+def _rivals(setting: Setting, say: Say) -> dict[str, TorchSide]:
+    """PyTorch by dtype; torch is imported here and nowhere else."""
+    checkpoint = setting.options.against
+    if checkpoint is None:
+        return {}
+    from . import pytorch
+
+    main, convention = setting.cases[0], str(setting.bundle.manifest.sampling["time_convention"])
+    inputs, noise = draw_inputs(setting.config, setting.space, main), draw_noise(setting.config)
+    found = {}
+    for dtype in setting.options.dtypes:
+        say(f"loading {checkpoint} into PyTorch, {dtype}")
+        model = pytorch.load(checkpoint, dtype, setting.threads)
+        pytorch.check_same_model(model, setting.config, checkpoint)
+        found[dtype] = pytorch.TorchSide(model, inputs, noise, convention=convention, steps=main.steps)
+    return found
+
+
+def _stages(setting: Setting, samples: Mapping[str, Samples], peaks: Peaks) -> list[Stage]:
+    """Of each size: prefix and step, over the runs of all step counts, then inference with each step count."""
+    found, works = [], setting.works
+    for cases_of_size in _by_size(setting.cases):
+        case = cases_of_size[0]
+        pooled = {key: [x for each in cases_of_size for x in samples[_name(each)].times[key]] for key in PARTS}
+        prefix = _stage(PREFIX, case, works.tokens(case), pooled["prefix"], works.prefix(case), peaks)
+        step = _stage(STEP, case, works.tokens(case), pooled["step"], works.step(case), peaks)
+        found += [prefix, step]
+        for each in cases_of_size:
+            found.append(_inference(each, prefix, step, Spread.of(samples[_name(each)].times["total"])))
+    if setting.options.fast:
+        case, times = setting.cases[0], samples[FAST].times
+        for name, key, new in ((FAST_FIRST, "first", 1 + FORCED), (FAST_TOKEN, "token", 1)):
+            found.append(_stage(name, case, works.tokens(case), times[key], works.fast(case, new), peaks))
+    return found
+
+
+def _stage(name: str, case: Case, tokens: int, values: Sequence[float], work: Work, peaks: Peaks) -> Stage:
+    limit, by = peaks.limit_ms(work.flops, work.bytes)
+    return Stage(name, case, tokens, Spread.of(values), work.flops, work.bytes, limit, by)
+
+
+def _inference(case: Case, prefix: Stage, step: Stage, time: Spread) -> Stage:
+    kinds = {*prefix.flops, *step.flops}
+    return Stage(
+        name=INFERENCE,
+        case=case,
+        tokens=prefix.tokens,
+        time=time,
+        flops={kind: prefix.flops.get(kind, 0) + case.steps * step.flops.get(kind, 0) for kind in sorted(kinds)},
+        bytes=prefix.bytes + case.steps * step.bytes,
+        limit_ms=prefix.limit_ms + case.steps * step.limit_ms,
+        limited_by=prefix.limited_by if prefix.limited_by == step.limited_by else "both",
+    )
+
+
+def _against(
+    setting: Setting, sampler: Sampler, rivals: Mapping[str, TorchSide], samples: Mapping[str, Samples]
+) -> list[Against]:
+    if not rivals:
+        return []
+    main = setting.cases[0]
+    inputs, noise = draw_inputs(setting.config, setting.space, main), draw_noise(setting.config)
+    actions = sampler.sample_actions(*inputs.arrays, state=inputs.state, noise=noise, num_steps=main.steps)
+    ours = samples[_name(main)].times["total"]
+    found = []
+    for dtype, side in rivals.items():
+        theirs = samples[dtype].times
+        each = np.divide(theirs["total"], ours)
+        ratio = Ratio(float(np.median(theirs["total"]) / np.median(ours)), float(each.min()), float(each.max()))
+        found.append(
+            Against(
+                dtype=dtype,
+                tokens=setting.space.slots * setting.config.vision.patches + setting.space.padded,
+                prefix=Spread.of(theirs["prefix"]),
+                denoise=Spread.of(theirs["denoise"]),
+                total=Spread.of(theirs["total"]),
+                ratio=ratio,
+                max_abs_difference=float(np.abs(side.actions - actions).max()),
+            )
+        )
+    return found
+
+
+def _warnings(report: Report, works: Sequence[Work]) -> list[str]:
+    """What makes the figures less than they seem."""
+    found = []
+    if report.other_load is not None and report.other_load > BUSY:
+        found.append(f"others used {100 * report.other_load:.0f} % of the CPU meanwhile: measure on an idle machine")
+    restless = [name for name, warm_up in report.warm_up.items() if not warm_up.settled]
+    if restless:
+        found.append(f"not settled when the warm-up ended: {', '.join(restless)}")
+    if report.backend != "ort":
+        found.append(f"the peak is ONNX Runtime's, the bundle ran on {report.backend}")
+    uncounted = sorted({name for work in works for name in work.uncounted})
+    if uncounted:
+        found.append(f"operators whose work is not counted: {', '.join(uncounted)}")
+    return found
+
+
+def _model_facts(config: Pi05Config) -> dict[str, int]:
+    return {
+        "layers": config.backbone.depth,
+        "width": config.backbone.width,
+        "expert_width": config.expert.width,
+        "horizon": config.action_horizon,
+        "patches": config.vision.patches,
+    }
+
+
+def _by_size(all_cases: Sequence[Case]) -> list[list[Case]]:
+    """Cases that differ in their steps alone, together; the main case's first."""
+    groups: dict[tuple[int, int], list[Case]] = {}
+    for case in all_cases:
+        groups.setdefault((case.cameras, case.tokens), []).append(case)
+    return list(groups.values())
+
+
+def _name(case: Case) -> str:
+    return f"{case.cameras} cameras, {case.tokens} tokens, {case.steps} steps"

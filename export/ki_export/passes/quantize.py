@@ -1,0 +1,140 @@
+"""Linear layers in 8 bits: int8 weights with a scale an output channel, activations quantised as they come, a row each.
+
+A Gemm(x, W, b, transB=1) becomes, with m = max |x| / 127 of each row of x and s = max |W| / 127 of each row of W,
+
+    y = (round(x / m) @ round(W / s)^T) * (max(m) * s) * (m / max(m)) + b
+
+The product is exact in int32. Rows are tokens, and each has its own scale because a few tokens of a language model are
+far larger than the rest: with one scale for all, the rest would be rounded away. Activations are unsigned around 128,
+the form for which x86 has instructions; the two factors are apart because engines apply the first, a scalar times a
+vector, while they store the product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from .cleanup import clean_up
+
+LEVELS = 127  # largest magnitude of a quantised value
+ZERO = 128  # what stands for zero in activations
+TINY = 1e-30  # instead of the largest magnitude of a row of zeros
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """What stands for the initializer `weight` f32 [out, in]: names of `values` int8 [in, out], `scales` f32 [out]."""
+
+    weight: str
+    values: str
+    scales: str
+
+    @classmethod
+    def of(cls, weight: str) -> Int8Weight:
+        """The names that a weight's parts always have, so that graphs share them."""
+        return cls(weight, f"{weight}.int8", f"{weight}.scale")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A quantised activation: uint8 [rows, in], scale f32 [] of its largest row, what each row has of it [rows, 1]."""
+
+    values: ir.Value
+    scale: ir.Value
+    shares: ir.Value
+
+
+def quantize(model: ir.Model, chosen: Callable[[str], bool]) -> list[Int8Weight]:
+    """Rewrite every Gemm whose weight's name is `chosen`; what the chosen weights have become.
+
+    The new initializers have no values yet: `ki_export.int8` computes them. ValueError if a chosen weight is used in a
+    way that cannot be quantised. For the end, after all exact passes.
+    """
+    graph = model.graph
+    found: dict[ir.Value, Int8Weight] = {}
+    seen: dict[ir.Value, Rows] = {}
+    for node in list(graph):
+        for weight in {value for value in node.inputs if value is not None and value.is_initializer()}:
+            if not chosen(str(weight.name)):
+                continue
+            if not _is_linear(node, weight):
+                raise ValueError(f"'{weight.name}' is used by a {node.op_type} that is no x W^T + b: keep it in float32")
+            if weight not in found:
+                found[weight] = _split_weight(graph, weight)
+            _rewrite(graph, node, found[weight], seen)
+    for weight in found:
+        del graph.initializers[str(weight.name)]
+    clean_up(model)
+    return list(found.values())
+
+
+def _is_linear(node: ir.Node, weight: ir.Value) -> bool:
+    if node.op_type != "Gemm" or node.inputs[1] is not weight or node.inputs[0] is weight:
+        return False
+    settings = {"transA": 0, "transB": 0, "alpha": 1.0, "beta": 1.0}
+    settings.update({name: node.attributes[name].value for name in settings if name in node.attributes})
+    return settings == {"transA": 0, "transB": 1, "alpha": 1.0, "beta": 1.0}
+
+
+def _split_weight(graph: ir.Graph, weight: ir.Value) -> Int8Weight:
+    shape = weight.shape
+    if shape is None or weight.dtype != ir.DataType.FLOAT:
+        raise ValueError(f"'{weight.name}' is {weight.dtype}{shape}: only float32 weights of known shape are quantised")
+    names = Int8Weight.of(str(weight.name))
+    for name, dtype, dims in (
+        (names.values, ir.DataType.INT8, [shape[1], shape[0]]),
+        (names.scales, ir.DataType.FLOAT, [shape[0]]),
+    ):
+        graph.initializers.add(ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(dims)))
+    return names
+
+
+def _rewrite(graph: ir.Graph, gemm: ir.Node, parts: Int8Weight, seen: dict[ir.Value, Rows]) -> None:
+    x, output, steps = gemm.inputs[0], gemm.outputs[0], _Steps()
+    assert x is not None
+    if x not in seen:
+        seen[x] = _quantize_rows(steps, x)
+    rows = seen[x]
+    values, scales = graph.initializers[parts.values], graph.initializers[parts.scales]
+    product = steps.add("MatMulInteger", rows.values, values, steps.constant(ZERO, np.uint8))
+    product = steps.add("Cast", product, to=int(ir.DataType.FLOAT))
+    y = steps.add("Mul", product, steps.add("Mul", rows.scale, scales))
+    y = steps.add("Mul", y, rows.shares)
+    if len(gemm.inputs) == 3:
+        y = steps.add("Add", y, gemm.inputs[2])
+    y.type, y.shape = output.type, output.shape
+    ir.convenience.replace_nodes_and_values(graph, gemm, [gemm], steps.nodes, [output], [y])
+
+
+def _quantize_rows(steps: _Steps, x: ir.Value) -> Rows:
+    last = steps.constant([-1], np.int64)
+    largest = steps.add("ReduceMax", x, last, keepdims=0)
+    smallest = steps.add("Neg", steps.add("ReduceMin", x, last, keepdims=0))
+    magnitude = steps.add("Max", largest, smallest, steps.constant(TINY, np.float32))  # [rows]
+    scales = steps.add("Mul", magnitude, steps.constant(1.0 / LEVELS, np.float32))
+    zeros = steps.add("Expand", steps.constant(ZERO, np.uint8), steps.add("Shape", scales))
+    values = steps.add("QuantizeLinear", x, scales, zeros, axis=0)
+    scale = steps.add("ReduceMax", scales, keepdims=0)
+    shares = steps.add("Unsqueeze", steps.add("Div", scales, scale), last)
+    return Rows(values, scale, shares)
+
+
+class _Steps:
+    """New nodes in their order."""
+
+    def __init__(self) -> None:
+        self.nodes: list[ir.Node] = []
+
+    def add(self, op_type: str, *inputs: ir.Value | None, **attributes: int) -> ir.Value:
+        self.nodes.append(ir.node(op_type, inputs, attributes=attributes))
+        return self.nodes[-1].outputs[0]
+
+    def constant(self, number: Any, dtype: Any) -> ir.Value:
+        tensor = ir.tensor(np.array(number, dtype))
+        self.nodes.append(ir.node("Constant", [], attributes={"value": tensor}))
+        return self.nodes[-1].outputs[0]

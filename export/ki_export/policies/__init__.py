@@ -1,0 +1,20 @@
+"""What makes a model a policy, read from each checkpoint format and never assumed.
+
+A format records some of the contract; the rest is given by name or file. What neither tells is listed, and stops the
+export.
+"""
+
+from .facts import PolicyFacts, describe_policy, read_policy
+from .files import PolicyFiles
+from .request import PolicyRequest, given_contract
+from .vocabulary import decode_vocabulary
+
+__all__ = [
+    "PolicyFacts",
+    "PolicyFiles",
+    "PolicyRequest",
+    "decode_vocabulary",
+    "describe_policy",
+    "given_contract",
+    "read_policy",
+]

@@ -1,0 +1,182 @@
+"""LeRobot's processors on disk: policy_preprocessor.json, policy_postprocessor.json and the state files they name.
+
+{"name": ..., "steps": [{"registry_name": ..., "config": {...}, "state_file"?: ...}]}; a state file is safetensors with
+"<feature>.<statistic>" (lerobot/processor/pipeline.py, normalize_processor.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+
+from ki_edge.checkpoints.formats import read_json
+from ki_edge.errors import CheckpointError
+from ki_edge.normalize import NormStats
+from ki_edge.safetensors_index import SafetensorsIndex
+
+PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
+MAX_STATE = 64_000_000  # bytes of a state file
+MAX_STEPS = 100
+EPSILON = 1e-8
+RENAME, RELATIVE, NORMALIZER = "rename_observations_processor", "relative_actions_processor", "normalizer_processor"
+PI05_PROMPT, TOKENIZER = "pi05_prepare_state_tokenizer_processor_step", "tokenizer_processor"
+PI0_PROMPTS = ("pi0_new_line_processor", "smolvla_new_line_processor")
+UNNORMALIZER, ABSOLUTE = "unnormalizer_processor", "absolute_actions_processor"
+HARMLESS = ("to_batch_processor", "device_processor", "identity_processor")
+INPUT_STEPS = frozenset({RENAME, RELATIVE, NORMALIZER, PI05_PROMPT, *PI0_PROMPTS, TOKENIZER, *HARMLESS})
+OUTPUT_STEPS = frozenset({UNNORMALIZER, ABSOLUTE, *HARMLESS})
+STATE, ACTION = "observation.state", "action"
+# LeRobot's mode -> (kind, the statistics that stand in for q01 and q99, or mean and std)
+MODES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "IDENTITY": ("none", ()),
+    "MEAN_STD": ("zscore", ("mean", "std")),
+    "QUANTILES": ("quantile", ("q01", "q99")),
+    "QUANTILE10": ("quantile", ("q10", "q90")),
+    "MIN_MAX": ("quantile", ("min", "max")),
+}
+FIELDS = {"zscore": ("mean", "std"), "quantile": ("q01", "q99")}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a processor. `at` is its place in the order."""
+
+    name: str
+    at: int
+    config: Mapping[str, Any]
+    state_file: str | None
+
+
+@dataclass(frozen=True)
+class Processor:
+    """A processor's steps by name. `where`: its file, for messages."""
+
+    folder: Path
+    file: str
+    steps: Mapping[str, Step]
+
+    @property
+    def where(self) -> str:
+        return str(self.folder / self.file)
+
+    @classmethod
+    def open(cls, folder: Path, file: str, known: frozenset[str]) -> Processor | None:
+        """Read a processor; None if there is none. CheckpointError for a step that is not `known` or comes twice."""
+        if not (folder / file).is_file():
+            return None
+        steps = read_json(folder / file).get("steps")
+        if not isinstance(steps, list) or len(steps) > MAX_STEPS:
+            raise CheckpointError(f"{folder / file}: expected a list 'steps' of at most {MAX_STEPS}")
+        found: dict[str, Step] = {}
+        for at, item in enumerate(steps):
+            step = _step(folder / file, at, item)
+            if step.name not in known:
+                raise CheckpointError(
+                    f"{folder / file}: step {at} '{step.name}' is not known, so what it does to the policy would be "
+                    "lost; export the model alone with --model-only, or remove the step if it does nothing"
+                )
+            if step.name in found:
+                raise CheckpointError(f"{folder / file}: the step '{step.name}' comes twice")
+            found[step.name] = step
+        return cls(folder, file, found)
+
+    def in_order(self, *names: str) -> None:
+        """CheckpointError unless the steps that are there come in this order."""
+        given = [step.name for step in sorted(self.steps.values(), key=lambda step: step.at) if step.name in names]
+        expected = [name for name in names if name in given]
+        if given != expected:
+            raise CheckpointError(
+                f"{self.where}: steps in the order {', '.join(given)}; expected {', '.join(expected)}"
+            )
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """A (un)normaliser step: the mode of a feature, and its statistics."""
+
+    processor: Processor
+    step: Step
+
+    def mode(self, feature: str) -> str:
+        """LeRobot's mode of "observation.state" or "action". CheckpointError for one that is not known."""
+        keys = self.step.config.get("normalize_observation_keys")
+        features = self.step.config.get("features") or {}
+        if feature != ACTION and (feature not in features or (keys is not None and feature not in keys)):
+            return "IDENTITY"
+        kind = "ACTION" if feature == ACTION else features[feature].get("type", "STATE")
+        return self._mode_of(kind)
+
+    def check_images(self) -> None:
+        """CheckpointError if pictures are normalised by statistics."""
+        if self._mode_of("VISUAL") != "IDENTITY":
+            raise CheckpointError(
+                f"{self.processor.where}: pictures are normalised by {self._mode_of('VISUAL')}, expected IDENTITY: "
+                "π0.5 takes them as they are"
+            )
+
+    def stats(self, feature: str) -> NormStats | None:
+        """Statistics of a feature in the places that its kind reads; None where the file has none (or is none)."""
+        kind, names = MODES[self.mode(feature)]
+        if not names or self.step.state_file is None:
+            return None
+        self._check_epsilon()
+        index = self._index(self.step.state_file)
+        found = {}
+        for field, name in zip(FIELDS[kind], names, strict=True):
+            if f"{feature}.{name}" not in index:
+                return None
+            found[field] = index.array(f"{feature}.{name}").astype(np.float64)
+        return NormStats(**found)
+
+    @property
+    def sha256(self) -> str:
+        """Of the state file."""
+        assert self.step.state_file is not None
+        return hashlib.sha256((self.processor.folder / self.step.state_file).read_bytes()).hexdigest()
+
+    def _mode_of(self, kind: str) -> str:
+        modes = self.step.config.get("norm_map") or {}
+        mode = str(modes.get(kind, "IDENTITY"))
+        if mode not in MODES:
+            raise CheckpointError(
+                f"{self.processor.where}: {kind} is normalised by {mode}, expected one of {', '.join(MODES)}"
+            )
+        return mode
+
+    def _check_epsilon(self) -> None:
+        epsilon = self.step.config.get("eps", EPSILON)
+        if epsilon != EPSILON:
+            raise CheckpointError(
+                f"{self.processor.where}: eps is {epsilon}, only LeRobot's default {EPSILON} is known"
+            )
+
+    def _index(self, name: str) -> SafetensorsIndex:
+        path = inside(self.processor.folder, name, self.processor.where)
+        if not path.is_file():
+            raise CheckpointError(f"{self.processor.where} names {name}, which is missing: copy the whole checkpoint")
+        if path.stat().st_size > MAX_STATE:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes are no statistics (at most {MAX_STATE})")
+        return SafetensorsIndex(path)
+
+
+def inside(folder: Path, name: str, where: str) -> Path:
+    """The file `name` of a folder. CheckpointError for a name that leads out of it."""
+    parts = PurePosixPath(name).parts
+    if not parts or ".." in parts or name.startswith("/") or "\\" in name or PureWindowsPath(name).drive:
+        raise CheckpointError(f"{where}: the file '{name}' lies outside its folder")
+    return folder / name
+
+
+def _step(path: Path, at: int, item: object) -> Step:
+    name = item.get("registry_name", item.get("class")) if isinstance(item, dict) else None
+    if not isinstance(item, dict) or not isinstance(name, str):
+        raise CheckpointError(f"{path}: step {at} has no 'registry_name'")
+    config, state = item.get("config") or {}, item.get("state_file")
+    if not isinstance(config, dict) or not (state is None or isinstance(state, str)):
+        raise CheckpointError(f"{path}: step {at} '{name}' is malformed")
+    return Step(name, at, config, state)

@@ -1,0 +1,30 @@
+"""What one checkpoint format records of its policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ki_edge.contract import PolicyContract
+
+from .statistics import Statistics
+
+PALIGEMMA = "google/paligemma-3b-pt-224"
+
+
+@dataclass(frozen=True)
+class Record:
+    """The contract, or None with what is `missing` for one; statistics, if they were found.
+
+    `known`: contract field -> the file that records it. `missing`: a sentence each, with the flag that gives it.
+    `tokenizers`: names of repositories whose tokenizer.model the policy was trained with.
+    """
+
+    contract: PolicyContract | None
+    statistics: Statistics | None = None
+    known: Mapping[str, str] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    tokenizers: tuple[str, ...] = (PALIGEMMA,)
+    values: Mapping[str, Any] = field(default_factory=dict)  # of the `known` fields
+    exact_statistics: bool = False  # whether their length must be the contract's (LeRobot), or at least it (openpi)
