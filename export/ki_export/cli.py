@@ -89,7 +89,7 @@ def _request(arguments: argparse.Namespace) -> PolicyRequest:
         tokenizer=arguments.tokenizer,
         fast=arguments.fast,
         prompt=arguments.prompt,
-        pad_state_first=True if arguments.padded_state_prompt else None,
+        pad_state_first=arguments.padded_state_prompt,
     )
 
 
@@ -139,7 +139,11 @@ def _add_policy(group: argparse._ArgumentGroup) -> None:
     add("--tokenizer", type=Path, metavar="FILE", help="PaliGemma's tokenizer.model (default: the Hub's cache)")
     add("--fast", type=Path, metavar="DIR", help="folder of the FAST codec")
     add("--prompt", metavar="TEXT", help="instruction for observations that have none")
-    add("--padded-state-prompt", action="store_true", help="LeRobot up to 0.4: the prompt holds the padded state")
+    add(
+        "--padded-state-prompt",
+        action=argparse.BooleanOptionalAction,
+        help="whether the prompt holds the padded state, as of LeRobot up to 0.4 (asked for where it is not recorded)",
+    )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.checkpoints.adapter import is_adapter, resolve_base
@@ -33,13 +34,13 @@ class Where:
 def open_checkpoint(where: Where, say: Say = lambda _: None) -> Checkpoint:
     """Fetch if need be, and open. CheckpointError for what does not exist or is no checkpoint."""
     found = resolve(where.name, revision=where.revision, say=say)
-    horizons = {"horizon": where.horizon, "default_horizon": where.default_horizon}
+    opened = partial(Checkpoint.open, horizon=where.horizon, default_horizon=where.default_horizon)
     alone = is_adapter(found.folder) and not any((found.folder / name).is_file() for name in (WEIGHTS, SHARDS))
     if not alone:
-        return Checkpoint.open(found.folder, origin=found.origin, **horizons)
+        return opened(found.folder, origin=found.origin)
     base = resolve_base(found.folder, where.base, say=say)
     origin = {**found.origin, **{f"base_{name}": value for name, value in base.origin.items()}}
-    return Checkpoint.open(base.folder, adapter=found.folder, origin=origin, **horizons)
+    return opened(base.folder, adapter=found.folder, origin=origin)
 
 
 def with_horizon(where: Where, request: PolicyRequest) -> Where:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
@@ -55,7 +56,7 @@ def write_tensors(path: Path, parts: Sequence[Part], metadata: Mapping[str, str]
             done = 0
             for piece in part.pieces():
                 done += piece.nbytes
-                write(memoryview(piece).cast("B"))
+                write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
             if done != part.nbytes:
                 raise ExportError(f"{path}: '{part.name}' has {done} bytes, its shape says {part.nbytes}")
     return write.digest()

@@ -67,13 +67,15 @@ def pack(model: ir.Model) -> bytes:
     """A traced graph as bytes. Its weights have no values: any place in a file stands in for them."""
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
-            value.const_value = ir.ExternalTensor(NOWHERE, 0, 0, ir.DataType.FLOAT, shape=value.shape, name=name)
-    return ir.to_proto(model).SerializeToString()
+            shape = value.shape or ir.Shape([])
+            value.const_value = ir.ExternalTensor(NOWHERE, 0, 0, ir.DataType.FLOAT, shape=shape, name=name)
+    packed: bytes = ir.to_proto(model).SerializeToString()
+    return packed
 
 
 def unpack(packed: bytes) -> ir.Model:
     """What `pack` packed."""
-    model = ir.from_proto(onnx.ModelProto.FromString(packed))
+    model: ir.Model = ir.from_proto(onnx.ModelProto.FromString(packed))
     for value in model.graph.initializers.values():
         if isinstance(value.const_value, ir.ExternalTensor):
             value.const_value = None

@@ -14,6 +14,7 @@ from ki_edge.images import fit_image, interpolate_with_pad
 from ki_edge.normalize import NormStats, write_norm_stats
 from ki_edge.transforms import InputPipeline, OutputPipeline
 from ki_export.policies import PolicyRequest, describe_policy, read_policy
+from ki_export.policies.lerobot_steps import relative_mask
 
 FOLDERS = ("pi05_renamed", "pi05_relative", "pi05_identity", "pi05_old", "pi0")
 GEMMA = GemmaConfig(width=16, depth=1, mlp_dim=16, num_heads=1, num_kv_heads=1, head_dim=16)
@@ -251,3 +252,8 @@ def test_a_picture_of_the_models_size_is_exact():
     np.testing.assert_array_equal(interpolate_with_pad(image.astype(np.float32) / 255, 8, 12), image)
     with pytest.raises(ArgumentError, match=r"\[h, w, 3\]"):
         interpolate_with_pad(image[0], 8, 12)
+
+
+def test_excluded_joints_whatever_their_case():
+    assert relative_mask(4, ("a", "Left_Gripper.pos", "b"), ["GRIPPER", ""]) == (True, False, True, True)
+    assert relative_mask(2, None, ["gripper"]) == relative_mask(2, ("x", "y"), []) == (True, True)

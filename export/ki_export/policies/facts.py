@@ -69,7 +69,8 @@ def describe_policy(
     if contract is not None and request.prompt is not None:
         contract = replace(contract, default_prompt=request.prompt)
     values = record.values if contract is None else contract.to_json()
-    known = {name: record.known.get(name, _source(request)) for name in values}
+    flags = {"default_prompt": request.prompt and "--prompt", "fast": request.fast and "--fast"}
+    known = {name: flags.get(name) or record.known.get(name, _source(request)) for name in values}
     return PolicyFacts(
         contract, values, known, record.statistics, tokenizer, codec, tuple(missing), record.exact_statistics
     )
