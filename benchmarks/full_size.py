@@ -23,7 +23,8 @@ import numpy as np
 import psutil
 
 from ki_edge.bundle import Bundle
-from ki_export.bench.machine import describe, print_machine, print_table
+from ki_export.bench.machine import describe
+from ki_export.bench.tables import table
 
 POLL_S = 0.02
 BUNDLES = {  # name -> options of ki-export
@@ -119,9 +120,9 @@ def main() -> int:
     if options.json:
         print(json.dumps({"machine": describe(), "rows": [asdict(row) for row in rows]}, indent=1))
         return 0
-    print_machine()
+    print(", ".join(f"{name} {value}" for name, value in describe().items()))
     cells = [(row.what, f"{row.seconds:.0f}", f"{row.peak / 1e9:.2f}", row.note) for row in rows]
-    print_table(("", "seconds", "peak, GB", ""), cells)
+    print("\n".join(table(("", "seconds", "peak, GB", ""), cells)))
     return 0
 
 

@@ -49,6 +49,21 @@ def test_presets():
         assert contract.model_action_dim == 32
 
 
+def test_presets_of_pi0():
+    for name, horizon in (("pi0_droid", 10), ("pi0_libero", 50), ("pi0_aloha", 50)):
+        contract = contracts.PRESETS[name]()
+        assert (contract.action_horizon, contract.execute, contract.max_token_len) == (horizon, horizon // 2, 48)
+        assert (contract.state_in_prompt, contract.normalization_of("actions")) == (False, "zscore")
+    assert contracts.pi0_libero().delta_mask == make_mask(6, -1)
+
+
+def test_actions_normalised_otherwise_than_the_state():
+    contract = contracts.droid(action_normalization="none")
+    assert (contract.normalization_of("state"), contract.normalization_of("actions")) == ("quantile", "none")
+    assert contract.needs_stats and not contracts.droid(normalization="none").needs_stats
+    assert contracts.droid(normalization="none", action_normalization="zscore").needs_stats
+
+
 def test_unknown_preset_field():
     with pytest.raises(ContractError, match="unknown contract fields \\['horizon'\\]"):
         contracts.droid(horizon=3)

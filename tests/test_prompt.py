@@ -32,6 +32,7 @@ def test_digitize_golden_states(data, group):
     ("format", "text"),
     [
         ("pi0", "Pick up the\tRED cube now\n"),
+        ("lerobot_pi0", "  Pick_up the\tRED cube\nnow \n"),
         ("pi05", f"Task: Pick up the\tRED cube now, State: {BINS};\nAction: "),
         ("ki", f"Task: pick up the\tred cube\nnow, State: {BINS};\n"),
     ],
@@ -44,7 +45,7 @@ def test_formats(tokenizer_model, real, format, text):
     assert ids.tolist() == expected
     assert tokenizer.text("  Pick_up the\tRED cube\nnow \n", STATE) == text
     assert tokenizer.decode(ids) == text
-    assert tokenizer.uses_state == (format != "pi0")
+    assert tokenizer.uses_state == (format not in ("pi0", "lerobot_pi0"))
 
 
 def test_model_from_file_and_special_ids(tokenizer_model, real, tmp_path):

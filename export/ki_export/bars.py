@@ -44,6 +44,7 @@ FLOAT32 = {
     "prefix_k": Bar(2e-5, True, KV_REASON),
     "prefix_v": Bar(2e-5, True, KV_REASON),
     "x_next": Bar(2e-5, False, "one step from the reference's own x and K/V: nothing accumulates, x is of order 1"),
+    "velocity": Bar(2e-4, True, "of x_next: the same error divided by dt, about 0.1, and up to 5 in size"),
     "x": Bar(2e-5, False, "x after each step of the whole pipeline; openpi in float32 is itself 1.4e-6 from float64"),
     "actions": Bar(2e-5, False, "the last x: what the robot gets, before normalisation is undone"),
     "logits": Bar(2e-5, True, "as K/V; large vocabularies have logits of order 10"),
@@ -56,10 +57,14 @@ INT8 = {
     **FLOAT32,
     **dict.fromkeys(("prefix_k", "prefix_v", "new_k", "new_v"), Bar(5e-2, False, INT8_REASON, COSINE)),
     "logits": Bar(5e-2, False, INT8_REASON, COSINE),
-    "x_next": Bar(1e-2, False, "one step: the noise in x is exact, so only the velocity's share of x differs", COSINE),
+    "x_next": Bar(1e-2, False, "one step; hides the velocity's error behind the x that it started from", COSINE),
+    "velocity": Bar(2e-2, False, INT8_REASON, COSINE),
     "x": Bar(1e-2, False, "as the actions, which it becomes", COSINE),
     "actions": Bar(1e-2, False, "cosine 0.99: below it the robot misses; success on a robot decides", COSINE),
     "greedy_ids": Bar(1.0, False, "near ties fall the other way, and one difference changes all that follow", CHANGED),
+    "changed_weights": Bar(
+        0.0, False, "number of weights: bars this wide do not show a damaged one, so all are compared"
+    ),
 }
 
 BARS = {"float32": FLOAT32, "int8": INT8}  # by the manifest's precision
@@ -103,9 +108,11 @@ class Measurement:
 
     @property
     def severity(self) -> float:
-        """Error relative to the bar, above 1 if it failed."""
+        """Error relative to the bar, above 1 if it failed; 0 for what is only counted."""
         if math.isnan(self.error):
             return math.inf
+        if self.metric == CHANGED and self.passed:
+            return 0.0
         if self.limit == 0:
             return 0.0 if self.error == 0 else math.inf
         return self.error / self.limit

@@ -94,7 +94,7 @@ def _compare_case(sides: Sides, case: Case, progress: Progress) -> tuple[list[Me
         trace = sides.sampler.trace(*case.inputs, state=case.state, noise=case.noise, num_steps=steps)
         found += _runtime(sides, case, trace, prefix, states)
     if all(np.isfinite(m.error) for m in logits):  # else the runtime refuses to choose a token
-        with progress.stage("the runtime's FAST tokens", sides.steps(0, prefix=1, fast_decode=case.max_tokens)):
+        with progress.stage("the runtime's FAST tokens", sides.steps(0, fast_decode=case.max_tokens)):
             ids = sides.sampler.sample_fast_tokens(*case.inputs, **_decoding(sides, case))
         found.append(measure(case.name, RUNTIME, "greedy_ids", ids, expected.numpy(), bars=sides.bars))
     return found, (trace.x[-1][0], states[-1][0].numpy())
@@ -151,6 +151,8 @@ def _denoise(
         expected = sides.model.denoise_step(states[-1], row, dt, *fixed)
         given = sides.run(graph, states[-1], row, dt, *fixed)
         yield measure(case.name, "denoise", "x_next", given["x_next"], expected.numpy(), step, sides.bars)
+        velocity, wanted = (((x - states[-1].numpy()) / dt.numpy()) for x in (given["x_next"], expected.numpy()))
+        yield measure(case.name, "denoise", "velocity", velocity, wanted, step, sides.bars)
         states.append(expected)
 
 

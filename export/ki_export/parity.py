@@ -13,8 +13,10 @@ from ki_edge.errors import ArgumentError, ParityError
 from ki_edge.model import Checkpoint
 from ki_edge.prompt import PromptTokenizer
 
+from .bars import measure
 from .cases import Case, compact_cases, standard_cases
-from .comparison import Comparison, compare
+from .changed import changed_weights
+from .comparison import RUNTIME, Comparison, compare
 from .diagnosis import explain
 from .progress import Progress, peak_memory
 from .provenance import tool_versions
@@ -24,6 +26,7 @@ from .sides import Method, Sides, choose_method, open_sides
 MAX_PROMPT = 200  # tokens, where neither contract nor checkpoint says: π0.5's
 CAMERAS = 3
 FORCED = (3, 5)  # any two tokens: with them the first decoding step has three queries
+CHANGED_WEIGHTS = "changed_weights"
 TOKENIZER = "assets/tokenizer.model"
 Say = Callable[[str], object]
 
@@ -60,10 +63,17 @@ def compare_with_checkpoint(
     sides = open_sides(bundle, checkpoint, method or choose_method(checkpoint.config), progress)
     cases = _prepare(sides, checkpoint)
     comparison = compare(sides, cases, progress)
+    if CHANGED_WEIGHTS in sides.bars:
+        with progress.stage("comparing all weights"):
+            changed = len(changed_weights(bundle, checkpoint))
+        found = measure("the weights file", RUNTIME, CHANGED_WEIGHTS, changed, 0, bars=sides.bars)
+        comparison.measurements.append(found)
     comparison.reference = f"the PyTorch model of checkpoint {checkpoint.path.resolve().name}"
     if comparison.failures:
         with progress.stage("looking for the cause"):
-            comparison.explanation = explain(comparison, bundle, checkpoint, sides.model, cases)
+            model = sides.model
+            del sides  # and with it the graphs' memory
+            comparison.explanation = explain(comparison, bundle, checkpoint, model, cases)
     return comparison
 
 

@@ -27,8 +27,8 @@ from ki_runtime.ort_session import check_signature
 from ki_runtime.session import Binding, Buffer, HostBuffer, Session
 
 Array = npt.NDArray[Any]
-LIMIT = 1_000_000_000  # bytes of weights in a piece, unless a single layer has more
-BUDGET = 1_500_000_000  # bytes of weights of all open sessions
+LIMIT = 900_000_000  # bytes of weights in a piece, unless a single layer has more: two layers of π0.5's backbone
+BUDGET = 1_300_000_000  # bytes of weights of all open sessions: π0.5's whole denoise graph
 LAYER = re.compile(r".*\blayers\.\d+(?=\.)")
 GATHERS = ("Gather", "GatherND", "GatherElements")  # touch only the rows that they take
 
@@ -47,11 +47,12 @@ class Segment:
     nbytes: int
 
     def with_outputs(self, names: Sequence[str]) -> Segment:
-        """The same piece that also gives the values called `names`, which its nodes compute."""
-        added = [name for name in names if name not in self.outputs]
+        """The same piece that also gives those float32 values among `names` that its nodes compute."""
+        types = _types(self.model)
+        added = [name for name in names if name not in self.outputs and _is_float(types.get(name))]
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
-        model.graph.output.extend(onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in added)
+        model.graph.output.extend(_info(name, types, self.name) for name in added)
         return Segment(self.name, model, self.inputs, (*self.outputs, *added), self.nbytes)
 
 
@@ -73,7 +74,8 @@ class SegmentPool:
             found = self._session(segment).run(list(segment.outputs), feeds)
         except Exception as error:  # the library raises its own types and bare RuntimeError
             raise BackendError(f"onnxruntime failed in {segment.name}: {str(error).strip().splitlines()[0]}") from error
-        return dict(zip(segment.outputs, found, strict=True))
+        # copies: what the engine gives lies in a block of its own that a small value would keep alive
+        return {name: np.array(value) for name, value in zip(segment.outputs, found, strict=True)}
 
     def _session(self, segment: Segment) -> Any:
         if segment not in self._open:
@@ -102,20 +104,41 @@ class SegmentedSession(Session):
     def __init__(self, bundle: Bundle, spec: GraphSpec, pool: SegmentPool) -> None:
         manifest, path = bundle.manifest, bundle.graph(spec.name)
         super().__init__(spec, graphs.sizes(manifest.config, len(manifest.vocabulary.ids)))
-        proto = onnx.load(path, load_external_data=False)
-        try:  # without optimisation nothing of the weights is read
-            whole = load(proto, bundle.path, optimized=False)
+        try:
+            proto = onnx.load(path, load_external_data=False)
+            whole = load(proto, bundle.path, optimized=False)  # so that it reads nothing of the weights
         except Exception as error:
             raise BackendError(f"onnxruntime cannot load {path}: {str(error).strip().splitlines()[0]}") from error
         check_signature(path, spec.inputs, whole.get_inputs(), self.sizes)
         check_signature(path, spec.outputs, whole.get_outputs(), self.sizes)
         self.segments, self.pool = cut(proto), pool
+        self._last: tuple[dict[str, Array], dict[str, Array]] | None = None
 
     def allocate(self, shape: Sequence[int], dtype: str) -> Buffer:
         return HostBuffer(np.zeros(shape, dtype))
 
+    def compute(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """The graph's outputs. It does not run again with the inputs of the last time.
+
+        The actions and the tokens of one observation share their prefix, and with a large model that is a minute.
+        """
+        if self._last is None or not _equal(self._last[0], feeds):
+            self._last = None
+            wanted = {tensor.name for tensor in self.outputs}
+            found: dict[str, Array] = {}
+            for made, _ in run_segments(self.segments, self.pool, feeds):
+                found.update({name: value for name, value in made.items() if name in wanted})
+            self._last = {name: value.copy() for name, value in feeds.items()}, found
+        return self._last[1]
+
     def _bind(self, buffers: Mapping[str, Buffer]) -> Binding:
         return _Binding(self, buffers)
+
+
+def _equal(some: Mapping[str, Array], others: Mapping[str, Array]) -> bool:
+    return some.keys() == others.keys() and all(
+        some[name].shape == others[name].shape and some[name].tobytes() == others[name].tobytes() for name in some
+    )
 
 
 class _Binding:
@@ -125,22 +148,19 @@ class _Binding:
         self._session, self._buffers = session, buffers
 
     def run(self) -> None:
-        outputs = [tensor.name for tensor in self._session.outputs]
         values: dict[str, Array] = {}
         for tensor in self._session.inputs:
             buffer = self._buffers[tensor.name]
             assert isinstance(buffer, HostBuffer)
             values[tensor.name] = buffer.array
-        for made, _ in run_segments(self._session.segments, self._session.pool, values, keep=outputs):
-            for name in outputs:
-                if name in made:
-                    self._buffers[name].write(made[name])
+        for name, value in self._session.compute(values).items():
+            self._buffers[name].write(value)
 
 
 def run_segments(
-    segments: Sequence[Segment], pool: SegmentPool, feeds: Mapping[str, Array], keep: Sequence[str] = ()
+    segments: Sequence[Segment], pool: SegmentPool, feeds: Mapping[str, Array]
 ) -> Iterator[tuple[dict[str, Array], Segment]]:
-    """Run segments in order and give each one's outputs. `keep`: values that the caller reads from what it is given."""
+    """Run segments in order and give each one's outputs."""
     values = dict(feeds)
     for at, segment in enumerate(segments):
         made = pool.run(segment, values)
@@ -254,6 +274,10 @@ def _models(
 def _types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto]:
     graph = onnx.shape_inference.infer_shapes(model).graph
     return {value.name: value.type for value in (*graph.value_info, *graph.input, *graph.output)}
+
+
+def _is_float(kind: onnx.TypeProto | None) -> bool:
+    return kind is not None and kind.tensor_type.elem_type == onnx.TensorProto.FLOAT
 
 
 def _info(name: str, types: Mapping[str, onnx.TypeProto], title: str) -> onnx.ValueInfoProto:

@@ -144,10 +144,12 @@ def _parts(source: TensorSource, keys: Iterable[str], stored: Stored) -> list[Pa
 def _in_file_order(source: TensorSource, keys: Iterable[str]) -> list[str]:
     """So that a file is read from its beginning to its end."""
 
+    order = {key: at for at, key in enumerate(source.tensors)}  # layer after layer where there are no places
+
     def position(key: str) -> tuple[str, int, str]:
         base, kind = split_key(key)
         place = source.tensors[base].place
-        return ("", 0, kind) if place is None else (place.index.path.name, place.offset, kind)
+        return ("", order[base], kind) if place is None else (place.index.path.name, place.offset, kind)
 
     return sorted(keys, key=position)
 

@@ -63,7 +63,7 @@ class Checkpoint:
             source = open_adapter(Path(adapter), source)
             found = described_by(Path(adapter), found)
         try:
-            config = read_geometry(source.tensors, found.settings, _horizon(found, horizon, default_horizon))
+            config = read_geometry(source, found.settings, _horizon(found, horizon, default_horizon))
             check_tensors(source.tensors, config)
         except CheckpointError as error:
             raise CheckpointError(f"{found.folder}: {error}") from None

@@ -9,7 +9,7 @@ from typing import Any
 from ..config import GemmaConfig, Pi05Config, VisionConfig
 from ..errors import CheckpointError
 from .keys import BACKBONE, EMBEDDING, EXPERT, VISION, is_pi0, is_pi05
-from .source import StoredTensor
+from .source import StoredTensor, TensorSource
 
 HEAD_DIMS = {2048: 256, 1024: 256, 64: 16}  # width of gemma_2b, gemma_300m, dummy -> head_dim
 VISION_HEADS = 16  # of SigLIP so400m
@@ -17,9 +17,9 @@ GEOMETRY = "tiny"  # block of config.json that says what shapes cannot: the spli
 HORIZONS = ("action_horizon", "chunk_size")  # openpi, LeRobot
 
 
-def read_geometry(tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any], horizon: int) -> Pi05Config:
-    """The configuration of the model whose tensors (by openpi's key) these are. CheckpointError without a folder."""
-    given = settings.get(GEOMETRY) or {}
+def read_geometry(source: TensorSource, settings: Mapping[str, Any], horizon: int) -> Pi05Config:
+    """The configuration of the model that a source holds. CheckpointError, which does not name the folder."""
+    tensors, given = source.tensors, settings.get(GEOMETRY) or source.geometry
     variant = _variant(tensors)
     try:
         patch = _shape(tensors, VISION + "embeddings.patch_embedding.weight")

@@ -70,6 +70,7 @@ class LoraSource(TensorSource):
 
     def __init__(self, base: TensorSource, adapter: SafetensorsSource, config: AdapterConfig) -> None:
         self.base, self.adapter, self.config = base, adapter, config
+        self.geometry = base.geometry
         self.files = (*base.files, *adapter.files, config.path)
         self.modules, self.full = _sort(adapter)
         self._drop_unused()

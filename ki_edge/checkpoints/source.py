@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,7 @@ class TensorSource(ABC):
 
     tensors: Mapping[str, StoredTensor]
     files: tuple[Path, ...]
+    geometry: Mapping[str, Any] = MappingProxyType({})  # what shapes of the PyTorch layout do not tell: heads
 
     @abstractmethod
     def rows(self, key: str, start: int, stop: int) -> F32:

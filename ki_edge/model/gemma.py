@@ -28,7 +28,7 @@ class GemmaAttention(nn.Module):
     def keys_values(self, x: Tensor, rope: Rope) -> KeysValues:
         """K and V of x [B,S,W]: [B,K,S,D] each."""
         k, v = (self._heads(project(x), self.num_kv_heads) for project in (self.k_proj, self.v_proj))
-        return rotate(k, rope), v
+        return rotate(k, rope).transpose(1, 2), v.transpose(1, 2)
 
     def forward(self, x: Tensor, rope: Rope, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         q = rotate(self._heads(self.q_proj(x), self.num_heads), rope)
@@ -36,7 +36,7 @@ class GemmaAttention(nn.Module):
         return out
 
     def _heads(self, x: Tensor, count: int) -> Tensor:
-        return x.view(x.shape[0], x.shape[1], count, self.head_dim).transpose(1, 2)
+        return x.view(x.shape[0], x.shape[1], count, self.head_dim)
 
 
 class GemmaLayer(nn.Module):

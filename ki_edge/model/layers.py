@@ -18,18 +18,20 @@ Rope = tuple[Tensor, Tensor]
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v, softmax in float32.
 
-    q [B,Hq,S,D]; k, v [B,K,C,D], each K/V head serving Hq/K query heads; bias f32 broadcastable to [B,1,1,S,C].
-    Returns [B,S,Hq*D] in q's dtype.
+    q [B,S,Hq,D]; k, v [B,K,C,D], each K/V head serving the next Hq/K query heads; bias f32 broadcastable to
+    [B,1,1,S,C]. Returns [B,S,Hq*D] in q's dtype.
     """
-    batch, heads, length, dim = q.shape
+    batch, length, heads, dim = q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
-    rows = (q * dim**-0.5).reshape(batch, kv_heads, group * length, dim)
-    logits = torch.matmul(rows, k.transpose(-1, -2)).float()  # [B,K,G*S,C]
-    if bias is not None:
-        logits = (logits.reshape(batch, kv_heads, group, length, -1) + bias).flatten(2, 3)
-    mixed = torch.matmul(torch.softmax(logits, dim=-1).to(q.dtype), v)  # [B,K,G*S,D]
-    return mixed.reshape(batch, heads, length, dim).transpose(1, 2).reshape(batch, length, heads * dim)
+    rows = q.reshape(batch, length, kv_heads, group * dim).transpose(1, 2).reshape(batch, kv_heads, length * group, dim)
+    logits = torch.matmul(rows * dim**-0.5, k.transpose(-1, -2)).float()  # [B,K,S*G,C]
+    if bias is not None and bias.shape[3] == 1:  # the same for all tokens
+        logits = logits + bias[:, :, 0]
+    elif bias is not None:
+        logits = (logits.reshape(batch, kv_heads, length, group, -1) + bias.transpose(2, 3)).flatten(2, 3)
+    mixed = torch.matmul(torch.softmax(logits, dim=-1).to(q.dtype), v)  # [B,K,S*G,D]
+    return mixed.reshape(batch, kv_heads, length, group * dim).transpose(1, 2).reshape(batch, length, heads * dim)
 
 
 def key_bias(mask: Tensor) -> Tensor:
@@ -38,17 +40,18 @@ def key_bias(mask: Tensor) -> Tensor:
 
 
 def rope_angles(positions: Tensor, head_dim: int) -> Rope:
-    """cos and sin f32 [B,1,S,D/2] for integer positions [B,S]: angle_j = position * theta^(-2j/D)."""
+    """Cosines [c, c] and sines [-s, s] f32 [B,S,1,D] for integer positions [B,S]: angle_j = position * theta^(-2j/D)."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    angles = positions[:, None, :, None].float() * (1.0 / ROPE_THETA**exponents)  # 1/x: bit for bit as transformers
-    return angles.cos(), angles.sin()
+    angles = positions[:, :, None, None].float() * (1.0 / ROPE_THETA**exponents)  # 1/x: bit for bit as transformers
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Apply rotary positions to x [B,heads,S,D], half-split: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    """Apply rotary positions to x [B,S,heads,D], half-split: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin)."""
     cos, sin = (part.to(x.dtype) for part in rope)
     x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+    return x * cos + torch.cat([x2, x1], dim=-1) * sin
 
 
 def rms_normalize(x: Tensor) -> Tensor:

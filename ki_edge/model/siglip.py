@@ -36,10 +36,10 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
         q, k, v = (
-            project(x).view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)
+            project(x).view(batch, length, self.num_heads, self.head_dim)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out: Tensor = self.out_proj(attention(q, k, v, None))
+        out: Tensor = self.out_proj(attention(q, k.transpose(1, 2), v.transpose(1, 2), None))
         return out
 
 

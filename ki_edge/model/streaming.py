@@ -7,6 +7,7 @@ layers pass through. Of the embedding table only the rows in use are read.
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -23,17 +24,18 @@ from ..checkpoints.keys import EMBEDDING
 from .build import build
 from .pi import PiModel
 
-BUDGET = 1_500_000_000  # bytes of float32 weights: π0.5's whole action expert, or three layers of its backbone
+BUDGET = 1_300_000_000  # bytes of float32 weights: π0.5's action expert but for its modulation, or 3 backbone layers
 PART = 1 << 28  # bytes of embedding rows at a time
 UNCALLED = "vision.embeddings.position_embedding"  # its weight is read, the module never runs
 LAYER = re.compile(r".*\blayers\.\d+(?=\.)")
+F32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
 
 def streamed(
     checkpoint: Checkpoint, *, budget: int = BUDGET, on_layer: Callable[[str], object] = lambda name: None
 ) -> PiModel:
-    """A checkpoint's model, float32, eval mode, without gradients, that holds at most `budget` bytes of weights, or one matrix.
+    """A checkpoint's model, float32, eval mode, that holds at most `budget` bytes of weights, or one matrix.
 
     `on_layer` is told the name of each transformer layer as it starts. CheckpointError, while it runs, if a file became
     shorter. The parameters lie on the meta device until they are used, so this model cannot be saved or trained.
@@ -85,13 +87,21 @@ class _Shelf:
     def read(self, name: str, module: nn.Module) -> None:
         """Give a module its weights for good."""
         for own, _ in list(module.named_parameters(recurse=False)):
-            values = torch.from_numpy(self._checkpoint.read(f"{name}.{own}"))
-            setattr(module, own, nn.Parameter(values, requires_grad=False))
+            values = _in_own_pages(self._checkpoint.read(f"{name}.{own}"))
+            setattr(module, own, nn.Parameter(torch.from_numpy(values), requires_grad=False))
 
     def _drop(self, name: str, module: nn.Module) -> None:
         self._bytes -= _size(module)
         for own, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, own, nn.Parameter(parameter.to("meta"), requires_grad=False))
+
+
+def _in_own_pages(values: F32) -> F32:
+    """A copy that goes back to the system when it is dropped: a heap keeps what lies between things still in use."""
+    pages = mmap.mmap(-1, max(1, values.nbytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    copy = np.frombuffer(pages, np.float32, values.size).reshape(values.shape)
+    np.copyto(copy, values)
+    return copy
 
 
 def _size(module: nn.Module) -> int:
@@ -146,7 +156,7 @@ class Rows(Sequence[Tensor]):
         return torch.from_numpy(read_rows(self._source, self._ids[start : start + self._step]))
 
 
-def read_rows(source: TensorSource, ids: Int64) -> npt.NDArray[np.float32]:
+def read_rows(source: TensorSource, ids: Int64) -> F32:
     """Rows of the embedding table f32 [n,W], each run of consecutive ids at once."""
     out = np.empty((len(ids), source.tensors[EMBEDDING].shape[1]), np.float32)
     for start, stop in _runs(ids):

@@ -7,7 +7,7 @@ import pytest
 from ki_edge import flow, graphs
 from ki_export.checker import check
 
-from .conftest import OFFSET
+from .conftest import CONFIG, OFFSET
 
 COMMON = {
     "Add", "Cast", "Concat", "Cos", "Gather", "Gelu", "Gemm", "MatMul", "Mul", "Pow", "Reciprocal", "ReduceMean",
@@ -132,6 +132,6 @@ def test_layers_are_named_in_the_graph(bundle):
 
 def test_manifest_tells_the_runtime_where_the_time_weights_are(bundle):
     runtime, stored = bundle.manifest.weights["runtime"], bundle.weights()
-    assert sorted(runtime) == sorted(flow.modulation_weights(2))
+    assert sorted(runtime) == sorted(flow.modulation_weights(CONFIG))
     assert all(name in stored for name in runtime.values())
     assert bundle.manifest.sampling == {"time_convention": "openpi", "num_steps": 4}

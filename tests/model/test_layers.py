@@ -32,13 +32,14 @@ def test_attention(generator, kv_heads, masked):
     mask = torch.rand(2, 9, generator=generator) < 0.6 if masked else torch.ones(2, 9, dtype=torch.bool)
     mask[:, 4] = True
     expected = functional.scaled_dot_product_attention(q, k, v, mask[:, None, None], enable_gqa=True)
-    ours = layers.attention(q, k, v, layers.key_bias(mask) if masked else None)
+    ours = layers.attention(q.transpose(1, 2), k, v, layers.key_bias(mask) if masked else None)
     close(ours, expected.transpose(1, 2).flatten(2))
 
 
 def test_hidden_keys_have_no_weight_at_all(generator):
     """Not a small one: infinite values in hidden rows of K must not even be rounding."""
-    q, k, v = torch.randn(3, 1, 2, 5, 4, generator=generator)
+    k, v = torch.randn(2, 1, 2, 5, 4, generator=generator)
+    q = torch.randn(1, 5, 2, 4, generator=generator)
     mask = torch.tensor([[True, False, True, True, False]])
     shown = layers.attention(q, k, v, layers.key_bias(mask))
     k[:, :, ~mask[0]], v[:, :, ~mask[0]] = 1e4, 1e4
@@ -46,10 +47,10 @@ def test_hidden_keys_have_no_weight_at_all(generator):
 
 
 def test_rotation_is_complex_multiplication(generator):
-    x = torch.randn(2, 3, 4, 8, generator=generator, dtype=torch.float64)
+    x = torch.randn(2, 4, 3, 8, generator=generator, dtype=torch.float64)
     positions = torch.tensor([[-1, 0, 5, 967], [3, 3, 4, 1000]])
     frequencies = 10000.0 ** (-torch.arange(4, dtype=torch.float64) / 4)
-    turn = torch.polar(torch.ones(()).double(), positions[:, None, :, None] * frequencies)
+    turn = torch.polar(torch.ones(()).double(), positions[:, :, None, None] * frequencies)
     expected = torch.complex(x[..., :4], x[..., 4:]) * turn
     rotated = layers.rotate(x, layers.rope_angles(positions, 8))
     close(rotated, torch.cat([expected.real, expected.imag], dim=-1), 2e-4)  # float32 angles near 1000 rad
@@ -142,12 +143,13 @@ def test_expert_layer_is_its_formula(small_model, generator):
         return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + scale) + shift, gate
 
     def heads(x, projection):
-        return (x @ projection.weight.T).view(2, 5, -1, 8).transpose(1, 2)
+        return (x @ projection.weight.T).view(2, 5, -1, 8)
 
     attention, mlp = layer.self_attn, layer.mlp
     y, gate = modulated(x, layer.input_layernorm.dense)
     q, k = (layers.rotate(heads(y, projection), rope) for projection in (attention.q_proj, attention.k_proj))
-    k, v = torch.cat([prefix[0], k], 2), torch.cat([prefix[1], heads(y, attention.v_proj)], 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, heads(y, attention.v_proj)))
+    k, v = torch.cat([prefix[0], k], 2), torch.cat([prefix[1], v], 2)
     mixed = functional.scaled_dot_product_attention(q, k, v, mask[:, None, None], enable_gqa=True)
     expected = x + mixed.transpose(1, 2).flatten(2) @ attention.o_proj.weight.T * gate
     y, gate = modulated(expected, layer.post_attention_layernorm.dense)

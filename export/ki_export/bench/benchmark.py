@@ -60,7 +60,7 @@ def bench(bundle: str | Path | Bundle, options: BenchOptions, say: Say = lambda 
     say("a fresh process that acts once")
     memory, startup = _fresh_process(setting)
     sampler = Sampler.open(setting.bundle, setting.backend, threads=setting.threads)
-    works = [work for case in setting.cases for work in (setting.works.prefix(case), setting.works.step(case))]
+    works = _main_works(setting)
     peaks = PeakContenders(biggest(works), setting.threads)
     rivals = _rivals(setting, say)
     contenders = {**_contenders(setting, sampler), **peaks.contenders()}
@@ -106,6 +106,13 @@ def _fresh_process(setting: Setting) -> tuple[Memory | None, Startup]:
     arguments += ["--cameras", str(main.cameras), "--tokens", str(main.tokens), "--steps", str(main.steps)]
     memory = process_memory(setting.bundle, *arguments) if sys.platform.startswith("linux") else None
     return memory, start_once(setting.bundle.path, *arguments)
+
+
+def _main_works(setting: Setting) -> list[Work]:
+    """Of each graph in the main case; other cases differ in sizes alone."""
+    works, main = setting.works, setting.cases[0]
+    found = [works.prefix(main), works.step(main)]
+    return [*found, works.fast(main, 1 + FORCED), works.fast(main, 1)] if setting.options.fast else found
 
 
 def _contenders(setting: Setting, sampler: Sampler) -> dict[str, Contender]:
@@ -210,7 +217,8 @@ def _warnings(report: Report, works: Sequence[Work]) -> list[str]:
         found.append(f"others used {100 * report.other_load:.0f} % of the CPU meanwhile: measure on an idle machine")
     restless = [name for name, warm_up in report.warm_up.items() if not warm_up.settled]
     if restless:
-        found.append(f"not settled when the warm-up ended: {', '.join(restless)}")
+        others = f" and {len(restless) - 2} more" if len(restless) > 2 else ""
+        found.append(f"not settled when the warm-up ended: {'; '.join(restless[:2])}{others}")
     if report.backend != "ort":
         found.append(f"the peak is ONNX Runtime's, the bundle ran on {report.backend}")
     uncounted = sorted({name for work in works for name in work.uncounted})
@@ -238,4 +246,4 @@ def _by_size(all_cases: Sequence[Case]) -> list[list[Case]]:
 
 
 def _name(case: Case) -> str:
-    return f"{case.cameras} cameras, {case.tokens} tokens, {case.steps} steps"
+    return f"cameras {case.cameras}, prompt {case.tokens}, steps {case.steps}"

@@ -70,5 +70,5 @@ def cases(options: BenchOptions, *, slots: int, padded: int, steps: int) -> list
     for tokens in options.prompts:
         if tokens > padded:
             raise ArgumentError(f"prompt {tokens} tokens: this policy's prompts have at most {padded}")
-    cameras, prompts = options.cameras or (min(CAMERAS, slots),), options.prompts or (min(PROMPT_TOKENS, padded),)
-    return [Case(*each) for each in dict.fromkeys(product(cameras, prompts, options.steps or (steps,)))]
+    present, prompts = options.cameras or (min(CAMERAS, slots),), options.prompts or (min(PROMPT_TOKENS, padded),)
+    return [Case(*each) for each in dict.fromkeys(product(present, prompts, options.steps or (steps,)))]

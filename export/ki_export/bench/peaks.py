@@ -56,18 +56,14 @@ class Peaks:
 
 
 def biggest(works: Iterable[Work]) -> list[Product]:
-    """The products with weights that most operations go into, some of each kind that occurs."""
+    """The products that most operations go into, some of each kind that occurs."""
     total: Counter[Product] = Counter()
     for work in works:
         for product, times in work.products.items():
             if product.k * product.n <= MAX_WEIGHTS:
                 total[replace(product, batch=1)] += times * product.flops
-    kinds = {product.kind for product in total}
-    found = []
-    for kind in sorted(kinds):
-        same = [product for product, _ in total.most_common() if product.kind == kind]
-        found += sorted(same, key=lambda product: not product.weights)[:SHAPES]  # else those of activations
-    return found
+    kinds = sorted({product.kind for product in total})
+    return [p for kind in kinds for p in [p for p, _ in total.most_common() if p.kind == kind][:SHAPES]]
 
 
 class PeakContenders:

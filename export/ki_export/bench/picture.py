@@ -45,7 +45,7 @@ def _bars(axes: Axes, report: Report) -> None:
         )
     axes.set_xticks(range(len(bars)), [name.replace(" ", "\n", 1) for name, *_ in bars], fontsize=9)
     case = steps.case
-    axes.set(ylabel="ms", title=f"{case.cameras} cameras, prompt of {case.tokens} tokens: share of the limit reached")
+    axes.set(ylabel="ms", title=f"cameras: {case.cameras}, prompt: {case.tokens} tokens; share of the limit reached")
     axes.title.set_fontsize(9)
     axes.margins(y=0.12)
     axes.legend(fontsize=8, frameon=False)
@@ -59,7 +59,7 @@ def _curves(axes: Axes, report: Report) -> None:
         for at, (cameras, group) in enumerate(groupby(stages, key=lambda stage: stage.case.cameras)):
             points: list[Stage] = list(group)
             tokens = [stage.tokens for stage in points]
-            label = f"{name}, {cameras} cameras"
+            label = f"{name}, cameras: {cameras}"
             axes.plot(
                 tokens, [stage.time.p50 for stage in points], style + "-", ms=4, lw=1.2, color=f"C{at}", label=label
             )

@@ -62,7 +62,7 @@ def _curve(report: Report) -> Iterator[str]:
         case, work = stage.case, sum(stage.flops.values())
         rows.append(
             (
-                f"{tokens} ({case.cameras} cameras, prompt {case.tokens})",
+                f"{tokens} (cameras {case.cameras}, prompt {case.tokens})",
                 f"{stage.time.p50:.2f}",
                 f"{1e3 * stage.time.p50 / tokens:.1f}",
                 f"{work / 1e9 / tokens:.3f}",

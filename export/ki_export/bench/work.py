@@ -29,14 +29,13 @@ UNCOUNTED = frozenset({"Attention", "ConvInteger", "ConvTranspose", "Einsum", "G
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product [m, k] x [k, n], `batch` of them, computed in the type `kind`; `weights`: [k, n] is constant."""
+    """A matrix product [m, k] x [k, n], `batch` of them, computed in the type `kind`."""
 
     kind: str
     m: int
     k: int
     n: int
     batch: int = 1
-    weights: bool = False
 
     @property
     def flops(self) -> int:
@@ -80,7 +79,7 @@ def count(path: Path, spec: GraphSpec, sizes: Mapping[str, int]) -> Work:
     for node in graph.graph.node:
         if node.op_type in COUNTERS:
             try:
-                products[COUNTERS[node.op_type](node, shapes, constants)] += 1
+                products[COUNTERS[node.op_type](node, shapes)] += 1
             except KeyError as error:
                 raise BundleError(
                     f"{path}: {node.op_type} '{node.name}': the shape of {error} cannot be inferred, so its work "
@@ -94,35 +93,35 @@ def count(path: Path, spec: GraphSpec, sizes: Mapping[str, int]) -> Work:
     return Work(dict(products), read, written, tuple(sorted(uncounted)))
 
 
-Counted = Callable[[onnx.NodeProto, Shapes, Mapping[str, TensorProto]], Product]
+Counted = Callable[[onnx.NodeProto, Shapes], Product]
 
 
-def _gemm(node: onnx.NodeProto, shapes: Shapes, constants: Mapping[str, TensorProto]) -> Product:
+def _gemm(node: onnx.NodeProto, shapes: Shapes) -> Product:
     a, b = shapes.of(node.input[0]), shapes.of(node.input[1])
     m, k = reversed(a) if _attribute(node, "transA") else a
     n = b[0] if _attribute(node, "transB") else b[1]
-    return Product(_kind(node, shapes), m, k, n, weights=node.input[1] in constants)
+    return Product(_kind(node, shapes), m, k, n)
 
 
-def _matmul(node: onnx.NodeProto, shapes: Shapes, constants: Mapping[str, TensorProto]) -> Product:
+def _matmul(node: onnx.NodeProto, shapes: Shapes) -> Product:
     """MatMul and its relatives, whose second operand is [..., k, n]."""
     a, b = shapes.of(node.input[0]), shapes.of(node.input[1])
     k, n = a[-1], b[-1] if len(b) > 1 else 1
     rows = math.prod(a[:-1])
     if math.prod(b[:-2]) == 1:  # one second operand for all rows
-        return Product(_kind(node, shapes), rows, k, n, weights=node.input[1] in constants)
+        return Product(_kind(node, shapes), rows, k, n)
     batch = math.prod(shapes.of(node.output[0])[:-2])
-    return Product(_kind(node, shapes), a[-2] if len(a) > 1 else 1, k, n, batch, weights=node.input[1] in constants)
+    return Product(_kind(node, shapes), a[-2] if len(a) > 1 else 1, k, n, batch)
 
 
-def _matmul_nbits(node: onnx.NodeProto, shapes: Shapes, constants: Mapping[str, TensorProto]) -> Product:
+def _matmul_nbits(node: onnx.NodeProto, shapes: Shapes) -> Product:
     """com.microsoft MatMulNBits: weights of a few bits, packed; the sizes are attributes."""
     rows = math.prod(shapes.of(node.input[0])[:-1])
     kind = INT8 if _attribute(node, "accuracy_level") == 4 else _kind(node, shapes)
-    return Product(kind, rows, _attribute(node, "K"), _attribute(node, "N"), weights=True)
+    return Product(kind, rows, _attribute(node, "K"), _attribute(node, "N"))
 
 
-def _conv(node: onnx.NodeProto, shapes: Shapes, constants: Mapping[str, TensorProto]) -> Product:
+def _conv(node: onnx.NodeProto, shapes: Shapes) -> Product:
     """A convolution as the product that it is: one row for each place of the output."""
     weight, out = shapes.of(node.input[1]), shapes.of(node.output[0])
     groups = _attribute(node, "group") or 1

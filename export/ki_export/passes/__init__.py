@@ -11,13 +11,17 @@ from .constants import fold_constants
 from .identities import remove_identities
 from .linear import use_stored_weights
 from .names import name_layers
+from .norms import divide_by_root
 from .reshapes import simplify_reshapes
+from .transposes import simplify_transposes
 
 PASSES: tuple[Callable[[ir.Model], None], ...] = (
     fold_constants,
     remove_identities,
     use_stored_weights,
+    simplify_transposes,
     simplify_reshapes,
+    divide_by_root,
     clean_up,
     name_layers,
 )

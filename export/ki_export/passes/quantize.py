@@ -6,8 +6,9 @@ A Gemm(x, W, b, transB=1) becomes, with m = max |x| / 127 of each row of x and s
 
 The product is exact in int32. Rows are tokens, and each has its own scale because a few tokens of a language model are
 far larger than the rest: with one scale for all, the rest would be rounded away. Activations are unsigned around 128,
-the form for which x86 has instructions; the two factors are apart because engines apply the first, a scalar times a
-vector, while they store the product.
+the form for which x86 has instructions. The two factors are apart because engines apply the first, a scalar times a
+vector, while they store the product. The second, the row's share, is a pass over memory of its own; where the product
+is a factor of the next layer's input, as up_proj's is, it is applied behind that layer, where rows are short.
 """
 
 from __future__ import annotations
@@ -55,20 +56,19 @@ def quantize(model: ir.Model, chosen: Callable[[str], bool]) -> list[Int8Weight]
     The new initializers have no values yet: `ki_export.int8` computes them. ValueError if a chosen weight is used in a
     way that cannot be quantised. For the end, after all exact passes.
     """
-    graph = model.graph
+    quantizer = _Quantizer(model.graph)
     found: dict[ir.Value, Int8Weight] = {}
-    seen: dict[ir.Value, Rows] = {}
-    for node in list(graph):
+    for node in list(model.graph):
         for weight in {value for value in node.inputs if value is not None and value.is_initializer()}:
             if not chosen(str(weight.name)):
                 continue
             if not _is_linear(node, weight):
                 raise ValueError(f"'{weight.name}' is used by a {node.op_type} that is no x W^T + b: keep it in float32")
             if weight not in found:
-                found[weight] = _split_weight(graph, weight)
-            _rewrite(graph, node, found[weight], seen)
+                found[weight] = _split_weight(model.graph, weight)
+            quantizer.rewrite(node, found[weight])
     for weight in found:
-        del graph.initializers[str(weight.name)]
+        del model.graph.initializers[str(weight.name)]
     clean_up(model)
     return list(found.values())
 
@@ -94,34 +94,92 @@ def _split_weight(graph: ir.Graph, weight: ir.Value) -> Int8Weight:
     return names
 
 
-def _rewrite(graph: ir.Graph, gemm: ir.Node, parts: Int8Weight, seen: dict[ir.Value, Rows]) -> None:
-    x, output, steps = gemm.inputs[0], gemm.outputs[0], _Steps()
-    assert x is not None
-    if x not in seen:
-        seen[x] = _quantize_rows(steps, x)
-    rows = seen[x]
-    values, scales = graph.initializers[parts.values], graph.initializers[parts.scales]
-    product = steps.add("MatMulInteger", rows.values, values, steps.constant(ZERO, np.uint8))
-    product = steps.add("Cast", product, to=int(ir.DataType.FLOAT))
-    y = steps.add("Mul", product, steps.add("Mul", rows.scale, scales))
-    y = steps.add("Mul", y, rows.shares)
-    if len(gemm.inputs) == 3:
-        y = steps.add("Add", y, gemm.inputs[2])
-    y.type, y.shape = output.type, output.shape
-    ir.convenience.replace_nodes_and_values(graph, gemm, [gemm], steps.nodes, [output], [y])
+class _Quantizer:
+    """Rewrites the Gemms of one graph in their order, and remembers what they can share."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._rows: dict[ir.Value, Rows] = {}
+        self._zeros: dict[str, ir.Value] = {}  # by the number of rows
+        self._shared: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # a product: itself before its shares, the shares
+
+    def rewrite(self, gemm: ir.Node, parts: Int8Weight) -> None:
+        """Put the products of `parts` in the place of a Gemm."""
+        x, output, steps = gemm.inputs[0], gemm.outputs[0], _Steps()
+        if x is None or x.shape is None or output.shape is None:
+            raise ValueError(f"the input of '{parts.weight}' has no shape")
+        if x not in self._rows:
+            self._rows[x] = self._quantize(steps, x)
+        rows, initializers = self._rows[x], self._graph.initializers
+        product = steps.add("MatMulInteger", rows.values, initializers[parts.values], steps.constant(ZERO, np.uint8))
+        product = steps.add("Cast", product, to=int(ir.DataType.FLOAT))
+        before = steps.add("Mul", product, steps.add("Mul", rows.scale, initializers[parts.scales]))
+        y = steps.add("Mul", before, rows.shares)
+        if len(gemm.inputs) == 3:
+            y = steps.add("Add", y, gemm.inputs[2])
+        else:
+            self._shared[y] = before, rows.shares
+        for value in (before, y):
+            value.type, value.shape = output.type, output.shape
+        ir.convenience.replace_nodes_and_values(self._graph, gemm, [gemm], steps.nodes, [output], [y])
+
+    def _quantize(self, steps: _Steps, x: ir.Value) -> Rows:
+        deferred = self._defer_shares(x)
+        last = steps.constant([-1], np.int64)
+        largest = steps.add("ReduceMax", x, last, keepdims=0)
+        smallest = steps.add("Neg", steps.add("ReduceMin", x, last, keepdims=0))
+        magnitude = steps.add("Max", largest, smallest, steps.constant(TINY, np.float32))  # [rows]
+        scales = steps.add("Mul", magnitude, steps.constant(1.0 / LEVELS, np.float32))
+        values = steps.add("QuantizeLinear", x, scales, self._zeros_for(steps, x, scales), axis=0)
+        scale = steps.add("ReduceMax", scales, keepdims=0)
+        shares = steps.add("Unsqueeze", steps.add("Div", scales, scale), last)
+        return Rows(values, scale, shares if deferred is None else steps.add("Mul", shares, deferred))
+
+    def _zeros_for(self, steps: _Steps, x: ir.Value, scales: ir.Value) -> ir.Value:
+        """Zero points uint8 [rows]: one vector for all activations of so many rows."""
+        assert x.shape is not None
+        key = str(x.shape[0])
+        if key not in self._zeros:
+            shape = steps.add("Shape", scales)
+            self._zeros[key] = steps.add("Expand", steps.constant(ZERO, np.uint8), shape)
+        return self._zeros[key]
+
+    def _defer_shares(self, x: ir.Value) -> ir.Value | None:
+        """If `x` is a product of something with a quantised layer's output and serves nothing else, take the shares
+        out of that output and return them: a row's quantised values do not depend on them.
+        """
+        factor = _only_source(x)
+        product = factor.producer()
+        if product is None or product.op_type != "Mul" or not _serves_one(factor):
+            return None
+        for place, value in enumerate(product.inputs):
+            assert value is not None
+            source = _only_source(value)
+            if source in self._shared and _serves_one(source) and _same_rows(source, x):
+                before, shares = self._shared[source]
+                reshape = value.producer()
+                node, at = (product, place) if value is source else (reshape, 0)
+                assert node is not None
+                node.replace_input_with(at, before)
+                return shares
+        return None
 
 
-def _quantize_rows(steps: _Steps, x: ir.Value) -> Rows:
-    last = steps.constant([-1], np.int64)
-    largest = steps.add("ReduceMax", x, last, keepdims=0)
-    smallest = steps.add("Neg", steps.add("ReduceMin", x, last, keepdims=0))
-    magnitude = steps.add("Max", largest, smallest, steps.constant(TINY, np.float32))  # [rows]
-    scales = steps.add("Mul", magnitude, steps.constant(1.0 / LEVELS, np.float32))
-    zeros = steps.add("Expand", steps.constant(ZERO, np.uint8), steps.add("Shape", scales))
-    values = steps.add("QuantizeLinear", x, scales, zeros, axis=0)
-    scale = steps.add("ReduceMax", scales, keepdims=0)
-    shares = steps.add("Unsqueeze", steps.add("Div", scales, scale), last)
-    return Rows(values, scale, shares)
+def _only_source(value: ir.Value) -> ir.Value:
+    """What `value` is a reshaped view of, if nothing else looks at it; else itself."""
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Reshape" and _serves_one(value) and producer.inputs[0] is not None:
+        return producer.inputs[0]
+    return value
+
+
+def _serves_one(value: ir.Value) -> bool:
+    return len(list(value.uses())) == 1 and not value.is_graph_output()
+
+
+def _same_rows(one: ir.Value, other: ir.Value) -> bool:
+    """Both are [rows, width] of the same sizes, so a Reshape between them keeps rows apart."""
+    return one.shape is not None and other.shape is not None and list(one.shape) == list(other.shape)
 
 
 class _Steps:

@@ -13,18 +13,25 @@ def simplify_reshapes(model: ir.Model) -> None:
         if node.op_type != "Reshape":
             continue
         while (source := node.inputs[0]) is not None and (before := source.producer()) is not None:
-            if before.op_type != "Reshape":
+            if before.op_type != "Reshape" or not _may_start_from(before.inputs[0], node):
                 break
             node.replace_input_with(0, before.inputs[0])
         if source is not None and _same_shape(source, node.outputs[0]):
             node.outputs[0].replace_all_uses_with(source)
             continue
-        target = _constant_target(node)
+        target = constant_target(source, node.outputs[0])
         if target is not None:
             constant = ir.node("Constant", [], attributes={"value": ir.tensor(np.array(target, np.int64))})
             graph.insert_before(node, constant)
             node.replace_input_with(1, constant.outputs[0])
             node.attributes.pop("allowzero", None)
+
+
+def _may_start_from(source: ir.Value | None, node: ir.Node) -> bool:
+    """A constant target with 0 speaks of the axes of the present source; other targets are good for any."""
+    target = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
+    relative = target is not None and 0 in target.numpy()
+    return not relative or constant_target(source, node.outputs[0]) is not None
 
 
 def _same_shape(source: ir.Value, output: ir.Value) -> bool:
@@ -35,8 +42,8 @@ def _same_shape(source: ir.Value, output: ir.Value) -> bool:
     return known and all(a == b for a, b in zip(before, after, strict=True))
 
 
-def _constant_target(node: ir.Node) -> list[int] | None:
-    source, output = node.inputs[0], node.outputs[0]
+def constant_target(source: ir.Value | None, output: ir.Value) -> list[int] | None:
+    """The target that reshapes `source` to the shape of `output`, if a constant can say it."""
     if source is None or source.shape is None or output.shape is None:
         return None
     target: list[int] = []
