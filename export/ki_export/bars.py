@@ -35,7 +35,10 @@ KV_REASON = (
     "float32 sums of up to 16384 terms in another order: about 1e-6 of the largest value a layer; K/V of large models "
     "reach tens, hence scaled"
 )
-INT8_REASON = "8-bit products round by about 1 % a layer, in random directions: the direction must hold, not each value"
+INT8_REASON = (
+    "8-bit products round by about 1 % a layer, in random directions: the direction must hold, not each value; "
+    "measured: 1e-3 with 4 layers of real width and with a small trained policy, so this leaves room for depth"
+)
 
 FLOAT32 = {
     "times": Bar(0.0, False, "the float32 times of both conventions are exact; any difference is the wrong convention"),
@@ -55,8 +58,8 @@ FLOAT32 = {
 
 INT8 = {
     **FLOAT32,
-    **dict.fromkeys(("prefix_k", "prefix_v", "new_k", "new_v"), Bar(5e-2, False, INT8_REASON, COSINE)),
-    "logits": Bar(5e-2, False, INT8_REASON, COSINE),
+    **dict.fromkeys(("prefix_k", "prefix_v", "new_k", "new_v"), Bar(2e-2, False, INT8_REASON, COSINE)),
+    "logits": Bar(2e-2, False, INT8_REASON, COSINE),
     "x_next": Bar(1e-2, False, "one step; hides the velocity's error behind the x that it started from", COSINE),
     "velocity": Bar(2e-2, False, INT8_REASON, COSINE),
     "x": Bar(1e-2, False, "as the actions, which it becomes", COSINE),

@@ -16,12 +16,16 @@ from .passes.quantize import LEVELS
 Int8 = npt.NDArray[np.int8]
 F32 = npt.NDArray[np.float32]
 VALUES, SCALES = ".int8", ".scale"  # what stands behind a weight's key in the weights file
-LARGE = re.compile(r"(vision\.encoder|backbone|expert)\.layers\.\d+\.(self_attn|mlp)\.\w+\.weight")
+LARGE = re.compile(r"((vision\.encoder|backbone|expert)\.layers\.\d+\.(self_attn|mlp)\.\w+|projector)\.weight")
 TILE = 256  # rows that are transposed at a time
 
 
 def choose(config: Pi05Config) -> Callable[[str], bool]:
-    """Which weights (by the model's parameter names) are worth 8 bits: the large products of every layer."""
+    """Which weights (by the model's parameter names) are worth 8 bits: the products of every layer, the projector.
+
+    In float32 remain what is small or read row by row: embeddings of patches and tokens, the unembedding's rows, the
+    projections of actions, norms and the time modulation.
+    """
     return lambda name: LARGE.fullmatch(name) is not None
 
 

@@ -15,7 +15,8 @@ from ki_edge.bundle import Bundle
 from ki_edge.model import PiModel
 from ki_edge.model.streaming import EmbeddingRows
 
-from .segments import Segment, SegmentPool, cut, run_segments
+from .cutting import Segment, cut
+from .segments import SegmentPool, run_segments
 
 Array = npt.NDArray[Any]
 # times the layer's largest output: below it an error is rounding, or that of the layers before it

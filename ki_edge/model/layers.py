@@ -40,7 +40,7 @@ def key_bias(mask: Tensor) -> Tensor:
 
 
 def rope_angles(positions: Tensor, head_dim: int) -> Rope:
-    """Cosines [c, c] and sines [-s, s] f32 [B,S,1,D] for integer positions [B,S]: angle_j = position * theta^(-2j/D)."""
+    """[cos, cos] and [-sin, sin] of angle_j = position * theta^(-2j/D), f32 [B,S,1,D], for integer positions [B,S]."""
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
     angles = positions[:, :, None, None].float() * (1.0 / ROPE_THETA**exponents)  # 1/x: bit for bit as transformers
     cos, sin = angles.cos(), angles.sin()

@@ -15,9 +15,14 @@ from .session import Session
 
 @dataclass(frozen=True)
 class SessionOptions:
-    """What every backend understands. `threads`: CPU threads of one graph; None leaves it to the engine."""
+    """What every backend understands.
+
+    `threads`: CPU threads of one graph; None leaves it to the engine. `prepack`: keep weights in memory in the engine's
+    own form rather than in the mapped file; None decides by graph and precision (see `ort_session`).
+    """
 
     threads: int | None = None
+    prepack: bool | None = None
 
 
 @dataclass(frozen=True)

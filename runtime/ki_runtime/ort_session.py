@@ -1,9 +1,11 @@
 """ONNX Runtime on the CPU, every tensor bound to memory that the runtime owns.
 
-Float weights stay in their mapped file: prepacking would copy each of them into anonymous memory to gain a tenth of
-the time. Weights of 8 bits are prepacked: a product with them is two to three times as fast then, and they are small.
-Weights of 16 bits are widened while running, one at a time: the engine must neither fold the widening at load nor plan
-the memory of all widened weights at once.
+Prepacking copies a weight into the engine's own form, in anonymous memory, and lets go of its pages of the file: as
+much memory, but none that other sessions share or that the system can take back. It pays where few rows meet a weight,
+in the denoise graph (a third of the time in float32), and for 8-bit weights everywhere (two to three times as fast);
+float32 weights of the other graphs stay in the mapped file (docs/precision.md has the figures). Weights of 16 bits are
+widened while running, one at a time: the engine must neither fold the widening at load nor plan the memory of all
+widened weights at once.
 """
 
 from __future__ import annotations
@@ -97,7 +99,9 @@ def open_session(bundle: Bundle, graph: GraphSpec, options: SessionOptions) -> O
     """Load one graph of a bundle on the CPU."""
     manifest = bundle.manifest
     sizes = graphs.sizes(manifest.config, len(manifest.vocabulary.ids))
-    layout = WeightLayout(manifest.precision == "int8", manifest.weights.get("types") == "stored")
+    widened = manifest.weights.get("types") == "stored"
+    packed = manifest.precision == "int8" or (graph.name == graphs.DENOISE.name and not widened)
+    layout = WeightLayout(packed if options.prepack is None else options.prepack, widened)
     return OrtSession(bundle.graph(graph.name), graph, sizes, options, layout)
 
 
@@ -130,6 +134,7 @@ def _engine_options(options: SessionOptions, layout: WeightLayout) -> Any:
     engine.inter_op_num_threads = 1
     engine.log_severity_level = ERRORS_ONLY
     engine.add_session_config_entry("session.disable_prepacking", "0" if layout.packed else "1")
+    engine.add_session_config_entry("session.x64quantprecision", "1")  # CPUs without VNNI overflow in 8 bits otherwise
     engine.enable_mem_pattern = engine.enable_cpu_mem_arena = not layout.widened
     return engine
 

@@ -58,11 +58,11 @@ def edit_contract(folder, **changes):
 
 
 BAD_CHECKPOINTS = [
-    (lambda folder: (folder / "model.safetensors").unlink(), ["no such file", "model.safetensors"]),
-    (lambda folder: shutil.rmtree(folder), ["no checkpoint folder"]),
+    (lambda folder: (folder / "model.safetensors").unlink(), ["holds no checkpoint", "expected model.safetensors"]),
+    (lambda folder: shutil.rmtree(folder), ["no checkpoint at", "expected a folder, or a Hub id"]),
     (truncate, ["truncated", "copy it again"]),
     (foreign, ["not a safetensors file"]),
-    (not_pi05, ["no π0.5 checkpoint"]),
+    (not_pi05, ["neither 'time_mlp_in.weight' (π0.5)", "some.weight"]),
     (drop_key, ["expert.model.layers.0.mlp.up_proj.weight' is missing"]),
     (add_key, ["unexpected key 'value_head.weight'"]),
     (reshape_key, ["'action_out_proj.bias' has shape [9], expected [6]"]),

@@ -10,11 +10,11 @@ from ki_export.checker import check
 from .conftest import CONFIG, OFFSET
 
 COMMON = {
-    "Add", "Cast", "Concat", "Cos", "Gather", "Gelu", "Gemm", "MatMul", "Mul", "Pow", "Reciprocal", "ReduceMean",
+    "Add", "Cast", "Concat", "Cos", "Div", "Gather", "Gelu", "Gemm", "MatMul", "Mul", "Neg", "Pow", "ReduceMean",
     "Reshape", "Shape", "Sin", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where",
 }  # fmt: skip
 ALLOWED = {
-    "prefix": COMMON | {"Conv", "CumSum", "Div", "Expand", "LayerNormalization"},
+    "prefix": COMMON | {"Conv", "CumSum", "Expand", "LayerNormalization"},
     "denoise": COMMON | {"Expand", "ReduceSum"},
     "fast_decode": COMMON | {"Expand", "LessOrEqual", "Range"},
 }

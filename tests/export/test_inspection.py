@@ -15,7 +15,13 @@ from ki_export.policies import PolicyRequest
 
 # milliseconds by hand from the same formula, with rounded counts of weights: cameras, prompt -> device -> (16, 8 bit)
 BY_HAND = {
-    (2, 10): {"Orin": (88.1, 44.3), "Thor": (39.9, 20.1), "4090": (21.0, 10.6), "5090": (15.1, 7.6), "H200": (3.8, 1.9)},
+    (2, 10): {
+        "Orin": (88.1, 44.3),
+        "Thor": (39.9, 20.1),
+        "4090": (21.0, 10.6),
+        "5090": (15.1, 7.6),
+        "H200": (3.8, 1.9),
+    },
     (3, 200): {"Orin": (135.1, 68.0), "4090": (33.1, 16.6), "5090": (24.6, 12.4), "H200": (5.8, 2.9)},
 }
 

@@ -22,10 +22,11 @@ from ki_export.bars import FLOAT32, bars_of, measure
 from ki_export.cases import compact_cases, standard_cases
 from ki_export.changed import changed_weights
 from ki_export.comparison import compare
+from ki_export.cutting import cut
 from ki_export.localize import sample
 from ki_export.parity import compare_with_checkpoint
 from ki_export.progress import Progress
-from ki_export.segments import SegmentPool, cut
+from ki_export.segments import SegmentPool
 from ki_export.sides import choose_method, open_sides
 
 from .conftest import CONFIG, OPENPI_KEYS
