@@ -52,11 +52,11 @@ def table(comparison: Comparison) -> str:
     groups: dict[tuple[str, str], list[int]] = {}
     for at, m in enumerate(comparison.measurements):
         groups.setdefault((m.graph, m.tensor), []).append(at)
-    lines = [f"{'graph':12} {'tensor':12} {'max abs error':>13} {'bar':>9}"]
+    lines = [f"{'graph':12} {'tensor':12} {'error':>9} {'bar':>9}"]
     for (graph, tensor), places in groups.items():
         m = max((comparison.measurements[at] for at in places), key=lambda m: m.severity)
         verdict = "" if m.passed else "  FAILED"
-        lines.append(f"{graph:12} {tensor:12} {m.error:13.2e} {m.limit:9.1e}{verdict}")
+        lines.append(f"{graph:12} {tensor:12} {m.error:9.2e} {m.limit:9.1e}  {m.metric}{verdict}")
     lines.append(f"{len(comparison.measurements)} comparisons with {comparison.reference}")
     return "\n".join(lines) + "\n"
 
