@@ -150,9 +150,8 @@ def _multiplies_bytes_exactly() -> bool:
     if platform.machine() not in ("x86_64", "AMD64"):
         return True
     info = Path("/proc/cpuinfo")
-    flags = (
-        next((line for line in info.open(encoding="utf-8") if line.startswith("flags")), "") if info.is_file() else ""
-    )
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    flags = next((line for line in lines if line.startswith("flags")), "")
     return bool({"avx512_vnni", "avx_vnni", "amx_int8"} & set(flags.split()))
 
 

@@ -108,7 +108,7 @@ def test_the_lerobot_layout_with_both_embeddings(copied, tmp_path):
     save_file(state, file)
     exported = export(copied, tmp_path / "bundle", ExportOptions(model_only=True))
     assert exported.manifest.parity["verified"]
-    assert exported.manifest.provenance["format"] == "openpi"  # its config.json is openpi's
+    assert exported.manifest.provenance["format"] == "ki-train"  # by the contract beside it
 
 
 def test_stored_types_share_the_checkpoints_16_bit_file(copied, tmp_path):
