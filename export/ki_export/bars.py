@@ -70,7 +70,28 @@ INT8 = {
     ),
 }
 
-BARS = {"float32": FLOAT32, "int8": INT8}  # by the manifest's precision
+FLOAT16_REASON = "products rounded to 11 bits: 2e-4 of a tensor each, in random directions, over all layers"
+FLOAT16 = {
+    **FLOAT32,
+    **dict.fromkeys(("prefix_k", "prefix_v", "new_k", "new_v", "logits"), Bar(1e-4, False, FLOAT16_REASON, COSINE)),
+    "x_next": Bar(5e-3, False, "one step of the actions' bar"),
+    "velocity": Bar(1e-4, False, FLOAT16_REASON, COSINE),
+    "x": Bar(5e-3, False, "as the actions, which it becomes"),
+    "actions": Bar(5e-3, False, "the strictest bar that a published float16 engine is held to"),
+    "actions_direction": Bar(1e-5, False, "cosine 0.99999, of the same engine", COSINE),
+    "greedy_ids": Bar(1.0, False, "near ties fall the other way, and one difference changes all that follow", CHANGED),
+    "changed_weights": Bar(0.0, False, "number of weights that are not the checkpoint's, rounded: all are compared"),
+}
+BFLOAT16_REASON = "products rounded to 8 bits: 2e-3 of a tensor each; openpi's own bfloat16 is 0.046 from its float32"
+BFLOAT16 = {
+    **FLOAT16,
+    **dict.fromkeys(("prefix_k", "prefix_v", "new_k", "new_v", "logits"), Bar(5e-3, False, BFLOAT16_REASON, COSINE)),
+    **dict.fromkeys(("x_next", "x", "actions"), Bar(5e-2, False, BFLOAT16_REASON)),
+    "velocity": Bar(5e-3, False, BFLOAT16_REASON, COSINE),
+    "actions_direction": Bar(1e-3, False, BFLOAT16_REASON, COSINE),
+}
+
+BARS = {"float32": FLOAT32, "int8": INT8, "float16": FLOAT16, "bfloat16": BFLOAT16}  # by the manifest's precision
 
 
 def bars_of(precision: str) -> Mapping[str, Bar]:

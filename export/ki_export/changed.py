@@ -13,7 +13,8 @@ import onnx
 from ki_edge.bundle import Bundle
 from ki_edge.checkpoints import Checkpoint, TensorSource
 from ki_edge.checkpoints.keys import EMBEDDING, checkpoint_key
-from ki_edge.checkpoints.source import PIECE, WIDTHS, widen
+from ki_edge.checkpoints.source import PIECE, encode
+from ki_edge.errors import BundleError
 
 from .int8 import quantize_weight
 from .passes.quantize import Int8Weight
@@ -36,6 +37,7 @@ class Stored:
 
 def changed_weights(bundle: Bundle, checkpoint: Checkpoint) -> list[str]:
     """Checkpoint keys whose values in the bundle are not the checkpoint's, or not those quantised, in graph order."""
+    scaled = exponents(bundle)
     found = [stored.key for stored in _runtime(bundle) if not _equal(stored, checkpoint.source)]
     for graph in bundle.manifest.graphs:
         proto = onnx.load(bundle.graph(graph), load_external_data=False)
@@ -45,8 +47,18 @@ def changed_weights(bundle: Bundle, checkpoint: Checkpoint) -> list[str]:
                 found.append(key)
         for tensor in external.values():
             stored = _stored(bundle, checkpoint, tensor)
-            if stored is not None and stored.key not in found and not _equal(stored, checkpoint.source):
+            if stored is None or stored.key in found:
+                continue
+            if not _equal(stored, checkpoint.source, scaled.get(stored.key, 0)):
                 found.append(stored.key)
+    return found
+
+
+def exponents(bundle: Bundle) -> dict[str, int]:
+    """Checkpoint key -> k of the weights that are stored divided by 2^k. BundleError if the manifest is malformed."""
+    found = bundle.manifest.weights.get("exponents", {})
+    if not isinstance(found, dict) or not all(type(k) is int for k in found.values()):
+        raise BundleError(f"{bundle.path}: manifest 'weights': exponents must be integers by checkpoint key")
     return found
 
 
@@ -86,19 +98,19 @@ def _place(bundle: Bundle, tensor: Any) -> tuple[Path, int]:
     return bundle.file(places["location"]), int(places.get("offset", 0))
 
 
-def _equal(stored: Stored, source: TensorSource) -> bool:
-    """Compared as float32, a few rows at a time; the file is read, not mapped."""
+def _equal(stored: Stored, source: TensorSource, exponent: int = 0) -> bool:
+    """Whether the bytes are the checkpoint's values / 2^exponent, rounded to the stored type; the file is read."""
     shape = source.tensors[stored.key].shape
     rows = shape[0] if stored.count is None else stored.count
     row = source.tensors[stored.key].elements // shape[0]
     step, offset = max(1, PIECE // row), stored.offset
+    factor = np.float32(2.0**-exponent)
     for start in range(stored.first, stored.first + rows, step):
-        expected = source.rows(stored.key, start, min(start + step, stored.first + rows))
-        nbytes = expected.size * WIDTHS[stored.dtype]
-        given = widen(np.fromfile(stored.path, np.uint8, nbytes, offset=offset), stored.dtype)
-        if given.tobytes() != expected.tobytes():
+        values = source.rows(stored.key, start, min(start + step, stored.first + rows))
+        expected = encode(values * factor if exponent else values, stored.dtype)
+        if not np.array_equal(np.fromfile(stored.path, np.uint8, expected.size, offset=offset), expected):
             return False
-        offset += nbytes
+        offset += expected.size
     return True
 
 

@@ -48,6 +48,8 @@ def _export(arguments: argparse.Namespace) -> int:
         pack=arguments.pack,
         precision=arguments.precision,
         weights=arguments.weights,
+        calibrate=arguments.calibrate,
+        keep_fp32=tuple(arguments.keep_fp32 or ()),
         policy=_request(arguments),
     )
     bundle = export(_where(arguments), arguments.output, options, lambda line: tell(f"{NAME}: {line}"))
@@ -113,8 +115,10 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     add("-o", "--output", type=Path, metavar="BUNDLE", help="bundle folder to write")
     add("--inspect", action="store_true", help="write nothing; tell format, geometry, contract and what is missing")
     add("--json", action="store_true", help="with --inspect: as JSON")
-    add("--target", default="ort", help="engine that the bundle is for: ort (%(default)s)")
-    add("--precision", default="fp32", help="of the matrix products: fp32, or int8 for the CPU (%(default)s)")
+    add("--target", default="ort", help="engine that the bundle is for: ort, trt or trt-rtx (%(default)s)")
+    add("--precision", help="of the matrix products: fp32, fp16, bf16, or int8 for the CPU (ort: fp32, else fp16)")
+    add("--calibrate", type=Path, metavar="FILE|DIR", help="fp16: measure ranges on these recorded observations (.npz)")
+    add("--keep-fp32", action="append", metavar="PATTERN", help="products that stay float32, such as 'vision.*'")
     add("--weights", default="float32", help="float32, or stored: the checkpoint's own types, widened while running")
     add("--model-only", action="store_true", help="the model alone, without tokenizer, statistics and contract")
     add("--num-steps", type=int, metavar="N", help="denoising steps recorded as the default (contract's, or 10)")

@@ -29,6 +29,7 @@ from .progress import Progress
 from .sides import Sides
 
 Array = npt.NDArray[Any]
+DIRECTION = "actions_direction"  # the actions again, held to another metric
 RUNTIME = "runtime"  # stands for the three graphs driven by the Sampler
 
 
@@ -229,4 +230,6 @@ def _runtime(
         yield from by_layer(case.name, RUNTIME, name, given, expected[:, :, :, trace.columns], mask, bars)
     for step, (ours, theirs) in enumerate(zip(trace.x[1:], states[1:], strict=True)):
         yield measure(case.name, RUNTIME, "x", ours, theirs.numpy(), step, bars)
-    yield measure(case.name, RUNTIME, "actions", trace.x[-1], states[-1].numpy(), bars=bars)
+    for name in ("actions", DIRECTION):
+        if name in bars:
+            yield measure(case.name, RUNTIME, name, trace.x[-1], states[-1].numpy(), bars=bars)

@@ -28,14 +28,17 @@ from .passes.quantize import quantize
 from .passes.stored import keep_stored_types
 from .policies import PolicyFiles, PolicyRequest, decode_vocabulary, read_policy
 from .provenance import Hashes, hash_files, provenance, tool_versions
+from .sixteen_bits import Lowered, Request, lower_models
 from .tracing import MIN_OPSET, quiet, trace_all
 from .weights import ONNX_TYPES, WEIGHTS, Rows, Stored, Weights, attach, place_weights, sources
 
-TARGETS = ("ort",)
+TARGETS = ("ort", "trt", "trt-rtx")
 OPSET = 20
 NUM_STEPS = 10
-Precision = Literal["fp32", "int8"]
-PRECISIONS = {"fp32": "float32", "int8": "int8"}  # as the manifest calls them
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}  # as the manifest calls them
+SIXTEEN = ("fp16", "bf16")
+DEFAULTS: Mapping[str, Precision] = {"ort": "fp32", "trt": "fp16", "trt-rtx": "fp16"}  # precision of each target
 Say = Callable[[str], object]
 
 
@@ -43,8 +46,10 @@ Say = Callable[[str], object]
 class ExportOptions:
     """How to export. `num_steps` None: the contract's, or 10.
 
-    `precision` of the matrix products; `weights`: "float32", or "stored" to keep the checkpoint's own types in the file
-    and widen while running; `policy`: what the checkpoint does not record.
+    `precision` of the matrix products, None: the target's default; `weights`: "float32", or "stored" to keep the
+    checkpoint's own types in the file and widen while running; `calibrate`: recorded observations for the range audit
+    of fp16; `keep_fp32`: shell-style patterns of products that stay float32; `policy`: what the checkpoint does not
+    record.
     """
 
     target: str = "ort"
@@ -55,20 +60,35 @@ class ExportOptions:
     force: bool = False
     full_vocabulary: bool = False
     pack: bool = False
-    precision: Precision = "fp32"
+    precision: Precision | None = None
     weights: Stored = "float32"
+    calibrate: Path | None = None
+    keep_fp32: tuple[str, ...] = ()
     policy: PolicyRequest = field(default_factory=PolicyRequest)
 
     def __post_init__(self) -> None:
+        if self.precision is None:
+            object.__setattr__(self, "precision", DEFAULTS.get(self.target, "fp32"))
         choices = {"target": TARGETS, "precision": get_args(Precision), "weights": get_args(Stored)}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ArgumentError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        if self.precision == "int8" and self.target != "ort":
+            raise ArgumentError(f"precision int8 is for ONNX Runtime on a CPU: target {self.target} takes fp16 or bf16")
+        if self.precision in SIXTEEN and self.weights == "stored":
+            raise ArgumentError(f"weights 'stored' and precision {self.precision} contradict each other: leave one out")
+        if (self.calibrate is not None and self.precision != "fp16") or (self.keep_fp32 and not self.sixteen):
+            raise ArgumentError(f"--calibrate and --keep-fp32 are for precision fp16, not {self.precision}")
         newest = onnx.defs.onnx_opset_version()
         if not MIN_OPSET <= self.opset <= newest:
             raise ArgumentError(f"opset {self.opset}: expected {MIN_OPSET} to {newest} with onnx {onnx.__version__}")
         if self.num_steps is not None:
             flow.check_steps(self.num_steps)
+
+    @property
+    def sixteen(self) -> bool:
+        """Whether products are computed in 16 bits."""
+        return self.precision in SIXTEEN
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +100,7 @@ class Plan:
     vocabulary: DecodeVocabulary
     models: Mapping[str, ir.Model]
     origins: Mapping[str, Mapping[str, Rows]]
+    lowered: Lowered | None = None
 
     @property
     def used(self) -> set[str]:
@@ -125,17 +146,24 @@ def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOpti
         with quiet():
             for model in models.values():
                 quantize(model, choose(config))
+    lowered = None
+    if options.sixteen:
+        request = Request(str(options.precision), options.calibrate, options.keep_fp32)
+        lowered = lower_models(checkpoint, files, models, vocabulary, request, say)
     origins = {name: sources(model, vocabulary) for name, model in models.items()}
     if options.weights == "stored":
         tensors = checkpoint.source.tensors
         for name, model in models.items():
             types = {at: tensors[row.key].dtype for at, row in origins[name].items() if row.key in tensors}
             keep_stored_types(model, {at: ONNX_TYPES[dtype] for at, dtype in types.items()})
-    return Plan(checkpoint, files, vocabulary, models, origins)
+    return Plan(checkpoint, files, vocabulary, models, origins, lowered)
 
 
 def _write(writer: BundleWriter, plan: Plan, options: ExportOptions, hashes: Future[Hashes]) -> Bundle:
-    weights = place_weights(plan.checkpoint, writer.folder, plan.used, stored=options.weights, pack=options.pack)
+    forms = None if plan.lowered is None else plan.lowered.forms
+    weights = place_weights(
+        plan.checkpoint, writer.folder, plan.used, stored=options.weights, pack=options.pack, forms=forms
+    )
     for name, model in plan.models.items():
         attach(model, plan.origins[name], weights)
         path = writer.folder / f"{name}.onnx"
@@ -143,6 +171,8 @@ def _write(writer: BundleWriter, plan: Plan, options: ExportOptions, hashes: Fut
         check(path)
     if plan.files is not None:
         plan.files.write(writer.folder)
+    if plan.lowered is not None:
+        plan.lowered.write(writer.folder)
     read = hashes.result()
     if weights.how == "linked":
         writer.remember(weights.index.path, read[plan.checkpoint.source.files[0]])
@@ -158,15 +188,18 @@ def _manifest(plan: Plan, options: ExportOptions, weights: Weights, hashes: Hash
     steps = options.num_steps or (contract.num_steps if contract is not None else NUM_STEPS)
     convention = contract.time_convention if contract is not None else plan.checkpoint.time_convention
     origin = provenance(plan.checkpoint, hashes, weights.how)
+    if plan.lowered is not None and plan.lowered.audit is not None:
+        origin["calibration"] = plan.lowered.audit.source
     return Manifest(
         model=config.to_dict(),
         contract=contract.to_json() if contract is not None else None,
         sampling={"time_convention": convention, "num_steps": steps},
-        precision=PRECISIONS[options.precision],
+        precision=PRECISIONS[str(options.precision)],
         graphs=_signatures(plan),
         weights={
             "file": WEIGHTS,
-            "types": options.weights,
+            "types": PRECISIONS[str(options.precision)] if options.sixteen else options.weights,
+            **_exponents(plan),
             "runtime": {key: weights.names[key] for key in flow.modulation_weights(config)},
         },
         decode_vocabulary={"first": vocabulary.first, "count": vocabulary.count, "extra": list(vocabulary.extra)},
@@ -176,6 +209,13 @@ def _manifest(plan: Plan, options: ExportOptions, weights: Weights, hashes: Hash
     )
 
 
+def _exponents(plan: Plan) -> dict[str, dict[str, int]]:
+    """Which weights are stored divided by a power of two."""
+    found = {} if plan.lowered is None else {key: form.exponent for key, form in plan.lowered.forms.items()}
+    scaled = {key: exponent for key, exponent in found.items() if exponent}
+    return {"exponents": scaled} if scaled else {}
+
+
 def _signatures(plan: Plan) -> dict[str, dict[str, Any]]:
     sizes = graphs.sizes(plan.checkpoint.config, len(plan.vocabulary.ids))
 
@@ -183,7 +223,13 @@ def _signatures(plan: Plan) -> dict[str, dict[str, Any]]:
         return [{"name": t.name, "dtype": t.dtype, "dims": list(t.resolve(sizes))} for t in tensors]
 
     return {
-        spec.name: {"file": f"{spec.name}.onnx", "inputs": describe(spec.inputs), "outputs": describe(spec.outputs)}
+        spec.name: {
+            "file": f"{spec.name}.onnx",
+            "inputs": describe(spec.inputs),
+            "outputs": describe(spec.outputs),
+            "opset": plan.models[spec.name].opset_imports[""],
+            "ops": sorted({node.op_type for node in plan.models[spec.name].graph}),
+        }
         for spec in graphs.specs(plan.checkpoint.config)
     }
 

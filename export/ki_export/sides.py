@@ -1,4 +1,4 @@
-"""The two sides of a comparison: the bundle's graphs under ONNX Runtime, and the model in PyTorch.
+"""The two sides of a comparison: the bundle's graphs under ONNX Runtime (16-bit ones in exact arithmetic), and PyTorch.
 
 Small models are held whole on both sides. Of large ones both sides hold a few layers at a time: the model reads each
 layer's weights as it runs, the graphs run in segments.
@@ -27,12 +27,14 @@ from ki_runtime.backends import SessionOptions, choose_backend, open_session
 from ki_runtime.sampler import Sampler
 from ki_runtime.session import Session
 
+from .arithmetic.session import arithmetic_sessions
 from .bars import Bar, bars_of
 from .progress import Progress, available_memory
 from .segments import SegmentedSession, SegmentPool
 
 Array = npt.NDArray[Any]
 Method = Literal["resident", "streamed"]
+SIXTEEN_BITS = ("float16", "bfloat16")  # computed by a reference in these types: ONNX Runtime's CPU widens them
 RESIDENT = 2_000_000_000  # bytes of float32 weights up to which a model is held whole
 COPIES = 3  # of the weights, at most, while a whole model is compared: the model's, the graphs', and room to compute
 
@@ -67,9 +69,13 @@ class Sides:
 def open_sides(bundle: Bundle, checkpoint: Checkpoint, method: Method, progress: Progress) -> Sides:
     """A bundle and its checkpoint's model, held whole or in pieces."""
     if method == "resident":
-        backend = choose_backend("ort")
         model = checkpoint.load_model(dtype=torch.float32)
+        if bundle.manifest.precision in SIXTEEN_BITS:
+            return Sides(bundle, model, arithmetic_sessions(bundle, budget=RESIDENT), method)
+        backend = choose_backend("ort")
         return Sides(bundle, model, lambda spec: open_session(bundle, spec, backend, SessionOptions()), method)
+    if bundle.manifest.precision in SIXTEEN_BITS:
+        return Sides(bundle, streamed(checkpoint, on_layer=progress.step), arithmetic_sessions(bundle), method)
     pool = SegmentPool(bundle.path, on_run=progress.step)
     model = streamed(checkpoint, on_layer=progress.step)
     return Sides(bundle, model, lambda spec: SegmentedSession(bundle, spec, pool), method)

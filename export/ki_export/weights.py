@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from ki_edge.bundle import DecodeVocabulary
 from ki_edge.checkpoints import Checkpoint, TensorSource
 from ki_edge.checkpoints.keys import EMBEDDING, checkpoint_key
+from ki_edge.checkpoints.source import encode
 from ki_edge.errors import ExportError
 from ki_edge.safetensors_index import SafetensorsIndex
 
@@ -28,6 +31,7 @@ from .wrappers import UNEMBEDDING, runs
 
 WEIGHTS = "weights.safetensors"
 NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
+LARGEST_F16 = 65504.0
 ONNX_TYPES = {
     "F32": ir.DataType.FLOAT,
     "BF16": ir.DataType.BFLOAT16,
@@ -35,6 +39,14 @@ ONNX_TYPES = {
     "I8": ir.DataType.INT8,
 }
 Stored = Literal["float32", "stored"]  # types in the file: all float32, or as the checkpoint stores them
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a tensor is stored: safetensors' name of the type, values divided by 2^exponent."""
+
+    dtype: str = "F32"
+    exponent: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,15 +86,24 @@ def sources(model: ir.Model, vocabulary: DecodeVocabulary) -> dict[str, Rows]:
 
 
 def place_weights(
-    checkpoint: Checkpoint, folder: Path, used: Iterable[str], *, stored: Stored = "float32", pack: bool = False
+    checkpoint: Checkpoint,
+    folder: Path,
+    used: Iterable[str],
+    *,
+    stored: Stored = "float32",
+    pack: bool = False,
+    forms: Mapping[str, Form] | None = None,
 ) -> Weights:
-    """Put weights.safetensors into `folder`, holding at least the checkpoint keys `used`. ExportError if it cannot."""
-    keys, path = sorted(set(used)), folder / WEIGHTS
-    names = None if pack else _names_in_one_file(checkpoint.source, keys, stored)
+    """Put weights.safetensors into `folder`, holding at least the checkpoint keys `used`. ExportError if it cannot.
+
+    `forms`: keys that are stored in another way than `stored` says.
+    """
+    keys, path, forms = sorted(set(used)), folder / WEIGHTS, forms or {}
+    names = None if pack or forms else _names_in_one_file(checkpoint.source, keys, stored)
     if names is not None:
         how, digest = _link_or_copy(checkpoint.source.files[0], path)
         return Weights(SafetensorsIndex(path), names, how, digest)
-    parts = _parts(checkpoint.source, keys, stored)
+    parts = _parts(checkpoint.source, keys, stored, forms)
     tensors = checkpoint.source.tensors
     same = all(part.name in tensors and part.dtype == tensors[part.name].dtype for part in parts)
     digest = write_tensors(path, parts, {"format": "pt"})
@@ -124,8 +145,8 @@ def _names_in_one_file(source: TensorSource, keys: Iterable[str], stored: Stored
     return names
 
 
-def _parts(source: TensorSource, keys: Iterable[str], stored: Stored) -> list[Part]:
-    """The tensors of the weights file: as the checkpoint stores them, widened, or quantised."""
+def _parts(source: TensorSource, keys: Iterable[str], stored: Stored, forms: Mapping[str, Form]) -> list[Part]:
+    """The tensors of the weights file: as the checkpoint stores them, widened, rounded, or quantised."""
     weights, parts = Int8Weights(source), []
     for key in _in_file_order(source, keys):
         base, kind = split_key(key)
@@ -134,11 +155,25 @@ def _parts(source: TensorSource, keys: Iterable[str], stored: Stored) -> list[Pa
             parts.append(Part(key, "I8", (*columns, rows), partial(weights.values, base)))
         elif kind == SCALES:
             parts.append(Part(key, "F32", (rows,), partial(weights.scales, base)))
+        elif key in forms:
+            parts.append(Part(key, forms[key].dtype, (rows, *columns), partial(_formed, source, key, forms[key])))
         elif stored == "stored":
             parts.append(Part(key, source.tensors[key].dtype, (rows, *columns), partial(source.stored, key)))
         else:
             parts.append(Part(key, "F32", (rows, *columns), partial(source.pieces, key)))
     return parts
+
+
+def _formed(source: TensorSource, key: str, form: Form) -> Iterator[npt.NDArray[np.uint8]]:
+    """A tensor's bytes in its form. ExportError if a value does not fit the type."""
+    factor = np.float32(2.0**-form.exponent)
+    for values in source.pieces(key):
+        if form.dtype == "F16" and np.abs(values).max(initial=0.0) * factor > LARGEST_F16:
+            raise ExportError(
+                f"'{key}' holds {np.abs(values).max():.3g}, and float16 ends at {LARGEST_F16:.0f}: "
+                "keep it with --keep-fp32, or use --precision bf16"
+            )
+        yield encode(values * factor, form.dtype)
 
 
 def _in_file_order(source: TensorSource, keys: Iterable[str]) -> list[str]:

@@ -1,0 +1,1 @@
+"""Graphs computed in exactly the types they declare, on the CPU: what float16 engines round, this rounds."""

@@ -1,0 +1,187 @@
+"""A graph computed node by node in PyTorch, for several observations side by side.
+
+All observations pass a node before the next one starts, so a weight is read once for all of them, and a model of any
+size needs the memory of one weight and of what is alive between two nodes.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from ki_edge.errors import ExportError
+
+from .operators import OPERATORS, TYPES
+
+Watch = Callable[[ir.Node, Sequence[Tensor | None], Sequence[Tensor]], object]
+BUDGET = 1_300_000_000  # bytes of weights that stay in memory
+
+
+class WeightReader(Protocol):
+    """Where the values of initializers come from, each in its declared type."""
+
+    def whole(self, value: ir.Value) -> Tensor:
+        """All values of an initializer."""
+
+    def rows(self, value: ir.Value, rows: Tensor) -> Tensor:
+        """Some rows of it, [*rows.shape, ...]: a table of embeddings is never read whole."""
+
+
+class Shelf:
+    """Weights that were used last, up to `budget` bytes."""
+
+    def __init__(self, reader: WeightReader, budget: int = BUDGET) -> None:
+        self._reader, self._budget, self._bytes = reader, budget, 0
+        self._held: OrderedDict[str, Tensor] = OrderedDict()
+
+    def whole(self, value: ir.Value) -> Tensor:
+        name = str(value.name)
+        if name in self._held:
+            self._held.move_to_end(name)
+            return self._held[name]
+        size = _size(value)
+        while self._held and self._bytes + size > self._budget:
+            self._bytes -= self._held.popitem(last=False)[1].nbytes
+        tensor = self._reader.whole(value)
+        if tensor.nbytes <= self._budget:
+            self._held[name] = tensor
+            self._bytes += tensor.nbytes
+        return tensor
+
+    def rows(self, value: ir.Value, rows: Tensor) -> Tensor:
+        return self._reader.rows(value, rows)
+
+
+def _size(value: ir.Value) -> int:
+    assert value.shape is not None and value.dtype is not None
+    count = 1
+    for dim in value.shape:
+        count *= int(dim)  # type: ignore[arg-type]
+    return int(count * value.dtype.itemsize)
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    node: ir.Node
+    attributes: Mapping[str, Any]
+    done: tuple[ir.Value, ...]  # values that no later node reads
+
+
+class Evaluator:
+    """One graph. `weights` gives initializers without a value of their own.
+
+    ExportError names the node if an operator is not one of ours, operands differ in type, or a result is not of the
+    declared type.
+    """
+
+    def __init__(self, graph: ir.Graph, weights: WeightReader) -> None:
+        self._graph, self._weights = graph, weights
+        self._constants: dict[ir.Value, Tensor] = {}
+        for value in graph.initializers.values():
+            if value.const_value is not None and not isinstance(value.const_value, ir.ExternalTensor):
+                self._constants[value] = _constant(value.const_value)
+        self._steps = list(_schedule(graph))
+
+    @torch.no_grad()
+    def run(self, feeds: Sequence[Mapping[str, Tensor]], watch: Watch | None = None) -> list[dict[str, Tensor]]:
+        """The graph's outputs for each of `feeds` (all inputs by name). `watch` sees every node that ran."""
+        scopes: list[dict[ir.Value, Tensor]] = [
+            {value: feed[str(value.name)] for value in self._graph.inputs} for feed in feeds
+        ]
+        wanted = {value: str(value.name) for value in self._graph.outputs}
+        results: list[dict[str, Tensor]] = [{} for _ in feeds]
+        for step in self._steps:
+            shared = self._read(step.node)
+            for scope, result in zip(scopes, results, strict=True):
+                self._compute(step, scope, shared, watch)
+                for value in step.node.outputs:
+                    if value in wanted:
+                        result[wanted[value]] = scope[value]
+                for value in step.done:
+                    scope.pop(value, None)
+        for scope, result in zip(scopes, results, strict=True):  # an input that is an output
+            result.update({name: scope[value] for value, name in wanted.items() if name not in result})
+        return results
+
+    def _read(self, node: ir.Node) -> dict[int, Tensor]:
+        """The weights of one node, by their place among its inputs."""
+        found = {}
+        for at, value in enumerate(node.inputs):
+            if value is None or not value.is_initializer() or _takes_rows(node, at):
+                continue
+            found[at] = self._constants[value] if value in self._constants else self._weights.whole(value)
+        return found
+
+    def _compute(
+        self, step: _Step, scope: dict[ir.Value, Tensor], shared: Mapping[int, Tensor], watch: Watch | None
+    ) -> None:
+        node, table = step.node, step.node.inputs[0] if step.node.inputs else None
+        if table is not None and table.is_initializer() and _takes_rows(node, 0) and table not in self._constants:
+            places = scope[node.inputs[1]]  # type: ignore[index]
+            inputs: list[Tensor | None] = [None, places]
+            outputs: tuple[Tensor, ...] = (self._weights.rows(table, places),)
+        else:
+            inputs = [
+                None if value is None else (shared[at] if at in shared else self._value(value, scope))
+                for at, value in enumerate(node.inputs)
+            ]
+            outputs = self._apply(step, inputs)
+        for value, tensor in zip(node.outputs, outputs, strict=True):
+            if value.dtype is not None and TYPES[int(value.dtype)] != tensor.dtype:
+                raise ExportError(f"'{value.name}' of {node.op_type} is {tensor.dtype}, declared {value.dtype}")
+            scope[value] = tensor
+        if watch is not None:
+            watch(node, inputs, outputs)
+
+    def _value(self, value: ir.Value, scope: Mapping[ir.Value, Tensor]) -> Tensor:
+        return self._constants[value] if value in self._constants else scope[value]
+
+    def _apply(self, step: _Step, inputs: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+        node = step.node
+        if node.op_type not in OPERATORS or node.domain not in ("", "ai.onnx"):
+            raise ExportError(f"graph {self._graph.name}: operator {node.op_type} is not one of ours")
+        try:
+            return OPERATORS[node.op_type](inputs, step.attributes)
+        except (RuntimeError, ValueError, IndexError, TypeError, ExportError) as error:
+            first = str(error).split("\n", 1)[0]
+            raise ExportError(f"graph {self._graph.name}: {node.op_type} '{node.outputs[0].name}': {first}") from error
+
+
+def _takes_rows(node: ir.Node, at: int) -> bool:
+    """Whether a node only takes rows of its input at this place."""
+    axis = node.attributes.get("axis")
+    return node.op_type == "Gather" and at == 0 and (axis is None or axis.as_int() == 0)
+
+
+def _constant(tensor: Any) -> Tensor:
+    """A value in the graph itself; bfloat16 has no numpy type of its own."""
+    if tensor.dtype == ir.DataType.BFLOAT16:
+        return torch.frombuffer(bytearray(tensor.tobytes()), dtype=torch.bfloat16).reshape(tuple(tensor.shape))
+    return torch.tensor(tensor.numpy())
+
+
+def _schedule(graph: ir.Graph) -> Iterator[_Step]:
+    nodes = list(graph)
+    kept = set(graph.outputs)
+    last: dict[ir.Value, int] = {}
+    for at, node in enumerate(nodes):
+        for value in (*node.inputs, *node.outputs):
+            if value is not None and value not in kept:
+                last[value] = at
+    ends: dict[int, list[ir.Value]] = {}
+    for value, at in last.items():
+        ends.setdefault(at, []).append(value)
+    for at, node in enumerate(nodes):
+        attributes = {name: _plain(attribute) for name, attribute in node.attributes.items()}
+        yield _Step(node, attributes, tuple(ends.get(at, ())))
+
+
+def _plain(attribute: Any) -> Any:
+    value = attribute.value
+    return value.numpy() if isinstance(value, ir.TensorProtocol) else value

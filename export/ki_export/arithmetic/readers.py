@@ -1,0 +1,76 @@
+"""Where an evaluated graph's weights come from: a checkpoint before the export, the bundle's weights file after it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from ki_edge.checkpoints import TensorSource
+from ki_edge.errors import BundleError
+
+from ..weights import Rows
+from .operators import TYPES
+
+
+class CheckpointWeights:
+    """Initializers of traced float32 graphs, from the checkpoint tensors that `origins` names."""
+
+    def __init__(self, source: TensorSource, origins: Mapping[str, Rows]) -> None:
+        self._source, self._origins = source, origins
+
+    def whole(self, value: ir.Value) -> Tensor:
+        """float32, of the initializer's shape."""
+        rows = self._origins[str(value.name)]
+        stop = self._source.tensors[rows.key].shape[0] if rows.count is None else rows.first + rows.count
+        values = self._source.rows(rows.key, rows.first, stop)
+        assert value.shape is not None
+        return torch.from_numpy(np.array(values)).reshape(value.shape.numpy())
+
+    def rows(self, value: ir.Value, rows: Tensor) -> Tensor:
+        """float32 [*rows.shape, ...]."""
+        origin = self._origins[str(value.name)]
+        ids, places = np.unique(rows.numpy(), return_inverse=True)
+        found = np.stack([self._source.rows(origin.key, origin.first + i, origin.first + i + 1)[0] for i in ids])
+        return torch.from_numpy(found[places.reshape(-1)]).reshape(*rows.shape, *found.shape[1:])
+
+
+class FileWeights:
+    """Initializers of a bundle's graphs, from where they point into its weights file, in their declared types."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def whole(self, value: ir.Value) -> Tensor:
+        """In the declared type and shape; BundleError if the file is too short."""
+        place, dtype = self._place(value)
+        raw = np.array(self._map(place))
+        return torch.from_numpy(raw).view(dtype).reshape(place.shape.numpy())
+
+    def rows(self, value: ir.Value, rows: Tensor) -> Tensor:
+        """In the declared type, [*rows.shape, ...]."""
+        place, dtype = self._place(value)
+        shape = place.shape.numpy()
+        table = self._map(place).reshape(shape[0], -1)
+        taken = np.array(table[rows.numpy().reshape(-1)])
+        return torch.from_numpy(taken).view(dtype).reshape(*rows.shape, *shape[1:])
+
+    def _place(self, value: ir.Value) -> tuple[ir.ExternalTensor, torch.dtype]:
+        place = value.const_value
+        if not isinstance(place, ir.ExternalTensor):
+            raise BundleError(f"'{value.name}' has no place in a weights file: export the checkpoint again")
+        return place, TYPES[int(place.dtype)]
+
+    def _map(self, place: ir.ExternalTensor) -> npt.NDArray[np.uint8]:
+        path = self._folder / Path(place.location).name
+        length = math.prod(place.shape.numpy()) * place.dtype.itemsize
+        offset = place.offset or 0
+        if offset + length > path.stat().st_size:
+            raise BundleError(f"{path} ends before '{place.name}': copy the bundle again")
+        return np.memmap(path, np.uint8, mode="r", offset=offset, shape=(int(length),))

@@ -1,0 +1,165 @@
+"""Observations over which an export measures how large a model's tensors become: recorded ones, or varied made-up ones.
+
+Recorded are episodes as `record_episode` writes them (`replay:` files), which pass through the policy's own input
+pipeline, or a model's inputs as `ki-parity --inputs` reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ki_edge.config import Pi05Config
+from ki_edge.errors import DatasetError, KiEdgeError, PromptError, RobotError
+from ki_edge.transforms import InputPipeline, ModelInputs, pad_last
+from ki_runtime.robots.replay import ReplayRobot
+
+from .policies import PolicyFiles
+from .recorded import PROMPTS, read_arrays
+
+Array = npt.NDArray[Any]
+RECORDED = 32  # observations taken of all that a recording holds, evenly
+SYNTHETIC = 8
+CAMERAS = 3  # of a model without a contract
+PROMPT = 30  # tokens, there
+INSTRUCTIONS = (
+    "pick up the red block",
+    "put the bowl on the plate and close the drawer",
+    "fold the towel in half, then place it in the basket on the left of the table",
+    "x",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """One observation as the prefix graph takes it, batch of one: only what exists, no padding."""
+
+    images: Array  # u8 [1,N,h,w,3]
+    prompt_tokens: Array  # i32 [1,T]
+    noise: Array  # f32 [1,H,A]
+    state: Array | None = None  # f32 [1,A] of a π0
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Observations and where they are from, as the manifest tells it."""
+
+    source: str
+    observations: tuple[Observed, ...]
+
+
+def calibration(
+    config: Pi05Config, files: PolicyFiles | None, recorded: Path | None, *, synthetic: int = SYNTHETIC
+) -> Calibration:
+    """Recorded observations of a file or folder, or built-in ones. DatasetError if a recording has none that fits."""
+    if recorded is None:
+        made = tuple(_synthetic(config, files, synthetic))
+        return Calibration(f"built-in: {len(made)} synthetic observations", made)
+    paths = sorted(recorded.glob("*.npz")) if recorded.is_dir() else [recorded]
+    if not paths:
+        raise DatasetError(f"--calibrate {recorded}: no .npz file in this folder: record episodes, or name one")
+    share = max(1, RECORDED // len(paths))
+    found = [observed for path in paths[:RECORDED] for observed in _recorded(path, config, files, share)]
+    return Calibration(f"recorded: {len(found)} observations of {len(paths)} files in {recorded.name}", tuple(found))
+
+
+def _recorded(path: Path, config: Pi05Config, files: PolicyFiles | None, count: int) -> list[Observed]:
+    arrays = read_arrays(path)
+    rng = np.random.default_rng(0)
+    if any(name.startswith("image/") for name in arrays):
+        return list(_model_inputs(path, arrays, config, count, rng))
+    if files is None:
+        raise DatasetError(
+            f"{path}: an episode needs the policy's contract to become model inputs: "
+            "calibrate a --model-only export with recorded model inputs, or without --calibrate"
+        )
+    pipeline = InputPipeline(files.contract, files.stats, files.tokenizer)
+    try:
+        robot = ReplayRobot(path)
+        steps = np.unique(np.linspace(0, len(robot.recorded) - 1, count).astype(int)).tolist()
+        found = []
+        for step in range(len(robot.recorded)):
+            if step in steps:
+                found.append(_observed(pipeline(robot.observe()), config, rng))
+            robot.act(robot.recorded[step])
+    except RobotError as error:
+        raise DatasetError(f"--calibrate: {error}") from None
+    except KiEdgeError as error:
+        raise DatasetError(f"--calibrate {path}: no usable observation: {error}") from None
+    return found
+
+
+def _model_inputs(
+    path: Path, arrays: dict[str, Array], config: Pi05Config, count: int, rng: np.random.Generator
+) -> Iterator[Observed]:
+    """Rows of a recorded batch, without absent cameras and padding."""
+    cameras = [name.removeprefix("image/") for name in arrays if name.startswith("image/")]
+    tokens, mask = next((pair for pair in PROMPTS if set(pair) <= set(arrays)), PROMPTS[-1])
+    wanted = [f"image_mask/{camera}" for camera in cameras] + [tokens, mask] + ["state"] * config.has_state
+    missing = [name for name in wanted if name not in arrays]
+    size = config.vision.image_size
+    shape = arrays[f"image/{cameras[0]}"].shape
+    if missing or shape[1:] != (size, size, 3) or int(arrays[tokens].max(initial=0)) >= config.vocab_size:
+        reason = f"{', '.join(missing)} missing" if missing else f"images of {list(shape)} for a model of {size}x{size}"
+        raise DatasetError(f"--calibrate {path}: no usable observation: {reason}")
+    for row in range(min(count, len(arrays[tokens]))):
+        present = [camera for camera in cameras if arrays[f"image_mask/{camera}"][row]] or cameras[:1]
+        yield Observed(
+            images=np.stack([arrays[f"image/{camera}"][row] for camera in present])[None],
+            prompt_tokens=arrays[tokens][row][arrays[mask][row].astype(bool)][None].astype(np.int32),
+            noise=_noise(config, rng),
+            state=arrays["state"][row : row + 1].astype(np.float32) if config.has_state else None,
+        )
+
+
+def _observed(inputs: ModelInputs, config: Pi05Config, rng: np.random.Generator) -> Observed:
+    present = inputs.camera_mask if inputs.camera_mask.any() else np.ones_like(inputs.camera_mask)
+    state = pad_last(inputs.state, config.action_dim).astype(np.float32)[None] if config.has_state else None
+    tokens = np.asarray(inputs.prompt_tokens, np.int32)[None]
+    return Observed(inputs.images[present][None], tokens, _noise(config, rng), state)
+
+
+def _synthetic(config: Pi05Config, files: PolicyFiles | None, count: int) -> Iterator[Observed]:
+    """Pictures from flat black to pure noise; instructions of every length, or random tokens without a tokenizer."""
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        cameras = CAMERAS if files is None else len(files.contract.cameras)
+        present = max(1, cameras - (seed % 2))
+        images = np.stack([_picture(rng, seed + at, config.vision.image_size) for at in range(present)])[None]
+        tokens = _prompt(rng, seed, config, files)
+        state = rng.standard_normal((1, config.action_dim), np.float32) if config.has_state else None
+        yield Observed(images, tokens, _noise(config, rng), state)
+
+
+def _prompt(rng: np.random.Generator, seed: int, config: Pi05Config, files: PolicyFiles | None) -> Array:
+    if files is None:
+        return rng.integers(2, config.vocab_size, (1, PROMPT), np.int32)
+    state = rng.uniform(-1.0, 1.0, files.contract.state_dim).astype(np.float32)
+    try:
+        tokens = files.tokenizer.encode(INSTRUCTIONS[seed % len(INSTRUCTIONS)], state)
+    except PromptError:  # longer than this policy's prompts
+        tokens = rng.integers(2, config.vocab_size, files.contract.max_token_len, np.int32)
+    return np.asarray(tokens, np.int32)[None]
+
+
+def _picture(rng: np.random.Generator, kind: int, size: int) -> Array:
+    """u8 [size,size,3]: noise, blocks, a gradient, stripes, white or black, in turn."""
+    y, x = np.mgrid[0:size, 0:size] / max(1, size - 1)
+    pictures: Sequence[Array] = (
+        rng.integers(0, 256, (size, size, 3)),
+        rng.integers(0, 256, (4, 4, 3)).repeat(-(-size // 4), 0).repeat(-(-size // 4), 1)[:size, :size],
+        np.stack([x, y, 1 - x], axis=-1) * 255,
+        np.repeat(((x * 16).astype(int) % 2 * 255)[..., None], 3, axis=-1),
+        np.full((size, size, 3), 255),
+        np.zeros((size, size, 3)),
+    )
+    return np.asarray(pictures[kind % len(pictures)]).astype(np.uint8)
+
+
+def _noise(config: Pi05Config, rng: np.random.Generator) -> Array:
+    return rng.standard_normal((1, config.action_horizon, config.action_dim), np.float32)

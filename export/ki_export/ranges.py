@@ -1,0 +1,216 @@
+"""The range audit: how large the operands and results of every matrix product become, in float32, on observations.
+
+float16 ends at 65504. What comes within a factor MARGIN of it on the observations at hand may pass it on others, so it
+is not trusted to float16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from ki_edge import flow, graphs
+from ki_edge.bundle import DecodeVocabulary
+from ki_edge.checkpoints import Checkpoint
+from ki_edge.errors import ExportError
+
+from .arithmetic.evaluator import Evaluator, Shelf
+from .arithmetic.readers import CheckpointWeights
+from .calibration import Calibration, Observed
+from .passes.sites import sites
+from .weights import Rows
+
+LARGEST = 65504.0  # of float16
+MARGIN = 8.0
+DECODED = 8  # tokens that the FAST graph is fed
+STEPS = 10
+BUDGET = 1_000_000_000  # bytes of weights in memory
+INPUT, OUTPUT, WEIGHT = "input", "output", "weight"
+
+
+@dataclass
+class Range:
+    """Largest magnitudes of one product over all observations: its activation operands, its result, its weight.
+
+    `weight` 0 where there is none. The result is without its bias, which is added in float32.
+    """
+
+    site: str
+    graph: str
+    input: float = 0.0
+    output: float = 0.0
+    weight: float = 0.0
+
+    @property
+    def largest(self) -> float:
+        return max(self.input, self.output, self.weight)
+
+    @property
+    def headroom(self) -> float:
+        """How many times larger everything could become within float16."""
+        return LARGEST / self.largest if self.largest else float("inf")
+
+
+@dataclass
+class Audit:
+    """All ranges of a model, by graph and site, in the order in which they run. `source`: what was observed."""
+
+    source: str
+    observations: int
+    ranges: dict[tuple[str, str], Range] = field(default_factory=dict)
+
+    def of(self, site: str) -> Range:
+        """The largest of all graphs that share a site. KeyError if none has it."""
+        found = [r for r in self.ranges.values() if r.site == site]
+        if not found:
+            raise KeyError(site)
+        kinds = {kind: max(getattr(r, kind) for r in found) for kind in (INPUT, OUTPUT, WEIGHT)}
+        return Range(site, found[0].graph, **kinds)
+
+    @property
+    def sites(self) -> list[str]:
+        return list(dict.fromkeys(r.site for r in self.ranges.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "observations": self.observations,
+            "largest_float16": LARGEST,
+            "margin": MARGIN,
+            "ranges": [{**asdict(r), "headroom": min(r.headroom, 1e9)} for r in self.ranges.values()],
+        }
+
+
+def audit(
+    checkpoint: Checkpoint,
+    models: Mapping[str, ir.Model],
+    origins: Mapping[str, Mapping[str, Rows]],
+    vocabulary: DecodeVocabulary,
+    observed: Calibration,
+    say: Callable[[str], object] = lambda _: None,
+) -> Audit:
+    """Run the traced float32 graphs over the observations and take every product's range.
+
+    Weights are read from the checkpoint as they are used. ExportError if float32 itself overflows.
+    """
+    result = Audit(observed.source, len(observed.observations))
+    run = _Run(checkpoint, models, origins, vocabulary, result)
+    for name in run.graphs:
+        run.graph(name, observed.observations)
+        largest = max((r for r in result.ranges.values() if r.graph == name), key=lambda r: r.largest)
+        say(f"audited {name}: largest {largest.largest:.3g} in {largest.site} (float16 ends at {LARGEST:.0f})")
+    return result
+
+
+class _Run:
+    """The three graphs one after the other, each watched. Their outputs on all observations feed the next."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        models: Mapping[str, ir.Model],
+        origins: Mapping[str, Mapping[str, Rows]],
+        vocabulary: DecodeVocabulary,
+        result: Audit,
+    ) -> None:
+        self._checkpoint, self._models, self._origins, self._result = checkpoint, models, origins, result
+        self._ids = np.array(vocabulary.ids)
+        self._prefixes: list[dict[str, Tensor]] = []
+        self.graphs = [spec.name for spec in graphs.specs(checkpoint.config)]
+
+    def graph(self, name: str, observations: Sequence[Observed]) -> None:
+        graph = self._models[name].graph
+        weights = Shelf(CheckpointWeights(self._checkpoint.source, self._origins[name]), BUDGET)
+        watch = _Watch(graph, self._result)
+        evaluator = Evaluator(graph, weights)
+        if name == graphs.PREFIX.name:
+            self._prefixes = evaluator.run([_prefix_feed(o) for o in observations], watch)
+        elif name == graphs.DENOISE.name:
+            self._denoise(evaluator, observations, watch)
+        else:
+            evaluator.run([self._decode_feed(at, o) for at, o in enumerate(observations)], watch)
+
+    def _denoise(self, evaluator: Evaluator, observations: Sequence[Observed], watch: _Watch) -> None:
+        checkpoint = self._checkpoint
+        times = flow.denoise_times(STEPS, checkpoint.time_convention)
+        table = torch.from_numpy(flow.modulation_table(checkpoint.source.array, times, checkpoint.config))
+        feeds = [
+            {
+                **prefix,
+                "x_t": torch.from_numpy(o.noise),
+                "dt": torch.tensor(flow.step_size(STEPS)),
+                **({} if o.state is None else {"state": torch.from_numpy(o.state)}),
+            }
+            for prefix, o in zip(self._prefixes, observations, strict=True)
+        ]
+        for row in table:
+            found = evaluator.run([{**feed, "modulation": row} for feed in feeds], watch)
+            for feed, made in zip(feeds, found, strict=True):
+                feed["x_t"] = made["x_next"]
+
+    def _decode_feed(self, at: int, observed: Observed) -> dict[str, Tensor]:
+        """The last prompt token and random tokens of the decode vocabulary, over the prefix's K/V."""
+        prefix, rng = self._prefixes[at], np.random.default_rng(at)
+        new = np.concatenate([observed.prompt_tokens[:, -1:], rng.choice(self._ids, (1, DECODED - 1))], axis=1)
+        mask = prefix["prefix_mask"].clone()
+        mask[:, -1] = False
+        positions = int(prefix["prefix_mask"].sum()) - 1 + np.arange(DECODED)
+        return {
+            "tokens": torch.from_numpy(new.astype(np.int32)),
+            "positions": torch.from_numpy(positions.astype(np.int32)[None]),
+            "cache_k": prefix["prefix_k"],
+            "cache_v": prefix["prefix_v"],
+            "cache_mask": mask,
+        }
+
+
+def _prefix_feed(observed: Observed) -> dict[str, Tensor]:
+    return {
+        "images": torch.from_numpy(observed.images),
+        "camera_mask": torch.ones(observed.images.shape[:2], dtype=torch.bool),
+        "prompt_tokens": torch.from_numpy(observed.prompt_tokens),
+        "prompt_mask": torch.ones(observed.prompt_tokens.shape, dtype=torch.bool),
+    }
+
+
+class _Watch:
+    """Takes the ranges of a graph's products as they run."""
+
+    def __init__(self, graph: ir.Graph, result: Audit) -> None:
+        self._ranges: dict[ir.Node, Range] = {}
+        for site in sites(graph):
+            key = (str(graph.name), site.name)
+            self._ranges[site.node] = result.ranges.setdefault(key, Range(site.name, str(graph.name)))
+
+    def __call__(self, node: ir.Node, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> None:
+        found = self._ranges.get(node)
+        if found is None:
+            return
+        left, right, *bias = inputs
+        assert left is not None and right is not None
+        result = outputs[0] if not bias or bias[0] is None else outputs[0] - bias[0]
+        linear = node.op_type == "Gemm"
+        operands = (left,) if linear else (left, right)
+        for kind, tensors in ((INPUT, operands), (OUTPUT, (result,)), (WEIGHT, (right,) if linear else ())):
+            for tensor in tensors:
+                setattr(found, kind, max(getattr(found, kind), _largest(tensor, f"{kind} of {found.site}")))
+
+
+def _largest(tensor: Tensor, what: str) -> float:
+    value = float(torch.maximum(tensor.amax(), -tensor.amin()))
+    if not np.isfinite(value):
+        raise ExportError(f"the {what} is not finite in float32: this checkpoint is broken, no precision can run it")
+    return value
+
+
+def products(models: Mapping[str, ir.Model]) -> Iterator[tuple[str, str]]:
+    """(graph, site) of every product of traced graphs."""
+    for name, model in models.items():
+        for site in sites(model.graph):
+            yield name, site.name

@@ -1,0 +1,88 @@
+"""The 16-bit part of an export: audit the ranges, decide, rewrite the graphs, say how weights are stored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from ki_edge import flow
+from ki_edge.bundle import DecodeVocabulary
+from ki_edge.checkpoints import Checkpoint
+
+from .calibration import SYNTHETIC, calibration
+from .decision import Decision, apply, decide, forms
+from .policies import PolicyFiles
+from .ranges import Audit, audit
+from .tracing import quiet
+from .weights import Form, sources
+
+RANGES = "ranges.json"
+LARGE = 1_000_000_000  # parameters of a model for which fewer synthetic observations do
+FEW = 3
+
+
+@dataclass(frozen=True)
+class Request:
+    """`precision`: "fp16" or "bf16"; `calibrate`: recorded observations; `keep`: patterns of sites to keep float32."""
+
+    precision: str
+    calibrate: Path | None = None
+    keep: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Lowered:
+    """What was done. `audit` is None for bfloat16; `forms`: checkpoint key -> how the weights file stores it."""
+
+    decision: Decision
+    audit: Audit | None
+    forms: Mapping[str, Form]
+
+    def write(self, folder: Path) -> None:
+        """Write ranges.json: the decision and what it rests on."""
+        found = {**self.decision.to_json(), **({} if self.audit is None else self.audit.to_json())}
+        (folder / RANGES).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def lower_models(
+    checkpoint: Checkpoint,
+    files: PolicyFiles | None,
+    models: Mapping[str, ir.Model],
+    vocabulary: DecodeVocabulary,
+    request: Request,
+    say: Callable[[str], object],
+) -> Lowered:
+    """Rewrite traced float32 graphs to 16-bit products.
+
+    ArgumentError, DatasetError or ExportError if patterns, calibration or ranges do not allow it.
+    """
+    decide(request.precision, None, models, request.keep)  # a wrong pattern is told before minutes of measuring
+    origins = {name: sources(model, vocabulary) for name, model in models.items()}
+    found = None
+    if request.precision == "fp16":
+        size = sum(tensor.elements for tensor in checkpoint.source.tensors.values())
+        count = FEW if size > LARGE else SYNTHETIC
+        observed = calibration(checkpoint.config, files, request.calibrate, synthetic=count)
+        found = audit(checkpoint, models, origins, vocabulary, observed, say)
+    decision = decide(request.precision, found, models, request.keep)
+    _tell(decision, say)
+    with quiet():
+        low = apply(decision, models)
+    stored = forms(decision, low, {name: sources(model, vocabulary) for name, model in models.items()})
+    read = {rows.key for origin in origins.values() for rows in origin.values()}
+    tensors = checkpoint.source.tensors
+    for key in flow.modulation_weights(checkpoint.config):  # of the runtime alone, which widens them
+        if key not in read:
+            stored[key] = Form(tensors[key].dtype)
+    return Lowered(decision, found, stored)
+
+
+def _tell(decision: Decision, say: Callable[[str], object]) -> None:
+    for layer, exponent in decision.exponents.items():
+        say(f"{layer}: its product is computed 2^{exponent} times smaller and made larger again in float32")
+    for site, reason in decision.kept.items():
+        say(f"{site} stays float32: {reason}")
