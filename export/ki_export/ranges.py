@@ -1,13 +1,15 @@
 """The range audit: how large the operands and results of every matrix product become, in float32, on observations.
 
 float16 ends at 65504. What comes within a factor MARGIN of it on the observations at hand may pass it on others, so it
-is not trusted to float16.
+is not trusted to float16. At the other end its steps are 6e-8 apart, so a tensor whose typical (root mean square) value
+is below SMALL loses digits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,33 +30,68 @@ from .weights import Rows
 
 LARGEST = 65504.0  # of float16
 MARGIN = 8.0
+SMALL = 2.0**-12
 DECODED = 8  # tokens that the FAST graph is fed
 STEPS = 10
 BUDGET = 1_000_000_000  # bytes of weights in memory
-INPUT, OUTPUT, WEIGHT = "input", "output", "weight"
+INPUT, OUTPUT, WEIGHT = KINDS = ("input", "output", "weight")
+
+
+@dataclass
+class Extent:
+    """Magnitudes of one tensor over all observations: the largest and, from sums, the typical one."""
+
+    largest: float = 0.0
+    squares: float = 0.0
+    count: int = 0
+
+    @property
+    def typical(self) -> float:
+        """Root mean square."""
+        return math.sqrt(self.squares / self.count) if self.count else 0.0
+
+    def see(self, tensor: Tensor, what: str) -> None:
+        """ExportError if a value is not finite."""
+        largest = float(torch.maximum(tensor.amax(), -tensor.amin()))
+        if not math.isfinite(largest):
+            raise ExportError(
+                f"the {what} is not finite in float32: this checkpoint is broken, no precision can run it"
+            )
+        self.largest = max(self.largest, largest)
+        self.squares += float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+        self.count += tensor.numel()
+
+    def add(self, other: Extent) -> None:
+        self.largest = max(self.largest, other.largest)
+        self.squares, self.count = self.squares + other.squares, self.count + other.count
 
 
 @dataclass
 class Range:
-    """Largest magnitudes of one product over all observations: its activation operands, its result, its weight.
-
-    `weight` 0 where there is none. The result is without its bias, which is added in float32.
-    """
+    """One product: its activation operands, its result before the bias (added in float32), its weight if any."""
 
     site: str
     graph: str
-    input: float = 0.0
-    output: float = 0.0
-    weight: float = 0.0
+    input: Extent = field(default_factory=Extent)
+    output: Extent = field(default_factory=Extent)
+    weight: Extent = field(default_factory=Extent)
 
     @property
     def largest(self) -> float:
-        return max(self.input, self.output, self.weight)
+        return max(self.input.largest, self.output.largest, self.weight.largest)
 
     @property
     def headroom(self) -> float:
         """How many times larger everything could become within float16."""
-        return LARGEST / self.largest if self.largest else float("inf")
+        return LARGEST / self.largest if self.largest else math.inf
+
+    def to_json(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"site": self.site, "graph": self.graph, "headroom": min(self.headroom, 1e9)}
+        for kind in KINDS:
+            extent = getattr(self, kind)
+            if extent.count:
+                found[kind] = {"largest": extent.largest, "typical": extent.typical}
+        return found
 
 
 @dataclass
@@ -70,8 +107,11 @@ class Audit:
         found = [r for r in self.ranges.values() if r.site == site]
         if not found:
             raise KeyError(site)
-        kinds = {kind: max(getattr(r, kind) for r in found) for kind in (INPUT, OUTPUT, WEIGHT)}
-        return Range(site, found[0].graph, **kinds)
+        merged = Range(site, found[0].graph)
+        for one in found:
+            for kind in KINDS:
+                getattr(merged, kind).add(getattr(one, kind))
+        return merged
 
     @property
     def sites(self) -> list[str]:
@@ -83,7 +123,7 @@ class Audit:
             "observations": self.observations,
             "largest_float16": LARGEST,
             "margin": MARGIN,
-            "ranges": [{**asdict(r), "headroom": min(r.headroom, 1e9)} for r in self.ranges.values()],
+            "ranges": [found.to_json() for found in self.ranges.values()],
         }
 
 
@@ -197,20 +237,7 @@ class _Watch:
         result = outputs[0] if not bias or bias[0] is None else outputs[0] - bias[0]
         linear = node.op_type == "Gemm"
         operands = (left,) if linear else (left, right)
-        for kind, tensors in ((INPUT, operands), (OUTPUT, (result,)), (WEIGHT, (right,) if linear else ())):
+        weights = (right,) if linear and not found.weight.count else ()
+        for kind, tensors in ((INPUT, operands), (OUTPUT, (result,)), (WEIGHT, weights)):
             for tensor in tensors:
-                setattr(found, kind, max(getattr(found, kind), _largest(tensor, f"{kind} of {found.site}")))
-
-
-def _largest(tensor: Tensor, what: str) -> float:
-    value = float(torch.maximum(tensor.amax(), -tensor.amin()))
-    if not np.isfinite(value):
-        raise ExportError(f"the {what} is not finite in float32: this checkpoint is broken, no precision can run it")
-    return value
-
-
-def products(models: Mapping[str, ir.Model]) -> Iterator[tuple[str, str]]:
-    """(graph, site) of every product of traced graphs."""
-    for name, model in models.items():
-        for site in sites(model.graph):
-            yield name, site.name
+                getattr(found, kind).see(tensor, f"{kind} of {found.site}")

@@ -63,7 +63,7 @@ class Sides:
         if self.method == "resident":
             return None
         counts = {n: len(s.segments) for n, s in self._sessions.items() if isinstance(s, SegmentedSession)}
-        return layers + sum(counts[name] * count for name, count in runs.items())
+        return layers + sum(counts.get(name, 0) * count for name, count in runs.items())
 
 
 def open_sides(bundle: Bundle, checkpoint: Checkpoint, method: Method, progress: Progress) -> Sides:

@@ -82,7 +82,8 @@ def lower_models(
 
 
 def _tell(decision: Decision, say: Callable[[str], object]) -> None:
-    for layer, exponent in decision.exponents.items():
-        say(f"{layer}: its product is computed 2^{exponent} times smaller and made larger again in float32")
+    for site in dict.fromkeys((*decision.exponents, *decision.factors)):
+        weight, result = decision.exponents.get(site, 0), decision.factors.get(site, 0)
+        say(f"{site}: weight stored / 2^{weight}, result * 2^{result} in float32")
     for site, reason in decision.kept.items():
         say(f"{site} stays float32: {reason}")

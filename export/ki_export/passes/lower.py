@@ -97,8 +97,11 @@ class _Lowering:
 
     def move(self) -> None:
         """Take Casts to the other side of moves where that joins a pair of them, until nothing changes."""
-        while any([self._join(node) for node in list(self._graph) if node.op_type == "Cast"]):
-            pass
+        changed = True
+        while changed:
+            changed = False
+            for node in [node for node in self._graph if node.op_type == "Cast"]:
+                changed |= self._join(node)
 
     def _join(self, down: ir.Node) -> bool:
         """A Cast to low of a value that was widened, moved and serves no other purpose: move it low instead."""

@@ -1,7 +1,8 @@
 """The matrix products of a graph under names that people can say: `backbone.layers.3.mlp.down_proj`.
 
-A product with a weight is called after it, that of the logits after the embedding table, whose rows it takes; the two of an attention are `<layer>.self_attn.scores` (queries with keys)
-and `<layer>.self_attn.values` (probabilities with values). Graphs that share a layer share its names.
+A product with a weight is called after it, that of the logits after the embedding table, whose rows it takes; the two
+of an attention are `<layer>.self_attn.scores` (queries with keys) and `<layer>.self_attn.values` (probabilities with
+values). Graphs that share a layer share its names.
 """
 
 from __future__ import annotations
