@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx_ir as ir
+import torch
 from torch import Tensor, nn
 
 from ki_edge.bundle import Bundle
 from ki_edge.model import PiModel
 from ki_edge.model.streaming import EmbeddingRows
 
+from .arithmetic.evaluator import Evaluator, Shelf
+from .arithmetic.readers import FileWeights
+from .arithmetic.session import SIXTEEN_BITS
 from .cutting import Segment, cut
 from .segments import SegmentPool, run_segments
 
 Array = npt.NDArray[Any]
 # times the layer's largest output: below it an error is rounding, or that of the layers before it
-LAYER_BARS = {"float32": 2e-5, "int8": 0.5}
+LAYER_BARS = {"float32": 2e-5, "int8": 0.5, "float16": 2e-2, "bfloat16": 0.2}
 LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Embedding, EmbeddingRows)
 SAMPLES = 1 << 18  # values kept of a layer's output, so that those of a large model fit into memory
 PRIMES = (1, 2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103)
@@ -36,6 +41,8 @@ def first_wrong_layer(
     bar = LAYER_BARS[bundle.manifest.precision]
     with _recorded(model) as expected:
         run()
+    if bundle.manifest.precision in SIXTEEN_BITS:
+        return _first_wrong_value(bundle, graph, feeds, expected, bar)
     parts = cut(onnx.load(bundle.graph(graph), load_external_data=False))
     segments = [part.with_outputs([name for name in _made(part) if name in expected]) for part in parts]
     for made, segment in run_segments(segments, SegmentPool(bundle.path, budget=0), feeds):
@@ -43,6 +50,23 @@ def first_wrong_layer(
             if name in expected and name in made and not _close(made[name], *expected[name], bar):
                 return name
     return None
+
+
+def _first_wrong_value(
+    bundle: Bundle, graph: str, feeds: Mapping[str, Array], expected: Mapping[str, tuple[int, Array]], bar: float
+) -> str | None:
+    """The same in the arithmetic of a 16-bit graph."""
+    wrong: list[str] = []
+
+    def watch(node: ir.Node, _: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> None:
+        for value, tensor in zip(node.outputs, outputs, strict=True):
+            name = str(value.name)
+            if name in expected and not _close(tensor.float().numpy(), *expected[name], bar):
+                wrong.append(name)
+
+    evaluator = Evaluator(ir.load(bundle.graph(graph)).graph, Shelf(FileWeights(bundle.path)))
+    evaluator.run([{name: torch.from_numpy(array) for name, array in feeds.items()}], watch)
+    return wrong[0] if wrong else None
 
 
 def _made(segment: Segment) -> list[str]:

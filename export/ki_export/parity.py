@@ -20,6 +20,7 @@ from .comparison import RUNTIME, Comparison, compare
 from .diagnosis import explain
 from .progress import Progress, peak_memory
 from .provenance import tool_versions
+from .ranges_report import read_ranges
 from .report import to_json, write_report
 from .sides import Method, Sides, choose_method, open_sides
 
@@ -38,7 +39,7 @@ def prove(writer: BundleWriter, bundle: Bundle, checkpoint: Checkpoint, say: Say
     if comparison.explanation is not None:
         raise ParityError(comparison.explanation)
     facts = report_facts(bundle)
-    write_report(writer.folder, comparison, facts)
+    write_report(writer.folder, comparison, facts, read_ranges(bundle.path))
     report = to_json(comparison, {})
     verdict = {key: report[key] for key in ("verified", "reference", "method", "cases", "worst")}
     peak = peak_memory()

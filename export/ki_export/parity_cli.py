@@ -26,6 +26,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     from ki_edge.model import Checkpoint
 
     from .parity import compare_with_checkpoint, report_facts
+    from .ranges_report import read_ranges
     from .recorded import compare_with_recording
     from .report import write_report
 
@@ -40,7 +41,7 @@ def _compare(arguments: argparse.Namespace) -> int:
     sys.stdout.write(table(comparison))
     if arguments.report is not None:
         arguments.report.mkdir(parents=True, exist_ok=True)
-        write_report(arguments.report, comparison, report_facts(bundle))
+        write_report(arguments.report, comparison, report_facts(bundle), read_ranges(bundle.path))
         tell(f"ki-parity: wrote {arguments.report / 'parity.html'}")
     if comparison.explanation is not None:
         raise ParityError(comparison.explanation)

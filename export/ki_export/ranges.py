@@ -28,6 +28,7 @@ from .calibration import Calibration, Observed
 from .passes.sites import sites
 from .weights import Rows
 
+RANGES = "ranges.json"  # in a bundle
 LARGEST = 65504.0  # of float16
 MARGIN = 8.0
 SMALL = 2.0**-12

@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from . import ranges_report
 from .bars import MAX_ABS, Bar, Measurement
 from .comparison import Comparison
 from .pictures import pictures
@@ -49,22 +50,20 @@ def _plain(m: Measurement) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
-def write_report(folder: Path, comparison: Comparison, facts: Mapping[str, Any]) -> None:
-    """Write parity.json and parity.html into a folder."""
+def write_report(
+    folder: Path, comparison: Comparison, facts: Mapping[str, Any], ranges: ranges_report.Found | None = None
+) -> None:
+    """Write parity.json and parity.html into a folder. `ranges`: the audit of a float16 bundle."""
     text = json.dumps(to_json(comparison, facts), indent=1, ensure_ascii=False)
     (folder / "parity.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "parity.html").write_text(to_html(comparison, facts), encoding="utf-8")
+    (folder / "parity.html").write_text(to_html(comparison, facts, ranges), encoding="utf-8")
 
 
-def to_html(comparison: Comparison, facts: Mapping[str, Any]) -> str:
-    """The page."""
+def to_html(comparison: Comparison, facts: Mapping[str, Any], ranges: ranges_report.Found | None = None) -> str:
+    """The page. `ranges`: a float16 bundle's audit."""
     worst, failed = comparison.worst, len(comparison.failures)
     verdict = ("fail", f"{failed} bars failed") if failed else ("pass", "all bars held")
-    figures = "".join(
-        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-        for caption, png in pictures(comparison)
-    )
+    figures = "".join(_figure(caption, png) for caption, png in pictures(comparison))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Parity report</title><style>{STYLE}</style></head><body>
 <h1>Parity report</h1>
@@ -76,7 +75,7 @@ Closest to its bar: {escape(worst.where)}, {worst.metric} {worst.error:.2e} of {
 {_summary_table(comparison.measurements)}
 <h2>Pictures</h2>
 {figures}
-<h2>Cases</h2>
+{_ranges(ranges)}<h2>Cases</h2>
 {_table(("case", "batch", "cameras", "prompt tokens", "steps"), (_case_row(case) for case in comparison.cases))}
 <h2>Bars</h2>
 {_table(("tensor", "bar", "reason"), ((n, _bar_text(b), b.reason) for n, b in comparison.bars.items()))}
@@ -87,6 +86,23 @@ Closest to its bar: {escape(worst.where)}, {worst.metric} {worst.error:.2e} of {
 </details>
 </body></html>
 """
+
+
+def _figure(caption: str, png: bytes) -> str:
+    image = base64.b64encode(png).decode()
+    return (
+        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{image}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _ranges(found: ranges_report.Found | None) -> str:
+    if found is None:
+        return ""
+    head = ("product", "graph", "operand", "result", "weight", "headroom", "what was done")
+    picture = _figure("Largest values by layer", ranges_report.picture(found))
+    table = _table(head, ranges_report.rows(found))
+    return f"<h2>Range audit</h2>\n<p>{escape(ranges_report.summary(found))}</p>\n{picture}\n{table}\n"
 
 
 def _summary_table(measurements: Sequence[Measurement]) -> str:

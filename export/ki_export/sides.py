@@ -27,14 +27,13 @@ from ki_runtime.backends import SessionOptions, choose_backend, open_session
 from ki_runtime.sampler import Sampler
 from ki_runtime.session import Session
 
-from .arithmetic.session import arithmetic_sessions
+from .arithmetic.session import SIXTEEN_BITS, arithmetic_sessions
 from .bars import Bar, bars_of
 from .progress import Progress, available_memory
 from .segments import SegmentedSession, SegmentPool
 
 Array = npt.NDArray[Any]
 Method = Literal["resident", "streamed"]
-SIXTEEN_BITS = ("float16", "bfloat16")  # computed by a reference in these types: ONNX Runtime's CPU widens them
 RESIDENT = 2_000_000_000  # bytes of float32 weights up to which a model is held whole
 COPIES = 3  # of the weights, at most, while a whole model is compared: the model's, the graphs', and room to compute
 

@@ -16,11 +16,10 @@ from ki_edge.checkpoints import Checkpoint
 from .calibration import SYNTHETIC, calibration
 from .decision import Decision, apply, decide, forms
 from .policies import PolicyFiles
-from .ranges import Audit, audit
+from .ranges import RANGES, Audit, audit
 from .tracing import quiet
 from .weights import Form, sources
 
-RANGES = "ranges.json"
 LARGE = 1_000_000_000  # parameters of a model for which fewer synthetic observations do
 FEW = 3
 

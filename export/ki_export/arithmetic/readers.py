@@ -37,7 +37,8 @@ class CheckpointWeights:
         """float32 [*rows.shape, ...]."""
         origin = self._origins[str(value.name)]
         ids, places = np.unique(rows.numpy(), return_inverse=True)
-        found = np.stack([self._source.rows(origin.key, origin.first + i, origin.first + i + 1)[0] for i in ids])
+        starts = [origin.first + int(i) for i in ids]
+        found = np.stack([self._source.rows(origin.key, start, start + 1)[0] for start in starts])
         return torch.from_numpy(found[places.reshape(-1)]).reshape(*rows.shape, *found.shape[1:])
 
 

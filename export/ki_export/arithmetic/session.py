@@ -20,6 +20,8 @@ from ki_runtime.session import Binding, Buffer, HostBuffer, Session
 from .evaluator import BUDGET, Evaluator, Shelf, WeightReader
 from .readers import FileWeights
 
+SIXTEEN_BITS = ("float16", "bfloat16")  # precisions whose graphs ONNX Runtime's CPU would widen
+
 
 class ArithmeticSession(Session):
     """One evaluated graph. `weights` may be shared by several."""

@@ -1,0 +1,261 @@
+"""The range audit and what is decided from it."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from ki_edge.checkpoints import Checkpoint
+from ki_edge.errors import ArgumentError, DatasetError, ExportError
+from ki_edge.model import Observation
+from ki_edge.prompt import PromptTokenizer
+from ki_export import ranges
+from ki_export.calibration import Calibration, calibration
+from ki_export.decision import Decision, decide, forms, shift
+from ki_export.policies import PolicyRequest, decode_vocabulary, read_policy
+from ki_export.ranges import LARGEST, Audit, Extent, Range, audit
+from ki_export.ranges_report import picture, rows, summary
+from ki_export.tracing import trace_all
+from ki_export.weights import Form, Rows, sources
+from ki_runtime.robots.replay import record_episode
+
+
+@pytest.fixture(scope="module")
+def audited(checkpoint):
+    opened = Checkpoint.open(checkpoint)
+    files = read_policy(opened.path, opened.format, opened.settings, opened.config, PolicyRequest())
+    vocabulary = decode_vocabulary(opened.config, files, full=False)
+    models = trace_all(opened.config, vocabulary, 20)
+    origins = {name: sources(model, vocabulary) for name, model in models.items()}
+    observed = calibration(opened.config, files, None, synthetic=4)
+    return opened, observed, models, audit(opened, models, origins, vocabulary, observed)
+
+
+def test_ranges_are_those_of_the_pytorch_model(audited):
+    opened, observed, _, found = audited
+    model, seen = opened.load_model(), {}
+
+    def see(name):
+        def hook(module, inputs, output):
+            result = output if module.bias is None else output - module.bias
+            for kind, tensor in (("input", inputs[0]), ("output", result), ("weight", module.weight)):
+                key = (name, kind)
+                seen[key] = max(seen.get(key, 0.0), float(tensor.abs().max()))
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(see(name))
+    with torch.no_grad():
+        for one in observed.observations:
+            tokens = torch.from_numpy(one.prompt_tokens)
+            observation = Observation(
+                torch.from_numpy(one.images),
+                torch.ones(one.images.shape[:2], dtype=torch.bool),
+                tokens,
+                torch.ones(tokens.shape, dtype=torch.bool),
+            )
+            model.sample_actions(observation, noise=torch.from_numpy(one.noise), num_steps=ranges.STEPS)
+    compared = 0
+    for (graph, site), measured in found.ranges.items():
+        if graph == "fast_decode" or (site, "input") not in seen:
+            continue
+        for kind in ("input", "output", "weight"):
+            extent = getattr(measured, kind)
+            assert extent.largest == pytest.approx(seen[site, kind], rel=1e-4), (site, kind)
+            assert 0 < extent.typical <= extent.largest
+            compared += 1
+    assert compared > 60
+
+
+def test_the_table_and_picture_show_what_is_tightest(audited):
+    _, _, models, found = audited
+    data = json.loads(json.dumps({**decide("fp16", found, models).to_json(), **found.to_json()}))
+    table = list(rows(data))
+    assert table[0][0] == min(found.ranges.values(), key=lambda r: r.headroom).site
+    assert "built-in: 4 synthetic observations" in summary(data)
+    assert picture(data).startswith(b"\x89PNG")
+
+
+def test_a_checkpoint_that_overflows_in_float32_is_refused():
+    with pytest.raises(ExportError, match="the output of x is not finite in float32"):
+        Extent().see(torch.tensor([1.0, float("inf")]), "output of x")
+
+
+def extent(largest, typical=None):
+    return Extent(largest, (largest / 4 if typical is None else typical) ** 2, 1)
+
+
+def range_of(site, operand=10.0, result=10.0, weight=1.0, graph="prefix"):
+    given = [value if isinstance(value, Extent) else extent(value) for value in (operand, result, weight)]
+    return Range(site, graph, *given)
+
+
+MLP = "backbone.layers.0.mlp"
+
+
+def decided(*found, keep=(), models=None):
+    everything = {f"{MLP}.{part}_proj": range_of(f"{MLP}.{part}_proj") for part in ("gate", "up", "down")}
+    everything |= {one.site: one for one in found}
+    result = Audit("test", 1, {("prefix", site): one for site, one in everything.items()})
+    return decide("fp16", result, models or {}, keep)
+
+
+def test_what_fits_is_left_alone():
+    assert decided() == Decision("fp16")
+
+
+@pytest.mark.parametrize("size", [8189.0, 7e5, 3e8])
+def test_a_large_mlp_product_is_divided_and_undone_behind_down_proj(size):
+    found = decided(range_of(f"{MLP}.down_proj", operand=size, result=100.0))
+    exponent = found.factors[f"{MLP}.down_proj"]
+    assert size / 2**exponent <= LARGEST / 8 < size / 2 ** (exponent - 1)
+    folded, in_float32 = (exponents.get(f"{MLP}.up_proj", 0) for exponents in (found.exponents, found.factors))
+    assert folded - in_float32 == exponent and not found.kept
+    assert (folded == exponent) == (size < 1e8)  # in the weight of up_proj, unless that would become too small
+
+
+def test_a_product_whose_up_proj_has_small_weights_is_divided_in_float32():
+    up = range_of(f"{MLP}.up_proj", weight=extent(1e-2, 1e-3))
+    found = decided(up, range_of(f"{MLP}.down_proj", operand=1e5))
+    assert found.exponents == {} and found.factors == {f"{MLP}.up_proj": -4, f"{MLP}.down_proj": 4}
+
+
+def test_a_large_result_divides_its_weight():
+    found = decided(range_of("vision.encoder.layers.0.mlp.fc2", result=2e4))
+    assert found.exponents == found.factors == {"vision.encoder.layers.0.mlp.fc2": 2}
+
+
+def test_weights_that_float16_would_round_away_are_made_larger():
+    found = decided(range_of(f"{MLP}.down_proj", weight=extent(1e-6, 1e-7), result=1.0))
+    exponent = found.exponents[f"{MLP}.down_proj"]
+    assert 1e-7 / 2.0**exponent >= 2**-12 and found.factors == found.exponents
+
+
+def test_an_operand_too_large_for_its_type_keeps_the_product_in_float32(checkpoint):
+    found = decided(range_of("vision.encoder.layers.0.self_attn.q_proj", operand=9000.0))
+    assert found.kept == {"vision.encoder.layers.0.self_attn.q_proj": "its operand reaches 9e+03"}
+
+
+def test_scores_too_large_stay_float32():
+    site = "backbone.layers.0.self_attn.scores"
+    one = Range(site, "prefix", extent(10.0), extent(1e4))
+    assert decided(one).kept == {site: "its result reaches 1e+04"}
+
+
+@pytest.mark.parametrize("largest", [1e-3, 1.0, 8188.0, 8189.0, 65504.0, 1e9, 1e30])
+def test_shift_brings_values_below_the_margin(largest):
+    k = shift(largest, largest / 3)
+    assert largest / 2.0**k <= LARGEST / 8
+    assert k <= 0 or largest / 2.0 ** (k - 1) > LARGEST / 8
+
+
+def test_too_much_in_float32_is_refused_and_bf16_offered(audited):
+    _, _, models, found = audited
+    ruined = Audit(
+        "test", 1, {k: Range(r.site, r.graph, extent(1e5), r.output, r.weight) for k, r in found.ranges.items()}
+    )
+    with pytest.raises(ExportError, match=r"its operand reaches 1e\+05.*use --precision bf16"):
+        decide("fp16", ruined, models)
+
+
+def test_patterns_keep_products_and_a_wrong_one_is_told(audited):
+    _, _, models, found = audited
+    kept = decide("fp16", found, models, ("vision.*", "*.layers.0.mlp.down_proj")).kept
+    assert all(name.startswith("vision") or name.endswith("layers.0.mlp.down_proj") for name in kept)
+    assert "projector" not in kept and len(kept) == 8 + 2
+    with pytest.raises(ArgumentError, match=r"--keep-fp32 'visionn\.\*' fits no matrix product"):
+        decide("fp16", None, models, ("visionn.*",))
+
+
+def test_a_kept_down_proj_leaves_its_product_as_it_is(audited):
+    _, _, models, found = audited
+    large = dict(found.ranges)
+    down = f"{MLP}.down_proj"
+    for key in [key for key in large if key[1] == down]:
+        large[key] = Range(down, key[0], extent(1e6), extent(10.0), extent(1.0))
+    kept = decide("fp16", Audit("test", 1, large), models, (down,))
+    assert kept.exponents == kept.factors == {}
+
+
+def test_forms_follow_the_decision():
+    decision = Decision("fp16", {}, {"a": 3, "b": -2})
+    origins = {"g": {"a.weight": Rows("A"), "b.weight": Rows("B"), "c.weight": Rows("C"), "c.bias": Rows("D")}}
+    found = forms(decision, {"a.weight", "c.weight"}, origins)
+    assert found == {"A": Form("F16", 3), "B": Form("F32", -2), "C": Form("F16", 0)}
+
+
+# calibration
+
+
+@pytest.fixture(scope="module")
+def policy(checkpoint):
+    opened = Checkpoint.open(checkpoint)
+    files = read_policy(opened.path, opened.format, opened.settings, opened.config, PolicyRequest())
+    tokenizer = PromptTokenizer(checkpoint / "assets" / "tokenizer.model", files.contract.prompt_format, 64)
+    return opened.config, replace(files, contract=replace(files.contract, max_token_len=64), tokenizer=tokenizer)
+
+
+def test_built_in_observations_differ_and_fit_the_policy(policy):
+    config, files = policy
+    found = calibration(config, files, None)
+    assert len(found.observations) == 8 and "synthetic" in found.source
+    assert len({one.images.tobytes() for one in found.observations}) == 8
+    for one in found.observations:
+        assert one.images.dtype == np.uint8 and 1 <= one.images.shape[1] <= len(files.contract.cameras)
+        assert one.prompt_tokens.shape[1] <= files.contract.max_token_len
+
+
+def test_recorded_episodes_pass_through_the_policys_pipeline(policy, tmp_path):
+    config, files = policy
+    rng = np.random.default_rng(0)
+    for name in ("one", "two"):
+        pictures = {camera: rng.integers(0, 256, (20, 14, 14, 3)).astype(np.uint8) for camera in ("left", "right")}
+        record_episode(
+            tmp_path / f"{name}.npz",
+            images=pictures,
+            state=rng.uniform(-1, 1, (20, 2)).astype(np.float32),
+            actions=rng.uniform(-1, 1, (20, 2)).astype(np.float32),
+            prompt="go",
+        )
+    found = calibration(config, files, tmp_path)
+    assert isinstance(found, Calibration) and found.source.startswith("recorded: 32 observations of 2 files")
+    assert all(one.images.shape == (1, 2, 14, 14, 3) for one in found.observations)
+    one = calibration(config, files, tmp_path / "one.npz")
+    assert len(one.observations) == 20
+
+
+def test_recorded_model_inputs_serve_too(policy, tmp_path):
+    config, _ = policy
+    rng = np.random.default_rng(0)
+    np.savez(
+        tmp_path / "inputs.npz",
+        **{"image/a": rng.integers(0, 256, (2, 14, 14, 3)).astype(np.uint8), "image_mask/a": np.ones(2, bool)},
+        tokenized_prompt=np.array([[5, 6, 7], [5, 6, 0]]),
+        tokenized_prompt_mask=np.array([[True] * 3, [True, True, False]]),
+    )
+    found = calibration(config, None, tmp_path / "inputs.npz")
+    assert [one.prompt_tokens.shape[1] for one in found.observations] == [3, 2]
+
+
+def test_recordings_without_usable_observations_are_refused(policy, tmp_path):
+    config, files = policy
+    with pytest.raises(DatasetError, match=r"no \.npz file in this folder"):
+        calibration(config, files, tmp_path)
+    with pytest.raises(DatasetError, match="no such file"):
+        calibration(config, files, tmp_path / "missing.npz")
+    np.savez(tmp_path / "other.npz", x=np.zeros(3))
+    with pytest.raises(DatasetError, match=r"other\.npz"):
+        calibration(config, files, tmp_path / "other.npz")
+    wrong = {"image/a": np.zeros((1, 9, 9, 3), np.uint8), "image_mask/a": np.ones(1, bool)}
+    np.savez(
+        tmp_path / "size.npz",
+        **wrong,
+        tokenized_prompt=np.ones((1, 2), int),
+        tokenized_prompt_mask=np.ones((1, 2), bool),
+    )
+    with pytest.raises(DatasetError, match=r"no usable observation: images of \[1, 9, 9, 3\]"):
+        calibration(config, files, tmp_path / "size.npz")

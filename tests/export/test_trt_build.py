@@ -1,0 +1,385 @@
+"""Engines, really compiled by TensorRT-RTX without a GPU, and what a build refuses."""
+
+import os
+import shutil
+import signal
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from ki_edge.bundle import Bundle, sha256
+from ki_edge.errors import ArgumentError, BackendError, BundleError
+from ki_runtime.trt import build as building
+from ki_runtime.trt import compiling, memory
+from ki_runtime.trt.api import Api, parse_capabilities
+from ki_runtime.trt.build import BuildOptions, build, build_bundle, ensure_engines
+from ki_runtime.trt.engines import Device, find
+from ki_runtime.trt.graph_file import GraphFile, read_graph
+from ki_runtime.trt.requirements import check_graph, check_precision
+
+AHEAD = BuildOptions(capabilities=((8, 6), (12, 0)))
+AMPERE, ADA = Device("NVIDIA GeForce RTX 3090", (8, 6), 24 << 30), Device("NVIDIA L4", (8, 9), 24 << 30)
+# One row a precision: the bundles of `of_precision`. 16-bit exports join here.
+PRECISIONS = ("float32",)
+
+
+@pytest.fixture(scope="session")
+def rtx():
+    return Api.load("tensorrt_rtx")
+
+
+@pytest.fixture(scope="session")
+def of_precision(bundle):
+    """Precision -> the exported micro policy."""
+    return {"float32": bundle}
+
+
+@pytest.fixture(scope="session")
+def compiled(of_precision, rtx, tmp_path_factory):
+    """compiled(precision) -> (bundle, engines, lines said), compiled once. Do not change them: copy them."""
+    done = {}
+
+    def compile_once(precision):
+        if precision not in done:
+            source, said = of_precision[precision], []
+            own = Bundle.open(shutil.copytree(source.path, tmp_path_factory.mktemp(precision) / "bundle"))
+            done[precision] = own, build(own, rtx, None, AHEAD, said.append), said
+        return done[precision]
+
+    return compile_once
+
+
+@pytest.fixture
+def own(bundle, tmp_path):
+    """A bundle of one's own, without engines."""
+    return Bundle.open(shutil.copytree(bundle.path, tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_all_graphs_compile_for_ampere_and_blackwell(precision, compiled) -> None:
+    bundle, engines, said = compiled(precision)
+    assert engines.folder == bundle.path / "engines" / engines.identity.key
+    assert {path.name for path in engines.folder.iterdir()} == {
+        "engine.json",
+        *(f"{graph}.{kind}" for graph in ("prefix", "denoise", "fast_decode") for kind in ("engine", "log")),
+    }
+    for graph, facts in engines.files.items():
+        path = engines.path(graph)
+        assert (path.stat().st_size, sha256(path)) == (facts.size, facts.sha256)
+        assert facts.size > facts.weights > 0
+        assert f"{graph}.onnx" in (engines.folder / f"{graph}.log").read_text()
+    assert said[0].startswith("compiling prefix, denoise, fast_decode with TensorRT-RTX ")
+    assert "for compute capability 8.6, 12.0: less than a minute" in said[0]
+    assert [line.split(":")[0] for line in said[1:]] == ["compiled prefix", "compiled denoise", "compiled fast_decode"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_compiled_engines_are_found_on_their_gpus_only(precision, compiled, rtx) -> None:
+    bundle, engines, _ = compiled(precision)
+    assert find(bundle, rtx, AMPERE, verify=True) == engines
+    with pytest.raises(BackendError, match=r"compute capability 8\.6, 12\.0, this is NVIDIA L4 \(8\.9\)"):
+        find(bundle, rtx, ADA)
+
+
+def test_profiles_are_those_of_the_parsed_network(compiled, rtx) -> None:
+    """Every dynamic input of the real network has a range, and its constants are the range's."""
+    bundle, engines, _ = compiled("float32")
+    logger = rtx.logger(lambda *_: None)
+    builder = rtx.module.Builder(logger)
+    for graph, (profile,) in engines.profiles.items():
+        network = rtx.network(builder)
+        parser = rtx.module.OnnxParser(network, logger)
+        assert parser.parse_from_file(str(bundle.graph(graph)))
+        inputs = {tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))}
+        assert set(profile) == {name for name, shape in inputs.items() if -1 in shape}
+        for name in profile:
+            for size, *ends in zip(inputs[name], *profile[name], strict=True):
+                assert size == -1 or {size} == set(ends)
+
+
+def test_what_is_there_is_not_built_again(compiled, rtx) -> None:
+    bundle, engines, _ = compiled("float32")
+    said = []
+    assert build(bundle, rtx, None, AHEAD, said.append) == engines
+    assert said == [f"{engines.folder}: engines are there already"]
+    assert ensure_engines(bundle, rtx, AMPERE, said.append) == engines
+    assert len(said) == 1
+
+
+def test_first_start_says_why_and_builds(compiled, rtx, tmp_path) -> None:
+    bundle, engines, _ = compiled("float32")
+    own = Bundle.open(shutil.copytree(bundle.path, tmp_path / "bundle"))
+    (own.path / "engines" / engines.folder.name / "denoise.engine").write_bytes(b"cut")
+    said = []
+    made = ensure_engines(own, rtx, AMPERE, said.append)
+    assert "denoise.engine has 3 bytes" in said[0] and said[-1].startswith("compiled fast_decode: ")
+    assert made.identity.capabilities == ((8, 6),) and made.identity.device is None
+    assert find(own, rtx, AMPERE) == made
+
+
+def test_a_damaged_engine_is_built_again(own, rtx) -> None:
+    options = BuildOptions(capabilities=((8, 6),), graphs=("denoise",))
+    first = build(own, rtx, None, options)
+    first.path("denoise").write_bytes(b"cut")
+    second = build(own, rtx, None, options)
+    assert second.folder == first.folder and not second.damage(verify=True)
+    assert [path.name for path in (own.path / "engines").iterdir()] == [first.folder.name]
+
+
+def test_the_command(own) -> None:
+    engines = build_bundle(own.path, "trt-rtx", "8.6", BuildOptions(graphs=("denoise",)))
+    assert engines.identity.capabilities == ((8, 6),)
+    with pytest.raises(ArgumentError, match="target 'ort': engines are built for trt, trt-rtx"):
+        build_bundle(own.path, "ort")
+
+
+class TestInterrupted:
+    def test_nothing_is_left_of_it_and_the_old_engines_stay(self, compiled, rtx, monkeypatch, tmp_path) -> None:
+        bundle, engines, _ = compiled("float32")
+        own = Bundle.open(shutil.copytree(bundle.path, tmp_path / "bundle"))
+        before = {path: sha256(path) for path in own.path.rglob("*") if path.is_file()}
+        stepped, steps = compiling.Progress.stepped, []
+
+        def interrupt_at_20(progress, name, number):
+            steps.append(name)
+            if len(steps) == 20:
+                os.kill(os.getpid(), signal.SIGINT)
+                deadline = time.monotonic() + 30
+                while not progress.cancelled and time.monotonic() < deadline:
+                    time.sleep(0.01)
+            return stepped(progress, name, number)
+
+        monkeypatch.setattr(compiling.Progress, "stepped", interrupt_at_20)
+        with pytest.raises(KeyboardInterrupt):
+            build(own, rtx, None, replace(AHEAD, force=True))
+        assert len(steps) < 100  # of several hundred
+        assert {path: sha256(path) for path in own.path.rglob("*") if path.is_file()} == before
+        assert [path.name for path in (own.path / "engines").iterdir()] == [engines.folder.name]
+
+    def test_a_failed_build_leaves_nothing(self, own, rtx, monkeypatch) -> None:
+        monkeypatch.setattr(Api, "serialize", lambda *_: False)
+        with pytest.raises(BackendError, match=r"TensorRT-RTX \S+ cannot compile graph prefix: no reason given"):
+            build(own, rtx, None, AHEAD)
+        assert list((own.path / "engines").iterdir()) == []
+
+    def test_what_a_killed_build_left_is_swept(self, own, rtx) -> None:
+        stale = own.path / "engines" / ".0123456789abcdef.partial-999999999"
+        alive = own.path / "engines" / f".0123456789abcdef.partial-{os.getppid()}"
+        for folder in (stale, alive):
+            folder.mkdir(parents=True)
+            (folder / "prefix.engine").write_bytes(b"half")
+        build(own, rtx, None, BuildOptions(capabilities=((8, 6),), graphs=("denoise",)))
+        assert not stale.exists() and alive.exists()
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("options", "device", "message"),
+        [
+            (BuildOptions(), None, "no NVIDIA GPU or driver here: .* --compute-capability 8.6"),
+            (BuildOptions(), Device("NVIDIA H200", (9, 0)), r"capability 9\.0, only for 7\.5, 8\.0, 8\.6, 8\.9, 12\.0"),
+            (BuildOptions(capabilities=((8, 7),)), None, r"cannot compile for compute capability 8\.7, only for"),
+            (BuildOptions(capabilities=((8, 6),), lean=True), None, "the lean runtime loads engines of TensorRT, not"),
+        ],
+    )
+    def test_targets(self, options, device, message, own, rtx) -> None:
+        with pytest.raises(BackendError, match=message):
+            build(own, rtx, device, options)
+
+    def test_tensorrt_does_not_compile_ahead_of_time(self, own) -> None:
+        with pytest.raises(BackendError, match=r"TensorRT builds only on the GPU .* --target trt-rtx"):
+            build(own, Api(None, "tensorrt", (10, 3), "10.3.0"), None, AHEAD)
+
+    def test_the_lean_runtime_does_not_build(self, own) -> None:
+        lean = Api.load("tensorrt_lean")
+        with pytest.raises(BackendError, match=r"TensorRT lean runtime \S+ only runs engines"):
+            build(own, lean, AMPERE)
+        with pytest.raises(
+            BackendError, match=r"has no TensorRT engines, and TensorRT lean runtime \S+ cannot build any"
+        ):
+            ensure_engines(own, lean, AMPERE)
+
+    @pytest.mark.parametrize(
+        ("graphs", "message"), [(("suffix",), "no graph 'suffix' in .*, only prefix"), ((), "no gr")]
+    )
+    def test_graphs(self, graphs, message, own, rtx) -> None:
+        with pytest.raises(ArgumentError, match=message):
+            build(own, rtx, None, replace(AHEAD, graphs=graphs))
+
+    def test_memory(self, own, rtx, monkeypatch) -> None:
+        monkeypatch.setattr(memory, "available_memory", lambda: int(0.1e9))
+        with pytest.raises(BackendError, match=r"compiling prefix .* needs about 0\.3 GB of memory, 0\.1 GB are free"):
+            build(own, rtx, None, AHEAD)
+        assert not (own.path / "engines").exists()
+        only = BuildOptions(capabilities=((8, 6),), graphs=("denoise",), ignore_memory=True)
+        assert build(own, rtx, None, only).path("denoise").is_file()
+
+    def test_disk(self, own, rtx, monkeypatch) -> None:
+        monkeypatch.setattr(memory.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e6))
+        with pytest.raises(BackendError, match=r"0\.0 GB are free on this disk, the engines need 0\.1 GB"):
+            build(own, rtx, None, AHEAD)
+
+    def test_a_bundle_that_cannot_be_written_to(self, own, rtx) -> None:
+        (own.path / "engines").write_bytes(b"")
+        with pytest.raises(BackendError, match=r"cannot write engines into .*engines .* copy the bundle elsewhere"):
+            build(own, rtx, None, AHEAD)
+
+    @pytest.mark.parametrize("name", ["tensorrt_rtx", "tensorrt"])
+    def test_no_gpu_here(self, name, own, monkeypatch) -> None:
+        def absent():
+            raise BackendError("no NVIDIA driver")
+
+        monkeypatch.setattr(building, "import_module", lambda _: SimpleNamespace(current_device=absent))
+        monkeypatch.setattr(Api, "load", lambda _: Api(None, name, (10, 3), "10.3.0"))
+        with pytest.raises(BackendError, match="no NVIDIA driver; run ki-export --build BUNDLE on the robot") as error:
+            build_bundle(own.path, "trt")
+        assert ("--compute-capability" in str(error.value)) is (name == "tensorrt_rtx")
+
+
+def save_graph(path, node, opset=20, **types):
+    """An ONNX file of one node over x, y -> z, all [2, 2]."""
+    tensors = [helper.make_tensor_value_info(n, types.get(n, TensorProto.FLOAT), [2, 2]) for n in (*node.input, "z")]
+    graph = helper.make_graph([node], "g", tensors[:-1], tensors[-1:])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9), path)
+    return path
+
+
+class TestGraphs:
+    def test_a_node_that_cannot_be_imported_is_named_in_one_line(self, rtx, tmp_path) -> None:
+        node = helper.make_node("MatMulInteger", ["x", "y"], ["z"], name="layer_3/product")
+        types = {"x": TensorProto.INT8, "y": TensorProto.INT8, "z": TensorProto.INT32}
+        path = save_graph(tmp_path / "strange.onnx", node, **types)
+        settings = compiling.Settings(1 << 30, ((8, 6),))
+        engine, log = tmp_path / "out.engine", tmp_path / "out.log"
+        with pytest.raises(BackendError) as error:
+            compiling.compile_graph(rtx, path, (), engine, log, settings)
+        message = str(error.value)
+        assert "cannot import graph strange: node layer_3/product (MatMulInteger): " in message and "\n" not in message
+        assert "[error]" in log.read_text()
+
+    def test_the_builders_own_reason_is_given(self, rtx, tmp_path) -> None:
+        node = helper.make_node("Add", ["x", "y"], ["z"])
+        types = dict.fromkeys("xyz", TensorProto.BFLOAT16)
+        path = save_graph(tmp_path / "half.onnx", node, **types)
+        settings = compiling.Settings(1 << 30, ((7, 5),))
+        with pytest.raises(BackendError, match=r"cannot compile graph half: .*target.*sm75.*b16"):
+            compiling.compile_graph(rtx, path, (), tmp_path / "out.engine", tmp_path / "out.log", settings)
+
+    def test_reading_a_graph_agrees_with_onnx(self, bundle) -> None:
+        for name in bundle.manifest.graphs:
+            found, model = read_graph(bundle.graph(name)), onnx.load(bundle.graph(name), load_external_data=False)
+            operators = [node.op_type for node in model.graph.node]
+            assert found.operators == {operator: operators.count(operator) for operator in operators}
+            assert found.opset == model.opset_import[0].version == 20
+            stored = {}
+            for tensor in model.graph.initializer:
+                place = {entry.key: entry.value for entry in tensor.external_data}
+                inline = onnx.numpy_helper.to_array(tensor).nbytes if not place else 0
+                stored[place.get("offset", tensor.name)] = int(place.get("length", inline))
+            assert found.weight_bytes == sum(stored.values())
+
+    def test_weights_at_one_place_count_once(self, tmp_path) -> None:
+        weights = [helper.make_tensor(n, TensorProto.FLOAT16, [3, 5], b"", raw=True) for n in ("a", "b", "c")]
+        for weight, offset in zip(weights, (8, 8, 80), strict=True):
+            onnx.external_data_helper.set_external_data(weight, "weights.safetensors", offset, 30)
+        node = helper.make_node("Concat", ["a", "b", "c"], ["z"], axis=0)
+        outputs = [helper.make_tensor_value_info("z", TensorProto.FLOAT16, [9, 5])]
+        model = helper.make_model(helper.make_graph([node], "g", [], outputs, weights))
+        (tmp_path / "twice.onnx").write_bytes(model.SerializeToString())
+        assert read_graph(tmp_path / "twice.onnx").weight_bytes == 2 * 3 * 5 * 2
+
+    @pytest.mark.parametrize("damage", [lambda b: b[:-7], lambda b: b"", lambda b: b"\xff" * 40, lambda b: b[50:]])
+    def test_a_damaged_graph_is_refused(self, damage, bundle, tmp_path) -> None:
+        path = tmp_path / "prefix.onnx"
+        path.write_bytes(damage(bundle.graph("prefix").read_bytes()))
+        with pytest.raises(BundleError, match=r"prefix\.onnx is not a readable ONNX graph"):
+            read_graph(path)
+
+    @pytest.mark.parametrize(
+        ("version", "operator", "opset", "message"),
+        [
+            (
+                "10.3.0",
+                "Attention",
+                20,
+                r"Attention needs TensorRT 10\.14, installed is 10\.3\.0: .*--attention decomp",
+            ),
+            ("10.13.2", "Attention", 20, r"Attention needs TensorRT 10\.14, installed is 10\.13\.2"),
+            ("10.14.0", "Attention", 23, None),
+            ("10.3.0", "Gelu", 20, None),
+            ("10.3.0", "Gelu", 23, r"opset 23 needs TensorRT 10\.11, installed is 10\.3\.0: export with --opset 20"),
+            ("11.4.0", "Gelu", 99, "opset 99 needs a newer TensorRT than exists yet"),
+            ("11.4.0", "MatMulInteger", 20, "no TensorRT imports MatMulInteger"),
+        ],
+    )
+    def test_what_a_graph_needs_of_tensorrt(self, version, operator, opset, message) -> None:
+        api = Api(None, "tensorrt", tuple(map(int, version.split("."))), version)
+        graph = GraphFile(opset, {"Add": 3, operator: 1}, 0)
+        if message is None:
+            check_graph(api, "prefix", graph)
+            return
+        with pytest.raises(BackendError, match=f"graph prefix: {message}"):
+            check_graph(api, "prefix", graph)
+
+    def test_a_graph_too_new_is_refused_before_building(self, own, rtx, monkeypatch) -> None:
+        monkeypatch.setattr(building, "read_graph", lambda _: GraphFile(20, {"DynamicQuantizeLinear": 1}, 10))
+        with pytest.raises(BackendError, match="graph prefix: no TensorRT imports DynamicQuantizeLinear"):
+            build(own, rtx, None, AHEAD)
+
+    @pytest.mark.parametrize(
+        ("precision", "capability", "message"),
+        [
+            ("float32", (7, 5), None),
+            ("float16", (7, 5), None),
+            ("bfloat16", (8, 0), None),
+            (
+                "bfloat16",
+                (7, 5),
+                r"bfloat16 needs compute capability 8\.0 or newer, not 7\.5: export with --precision fp16",
+            ),
+            ("int8", (8, 6), "precision int8 is for the CPU: export the checkpoint with --target trt"),
+        ],
+    )
+    def test_precision(self, precision, capability, message) -> None:
+        if message is None:
+            check_precision(precision, [capability, (12, 0)])
+            return
+        with pytest.raises(BackendError, match=message):
+            check_precision(precision, [capability, (12, 0)])
+
+
+class TestEstimates:
+    def test_engines_grown_to_float32_are_refused(self) -> None:
+        said = []
+        memory.check_size("prefix", int(1.05e9), int(1e9), "float16", said.append)
+        assert said == []
+        memory.check_size("prefix", int(1.5e9), int(1e9), "float16", said.append)
+        memory.check_size("prefix", int(2.1e9), int(1e9), "float32", said.append)
+        assert len(said) == 2 and "1.50 GB for 1.00 GB of weights" in said[0]
+        with pytest.raises(BackendError, match="fell back to float32"):
+            memory.check_size("prefix", int(2.0e9), int(1e9), "float16", said.append)
+
+    def test_weights_beyond_the_gpu(self, rtx, monkeypatch) -> None:
+        monkeypatch.setattr(memory, "available_memory", lambda: int(99e9))
+        memory.check_memory(rtx, "prefix", int(9e9), gpu=int(10e9))
+        with pytest.raises(BackendError, match=r"9\.0 GB of weights and the GPU 8\.0 GB of memory"):
+            memory.check_memory(rtx, "prefix", int(9e9), gpu=int(8e9))
+
+    def test_older_parsers_copy_the_weights(self) -> None:
+        old, new = (Api(SimpleNamespace(), "tensorrt", version, "") for version in ((10, 3), (10, 13)))
+        assert memory.needed(old, int(1e9)) - memory.needed(new, int(1e9)) == pytest.approx(1e9)
+
+    def test_available_memory_is_the_systems(self) -> None:
+        psutil = pytest.importorskip("psutil")
+        assert memory.available_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.2)
+
+
+def test_capabilities_of_text() -> None:
+    assert parse_capabilities("12.0, 8.6,8.6") == ((8, 6), (12, 0))
+    for text in ("", "8", "86", "8.6,", "sm86", "8.65"):
+        with pytest.raises(ArgumentError, match=r"expected numbers such as 8\.6"):
+            parse_capabilities(text)
