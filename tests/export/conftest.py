@@ -79,6 +79,12 @@ def random_model(seed=0, config=CONFIG):
 
 
 @pytest.fixture(scope="session")
+def small_model():
+    """Makes one: `small_model(seed=0)`."""
+    return random_model
+
+
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, tokenizer_model):
     """A policy checkpoint as ki-train writes it. Do not change it: copy it."""
     folder = tmp_path_factory.mktemp("micro") / "checkpoint"

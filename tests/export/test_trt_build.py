@@ -283,9 +283,10 @@ class TestGraphs:
             assert found.weight_bytes == sum(stored.values())
 
     def test_weights_at_one_place_count_once(self, tmp_path) -> None:
-        weights = [helper.make_tensor(n, TensorProto.FLOAT16, [3, 5], b"", raw=True) for n in ("a", "b", "c")]
+        weights = [helper.make_tensor(n, TensorProto.FLOAT16, [3, 5], bytes(30), raw=True) for n in ("a", "b", "c")]
         for weight, offset in zip(weights, (8, 8, 80), strict=True):
             onnx.external_data_helper.set_external_data(weight, "weights.safetensors", offset, 30)
+            weight.ClearField("raw_data")
         node = helper.make_node("Concat", ["a", "b", "c"], ["z"], axis=0)
         outputs = [helper.make_tensor_value_info("z", TensorProto.FLOAT16, [9, 5])]
         model = helper.make_model(helper.make_graph([node], "g", [], outputs, weights))
