@@ -13,18 +13,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ki_edge.bundle import MANIFEST
+from ki_edge.bundle import MANIFEST, Bundle
 from ki_edge.errors import KiEdgeError
 from ki_runtime.loop import ControlLoop, LoopOptions
 from ki_runtime.robots import open_robot
 
 
 def open_policy(path: Path) -> Any:
-    """A bundle through the runtime; a checkpoint through PyTorch (only then is torch imported)."""
-    if (path / MANIFEST).is_file():
-        from ki_runtime.policy import Policy
+    """A bundle through the runtime; a checkpoint through PyTorch (only then is torch imported).
 
-        return Policy.load(path)
+    A float16 or bfloat16 bundle is computed in exactly these types, as a GPU would: ONNX Runtime's CPU widens them.
+    """
+    if (path / MANIFEST).is_file():
+        from ki_runtime.policy import Policy, read_assets
+
+        bundle = Bundle.open(path)
+        if bundle.manifest.precision in ("float16", "bfloat16"):
+            from ki_export.arithmetic.session import arithmetic_sampler
+
+            return Policy(arithmetic_sampler(bundle), read_assets(bundle))
+        return Policy.load(bundle)
     from ki_export.reference import ReferencePolicy
 
     return ReferencePolicy(path)

@@ -50,6 +50,7 @@ def _export(arguments: argparse.Namespace) -> int:
         weights=arguments.weights,
         calibrate=arguments.calibrate,
         keep_fp32=tuple(arguments.keep_fp32 or ()),
+        sensitivity=arguments.sensitivity,
         policy=_request(arguments),
     )
     bundle = export(_where(arguments), arguments.output, options, lambda line: tell(f"{NAME}: {line}"))
@@ -120,6 +121,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     add("--calibrate", type=Path, metavar="FILE|DIR", help="fp16: measure ranges on these recorded observations (.npz)")
     add("--keep-fp32", action="append", metavar="PATTERN", help="products that stay float32, such as 'vision.*'")
     add("--weights", default="float32", help="float32, or stored: the checkpoint's own types, widened while running")
+    add("--sensitivity", action="store_true", help="fp16, bf16: measure what each layer costs; a run of the model each")
     add("--model-only", action="store_true", help="the model alone, without tokenizer, statistics and contract")
     add("--num-steps", type=int, metavar="N", help="denoising steps recorded as the default (contract's, or 10)")
     add("--opset", type=int, default=20, metavar="N", help="ONNX opset of the graphs (%(default)s)")

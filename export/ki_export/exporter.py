@@ -48,8 +48,8 @@ class ExportOptions:
 
     `precision` of the matrix products, None: the target's default; `weights`: "float32", or "stored" to keep the
     checkpoint's own types in the file and widen while running; `calibrate`: recorded observations for the range audit
-    of fp16; `keep_fp32`: shell-style patterns of products that stay float32; `policy`: what the checkpoint does not
-    record.
+    of fp16; `keep_fp32`: shell-style patterns of products that stay float32; `sensitivity`: measure what each layer
+    costs in 16 bits; `policy`: what the checkpoint does not record.
     """
 
     target: str = "ort"
@@ -64,6 +64,7 @@ class ExportOptions:
     weights: Stored = "float32"
     calibrate: Path | None = None
     keep_fp32: tuple[str, ...] = ()
+    sensitivity: bool = False
     policy: PolicyRequest = field(default_factory=PolicyRequest)
 
     def __post_init__(self) -> None:
@@ -77,8 +78,9 @@ class ExportOptions:
             raise ArgumentError(f"precision int8 is for ONNX Runtime on a CPU: target {self.target} takes fp16 or bf16")
         if self.precision in SIXTEEN and self.weights == "stored":
             raise ArgumentError(f"weights 'stored' and precision {self.precision} contradict each other: leave one out")
-        if (self.calibrate is not None and self.precision != "fp16") or (self.keep_fp32 and not self.sixteen):
-            raise ArgumentError(f"--calibrate and --keep-fp32 are for precision fp16, not {self.precision}")
+        if (self.calibrate is not None or self.keep_fp32 or self.sensitivity) and not self.sixteen:
+            flags = "--calibrate, --keep-fp32 and --sensitivity"
+            raise ArgumentError(f"{flags} are for precision fp16 and bf16, not {self.precision}")
         newest = onnx.defs.onnx_opset_version()
         if not MIN_OPSET <= self.opset <= newest:
             raise ArgumentError(f"opset {self.opset}: expected {MIN_OPSET} to {newest} with onnx {onnx.__version__}")
@@ -148,7 +150,7 @@ def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOpti
                 quantize(model, choose(config))
     lowered = None
     if options.sixteen:
-        request = Request(str(options.precision), options.calibrate, options.keep_fp32)
+        request = Request(str(options.precision), options.calibrate, options.keep_fp32, options.sensitivity)
         lowered = lower_models(checkpoint, files, models, vocabulary, request, say)
     origins = {name: sources(model, vocabulary) for name, model in models.items()}
     if options.weights == "stored":

@@ -17,24 +17,21 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from ki_edge import flow, graphs
+from ki_edge import graphs
 from ki_edge.bundle import DecodeVocabulary
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import ExportError
 
-from .arithmetic.evaluator import Evaluator, Shelf
-from .arithmetic.readers import CheckpointWeights
-from .calibration import Calibration, Observed
+from .calibration import Calibration
 from .passes.sites import sites
+from .rehearsal import Rehearsal
 from .weights import Rows
 
 RANGES = "ranges.json"  # in a bundle
 LARGEST = 65504.0  # of float16
 MARGIN = 8.0
 SMALL = 2.0**-12
-DECODED = 8  # tokens that the FAST graph is fed
-STEPS = 10
-BUDGET = 1_000_000_000  # bytes of weights in memory
+BUDGET = 1_300_000_000  # bytes of weights in memory: π0.5's action expert in float32
 INPUT, OUTPUT, WEIGHT = KINDS = ("input", "output", "weight")
 
 
@@ -141,83 +138,19 @@ def audit(
     Weights are read from the checkpoint as they are used. ExportError if float32 itself overflows.
     """
     result = Audit(observed.source, len(observed.observations))
-    run = _Run(checkpoint, models, origins, vocabulary, result)
-    for name in run.graphs:
-        run.graph(name, observed.observations)
+    rehearsal = Rehearsal(checkpoint, models, origins, BUDGET)
+    observations = observed.observations
+
+    def watch(name: str) -> _Watch:
+        return _Watch(models[name].graph, result)
+
+    prefixes = rehearsal.prefix(observations, watch(graphs.PREFIX.name))
+    rehearsal.actions(observations, prefixes, watch(graphs.DENOISE.name))
+    rehearsal.decode(observations, prefixes, np.array(vocabulary.ids), watch(graphs.FAST_DECODE.name))
+    for name in models:
         largest = max((r for r in result.ranges.values() if r.graph == name), key=lambda r: r.largest)
         say(f"audited {name}: largest {largest.largest:.3g} in {largest.site} (float16 ends at {LARGEST:.0f})")
     return result
-
-
-class _Run:
-    """The three graphs one after the other, each watched. Their outputs on all observations feed the next."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        models: Mapping[str, ir.Model],
-        origins: Mapping[str, Mapping[str, Rows]],
-        vocabulary: DecodeVocabulary,
-        result: Audit,
-    ) -> None:
-        self._checkpoint, self._models, self._origins, self._result = checkpoint, models, origins, result
-        self._ids = np.array(vocabulary.ids)
-        self._prefixes: list[dict[str, Tensor]] = []
-        self.graphs = [spec.name for spec in graphs.specs(checkpoint.config)]
-
-    def graph(self, name: str, observations: Sequence[Observed]) -> None:
-        graph = self._models[name].graph
-        weights = Shelf(CheckpointWeights(self._checkpoint.source, self._origins[name]), BUDGET)
-        watch = _Watch(graph, self._result)
-        evaluator = Evaluator(graph, weights)
-        if name == graphs.PREFIX.name:
-            self._prefixes = evaluator.run([_prefix_feed(o) for o in observations], watch)
-        elif name == graphs.DENOISE.name:
-            self._denoise(evaluator, observations, watch)
-        else:
-            evaluator.run([self._decode_feed(at, o) for at, o in enumerate(observations)], watch)
-
-    def _denoise(self, evaluator: Evaluator, observations: Sequence[Observed], watch: _Watch) -> None:
-        checkpoint = self._checkpoint
-        times = flow.denoise_times(STEPS, checkpoint.time_convention)
-        table = torch.from_numpy(flow.modulation_table(checkpoint.source.array, times, checkpoint.config))
-        feeds = [
-            {
-                **prefix,
-                "x_t": torch.from_numpy(o.noise),
-                "dt": torch.tensor(flow.step_size(STEPS)),
-                **({} if o.state is None else {"state": torch.from_numpy(o.state)}),
-            }
-            for prefix, o in zip(self._prefixes, observations, strict=True)
-        ]
-        for row in table:
-            found = evaluator.run([{**feed, "modulation": row} for feed in feeds], watch)
-            for feed, made in zip(feeds, found, strict=True):
-                feed["x_t"] = made["x_next"]
-
-    def _decode_feed(self, at: int, observed: Observed) -> dict[str, Tensor]:
-        """The last prompt token and random tokens of the decode vocabulary, over the prefix's K/V."""
-        prefix, rng = self._prefixes[at], np.random.default_rng(at)
-        new = np.concatenate([observed.prompt_tokens[:, -1:], rng.choice(self._ids, (1, DECODED - 1))], axis=1)
-        mask = prefix["prefix_mask"].clone()
-        mask[:, -1] = False
-        positions = int(prefix["prefix_mask"].sum()) - 1 + np.arange(DECODED)
-        return {
-            "tokens": torch.from_numpy(new.astype(np.int32)),
-            "positions": torch.from_numpy(positions.astype(np.int32)[None]),
-            "cache_k": prefix["prefix_k"],
-            "cache_v": prefix["prefix_v"],
-            "cache_mask": mask,
-        }
-
-
-def _prefix_feed(observed: Observed) -> dict[str, Tensor]:
-    return {
-        "images": torch.from_numpy(observed.images),
-        "camera_mask": torch.ones(observed.images.shape[:2], dtype=torch.bool),
-        "prompt_tokens": torch.from_numpy(observed.prompt_tokens),
-        "prompt_mask": torch.ones(observed.prompt_tokens.shape, dtype=torch.bool),
-    }
 
 
 class _Watch:

@@ -21,12 +21,12 @@ Found = Mapping[str, Any]
 
 
 def read_ranges(bundle: Path) -> Found | None:
-    """ranges.json of a bundle's folder; None for a bundle without an audit."""
+    """ranges.json of a bundle's folder; None for a bundle that has none."""
     path = bundle / RANGES
     if not path.is_file() or path.stat().st_size > MAX_FILE:
         return None
     found = json.loads(path.read_text(encoding="utf-8"))
-    return found if isinstance(found, dict) and "ranges" in found else None
+    return found if isinstance(found, dict) else None
 
 
 def summary(found: Found) -> str:
@@ -43,6 +43,12 @@ def rows(found: Found) -> Iterator[tuple[str, ...]]:
     for entry in sorted(found["ranges"], key=lambda entry: entry["headroom"])[:SHOWN]:
         sizes = [f"{entry[kind]['largest']:.3g}" if kind in entry else "" for kind in KINDS]
         yield entry["site"], entry["graph"], *sizes, f"{entry['headroom']:.3g}x", _done(found, entry["site"])
+
+
+def costs(found: Found) -> Iterator[tuple[str, ...]]:
+    """(layer, error, relative, megabytes) of the sensitivity, the largest error first."""
+    for cost in found.get("sensitivity", ()):
+        yield cost["group"], f"{cost['error']:.1e}", f"{cost['relative']:.1e}", f"{cost['megabytes']:.1f}"
 
 
 def _done(found: Found, site: str) -> str:

@@ -99,10 +99,16 @@ def _figure(caption: str, png: bytes) -> str:
 def _ranges(found: ranges_report.Found | None) -> str:
     if found is None:
         return ""
+    sensitivity = ""
+    if costs := list(ranges_report.costs(found)):
+        columns = ("in 16 bits alone", "largest error of the actions", "relative", "MB more in float32")
+        sensitivity = f"<h2>Sensitivity</h2>\n{_table(columns, costs)}\n"
+    if "ranges" not in found:
+        return sensitivity
     head = ("product", "graph", "operand", "result", "weight", "headroom", "what was done")
     picture = _figure("Largest values by layer", ranges_report.picture(found))
     table = _table(head, ranges_report.rows(found))
-    return f"<h2>Range audit</h2>\n<p>{escape(ranges_report.summary(found))}</p>\n{picture}\n{table}\n"
+    return f"<h2>Range audit</h2>\n<p>{escape(ranges_report.summary(found))}</p>\n{picture}\n{table}\n{sensitivity}"
 
 
 def _summary_table(measurements: Sequence[Measurement]) -> str:

@@ -17,6 +17,7 @@ from .calibration import SYNTHETIC, calibration
 from .decision import Decision, apply, decide, forms
 from .policies import PolicyFiles
 from .ranges import RANGES, Audit, audit
+from .sensitivity import Cost, sensitivity
 from .tracing import quiet
 from .weights import Form, sources
 
@@ -26,24 +27,34 @@ FEW = 3
 
 @dataclass(frozen=True)
 class Request:
-    """`precision`: "fp16" or "bf16"; `calibrate`: recorded observations; `keep`: patterns of sites to keep float32."""
+    """`precision`: "fp16" or "bf16"; `calibrate`: recorded observations; `keep`: patterns of sites to keep float32.
+
+    `sensitivity`: measure what each layer costs.
+    """
 
     precision: str
     calibrate: Path | None = None
     keep: tuple[str, ...] = ()
+    sensitivity: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Lowered:
-    """What was done. `audit` is None for bfloat16; `forms`: checkpoint key -> how the weights file stores it."""
+    """What was done. `audit` is None for bfloat16; `forms`: checkpoint key -> how the weights file stores it.
+
+    `costs`: of every layer, if they were asked for.
+    """
 
     decision: Decision
     audit: Audit | None
     forms: Mapping[str, Form]
+    costs: tuple[Cost, ...] = ()
 
     def write(self, folder: Path) -> None:
         """Write ranges.json: the decision and what it rests on."""
         found = {**self.decision.to_json(), **({} if self.audit is None else self.audit.to_json())}
+        if self.costs:
+            found["sensitivity"] = [cost.to_json() for cost in self.costs]
         (folder / RANGES).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
@@ -61,14 +72,16 @@ def lower_models(
     """
     decide(request.precision, None, models, request.keep)  # a wrong pattern is told before minutes of measuring
     origins = {name: sources(model, vocabulary) for name, model in models.items()}
+    size = sum(tensor.elements for tensor in checkpoint.source.tensors.values())
+    observed = calibration(checkpoint.config, files, request.calibrate, synthetic=FEW if size > LARGE else SYNTHETIC)
     found = None
     if request.precision == "fp16":
-        size = sum(tensor.elements for tensor in checkpoint.source.tensors.values())
-        count = FEW if size > LARGE else SYNTHETIC
-        observed = calibration(checkpoint.config, files, request.calibrate, synthetic=count)
         found = audit(checkpoint, models, origins, vocabulary, observed, say)
     decision = decide(request.precision, found, models, request.keep)
     _tell(decision, say)
+    costs: list[Cost] = []
+    if request.sensitivity:
+        costs = sensitivity(checkpoint, models, vocabulary, decision, observed.observations, say)
     with quiet():
         low = apply(decision, models)
     stored = forms(decision, low, {name: sources(model, vocabulary) for name, model in models.items()})
@@ -77,7 +90,7 @@ def lower_models(
     for key in flow.modulation_weights(checkpoint.config):  # of the runtime alone, which widens them
         if key not in read:
             stored[key] = Form(tensors[key].dtype)
-    return Lowered(decision, found, stored)
+    return Lowered(decision, found, stored, tuple(costs))
 
 
 def _tell(decision: Decision, say: Callable[[str], object]) -> None:

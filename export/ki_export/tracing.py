@@ -65,11 +65,13 @@ def _trace_apart(config: Pi05Config, vocabulary: DecodeVocabulary, name: str, op
 
 def pack(model: ir.Model) -> bytes:
     """A traced graph as bytes. Its weights have no values: any place in a file stands in for them."""
-    for name, value in model.graph.initializers.items():
-        if value.const_value is None:
-            shape = value.shape or ir.Shape([])
-            value.const_value = ir.ExternalTensor(NOWHERE, 0, 0, ir.DataType.FLOAT, shape=shape, name=name)
+    empty = [value for value in model.graph.initializers.values() if value.const_value is None]
+    for value in empty:
+        shape = value.shape or ir.Shape([])
+        value.const_value = ir.ExternalTensor(NOWHERE, 0, 0, ir.DataType.FLOAT, shape=shape, name=str(value.name))
     packed: bytes = ir.to_proto(model).SerializeToString()
+    for value in empty:
+        value.const_value = None
     return packed
 
 

@@ -16,6 +16,7 @@ import ki_edge.model
 import ki_export.passes
 import ki_export.tracing
 import ki_export.wrappers
+from ki_edge.bundle import DecodeVocabulary
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.contract import FastContract, generic
 from ki_edge.fast import FastCodec
@@ -82,6 +83,12 @@ def random_model(seed=0, config=CONFIG):
 def small_model():
     """Makes one: `small_model(seed=0)`."""
     return random_model
+
+
+@pytest.fixture
+def traced():
+    """Fresh float32 graphs of the small model, by name."""
+    return ki_export.tracing.trace_all(CONFIG, DecodeVocabulary(0, CONFIG.vocab_size), 20)
 
 
 @pytest.fixture(scope="session")

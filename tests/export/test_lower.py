@@ -5,39 +5,31 @@ from collections import Counter
 import onnx_ir as ir
 import pytest
 
-from ki_edge.bundle import DecodeVocabulary
-from ki_edge.config import TINY
 from ki_export.passes.lower import lower
 from ki_export.passes.sites import EMBEDDING, sites
-from ki_export.tracing import trace_all
 
 FLOAT, HALF, BFLOAT = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 FLOAT32_OPS = ("Softmax", "LayerNormalization", "Gelu", "Cos", "Sin", "Pow", "ReduceMean", "Sqrt", "Div", "Conv")
 
 
-@pytest.fixture
-def models():
-    return trace_all(TINY, DecodeVocabulary(100, 32, (1,)), 20)
-
-
-def test_every_product_of_every_layer_has_a_name(models):
-    names = {name: [site.name for site in sites(model.graph)] for name, model in models.items()}
+def test_every_product_of_every_layer_has_a_name(traced):
+    names = {name: [site.name for site in sites(model.graph)] for name, model in traced.items()}
     layer = [f"self_attn.{part}" for part in ("k_proj", "v_proj", "q_proj", "scores", "values", "o_proj")]
     layer += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
-    for depth in range(TINY.expert.depth):
+    for depth in range(2):
         assert [n for n in names["denoise"] if f".{depth}." in n] == [f"expert.layers.{depth}.{part}" for part in layer]
-    dead = TINY.backbone.depth - 1  # the prefix needs only the K/V of the last layer
+    dead = 1  # the prefix needs only the K/V of the last layer
     last = [n for n in names["prefix"] if n.startswith(f"backbone.layers.{dead}.")]
     assert last == [f"backbone.layers.{dead}.self_attn.{part}" for part in ("k_proj", "v_proj")]
     assert names["prefix"].count("projector") == 1 and names["fast_decode"][-1] == EMBEDDING
     vision = [n for n in names["prefix"] if n.startswith("vision")]
-    assert len(vision) == 8 * TINY.vision.depth
+    assert len(vision) == 8
     assert all("action" not in name for found in names.values() for name in found)
 
 
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT])
-def test_products_are_low_and_everything_between_is_float32(models, dtype):
-    for model in models.values():
+def test_products_are_low_and_everything_between_is_float32(traced, dtype):
+    for model in traced.values():
         low = lower(model, dtype, lambda name: False)
         for node in model.graph:
             kinds = {value.dtype for value in node.inputs if value is not None and value.dtype in (FLOAT, HALF, BFLOAT)}
@@ -50,9 +42,9 @@ def test_products_are_low_and_everything_between_is_float32(models, dtype):
         assert all(value.dtype not in (HALF, BFLOAT) for value in (*model.graph.inputs, *model.graph.outputs))
 
 
-def test_final_projection_embedding_of_patches_and_biases_stay_float32(models):
+def test_final_projection_embedding_of_patches_and_biases_stay_float32(traced):
     low = set()
-    for model in models.values():
+    for model in traced.values():
         low |= lower(model, HALF, lambda name: False)
         initializers = model.graph.initializers
         for name, value in initializers.items():
@@ -62,30 +54,30 @@ def test_final_projection_embedding_of_patches_and_biases_stay_float32(models):
     assert f"{EMBEDDING}.weight" in low
 
 
-def test_what_is_kept_stays_as_it_was(models):
-    before = {name: Counter(node.op_type for node in model.graph) for name, model in models.items()}
-    for name, model in models.items():
+def test_what_is_kept_stays_as_it_was(traced):
+    before = {name: Counter(node.op_type for node in model.graph) for name, model in traced.items()}
+    for name, model in traced.items():
         assert lower(model, HALF, lambda site: True) == set()
         assert Counter(node.op_type for node in model.graph) == before[name]
 
 
-def test_one_product_can_be_kept(models):
-    kept = "backbone.layers.1.self_attn.scores"
-    lower(models["prefix"], HALF, {kept}.__contains__)
-    found = {site.name: site.node.inputs[0].dtype for site in sites(models["prefix"].graph)}
+def test_one_product_can_be_kept(traced):
+    kept = "backbone.layers.0.self_attn.scores"
+    lower(traced["prefix"], HALF, {kept}.__contains__)
+    found = {site.name: site.node.inputs[0].dtype for site in sites(traced["prefix"].graph)}
     assert found.pop(kept) == FLOAT and set(found.values()) == {HALF}
 
 
-def test_a_table_kept_for_one_graph_is_kept_for_all(models):
+def test_a_table_kept_for_one_graph_is_kept_for_all(traced):
     for name in ("prefix", "fast_decode"):
-        low = lower(models[name], HALF, {EMBEDDING}.__contains__)
+        low = lower(traced[name], HALF, {EMBEDDING}.__contains__)
         assert not any(weight.startswith((EMBEDDING, "unembedding")) for weight in low)
 
 
-def test_values_that_are_only_moved_between_two_products_are_not_widened(models):
+def test_values_that_are_only_moved_between_two_products_are_not_widened(traced):
     """The result of an attention goes to o_proj, and V to the attention, without a detour through float32."""
-    lower(models["prefix"], HALF, lambda name: False)
-    nodes = {site.name: site.node for site in sites(models["prefix"].graph)}
+    lower(traced["prefix"], HALF, lambda name: False)
+    nodes = {site.name: site.node for site in sites(traced["prefix"].graph)}
     for product, at in (("backbone.layers.0.self_attn.o_proj", 0), ("backbone.layers.0.self_attn.values", 1)):
         value = nodes[product].inputs[at]
         while value.producer().op_type in ("Reshape", "Transpose"):
@@ -94,8 +86,8 @@ def test_values_that_are_only_moved_between_two_products_are_not_widened(models)
         assert value.producer().op_type in ("MatMul", "Gemm"), product
 
 
-def test_a_shared_operand_is_cast_once(models):
-    lower(models["denoise"], HALF, lambda name: False)
-    nodes = {site.name: site.node for site in sites(models["denoise"].graph)}
+def test_a_shared_operand_is_cast_once(traced):
+    lower(traced["denoise"], HALF, lambda name: False)
+    nodes = {site.name: site.node for site in sites(traced["denoise"].graph)}
     operands = {nodes[f"expert.layers.0.self_attn.{part}_proj"].inputs[0] for part in "qkv"}
     assert len(operands) == 1

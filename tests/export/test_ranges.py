@@ -11,12 +11,12 @@ from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import ArgumentError, DatasetError, ExportError
 from ki_edge.model import Observation
 from ki_edge.prompt import PromptTokenizer
-from ki_export import ranges
 from ki_export.calibration import Calibration, calibration
 from ki_export.decision import Decision, decide, forms, shift
 from ki_export.policies import PolicyRequest, decode_vocabulary, read_policy
 from ki_export.ranges import LARGEST, Audit, Extent, Range, audit
 from ki_export.ranges_report import picture, rows, summary
+from ki_export.rehearsal import STEPS
 from ki_export.tracing import trace_all
 from ki_export.weights import Form, Rows, sources
 from ki_runtime.robots.replay import record_episode
@@ -58,7 +58,7 @@ def test_ranges_are_those_of_the_pytorch_model(audited):
                 tokens,
                 torch.ones(tokens.shape, dtype=torch.bool),
             )
-            model.sample_actions(observation, noise=torch.from_numpy(one.noise), num_steps=ranges.STEPS)
+            model.sample_actions(observation, noise=torch.from_numpy(one.noise), num_steps=STEPS)
     compared = 0
     for (graph, site), measured in found.ranges.items():
         if graph == "fast_decode" or (site, "input") not in seen:

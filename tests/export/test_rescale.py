@@ -7,12 +7,9 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from ki_edge.bundle import DecodeVocabulary
-from ki_edge.config import TINY
 from ki_export.arithmetic.evaluator import Evaluator
 from ki_export.passes.rescale import rescale
 from ki_export.passes.sites import sites
-from ki_export.tracing import trace_all
 
 
 class Drawn:
@@ -33,18 +30,17 @@ class Drawn:
 
 def prefix_feed():
     rng = np.random.default_rng(0)
-    size = TINY.vision.image_size
     return {
-        "images": torch.from_numpy(rng.integers(0, 256, (1, 2, size, size, 3)).astype(np.uint8)),
+        "images": torch.from_numpy(rng.integers(0, 256, (1, 2, 14, 14, 3)).astype(np.uint8)),
         "camera_mask": torch.ones(1, 2, dtype=torch.bool),
-        "prompt_tokens": torch.from_numpy(rng.integers(0, TINY.vocab_size, (1, 5)).astype(np.int32)),
+        "prompt_tokens": torch.from_numpy(rng.integers(0, 640, (1, 5)).astype(np.int32)),
         "prompt_mask": torch.ones(1, 5, dtype=torch.bool),
     }
 
 
 @pytest.fixture
-def prefix():
-    return trace_all(TINY, DecodeVocabulary(100, 32, (1,)), 20)["prefix"]
+def prefix(traced):
+    return traced["prefix"]
 
 
 @pytest.mark.parametrize(
@@ -54,8 +50,8 @@ def prefix():
         ({"backbone.layers.0.mlp.up_proj": 7}, {"backbone.layers.0.mlp.down_proj": 7}),
         # the same without touching weights, and a weight made larger
         (
-            {"backbone.layers.1.mlp.down_proj": -12},
-            {"backbone.layers.1.mlp.up_proj": -7, "backbone.layers.1.mlp.down_proj": -5},
+            {"backbone.layers.0.mlp.down_proj": -12},
+            {"backbone.layers.0.mlp.up_proj": -7, "backbone.layers.0.mlp.down_proj": -5},
         ),
         # a product with a bias, which is not scaled
         ({"vision.encoder.layers.0.mlp.fc2": 5}, {"vision.encoder.layers.0.mlp.fc2": 5}),

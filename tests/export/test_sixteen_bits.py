@@ -95,7 +95,7 @@ def test_the_naive_cast_is_not_finite(hot, tmp_path, monkeypatch):
     monkeypatch.setattr(ki_export.sixteen_bits, "decide", lambda *_: Decision("fp16"))
     naive = export(hot, tmp_path / "naive", ExportOptions(target="trt", model_only=True, verify=False))
     inputs, noise = next(observations(naive.manifest.config, 1))
-    with pytest.raises(BackendError, match="denoise graph in float16 gave .* NaN or infinite"):
+    with pytest.raises(BackendError, match=r"denoise graph in float16 gave .* NaN or infinite"):
         arithmetic_sampler(naive).sample_actions(*inputs, noise=noise)
     with torch.no_grad():  # and so is the model itself, cast to float16
         half = Checkpoint.open(hot).load_model(dtype=torch.float16)
@@ -158,12 +158,24 @@ def test_kept_products_are_float32_and_told(hot, tmp_path, capsys):
     assert {dtype for name, dtype in types.items() if "vision_tower" in name} == {"F32"}
 
 
+def test_sensitivity_tells_every_layer_apart(hot, tmp_path):
+    options = ExportOptions(target="trt", model_only=True, verify=False, sensitivity=True)
+    bundle = export(hot, tmp_path / "b", options)
+    costs = json.loads((bundle.path / "ranges.json").read_text())["sensitivity"]
+    groups = [cost["group"] for cost in costs]
+    layers = ("expert.layers.0", "expert.layers.1", "backbone.layers.0", "vision.encoder.layers.0")
+    assert {f"{layer}.{part}" for layer in layers for part in ("self_attn", "mlp")} < set(groups)
+    assert len(groups) == len(set(groups)) == 2 * 4 + 2  # the projector, K and V of the last layer
+    errors = [cost["error"] for cost in costs]
+    assert errors == sorted(errors, reverse=True) and errors[-1] > 0 and errors[0] < 5e-3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--target", "trt", "--precision", "int8"], "precision int8 is for ONNX Runtime on a CPU"),
         (["--target", "trt", "--weights", "stored"], "contradict each other"),
-        (["--calibrate", "x.npz"], "--calibrate and --keep-fp32 are for precision fp16"),
+        (["--calibrate", "x.npz"], "--calibrate, --keep-fp32 and --sensitivity are for"),
         (["--target", "trt", "--keep-fp32", "nothing.*"], "--keep-fp32 'nothing.*' fits no matrix product"),
         (["--target", "trt", "--calibrate", "missing.npz"], "no such file: missing.npz"),
         (["--precision", "fp8"], "precision 'fp8': expected one of fp32, fp16, bf16, int8"),

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 
 from ki_edge.bundle import Bundle, sha256
 from ki_edge.errors import ArgumentError, BackendError, BundleError
+from ki_export.exporter import ExportOptions, export
 from ki_runtime.trt import build as building
 from ki_runtime.trt import compiling, memory
 from ki_runtime.trt.api import Api, parse_capabilities
@@ -23,8 +24,7 @@ from ki_runtime.trt.requirements import check_graph, check_precision
 
 AHEAD = BuildOptions(capabilities=((8, 6), (12, 0)))
 AMPERE, ADA = Device("NVIDIA GeForce RTX 3090", (8, 6), 24 << 30), Device("NVIDIA L4", (8, 9), 24 << 30)
-# One row a precision: the bundles of `of_precision`. 16-bit exports join here.
-PRECISIONS = ("float32",)
+PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 @pytest.fixture(scope="session")
@@ -33,20 +33,18 @@ def rtx():
 
 
 @pytest.fixture(scope="session")
-def of_precision(bundle):
-    """Precision -> the exported micro policy."""
-    return {"float32": bundle}
-
-
-@pytest.fixture(scope="session")
-def compiled(of_precision, rtx, tmp_path_factory):
+def compiled(bundle, checkpoint, rtx, tmp_path_factory):
     """compiled(precision) -> (bundle, engines, lines said), compiled once. Do not change them: copy them."""
     done = {}
 
     def compile_once(precision):
         if precision not in done:
-            source, said = of_precision[precision], []
-            own = Bundle.open(shutil.copytree(source.path, tmp_path_factory.mktemp(precision) / "bundle"))
+            path, said = tmp_path_factory.mktemp(precision) / "bundle", []
+            if precision == "float32":
+                own = Bundle.open(shutil.copytree(bundle.path, path))
+            else:
+                options = ExportOptions(target="trt", precision=PRECISIONS[precision], verify=False)
+                own = export(checkpoint, path, options)
             done[precision] = own, build(own, rtx, None, AHEAD, said.append), said
         return done[precision]
 
@@ -71,6 +69,7 @@ def test_all_graphs_compile_for_ampere_and_blackwell(precision, compiled) -> Non
         path = engines.path(graph)
         assert (path.stat().st_size, sha256(path)) == (facts.size, facts.sha256)
         assert facts.size > facts.weights > 0
+    assert engines.identity.precision == bundle.manifest.precision == precision
         assert f"{graph}.onnx" in (engines.folder / f"{graph}.log").read_text()
     assert said[0].startswith("compiling prefix, denoise, fast_decode with TensorRT-RTX ")
     assert "for compute capability 8.6, 12.0: less than a minute" in said[0]
@@ -281,6 +280,16 @@ class TestGraphs:
                 inline = onnx.numpy_helper.to_array(tensor).nbytes if not place else 0
                 stored[place.get("offset", tensor.name)] = int(place.get("length", inline))
             assert found.weight_bytes == sum(stored.values())
+
+    def test_a_truncated_graph_is_refused(self, bundle, tmp_path) -> None:
+        model = onnx.load(bundle.graph("prefix"), load_external_data=False)
+        opset, graph = onnx.ModelProto(opset_import=model.opset_import), onnx.ModelProto(graph=model.graph)
+        path = tmp_path / "prefix.onnx"
+        path.write_bytes(opset.SerializeToString() + graph.SerializeToString())
+        assert read_graph(path) == read_graph(bundle.graph("prefix"))
+        path.write_bytes(path.read_bytes()[:-3])
+        with pytest.raises(BundleError, match="it ends too early"):
+            read_graph(path)
 
     def test_weights_at_one_place_count_once(self, tmp_path) -> None:
         weights = [helper.make_tensor(n, TensorProto.FLOAT16, [3, 5], bytes(30), raw=True) for n in ("a", "b", "c")]

@@ -20,7 +20,7 @@ from ki_edge.errors import ExportError
 from .operators import OPERATORS, TYPES
 
 Watch = Callable[[ir.Node, Sequence[Tensor | None], Sequence[Tensor]], object]
-BUDGET = 1_300_000_000  # bytes of weights that stay in memory
+BUDGET = 700_000_000  # bytes of weights that stay in memory: π0.5's action expert in 16 bits
 
 
 class WeightReader(Protocol):

@@ -20,26 +20,37 @@ from .operators import TYPES
 
 
 class CheckpointWeights:
-    """Initializers of traced float32 graphs, from the checkpoint tensors that `origins` names."""
+    """Initializers of traced graphs, from the checkpoint tensors that `origins` names, in their declared types.
 
-    def __init__(self, source: TensorSource, origins: Mapping[str, Rows]) -> None:
-        self._source, self._origins = source, origins
+    `exponents`: weights by name that are divided by 2^k.
+    """
+
+    def __init__(
+        self, source: TensorSource, origins: Mapping[str, Rows], exponents: Mapping[str, int] | None = None
+    ) -> None:
+        self._source, self._origins, self._exponents = source, origins, exponents or {}
 
     def whole(self, value: ir.Value) -> Tensor:
-        """float32, of the initializer's shape."""
+        """Of the initializer's type and shape."""
         rows = self._origins[str(value.name)]
         stop = self._source.tensors[rows.key].shape[0] if rows.count is None else rows.first + rows.count
         values = self._source.rows(rows.key, rows.first, stop)
         assert value.shape is not None
-        return torch.from_numpy(np.array(values)).reshape(value.shape.numpy())
+        return self._typed(value, torch.from_numpy(np.array(values))).reshape(value.shape.numpy())
 
     def rows(self, value: ir.Value, rows: Tensor) -> Tensor:
-        """float32 [*rows.shape, ...]."""
+        """Of the initializer's type, [*rows.shape, ...]."""
         origin = self._origins[str(value.name)]
         ids, places = np.unique(rows.numpy(), return_inverse=True)
         starts = [origin.first + int(i) for i in ids]
         found = np.stack([self._source.rows(origin.key, start, start + 1)[0] for start in starts])
-        return torch.from_numpy(found[places.reshape(-1)]).reshape(*rows.shape, *found.shape[1:])
+        taken = torch.from_numpy(found[places.reshape(-1)]).reshape(*rows.shape, *found.shape[1:])
+        return self._typed(value, taken)
+
+    def _typed(self, value: ir.Value, tensor: Tensor) -> Tensor:
+        exponent = self._exponents.get(str(value.name).removesuffix(".weight"), 0)
+        scaled = tensor / 2.0**exponent if exponent else tensor
+        return scaled if value.dtype is None else scaled.to(TYPES[int(value.dtype)])
 
 
 class FileWeights:
