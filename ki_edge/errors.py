@@ -11,6 +11,8 @@
     ├── ExportError       (RuntimeError)  an export could not be written
     │   └── ParityError                   it was written and does not equal the reference
     ├── BackendError      (RuntimeError)  an inference backend is missing or failed
+    │   ├── DeviceError                   the accelerator is lost; only a new process can use it again
+    │   └── DeviceMemoryError             the accelerator's memory does not suffice
     └── RobotError        (RuntimeError)  a robot cannot be opened, observed or moved
 
 Each message says what was given, what was expected, where, and what to do. The command line prints it as one line and
@@ -60,6 +62,14 @@ class ParityError(ExportError):
 
 class BackendError(KiEdgeError, RuntimeError):
     """An inference backend is missing, unknown, or failed."""
+
+
+class DeviceError(BackendError):
+    """The accelerator is lost: nothing that this process holds there can be used again."""
+
+
+class DeviceMemoryError(BackendError):
+    """The accelerator's memory does not suffice."""
 
 
 class RobotError(KiEdgeError, RuntimeError):

@@ -1,4 +1,6 @@
-"""ki-export: from a checkpoint of any format to a proven bundle; --inspect tells what a checkpoint is."""
+"""ki-export: from a checkpoint of any format to a proven bundle; --inspect tells what a checkpoint is; --build makes
+the engines of a bundle, without PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +28,41 @@ NAME = "ki-export"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0; 1 if the bundle differs from the model (nothing is left); 2 for any other error."""
     options = _parser().parse_args(arguments)
-    return run_command(NAME, lambda: _inspect(options) if options.inspect else _export(options))
+    command = _build if options.build else _inspect if options.inspect else _export
+    return run_command(NAME, lambda: command(options))
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    """Engines of a bundle that is there already."""
+    if arguments.checkpoint is not None or arguments.output is not None:
+        raise ArgumentError("--build BUNDLE makes the engines of an exported bundle: give no checkpoint and no -o")
+    _build_engines(arguments, arguments.build, "trt" if arguments.target is None else arguments.target)
+    return 0
+
+
+def _build_engines(arguments: argparse.Namespace, bundle: Path, target: str) -> None:
+    from ki_runtime.trt.build import BuildOptions, build_bundle
+
+    options = BuildOptions(ignore_memory=arguments.ignore_memory, force=arguments.force)
+    capabilities = arguments.compute_capability
+    engines = build_bundle(bundle, target, capabilities, options, lambda line: tell(f"{NAME}: {line}"))
+    tell(f"{NAME}: engines in {engines.folder}")
 
 
 def _export(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
+    if arguments.checkpoint is None:
+        raise ArgumentError("no checkpoint: give a folder or a Hub's ORG/NAME, or --build BUNDLE for its engines")
     if arguments.output is None:
         raise ArgumentError("no output: give -o BUNDLE, or --inspect to see what the checkpoint is")
     if arguments.json:
         raise ArgumentError("--json goes with --inspect")
+    target = arguments.target or "ort"
+    ahead = _ahead_of_time(arguments, target)
     from .exporter import ExportOptions, export
 
     options = ExportOptions(
-        target=arguments.target,
+        target=target,
         model_only=arguments.model_only,
         num_steps=arguments.num_steps,
         opset=arguments.opset,
@@ -51,11 +75,47 @@ def _export(arguments: argparse.Namespace) -> int:
         calibrate=arguments.calibrate,
         keep_fp32=tuple(arguments.keep_fp32 or ()),
         sensitivity=arguments.sensitivity,
+        attention=arguments.attention,
         policy=_request(arguments),
     )
     bundle = export(_where(arguments), arguments.output, options, lambda line: tell(f"{NAME}: {line}"))
     tell(f"{NAME}: {arguments.output}: {_summary(bundle)}, {time.perf_counter() - start:.0f} s")
+    if ahead or (target != "ort" and _gpu_ready(target)):
+        _build_engines(arguments, arguments.output, target)
+    elif target != "ort":
+        flag = "" if target == "trt" else f" --target {target}"
+        tell(f"{NAME}: engines are built on the robot: there, ki-export --build BUNDLE{flag}, or ki-run at first start")
     return 0
+
+
+def _ahead_of_time(arguments: argparse.Namespace, target: str) -> bool:
+    """Whether engines are compiled for GPUs that need not be here. Told before the export what would fail after it."""
+    if arguments.compute_capability is None:
+        return False
+    if target != "trt-rtx":
+        raise ArgumentError(f"--compute-capability is for --target trt-rtx: engines of {target} are built on their GPU")
+    from ki_runtime.trt.api import Api, parse_capabilities
+    from ki_runtime.trt.requirements import check_precision
+
+    Api.load("tensorrt_rtx")
+    wanted = parse_capabilities(arguments.compute_capability)
+    check_precision({"bf16": "bfloat16", "fp32": "float32"}.get(arguments.precision, "float16"), wanted)
+    return True
+
+
+def _gpu_ready(target: str) -> bool:
+    """Whether engines can be built and run on this machine."""
+    from ki_edge.errors import BackendError
+    from ki_runtime.trt.api import Api
+    from ki_runtime.trt.build import MODULES
+    from ki_runtime.trt.cuda import current_device
+
+    try:
+        can_build = Api.load(MODULES[target]).can_build
+        current_device()
+    except BackendError:
+        return False
+    return can_build
 
 
 def _summary(bundle: Bundle) -> str:
@@ -103,9 +163,11 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "checkpoint",
+        nargs="?",
         help="folder of openpi (PyTorch or JAX), LeRobot, a PEFT adapter or ki-train; or ORG/NAME of the Hub",
     )
     _add_output(parser.add_argument_group("what to write"))
+    _add_engines(parser.add_argument_group("TensorRT engines"))
     _add_source(parser.add_argument_group("where the checkpoint is"))
     _add_policy(parser.add_argument_group("what a checkpoint may not record of its policy"))
     return parser
@@ -116,7 +178,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     add("-o", "--output", type=Path, metavar="BUNDLE", help="bundle folder to write")
     add("--inspect", action="store_true", help="write nothing; tell format, geometry, contract and what is missing")
     add("--json", action="store_true", help="with --inspect: as JSON")
-    add("--target", default="ort", help="engine that the bundle is for: ort, trt or trt-rtx (%(default)s)")
+    add("--target", help="engine that the bundle is for: ort, trt or trt-rtx (ort)")
     add("--precision", help="of the matrix products: fp32, fp16, bf16, or int8 for the CPU (ort: fp32, else fp16)")
     add("--calibrate", type=Path, metavar="FILE|DIR", help="fp16: measure ranges on these recorded observations (.npz)")
     add("--keep-fp32", action="append", metavar="PATTERN", help="products that stay float32, such as 'vision.*'")
@@ -129,6 +191,18 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     add("--force", action="store_true", help="replace an existing bundle, once the new one is proven")
     add("--full-vocabulary", action="store_true", help="keep the logits of all tokens, not only FAST's")
     add("--pack", action="store_true", help="write only the tensors in use, instead of linking the checkpoint's file")
+
+
+def _add_engines(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--build", type=Path, metavar="BUNDLE", help="build the engines of a bundle on this machine; needs no PyTorch")
+    add(
+        "--compute-capability",
+        metavar="X.Y,...",
+        help="trt-rtx: compile for these GPUs, such as 8.6,12.0, here and now",
+    )
+    add("--attention", default="decomposed", help="decomposed, or fused: one operator of TensorRT 10.14 (%(default)s)")
+    add("--ignore-memory", action="store_true", help="build even if the estimate says that memory will not do")
 
 
 def _add_source(group: argparse._ArgumentGroup) -> None:

@@ -24,6 +24,7 @@ from ki_edge.errors import ArgumentError
 from .checker import check
 from .int8 import choose
 from .opening import Where, open_checkpoint, with_horizon
+from .passes.attention import fuse_attention
 from .passes.quantize import quantize
 from .passes.stored import keep_stored_types
 from .policies import PolicyFiles, PolicyRequest, decode_vocabulary, read_policy
@@ -49,7 +50,8 @@ class ExportOptions:
     `precision` of the matrix products, None: the target's default; `weights`: "float32", or "stored" to keep the
     checkpoint's own types in the file and widen while running; `calibrate`: recorded observations for the range audit
     of fp16; `keep_fp32`: shell-style patterns of products that stay float32; `sensitivity`: measure what each layer
-    costs in 16 bits; `policy`: what the checkpoint does not record.
+    costs in 16 bits; `attention` fused: one operator of opset 23 instead of several; `policy`: what the checkpoint does
+    not record.
     """
 
     target: str = "ort"
@@ -65,6 +67,7 @@ class ExportOptions:
     calibrate: Path | None = None
     keep_fp32: tuple[str, ...] = ()
     sensitivity: bool = False
+    attention: Literal["decomposed", "fused"] = "decomposed"
     policy: PolicyRequest = field(default_factory=PolicyRequest)
 
     def __post_init__(self) -> None:
@@ -81,6 +84,13 @@ class ExportOptions:
         if (self.calibrate is not None or self.keep_fp32 or self.sensitivity) and not self.sixteen:
             flags = "--calibrate, --keep-fp32 and --sensitivity"
             raise ArgumentError(f"{flags} are for precision fp16 and bf16, not {self.precision}")
+        if self.attention not in ("decomposed", "fused"):
+            raise ArgumentError(f"attention {self.attention!r}: expected decomposed or fused")
+        if self.attention == "fused" and (not self.sixteen or self.target == "ort"):
+            raise ArgumentError(
+                f"attention fused is for targets trt and trt-rtx in fp16 or bf16, not {self.target} in "
+                f"{self.precision}: TensorRT has no such kernel for float32"
+            )
         newest = onnx.defs.onnx_opset_version()
         if not MIN_OPSET <= self.opset <= newest:
             raise ArgumentError(f"opset {self.opset}: expected {MIN_OPSET} to {newest} with onnx {onnx.__version__}")
@@ -152,6 +162,10 @@ def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOpti
     if options.sixteen:
         request = Request(str(options.precision), options.calibrate, options.keep_fp32, options.sensitivity)
         lowered = lower_models(checkpoint, files, models, vocabulary, request, say)
+    if options.attention == "fused":
+        with quiet():
+            fused = sum(fuse_attention(model) for model in models.values())
+        say(f"fused {fused} attentions: needs TensorRT 10.14 or newer, or TensorRT-RTX")
     origins = {name: sources(model, vocabulary) for name, model in models.items()}
     if options.weights == "stored":
         tensors = checkpoint.source.tensors

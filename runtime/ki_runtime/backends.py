@@ -1,8 +1,16 @@
-"""Which inference engines exist. A backend's module, and with it the engine, is imported only when it is opened."""
+"""Which inference engines exist, and which of them runs a bundle on this machine.
+
+A backend's module, and with it the engine, is imported only when it is asked for. Each module defines
+
+    obstacle(bundle | None, package) -> str | None           why it cannot run that bundle here; opens nothing
+    connect(bundle, package, options) -> GraphOpener         what opens the bundle's graphs, all on one device
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -12,66 +20,163 @@ from ki_edge.graphs import GraphSpec
 
 from .session import Session
 
+GraphOpener = Callable[[GraphSpec], Session]
+
+
+def silent(line: str) -> None:
+    """Says nothing."""
+
 
 @dataclass(frozen=True)
 class SessionOptions:
     """What every backend understands.
 
     `threads`: CPU threads of one graph; None leaves it to the engine. `prepack`: keep weights in memory in the engine's
-    own form rather than in the mapped file; None decides by graph and precision (see `ort_session`).
+    own form rather than in the mapped file; None decides by graph and precision (see `ort_session`). `record`: record
+    runs as CUDA graphs and replay them; None leaves it to the backend. `say`: told what takes long or went wrong.
     """
 
     threads: int | None = None
     prepack: bool | None = None
+    record: bool | None = None
+    say: Callable[[str], object] = silent
 
 
 @dataclass(frozen=True)
 class Backend:
-    """`module` defines open_session(bundle, graph, options) -> Session and needs the package `requires`."""
+    """An engine on a device. It needs one of `packages`, the first installed one is used.
+
+    `passed`: the backends that would have been preferred, and why each was passed over.
+    """
 
     name: str
     module: str
-    requires: str
+    packages: tuple[str, ...]
     install: str
+    device: str = "GPU"
+    passed: tuple[tuple[str, str], ...] = ()
 
     @property
-    def installed(self) -> bool:
-        return find_spec(self.requires) is not None
+    def package(self) -> str | None:
+        """The package that it uses; None if none is installed."""
+        return next((name for name in self.packages if find_spec(name) is not None), None)
+
+    def obstacle(self, bundle: Bundle | None) -> str | None:
+        """Why it cannot run this bundle (or, for None, any) on this machine; None if it can."""
+        if self.package is None:
+            return f"no {' or '.join(self.packages)} package"
+        try:
+            found: str | None = import_module(self.module).obstacle(bundle, self.package)
+        except ImportError as error:
+            return f"cannot be imported ({error})"
+        return found
+
+    def connect(self, bundle: Bundle, options: SessionOptions) -> GraphOpener:
+        """What opens a bundle's graphs; it and what it opens raise BackendError for what cannot be imported."""
+        with self._importing():
+            opened: GraphOpener = import_module(self.module).connect(bundle, self.package, options)
+
+        def open_graph(graph: GraphSpec) -> Session:
+            with self._importing():
+                return opened(graph)
+
+        return open_graph
+
+    @contextmanager
+    def _importing(self) -> Iterator[None]:
+        try:
+            yield
+        except ImportError as error:
+            raise BackendError(f"backend '{self.name}' cannot be imported: {error}; {self.install}") from error
+
+    def describe(self, precision: str) -> str:
+        """One line: what runs, why nothing faster does, and whether the bundle is slow there."""
+        passed = "; ".join(f"{name}: {why}" for name, why in self.passed)
+        line = f"backend: {self.name} ({self.device})" + (f": {passed}" if passed else "")
+        if self.device == "CPU" and precision == "float16":
+            line += (
+                ". SLOW: a float16 bundle is made for a GPU; on a CPU every product is widened to float32. "
+                "Export with --precision float32 or int8 for this machine"
+            )
+        return line
 
 
 # In the order in which "auto" prefers them.
-BACKENDS = (Backend("ort", "ki_runtime.ort_session", "onnxruntime", "pip install 'ki-edge[ort]'"),)
+BACKENDS = (
+    Backend("trt", "ki_runtime.trt.session", ("tensorrt", "tensorrt_lean"), "pip install tensorrt cuda-python"),
+    Backend("trt-rtx", "ki_runtime.trt.session", ("tensorrt_rtx",), "pip install tensorrt-rtx-cu13 cuda-python"),
+    Backend("ort-cuda", "ki_runtime.ort_cuda_session", ("onnxruntime",), "pip install onnxruntime-gpu cuda-python"),
+    Backend("ort", "ki_runtime.ort_session", ("onnxruntime",), "pip install 'ki-edge[ort]'", device="CPU"),
+)
 NAMES = ("auto", *(backend.name for backend in BACKENDS))
 
 
-def choose_backend(name: str = "auto") -> Backend:
-    """The backend called `name`, or the first installed one for "auto".
+@dataclass(frozen=True)
+class Connection:
+    """A backend and what opens a bundle's graphs on it. Sessions share buffers only within one connection."""
 
-    BackendError lists what exists and what is installed if there is no such backend or its package is missing.
+    backend: Backend
+    open: GraphOpener
+
+
+def choose_backend(name: str = "auto", bundle: Bundle | None = None) -> Backend:
+    """The backend called `name`, or for "auto" the first that can run the bundle here.
+
+    BackendError for an unknown name, and with every reason if none can.
     """
-    wanted = [backend for backend in BACKENDS if name in ("auto", backend.name)]
-    if not wanted:
-        raise BackendError(f"no backend '{name}'; there are: {_inventory()}")
-    for backend in wanted:
-        if backend.installed:
-            return backend
-    cure = " or ".join(backend.install for backend in wanted)
-    raise BackendError(f"backend '{name}' is not installed ({_inventory()}): {cure}")
+    passed: list[tuple[str, str]] = []
+    for backend in _candidates(name):
+        why = backend.obstacle(bundle)
+        if why is None:
+            return replace(backend, passed=tuple(passed))
+        passed.append((backend.name, why))
+    raise _none(name, passed)
+
+
+def connect(bundle: Bundle, name: str = "auto", options: SessionOptions | None = None) -> Connection:
+    """Take a backend as `choose_backend` does and connect to it. A backend that is named is never replaced by another.
+
+    BackendError as of `choose_backend`, and if the engines of a backend that was named cannot be built.
+    """
+    options = options or SessionOptions()
+    passed: list[tuple[str, str]] = []
+    for backend in _candidates(name):
+        why = backend.obstacle(bundle)
+        if why is None:
+            chosen = replace(backend, passed=tuple(passed))
+            try:
+                return Connection(chosen, chosen.connect(bundle, options))
+            except BackendError as error:
+                if name != "auto":
+                    raise
+                why = str(error)
+        passed.append((backend.name, why))
+    raise _none(name, passed)
 
 
 def open_session(bundle: Bundle, graph: GraphSpec, backend: Backend, options: SessionOptions) -> Session:
-    """Load one graph of a bundle.
+    """Load one graph of a bundle, alone; graphs that share buffers are opened through one `connect`.
 
     BackendError if the engine cannot be imported or refuses the graph, BundleError if the graph is not what graphs.py
     says.
     """
-    try:
-        session: Session = import_module(backend.module).open_session(bundle, graph, options)
-    except ImportError as error:
-        raise BackendError(f"backend '{backend.name}' cannot be imported: {error}; {backend.install}") from error
-    return session
+    return backend.connect(bundle, options)(graph)
 
 
-def _inventory() -> str:
-    marks = (f"{b.name} ({'installed' if b.installed else 'not installed'})" for b in BACKENDS)
-    return ", ".join(("auto", *marks))
+def check_name(name: str) -> None:
+    """BackendError unless there is a backend of this name."""
+    if name not in NAMES:
+        raise BackendError(f"no backend '{name}'; there are: {', '.join(NAMES)}")
+
+
+def _candidates(name: str) -> Iterator[Backend]:
+    check_name(name)
+    return (backend for backend in BACKENDS if name in ("auto", backend.name))
+
+
+def _none(name: str, passed: list[tuple[str, str]]) -> BackendError:
+    missing = [backend.install for backend in _candidates(name) if backend.package is None]
+    cure = f"; {missing[-1]}" if missing else ""
+    if name != "auto":
+        return BackendError(f"backend '{name}': {passed[0][1]}{cure}")
+    return BackendError(f"no backend can run this: {'; '.join(f'{who}: {why}' for who, why in passed)}{cure}")

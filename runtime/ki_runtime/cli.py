@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ki_edge.commands import INTERRUPTED, Parser, run_command
+from ki_edge.commands import INTERRUPTED, Parser, run_command, tell
 
 from .backends import NAMES
 from .loop import ControlLoop, LoopOptions, Watcher
@@ -54,7 +54,7 @@ def _run(options: argparse.Namespace) -> int:
         max_steps=options.max_steps,
         max_hz=options.max_hz,
     )
-    policy = Policy.load(options.bundle, options.backend, threads=options.threads, verify=options.verify)
+    policy = Policy.load(options.bundle, options.backend, threads=options.threads, verify=options.verify, say=tell)
     robot: Robot = open_robot(options.robot)
     try:
         loop = ControlLoop(policy, robot, loop_options)  # refuses what does not fit before anything is written
@@ -92,7 +92,7 @@ def _parser() -> Parser:
     add("--episodes", type=int, default=defaults.episodes, metavar="N", help="default %(default)s")
     add("--seed", type=int, default=defaults.seed, metavar="S", help="episode i uses seed S + i; default %(default)s")
     add("--prompt", metavar="TEXT", help="instruction, instead of the robot's own")
-    add("--backend", default="auto", metavar="NAME", help=f"{', '.join(NAMES)}; default: the best one installed")
+    add("--backend", default="auto", metavar="NAME", help=f"{', '.join(NAMES)}; default: the fastest one that can")
     add("--threads", type=int, metavar="N", help="CPU threads of the engine; default: its own choice")
     add("--num-steps", type=int, metavar="N", help="denoising steps; default: the bundle's")
     add("--execute", type=int, metavar="K", help="actions executed per inference; default: the contract's")

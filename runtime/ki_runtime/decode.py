@@ -2,11 +2,13 @@
 
 The first query is the last prompt token once more, at its own position and with its cached K/V masked out, followed by
 the forced tokens; so the prefix graph needs no logits. Every later query is the token just chosen. The cache holds the
-prefix and room for all new tokens; it is allocated once a call and masked where nothing was written yet.
+prefix and room for all new tokens, masked where nothing was written yet. New K/V are appended to it where they are, on
+the device; only the logits come to the host. Caches and bindings are kept from one call to the next.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +27,7 @@ from .session import Binding, Buffer, Session, Storage
 Int64 = npt.NDArray[np.int64]
 TOKENIZER = "assets/tokenizer.model"
 EOS_ID = 1  # PaliGemma's, for a bundle without a tokenizer
-OUTPUTS = ("logits", "new_k", "new_v")
+MAX_CACHES = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +58,7 @@ class FastStage:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._storage = Storage(session)
+        self._forget()
 
     def run(
         self, prefix: Prefix, inputs: PrefixInputs, choices: Choices, max_tokens: int, forced: Sequence[int]
@@ -65,72 +67,113 @@ class FastStage:
         try:
             return self._run(prefix, inputs, choices, max_tokens, forced)
         except BackendError:
-            self._storage = Storage(self._session)  # NaN left in the cache would reach later calls through 0 * NaN
+            self._forget()
             raise
+
+    def _forget(self) -> None:
+        """Let go of all memory: NaN left in a cache by a failed run would reach later ones through 0 * NaN."""
+        self._storage = Storage(self._session)
+        self._caches: OrderedDict[tuple[int, int], _Cache] = OrderedDict()
 
     def _run(
         self, prefix: Prefix, inputs: PrefixInputs, choices: Choices, max_tokens: int, forced: Sequence[int]
     ) -> Int64:
         # fed: the last prompt token, the forced ones and all sampled ones but the last
-        cache = _Cache(self._session, self._storage, prefix, inputs, room=len(forced) + max_tokens)
+        capacity = prefix.mask.shape[1] + len(forced) + max_tokens
+        text = _Text(self._cache(inputs.batch, self._session.cache_bucket.fit(capacity)), prefix, inputs)
         opening = np.empty((inputs.batch, 1 + len(forced)), np.int32)
-        opening[:, 0] = cache.last_tokens
+        opening[:, 0] = text.last_tokens
         opening[:, 1:] = forced
-        token = choices.best(cache.append(opening))
+        token = choices.best(text.append(opening))
         chosen, done = [token], token == choices.eos_id
         while len(chosen) < max_tokens and not done.all():
-            token = np.where(done, choices.eos_id, choices.best(cache.append(token[:, None].astype(np.int32))))
+            token = np.where(done, choices.eos_id, choices.best(text.append(token[:, None].astype(np.int32))))
             chosen.append(token)
             done = done | (token == choices.eos_id)
         return np.stack(chosen, axis=1)
 
+    def _cache(self, batch: int, capacity: int) -> _Cache:
+        cache = self._caches.get((batch, capacity))
+        if cache is None:
+            growths = self._storage.growths
+            cache = _Cache(self._session, self._storage, batch, capacity)
+            if self._storage.growths != growths:  # older caches hold the memory that was just replaced
+                self._caches.clear()
+            self._caches[batch, capacity] = cache
+        self._caches.move_to_end((batch, capacity))
+        if len(self._caches) > MAX_CACHES:
+            self._caches.popitem(last=False)
+        return cache
+
+
+@dataclass(frozen=True, eq=False)
+class _Feed:
+    """What one run with so many tokens reads and writes besides the cache."""
+
+    tokens: Buffer  # i32 [B, Q]
+    positions: Buffer  # i32 [B, Q]
+    logits: Buffer  # f32 [B, F]
+    new_k: Buffer  # f32 [L, B, K, Q, D]
+    new_v: Buffer  # f32 [L, B, K, Q, D]
+    binding: Binding
+
 
 class _Cache:
-    """K/V of the prefix and of every token fed since, f32 [L, B, K, C, D], and the graph bound to them."""
+    """K/V f32 [L, B, K, C, D] and their mask bool [B, C] on the device, and the graph bound to them."""
 
-    def __init__(self, session: Session, storage: Storage, prefix: Prefix, inputs: PrefixInputs, room: int) -> None:
+    def __init__(self, session: Session, storage: Storage, batch: int, capacity: int) -> None:
         self._session, self._storage = session, storage
-        valid = inputs.mask(session.sizes["P"])  # [B, S]
-        batch, length = valid.shape
-        self._symbols = {**session.sizes, "B": batch, "C": length + room}
-        self._k, self._v, self._mask_buffer = (self._take(name) for name in ("cache_k", "cache_v", "cache_mask"))
-        self._k.place(prefix.k, 0)
-        self._v.place(prefix.v, 0)
-        prompt = inputs.prompt_mask.sum(axis=1)  # [B]
-        last = length - inputs.prompt_mask.shape[1] + prompt - 1
-        self.last_tokens = inputs.prompt_tokens[np.arange(batch), prompt - 1]
-        self._mask: Bool = np.zeros((batch, length + room), np.bool_)
-        self._mask[:, :length] = valid
-        self._mask[np.arange(batch), last] = False  # fed again, so it would be seen twice
+        self.patches = session.sizes["P"]
+        self._symbols = {**session.sizes, "B": batch, "C": capacity}
+        self.k, self.v, self.mask = (self._take(name) for name in ("cache_k", "cache_v", "cache_mask"))
+        self._feeds: dict[int, _Feed] = {}
+
+    def feed(self, count: int) -> _Feed:
+        """The graph bound for `count` tokens."""
+        if count not in self._feeds:
+            self._symbols["Q"] = count
+            names = ("tokens", "positions", "logits", "new_k", "new_v")
+            buffers = {name: self._take(name) for name in names}
+            cache = {"cache_k": self.k, "cache_v": self.v, "cache_mask": self.mask}
+            binding = self._session.sequence((self._session.bind({**buffers, **cache}),))
+            self._feeds[count] = _Feed(**buffers, binding=binding)
+        return self._feeds[count]
+
+    def _take(self, name: str) -> Buffer:
+        return self._storage.take(self._session.spec.tensor(name), self._symbols)
+
+
+class _Text:
+    """A prefix and every token fed since, in a cache."""
+
+    def __init__(self, cache: _Cache, prefix: Prefix, inputs: PrefixInputs) -> None:
+        self._cache = cache
+        cache.k.place(prefix.k, 0)
+        cache.v.place(prefix.v, 0)
+        valid = inputs.mask(cache.patches)  # [B, tokens of the inputs], which a padded prefix exceeds
+        rows, prompt = np.arange(inputs.batch), inputs.prompt_mask.sum(axis=1)  # [B]
+        last = valid.shape[1] - inputs.prompt_mask.shape[1] + prompt - 1
+        self.last_tokens = inputs.prompt_tokens[rows, prompt - 1]
+        self._mask: Bool = np.zeros(cache.mask.shape, np.bool_)
+        self._mask[:, : valid.shape[1]] = valid
+        self._mask[rows, last] = False  # fed again, so it would be seen twice
         self._next = (valid.sum(axis=1) - 1).astype(np.int32)  # [B] position of the next token fed
-        self._filled = length
-        self._bound: dict[int, tuple[dict[str, Buffer], Binding]] = {}
+        self._filled = prefix.mask.shape[1]
 
     def append(self, tokens: Int32) -> npt.NDArray[np.float32]:
         """Feed tokens i32 [B, Q] and keep their K/V; gives the logits f32 [B, F] of what follows them."""
         count = tokens.shape[1]
-        buffers, binding = self._binding(count)
-        buffers["tokens"].write(tokens)
-        buffers["positions"].write(self._next[:, None] + np.arange(count, dtype=np.int32))
-        self._mask_buffer.write(self._mask)
-        binding.run()
+        feed = self._cache.feed(count)
+        feed.tokens.write(tokens)
+        feed.positions.write(self._next[:, None] + np.arange(count, dtype=np.int32))
+        self._cache.mask.write(self._mask)
+        feed.binding.run()
         self._next += np.int32(count)
-        self._k.place(buffers["new_k"], self._filled)
-        self._v.place(buffers["new_v"], self._filled)
+        self._cache.k.place(feed.new_k, self._filled)
+        self._cache.v.place(feed.new_v, self._filled)
         self._mask[:, self._filled : self._filled + count] = True
         self._filled += count
-        return buffers["logits"].read()
-
-    def _binding(self, count: int) -> tuple[dict[str, Buffer], Binding]:
-        if count not in self._bound:
-            self._symbols["Q"] = count
-            buffers = {name: self._take(name) for name in ("tokens", "positions", *OUTPUTS)}
-            cache = {"cache_k": self._k, "cache_v": self._v, "cache_mask": self._mask_buffer}
-            self._bound[count] = buffers, self._session.bind({**buffers, **cache})
-        return self._bound[count]
-
-    def _take(self, name: str) -> Buffer:
-        return self._storage.take(self._session.spec.tensor(name), self._symbols)
+        return feed.logits.read()
 
 
 def choices_of(bundle: Bundle, constrained: bool) -> Choices:

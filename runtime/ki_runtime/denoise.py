@@ -1,7 +1,8 @@
 """From noise to actions: the Euler loop over the denoise graph.
 
 Everything a step needs is bound before the loop starts: x_t and x_next swap between two buffers, K/V are the prefix
-graph's own outputs, and each step has its row of the modulation table. The loop itself only runs bindings.
+graph's own outputs, and each step has its row of the modulation table. The loop itself only runs bindings, and all of
+them as one sequence, which a backend may record and replay.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy.typing as npt
 from ki_edge import flow
 from ki_edge.bundle import Bundle
 from ki_edge.config import Pi05Config
-from ki_edge.errors import BundleError
+from ki_edge.errors import BackendError, BundleError
 
 from .prefix import Prefix
 from .session import Binding, Buffer, Session, Storage
@@ -40,6 +41,7 @@ class Clock:
 class _Loop:
     clock: Clock
     steps: tuple[Binding, ...]
+    whole: Binding  # all steps
     places: tuple[Buffer, Buffer]  # x before even steps, x before odd steps
     once: dict[str, Buffer]  # inputs that are written once for all steps: π0's state
 
@@ -62,18 +64,19 @@ class DenoiseStage:
 
     def __init__(self, session: Session, tensor: TensorReader, config: Pi05Config, convention: str) -> None:
         self._session = session
-        self._storage = Storage(session)
         self._tensor, self._config, self._convention = tensor, config, convention
-        self._clocks: OrderedDict[int, Clock] = OrderedDict()
-        self._loops: WeakKeyDictionary[Prefix, _Loop] = WeakKeyDictionary()  # of the last step count used with each
+        self._forget()
 
     def run(self, prefix: Prefix, noise: F32, num_steps: int, once: Mapping[str, F32]) -> F32:
         """Actions f32 [B, H, A], in the model's space, from noise of that shape."""
-        loop = self._loop(prefix, num_steps)
-        loop.start(noise, once)
-        for step in loop.steps:
-            step.run()
-        return loop.x(num_steps).read()
+        try:
+            loop = self._loop(prefix, num_steps)
+            loop.start(noise, once)
+            loop.whole.run()
+            return loop.x(num_steps).read()
+        except BackendError:
+            self._forget()
+            raise
 
     def states(self, prefix: Prefix, noise: F32, num_steps: int, once: Mapping[str, F32]) -> F32:
         """x before every step and after the last, f32 [steps + 1, B, H, A]."""
@@ -85,12 +88,20 @@ class DenoiseStage:
             states.append(loop.x(i + 1).read())
         return np.stack(states)
 
+    def _forget(self) -> None:
+        """Let go of all memory: nothing of a failed run is left for later ones."""
+        self._storage = Storage(self._session)
+        self._clocks: OrderedDict[int, Clock] = OrderedDict()
+        self._loops: WeakKeyDictionary[Prefix, dict[int, _Loop]] = WeakKeyDictionary()  # by number of steps
+
     def _loop(self, prefix: Prefix, num_steps: int) -> _Loop:
-        loop = self._loops.get(prefix)
         clock = self.clock(num_steps)
-        if loop is None or loop.clock is not clock:
-            loop = self._loops[prefix] = self._bind(prefix, clock)
-        return loop
+        loops = self._loops.setdefault(prefix, {})
+        if num_steps not in loops or loops[num_steps].clock is not clock:
+            loops[num_steps] = self._bind(prefix, clock)
+            for stale in set(loops) - set(self._clocks):
+                del loops[stale]
+        return loops[num_steps]
 
     def _bind(self, prefix: Prefix, clock: Clock) -> _Loop:
         symbols = {**self._session.sizes, "B": prefix.batch}
@@ -103,7 +114,7 @@ class DenoiseStage:
         common.update(once)
         swap = ({"x_t": even, "x_next": odd}, {"x_t": odd, "x_next": even})
         steps = [self._session.bind({**common, **swap[i % 2], "modulation": row}) for i, row in enumerate(clock.rows)]
-        return _Loop(clock, tuple(steps), (even, odd), once)
+        return _Loop(clock, tuple(steps), self._session.sequence(steps), (even, odd), once)
 
     def clock(self, num_steps: int) -> Clock:
         """The modulation rows of one step count, computed at its first use. ArgumentError for a bad count."""

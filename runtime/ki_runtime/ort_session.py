@@ -24,7 +24,7 @@ from ki_edge.bundle import Bundle
 from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_edge.graphs import Dim, GraphSpec, TensorSpec
 
-from .backends import SessionOptions
+from .backends import GraphOpener, SessionOptions
 from .session import Binding, Buffer, HostBuffer, Session
 
 ELEMENT_TYPES = {"uint8": "uint8", "bool": "bool", "int32": "int32", "float32": "float"}
@@ -56,7 +56,7 @@ class OrtBinding:
         try:
             self._session.run_with_iobinding(self._io)
         except Exception as error:  # the library raises its own types and bare RuntimeError
-            raise BackendError(f"onnxruntime failed in graph {self._name}: {_first_line(error)}") from error
+            raise BackendError(f"onnxruntime failed in graph {self._name}: {first_line(error)}") from error
 
 
 class OrtSession(Session):
@@ -71,7 +71,7 @@ class OrtSession(Session):
         layout: WeightLayout | None = None,
     ) -> None:
         super().__init__(spec, sizes)
-        ort = _onnxruntime()
+        ort = onnxruntime()
         layout = layout or WeightLayout()
         engine = _engine_options(options, layout)
         off = ["ConstantFolding"] if layout.widened else None
@@ -81,7 +81,7 @@ class OrtSession(Session):
             )
         except Exception as error:
             raise BackendError(
-                f"onnxruntime {ort.__version__} cannot load {path}: {_first_line(error)}; "
+                f"onnxruntime {ort.__version__} cannot load {path}: {first_line(error)}; "
                 "check the bundle with --verify, or upgrade onnxruntime"
             ) from error
         check_signature(path, spec.inputs, self._session.get_inputs(), sizes)
@@ -94,6 +94,21 @@ class OrtSession(Session):
         inputs = {tensor.name: buffers[tensor.name] for tensor in self.inputs}
         outputs = {tensor.name: buffers[tensor.name] for tensor in self.outputs}
         return OrtBinding(self._session, self.spec.name, inputs, outputs)
+
+
+def obstacle(bundle: Bundle | None, package: str) -> str | None:
+    """Why ONNX Runtime's CPU provider cannot run this bundle, or None."""
+    if bundle is not None and bundle.manifest.precision == "bfloat16":
+        return (
+            "ONNX Runtime has no bfloat16 products on a CPU: run the bundle on a GPU, "
+            "or export with --precision float32 or int8"
+        )
+    return None
+
+
+def connect(bundle: Bundle, package: str, options: SessionOptions) -> GraphOpener:
+    """What opens the bundle's graphs on the CPU."""
+    return lambda graph: open_session(bundle, graph, options)
 
 
 def open_session(bundle: Bundle, graph: GraphSpec, options: SessionOptions) -> OrtSession:
@@ -130,7 +145,7 @@ def _engine_options(options: SessionOptions, layout: WeightLayout) -> Any:
     threads = options.threads
     if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
         raise ArgumentError(f"threads {threads!r}: expected a positive integer, or None for the engine's choice")
-    engine = _onnxruntime().SessionOptions()
+    engine = onnxruntime().SessionOptions()
     engine.intra_op_num_threads = threads or 0
     engine.inter_op_num_threads = 1
     engine.log_severity_level = ERRORS_ONLY
@@ -158,13 +173,14 @@ def _multiplies_bytes_exactly() -> bool:
 def _ort_value(buffer: Buffer) -> Any:
     if not isinstance(buffer, HostBuffer):
         raise BackendError(f"onnxruntime on the CPU cannot bind a {type(buffer).__name__} of another backend")
-    return _onnxruntime().OrtValue.ortvalue_from_numpy(buffer.array)
+    return onnxruntime().OrtValue.ortvalue_from_numpy(buffer.array)
 
 
-def _onnxruntime() -> Any:
+def onnxruntime() -> Any:
     """The engine; imported when the first session is opened, so that this module can be imported without it."""
     return import_module("onnxruntime")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What the engine says, without the trace that follows."""
     return str(error).strip().split("\n", 1)[0] or type(error).__name__

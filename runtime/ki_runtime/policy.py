@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from ki_edge.normalize import NormStats, read_norm_stats
 from ki_edge.prompt import PromptTokenizer
 from ki_edge.transforms import InputPipeline, ModelInputs, OutputPipeline, pad_last
 
+from .backends import silent
 from .decode import TOKENIZER
 from .sampler import Sampler
 
@@ -51,13 +52,19 @@ class Policy:
 
     @classmethod
     def load(
-        cls, bundle: str | Path | Bundle, backend: str = "auto", *, threads: int | None = None, verify: bool = False
+        cls,
+        bundle: str | Path | Bundle,
+        backend: str = "auto",
+        *,
+        threads: int | None = None,
+        verify: bool = False,
+        say: Callable[[str], object] = silent,
     ) -> Policy:
         """Open a bundle as a policy. Arguments and errors as of `Sampler.open`.
 
         BundleError names what is missing if the bundle holds the model alone.
         """
-        sampler = Sampler.open(bundle, backend, threads=threads, verify=verify)
+        sampler = Sampler.open(bundle, backend, threads=threads, verify=verify, say=say)
         return cls(sampler, read_assets(sampler.bundle))
 
     def infer(

@@ -2,7 +2,8 @@
 
 A camera that is absent, or a prompt column that is padding, in every row of the batch never influences a valid token
 (SPEC: masked tokens are invisible and take no position), so it is dropped before the graph runs. With a batch of one
-nothing but what exists is computed.
+nothing but what exists is computed, except where an engine wants few shapes: there the kept prompt is padded, masked,
+to the session's `prompt_bucket`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.config import Pi05Config
-from ki_edge.errors import ArgumentError
+from ki_edge.errors import ArgumentError, BackendError
 
 from .session import Binding, Buffer, Session, Storage
 
@@ -123,7 +124,10 @@ def _describe(array: npt.NDArray[Any]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Prefix:
-    """What the prefix graph left on the device. Valid until the next run of the stage that made it."""
+    """What the prefix graph left on the device. Valid until the next run of the stage that made it.
+
+    S is what the graph ran with: the tokens of `PrefixInputs`, and masked ones behind them if the prompt was padded.
+    """
 
     k: Buffer  # f32 [L, B, K, S, D], after RoPE
     v: Buffer  # f32 [L, B, K, S, D]
@@ -146,19 +150,28 @@ class PrefixStage:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._storage = Storage(session)
-        self._plans: OrderedDict[tuple[int, int, int], _Plan] = OrderedDict()
+        self._forget()
 
     def run(self, inputs: PrefixInputs) -> Prefix:
         """Write the inputs, run the graph; the result stays on the device."""
-        plan = self._plan(inputs)
-        for name, buffer in plan.inputs.items():
-            buffer.write(getattr(inputs, name))
-        plan.binding.run()
+        try:
+            plan = self._plan(inputs)
+            for name, buffer in plan.inputs.items():
+                buffer.write(_padded(getattr(inputs, name), buffer.shape))
+            plan.binding.run()
+        except BackendError:
+            self._forget()
+            raise
         return plan.prefix
 
+    def _forget(self) -> None:
+        """Let go of all memory: nothing of a failed run is left for later ones."""
+        self._storage = Storage(self._session)
+        self._plans: OrderedDict[tuple[int, int, int], _Plan] = OrderedDict()
+
     def _plan(self, inputs: PrefixInputs) -> _Plan:
-        key = (inputs.batch, inputs.images.shape[1], inputs.prompt_tokens.shape[1])
+        length = self._session.prompt_bucket.fit(inputs.prompt_tokens.shape[1])
+        key = (inputs.batch, inputs.images.shape[1], length)
         plan = self._plans.get(key)
         if plan is None:
             growths = self._storage.growths
@@ -179,5 +192,14 @@ class PrefixStage:
         return _Plan(
             inputs={tensor.name: buffers[tensor.name] for tensor in spec.inputs},
             prefix=Prefix(buffers["prefix_k"], buffers["prefix_v"], buffers["prefix_mask"]),
-            binding=self._session.bind(buffers),
+            binding=self._session.sequence((self._session.bind(buffers),)),
         )
+
+
+def _padded(array: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """`array` with zeros behind its second axis up to `shape`: token 0, masked."""
+    if array.shape == shape:
+        return array
+    padded = np.zeros(shape, array.dtype)
+    padded[:, : array.shape[1]] = array
+    return padded

@@ -14,10 +14,10 @@ import numpy.typing as npt
 from ki_edge import flow, graphs
 from ki_edge.bundle import Bundle
 from ki_edge.config import Pi05Config
-from ki_edge.errors import ArgumentError, BundleError
+from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_edge.graphs import GraphSpec
 
-from .backends import SessionOptions, choose_backend, open_session
+from .backends import Backend, SessionOptions, check_name, connect, silent
 from .decode import Choices, FastStage, check_decoding, choices_of
 from .denoise import DenoiseStage, runtime_weights
 from .prefix import PrefixStage, prepare_inputs, prepare_state
@@ -40,7 +40,8 @@ class StageTimes:
 class Trace:
     """Everything that parity compares, of one batch, in float32 on the host.
 
-    S counts only the tokens that ran; `columns` i64 [S] tells their place among the N*P + T of the untrimmed prefix.
+    S counts only the tokens that some row uses; `columns` i64 [S] tells their place among the N*P + T of the untrimmed
+    prefix.
     """
 
     prefix_k: F32  # [L, B, K, S, D]
@@ -53,8 +54,11 @@ class Trace:
 class Sampler:
     """The three graphs of a bundle over one backend. Calls from several threads wait for each other."""
 
-    def __init__(self, bundle: Bundle, open_graph: Callable[[GraphSpec], Session]) -> None:
+    def __init__(
+        self, bundle: Bundle, open_graph: Callable[[GraphSpec], Session], backend: Backend | None = None
+    ) -> None:
         self.bundle = bundle
+        self.backend = backend  # what runs it, and why the backends before it were passed over; None: not by name
         self.timing = StageTimes()
         self._open_graph = open_graph
         self._lock = Lock()
@@ -68,16 +72,25 @@ class Sampler:
 
     @classmethod
     def open(
-        cls, bundle: str | Path | Bundle, backend: str = "auto", *, threads: int | None = None, verify: bool = False
+        cls,
+        bundle: str | Path | Bundle,
+        backend: str = "auto",
+        *,
+        threads: int | None = None,
+        verify: bool = False,
+        say: Callable[[str], object] = silent,
     ) -> Sampler:
-        """Open a bundle folder, or take an opened one. `threads`: CPU threads of a graph; `verify`: check all hashes.
+        """Open a bundle folder, or take an opened one.
 
-        BundleError for a damaged bundle, BackendError for a backend that is missing or refuses a graph.
+        `threads`: CPU threads of a graph; `verify`: check all hashes; `say`: told which backend was taken and why, and
+        how the building of engines comes along. BundleError for a damaged bundle, BackendError for a backend that is
+        missing or refuses a graph.
         """
-        chosen = choose_backend(backend)
+        check_name(backend)
         opened = bundle if isinstance(bundle, Bundle) and not verify else Bundle.open(_folder(bundle), verify=verify)
-        options = SessionOptions(threads)
-        return cls(opened, lambda graph: open_session(opened, graph, chosen, options))
+        connection = connect(opened, backend, SessionOptions(threads, say=say))
+        say(connection.backend.describe(opened.manifest.precision))
+        return cls(opened, connection.open, connection.backend)
 
     @property
     def config(self) -> Pi05Config:
@@ -105,7 +118,8 @@ class Sampler:
 
         images u8 [B, N, h, w, 3] RGB, camera_mask bool [B, N], prompt_tokens integer [B, T], prompt_mask bool [B, T];
         state f32 [B, A], for a π0 alone: normalised, zeros past the robot's numbers;
-        noise f32 [B, H, A] (x at t = 1), or drawn from `seed` (None: a fresh one). ArgumentError for what does not fit.
+        noise f32 [B, H, A] (x at t = 1), or drawn from `seed` (None: a fresh one). ArgumentError for what does not fit,
+        BackendError for actions that are not finite.
         """
         inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
         once = prepare_state(state, inputs.batch, self._config)
@@ -117,6 +131,7 @@ class Sampler:
             middle = time.perf_counter_ns()
             actions = self._denoise.run(prefix, x, steps, once)
             self.timing = StageTimes(prefix=middle - start, denoise=time.perf_counter_ns() - middle)
+        self._check_finite(actions)
         return actions
 
     def sample_fast_tokens(
@@ -166,7 +181,9 @@ class Sampler:
         with self._lock:
             prefix = self._prefix.run(inputs)
             states = self._denoise.states(prefix, x, steps, once)
-            return Trace(prefix.k.read(), prefix.v.read(), prefix.mask.read(), inputs.columns, states)
+            kept = inputs.columns.size  # a padded prompt has masked tokens behind them
+            k, v, mask = prefix.k.read(), prefix.v.read(), prefix.mask.read()
+            return Trace(k[..., :kept, :], v[..., :kept, :], mask[:, :kept], inputs.columns, states)
 
     def _noise(self, noise: npt.ArrayLike | None, seed: int | None, batch: int) -> F32:
         shape = (batch, self._config.action_horizon, self._config.action_dim)
@@ -180,6 +197,16 @@ class Sampler:
         if not np.isfinite(given).all():
             raise ArgumentError("noise holds NaN or infinity")
         return given
+
+    def _check_finite(self, actions: F32) -> None:
+        bad = int((~np.isfinite(actions)).sum())
+        if bad:
+            precision = self.bundle.manifest.precision
+            raise BackendError(
+                f"the denoise graph in {precision} gave {bad} of {actions.size} numbers that are NaN or infinite; "
+                "nothing is sent to the robot. Check the bundle with ki-parity; "
+                f"{precision if precision != 'float32' else 'the backend'} is unsafe for this checkpoint"
+            )
 
     def _steps(self, num_steps: int | None) -> int:
         steps = self._num_steps if num_steps is None else num_steps

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,8 +50,41 @@ class Binding(Protocol):
         """Run once. Reads the bound inputs as they are now and overwrites the bound outputs; allocates nothing."""
 
 
+class Sequential:
+    """Bindings that run one after another."""
+
+    def __init__(self, bindings: Sequence[Binding]) -> None:
+        self._bindings = tuple(bindings)
+
+    def run(self) -> None:
+        for binding in self._bindings:
+            binding.run()
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Sizes that a masked dimension is padded to, so that an engine meets few shapes: multiples of `step`.
+
+    `limit`: the engine's largest size, where it has one; a size beyond it stays as it is, for the engine to refuse.
+    """
+
+    step: int = 1
+    limit: int | None = None
+
+    def fit(self, size: int) -> int:
+        """The size that `size` is padded to."""
+        padded = -(-size // self.step) * self.step
+        return padded if self.limit is None else max(size, min(padded, self.limit))
+
+
 class Session(ABC):
-    """One loaded graph. `sizes` holds the constant symbols of graphs.py; buffers may be shared within a backend."""
+    """One loaded graph. `sizes` holds the constant symbols of graphs.py; buffers may be shared within a backend.
+
+    `prompt_bucket` and `cache_bucket`: the lengths T of a prompt and C of a FAST cache that the engine should meet.
+    """
+
+    prompt_bucket = Bucket()
+    cache_bucket = Bucket()
 
     def __init__(self, spec: GraphSpec, sizes: Mapping[str, int]) -> None:
         self.spec = spec
@@ -80,6 +114,10 @@ class Session(ABC):
                 raise ArgumentError(f"graph {self.spec.name}: no buffer for '{tensor.name}'")
             match_shape(self.spec.name, tensor, buffers[tensor.name], symbols)
         return self._bind({tensor.name: buffers[tensor.name] for tensor in (*self.inputs, *self.outputs)})
+
+    def sequence(self, bindings: Sequence[Binding]) -> Binding:
+        """Bindings of this session as one that runs them in order; a backend may record them and replay the record."""
+        return Sequential(bindings)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run once from host arrays to host arrays: for tests and comparisons, not for loops."""
@@ -114,6 +152,13 @@ def match_shape(graph: str, tensor: TensorSpec, buffer: Buffer, symbols: dict[st
         raise ArgumentError(f"graph {graph}: '{tensor.name}' is {buffer.dtype}{list(buffer.shape)}, expected {wanted}")
 
 
+def check_write(array: Array, buffer: Buffer) -> None:
+    """ArgumentError unless the array has the buffer's shape and dtype."""
+    if array.shape != buffer.shape or array.dtype != buffer.dtype:
+        have = f"{buffer.dtype}{list(buffer.shape)}"
+        raise ArgumentError(f"cannot write {array.dtype}{list(array.shape)} into a buffer of {have}")
+
+
 class HostBuffer:
     """A buffer in the host's memory, for backends that compute there."""
 
@@ -129,9 +174,7 @@ class HostBuffer:
         return self.array.dtype
 
     def write(self, array: Array) -> None:
-        if array.shape != self.array.shape or array.dtype != self.array.dtype:
-            have = f"{self.array.dtype}{list(self.array.shape)}"
-            raise ArgumentError(f"cannot write {array.dtype}{list(array.shape)} into a buffer of {have}")
+        check_write(array, self)
         np.copyto(self.array, array)
 
     def read(self) -> Array:

@@ -69,8 +69,8 @@ def test_all_graphs_compile_for_ampere_and_blackwell(precision, compiled) -> Non
         path = engines.path(graph)
         assert (path.stat().st_size, sha256(path)) == (facts.size, facts.sha256)
         assert facts.size > facts.weights > 0
-    assert engines.identity.precision == bundle.manifest.precision == precision
         assert f"{graph}.onnx" in (engines.folder / f"{graph}.log").read_text()
+    assert engines.identity.precision == bundle.manifest.precision == precision
     assert said[0].startswith("compiling prefix, denoise, fast_decode with TensorRT-RTX ")
     assert "for compute capability 8.6, 12.0: less than a minute" in said[0]
     assert [line.split(":")[0] for line in said[1:]] == ["compiled prefix", "compiled denoise", "compiled fast_decode"]

@@ -22,7 +22,9 @@ from ki_export.exporter import ExportOptions, export
 from ki_export.reference import ReferencePolicy
 from ki_runtime import ControlLoop, LoopOptions, Policy, Sampler
 from ki_runtime.backends import SessionOptions, choose_backend, open_session
+from ki_runtime.ort_session import OrtSession
 from ki_runtime.robots import EpisodeStatus
+from ki_runtime.session import Bucket
 
 GEMMA = GemmaConfig(width=32, depth=2, mlp_dim=48, num_heads=4, num_kv_heads=2, head_dim=8)
 CONFIG = Pi05Config(
@@ -173,6 +175,28 @@ def test_fast_tokens_equal_pytorch(exported, sampler, full_sampler, cameras, len
     free = exported.model.sample_fast_tokens(observation(inputs), constrained=False, **options).numpy()
     np.testing.assert_array_equal(full_sampler.sample_fast_tokens(*inputs, constrained=False, **options), free)
     assert len(np.unique(free)) > 3
+
+
+@pytest.mark.parametrize(("cameras", "lengths"), CASES)
+def test_padding_to_buckets_changes_nothing(exported, sampler, full_sampler, monkeypatch, cameras, lengths):
+    """What engines of few shapes are given: prompts of 16, 32.. tokens and caches of 64, 128.. places, masked."""
+    inputs, x = random_batch(cameras, lengths), noise(len(lengths))
+    decoding = {"max_tokens": 12, "forced": (50, 7), "constrained": False}
+    actions, trace = (run(*inputs, noise=x, num_steps=4) for run in (sampler.sample_actions, sampler.trace))
+    tokens = full_sampler.sample_fast_tokens(*inputs, **decoding)
+    monkeypatch.setattr(OrtSession, "prompt_bucket", Bucket(16))
+    monkeypatch.setattr(OrtSession, "cache_bucket", Bucket(64))
+    padded, padded_full = (Sampler.open(exported.folder / name, threads=1) for name in ("policy", "full"))
+    np.testing.assert_allclose(padded.sample_actions(*inputs, noise=x, num_steps=4), actions, atol=1e-5, rtol=0)
+    np.testing.assert_array_equal(padded_full.sample_fast_tokens(*inputs, **decoding), tokens)
+    again = padded.trace(*inputs, noise=x, num_steps=4)
+    for name in ("prefix_mask", "columns"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(trace, name))
+    valid = trace.prefix_mask[None, :, None, :, None]
+    for ours, theirs in ((again.prefix_k, trace.prefix_k), (again.prefix_v, trace.prefix_v)):
+        np.testing.assert_allclose(ours * valid, theirs * valid, atol=1e-5, rtol=0)
+    lengths_met = {key[2] for key in padded._prefix._plans}, {key[1] for key in padded_full._fast._caches}
+    assert lengths_met == ({16}, {64})
 
 
 class Still:

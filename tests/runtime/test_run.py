@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from ki_edge.commands import tell
 from ki_edge.contract import generic
-from ki_edge.errors import ArgumentError, BackendError, RobotError
+from ki_edge.errors import ArgumentError, BackendError, DeviceError, RobotError
 from ki_runtime import backends, cli, film, plots
 from ki_runtime.loop import ControlLoop, LoopOptions, Watcher, episode_noise
 from ki_runtime.recorder import Recorder
@@ -148,12 +149,16 @@ class Failing(FormulaPolicy):
         return super().infer(observation, **options)
 
 
-def test_an_error_closes_the_watchers_and_keeps_the_report():
-    closed = []
+@pytest.mark.parametrize("error", [BackendError("broken"), DeviceError("broken: lost")])
+def test_an_error_closes_the_watchers_and_keeps_the_report(monkeypatch, error):
+    """The robot is told nothing more, so it holds where it is."""
+    monkeypatch.setattr(Failing, "error", error)
+    closed, robot = [], CountingRobot()
     watcher = type("Closing", (Watcher,), {"close": lambda self: closed.append(1)})()
-    loop = ControlLoop(Failing(), CountingRobot(), LoopOptions(episodes=2), [watcher])
-    with pytest.raises(BackendError, match="broken"):
+    loop = ControlLoop(Failing(), robot, LoopOptions(episodes=2), [watcher])
+    with pytest.raises(type(error), match="broken"):
         loop.run()
+    assert robot.log[-1] == ("observe", 0)
     assert closed == [1] and len(loop.report(interrupted=True).episodes) == 1
 
 
@@ -322,7 +327,7 @@ def test_run_prints_a_report(run):
     assert result.status == 0 and robot.closed
     assert "50.0 % at the end" in result.out and "100.0 % at any step" in result.out
     assert "prefix" in result.out and "control rate" in result.out and "torch loaded" in result.out
-    assert result.loaded == [("some/bundle", "ort", {"threads": 2, "verify": True})]
+    assert result.loaded == [("some/bundle", "ort", {"threads": 2, "verify": True, "say": tell})]
 
 
 def test_run_prints_json(run, tmp_path):
@@ -371,7 +376,7 @@ def test_interrupt_while_loading(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["--robot", "gym:FetchReach-v4"], "no bundle at"),
-        (["--robot", "gym:FetchReach-v4", "--backend", "abacus"], "no backend 'abacus'; there are: auto, ort"),
+        (["--robot", "gym:FetchReach-v4", "--backend", "abacus"], "no backend 'abacus'; there are: auto, trt"),
     ],
 )
 def test_missing_bundle_and_unknown_backend(capsys, tmp_path, arguments, message):

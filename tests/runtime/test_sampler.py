@@ -401,13 +401,16 @@ def test_missing_runtime_weights(fake_sampler, make_bundle, runtime):
 
 
 def test_unknown_backend(make_bundle):
-    with pytest.raises(BackendError, match=r"no backend 'abacus'; there are: auto, ort \(installed\)"):
+    with pytest.raises(BackendError, match=r"no backend 'abacus'; there are: auto, trt, trt-rtx, ort-cuda, ort$"):
         Sampler.open(make_bundle(), "abacus")
 
 
 def test_missing_backend_says_what_to_install(make_bundle, monkeypatch):
     monkeypatch.setattr("ki_runtime.backends.find_spec", lambda name: None)
-    with pytest.raises(BackendError, match=r"'auto' is not installed .*pip install 'ki-edge\[ort\]'"):
+    with pytest.raises(
+        BackendError,
+        match=r"no backend can run this: trt: .*; ort: no onnxruntime package; pip install 'ki-edge\[ort\]'",
+    ):
         Sampler.open(make_bundle())
 
 

@@ -230,6 +230,6 @@ def test_storage_grows_and_never_shrinks(denoise):
 
 
 def test_backend_that_cannot_be_imported(make_bundle):
-    broken = type(BACKENDS[0])("broken", "ki_runtime.no_such_module", "numpy", "pip install broken")
+    broken = type(BACKENDS[0])("broken", "ki_runtime.no_such_module", ("numpy",), "pip install broken")
     with pytest.raises(BackendError, match=r"'broken' cannot be imported: .*; pip install broken"):
         open_session(make_bundle(), graphs.DENOISE, broken, SessionOptions())

@@ -12,6 +12,7 @@ from .identities import remove_identities
 from .linear import use_stored_weights
 from .names import name_layers
 from .norms import divide_by_root
+from .positions import count_by_sums
 from .reshapes import simplify_reshapes
 from .transposes import simplify_transposes
 
@@ -22,6 +23,7 @@ PASSES: tuple[Callable[[ir.Model], None], ...] = (
     simplify_transposes,
     simplify_reshapes,
     divide_by_root,
+    count_by_sums,
     clean_up,
     name_layers,
 )

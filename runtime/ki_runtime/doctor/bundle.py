@@ -1,0 +1,129 @@
+"""One bundle on this machine: its files, its memory, and the engines that lie in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ki_edge.bundle import Bundle
+from ki_edge.errors import BackendError, BundleError, KiEdgeError
+
+from ..trt.api import Api
+from ..trt.engines import Device, Engines, look
+from ..trt.graph_file import GraphFile, read_graph
+from ..trt.memory import OVERHEAD, needed
+from ..trt.requirements import check_graph
+from .finding import Finding
+from .gpu import Gpu
+from .host import Host
+from .memory import BYTES, Needs, needs
+from .system import Memory
+
+NAME, ENGINES = "bundle", "engines"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """An opened bundle, its graphs as their files say, and what they need."""
+
+    bundle: Bundle
+    graphs: Mapping[str, GraphFile]
+    needs: Needs
+
+    @property
+    def precision(self) -> str:
+        return self.bundle.manifest.precision
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Of one TensorRT module: whether the bundle's engines fit, or could be built here; `reason` if neither."""
+
+    ready: bool
+    buildable: bool
+    reason: str = ""
+
+
+def check_bundle(folder: Path) -> tuple[Contents | None, Finding]:
+    """Its manifest and files."""
+    try:
+        contents = read_contents(folder)
+    except KiEdgeError as error:
+        return None, Finding("problem", NAME, str(error), "export the checkpoint again, or copy the bundle again")
+    manifest = contents.bundle.manifest
+    size = sum(facts["size"] for facts in manifest.files.values())
+    verified = bool(manifest.parity.get("verified"))
+    text = f"{folder}: {manifest.precision}, {size / 1e9:.2f} GB, {'' if verified else 'not '}verified at its export"
+    if verified:
+        return contents, Finding("ok", NAME, text)
+    return contents, Finding("warning", NAME, text, f"ki-parity {folder} --checkpoint CHECKPOINT")
+
+
+def read_contents(folder: Path) -> Contents:
+    """Open a bundle; BundleError if it is damaged or of an unknown precision."""
+    bundle = Bundle.open(folder)
+    manifest = bundle.manifest
+    if manifest.precision not in BYTES:
+        known = ", ".join(BYTES)
+        raise BundleError(f"{folder}: precision '{manifest.precision}', known: {known}; upgrade ki-edge")
+    graphs = {name: read_graph(bundle.graph(name)) for name in manifest.graphs}
+    return Contents(bundle, graphs, needs(manifest.config, len(manifest.vocabulary.ids), manifest.precision))
+
+
+def check_room(need: Needs, gpu: Gpu | None, memory: Memory | None) -> Finding | None:
+    """Whether acting fits into the GPU's memory, or the host's where it has none of its own."""
+    own = gpu is not None and not gpu.shared
+    have = gpu.memory if gpu is not None and own else memory.available if memory is not None else None
+    if have is None:
+        return None
+    text = (
+        f"acting {need.acting / 1e9:.1f} GB, with FAST {need.with_fast / 1e9:.1f} GB (weights, K/V, activations; "
+        f"estimated); {have / 1e9:.1f} GB {'on the GPU' if own else 'available'}"
+    )
+    if need.acting > have:
+        fix = "stop other programs, export with a smaller --precision, or use a larger board"
+        return Finding("problem", "model memory", f"too little: {text}", fix)
+    if need.with_fast > have:
+        fix = "decode no FAST tokens here: their engine is loaded at its first use"
+        return Finding("warning", "model memory", text, fix)
+    return Finding("ok", "model memory", text)
+
+
+def check_engines(host: Host, contents: Contents, api: Api, gpu: Gpu, memory: Memory | None) -> tuple[Fit, Finding]:
+    """Do the bundle's engines fit this GPU and this TensorRT, and if not, can they be built here."""
+    found = look(contents.bundle, api, Device(gpu.name, gpu.capability, gpu.memory))
+    if isinstance(found, Engines):
+        return Fit(True, True), Finding("ok", ENGINES, f"{api.title}: {found.folder.name} fits")
+    obstacle = _obstacle(host, contents, api, gpu, memory)
+    if obstacle is not None:
+        why, fix = obstacle
+        return Fit(False, False, why), Finding("problem", ENGINES, f"{found}; cannot be built here: {why}", fix)
+    fix = f"ki-export --build {contents.bundle.path}" + (" --target trt-rtx" if api.is_rtx else "")
+    return Fit(False, True), Finding("warning", ENGINES, found, fix)
+
+
+def _obstacle(host: Host, contents: Contents, api: Api, gpu: Gpu, memory: Memory | None) -> tuple[str, str] | None:
+    """What keeps engines from being built here, and the fix; None if nothing does."""
+    folder = contents.bundle.path
+    if not api.can_build:
+        return f"{api.title} has no builder", "build them here with the tensorrt package of the same major version"
+    if api.is_rtx and gpu.capability not in api.capabilities:
+        return f"{api.title} does not compile for {gpu.sm}", "use TensorRT"
+    try:
+        for name, graph in contents.graphs.items():
+            check_graph(api, name, graph)
+    except BackendError as error:
+        return str(error), "upgrade TensorRT, or export again as the message says"
+    sizes = [graph.weight_bytes for graph in contents.graphs.values()]
+    disk, free = sum(sizes) + int(OVERHEAD), host.free_bytes(folder)
+    if disk > free:
+        return f"engines need {disk / 1e9:.1f} GB of disk", f"free {(disk - free) / 1e9:.1f} GB at {folder}"
+    need, have = max(needed(api, size) for size in sizes), memory.available + memory.swap if memory else None
+    if have is not None and need > have:
+        more = -(-(need - have) // 10**9)
+        swap = f"sudo fallocate -l {more}G /swap && sudo chmod 600 /swap && sudo mkswap /swap && sudo swapon /swap"
+        return f"compiling takes up to {need / 1e9:.1f} GB of memory, {have / 1e9:.1f} GB are free", swap
+    if not host.usable(str(folder)):
+        return f"{folder} cannot be written by this user", f"sudo chown -R $USER {folder}"
+    return None

@@ -1,0 +1,48 @@
+"""ki-doctor: what this machine can run, what is missing, and how to mend it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ki_edge.commands import Parser, run_command
+from ki_edge.errors import ArgumentError
+
+NOTHING_RUNS = 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 if something can run a bundle here (or the given one), 1 if nothing can, 2 for an error."""
+    options = _parser().parse_args(arguments)
+    return run_command("ki-doctor", lambda: _examine(options), "nothing was changed")
+
+
+def _examine(options: argparse.Namespace) -> int:
+    from .checkup import examine
+
+    if options.bundle is not None and not options.bundle.is_dir():
+        raise ArgumentError(f"no folder at {options.bundle}: expected a bundle written by ki-export")
+    checkup = examine(options.bundle)
+    if options.json:
+        print(json.dumps(checkup.to_json(), indent=1))
+    else:
+        print("\n".join(checkup.lines()))
+    return 0 if checkup.runs else NOTHING_RUNS
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="ki-doctor",
+        description="What this machine can run: Python, JetPack, GPU, driver, ONNX Runtime, TensorRT, memory, disk; "
+        "with a bundle also whether it and its engines fit. Changes nothing.",
+    )
+    parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="folder written by ki-export")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""What the three graphs need on the device while they run, from shapes alone: weights, K/V, activations.
+
+An estimate for planning. Weights are exact but for the few products that stay in float32 whatever the precision; for
+activations the largest tensors of one layer are counted as if all lived at once. CUDA's context, the engines' own
+kernels and what TensorRT keeps besides are not in it. What building takes: `ki_runtime.trt.memory`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from ki_edge.checkpoints.keys import BACKBONE, EMBEDDING, EXPERT, parameter_shapes
+from ki_edge.config import GemmaConfig, Pi05Config
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+CAMERAS, PROMPT, FAST_TOKENS = 3, 200, 256  # the largest case that is counted
+F32 = 4
+
+
+@dataclass(frozen=True)
+class GraphMemory:
+    """Bytes on the device while a graph runs; `kv`: its K/V, which the graphs share."""
+
+    weights: int
+    activations: int
+    kv: int
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a policy needs, by graph."""
+
+    graphs: Mapping[str, GraphMemory]
+
+    @property
+    def acting(self) -> int:
+        """prefix and denoise resident, K/V once."""
+        prefix, denoise = self.graphs["prefix"], self.graphs["denoise"]
+        return prefix.weights + denoise.weights + max(prefix.activations, denoise.activations) + prefix.kv
+
+    @property
+    def with_fast(self) -> int:
+        """All three resident; the FAST engine has weights of its own and a longer cache."""
+        fast = self.graphs["fast_decode"]
+        return self.acting + fast.weights + fast.kv
+
+    @property
+    def engines(self) -> int:
+        """On the disk: the weights of all three."""
+        return sum(graph.weights for graph in self.graphs.values())
+
+
+def needs(config: Pi05Config, decode_rows: int, precision: str) -> Needs:
+    """Of a policy in a precision of the manifest. `decode_rows`: columns of the FAST logits."""
+    low = BYTES[precision]
+    sizes = weights(config, decode_rows, low)
+    tokens = CAMERAS * config.vision.patches + PROMPT
+    horizon = config.action_horizon + config.has_state
+    cache = 2 * config.backbone.depth * config.backbone.num_kv_heads * config.backbone.head_dim * F32
+    vision = _vision(config, low)
+    return Needs(
+        {
+            "prefix": GraphMemory(
+                sizes["prefix"], max(vision, _layer(config.backbone, tokens, tokens, low)), cache * tokens
+            ),
+            "denoise": GraphMemory(
+                sizes["denoise"], _layer(config.expert, horizon, tokens + horizon, low), cache * tokens
+            ),
+            "fast_decode": GraphMemory(
+                sizes["fast_decode"],
+                _layer(config.backbone, 4, tokens + FAST_TOKENS, low),
+                cache * (tokens + FAST_TOKENS),
+            ),
+        }
+    )
+
+
+def weights(config: Pi05Config, decode_rows: int, low: int) -> dict[str, int]:
+    """Bytes of each graph's weights, matrices at `low` bytes a number and vectors in float32."""
+    last = f"{BACKBONE}layers.{config.backbone.depth - 1}."
+    dead = tuple(last + name for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.", "post_attention"))
+    found = {"prefix": 0, "denoise": 0, "fast_decode": decode_rows * config.backbone.width * low}
+    for key, shape in parameter_shapes(config).items():
+        size = prod(shape) * (low if len(shape) > 1 else F32)
+        if key.startswith((EXPERT, "action_in", "action_out", "action_time", "state_")):
+            hoisted = ".dense." in key or "action_time_mlp_in" in key
+            found["denoise"] += 0 if hoisted else size
+        elif key.startswith("time_"):
+            continue  # the runtime's own, on the host
+        else:
+            found["prefix"] += 0 if key.startswith((*dead, BACKBONE + "norm")) else size
+            found["fast_decode"] += size if key.startswith((BACKBONE, EMBEDDING)) else 0
+    return found
+
+
+def _layer(config: GemmaConfig, tokens: int, keys: int, low: int) -> int:
+    """Residual before and after, Q and K/V, scores and their softmax, gate, up and product of one layer."""
+    residual = 2 * tokens * config.width * F32
+    heads = (config.num_heads + 2 * config.num_kv_heads) * tokens * config.head_dim * low
+    scores = config.num_heads * tokens * keys * (F32 + low)
+    return residual + heads + scores + tokens * config.mlp_dim * (2 * low + F32)
+
+
+def _vision(config: Pi05Config, low: int) -> int:
+    """The same of the vision tower, all cameras at once."""
+    vision, tokens = config.vision, CAMERAS * config.vision.patches
+    scores = vision.num_heads * tokens * vision.patches * (F32 + low)
+    return 2 * tokens * vision.width * F32 + scores + tokens * (3 * vision.width * low + vision.mlp_dim * (low + F32))

@@ -1,0 +1,248 @@
+"""Bundle to engines: on the robot at first start, with `ki-export --build`, or ahead of time with TensorRT-RTX.
+
+All three graphs are compiled by default, each into an engine of its own: TensorRT has no weights shared between
+engines, so fast_decode, whose transformer is the prefix's, holds them a second time on disk, and on the device from
+its first use on. Leave it out with `graphs` where nobody decodes FAST tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from ki_edge.bundle import Bundle
+from ki_edge.errors import ArgumentError, BackendError
+
+from .api import Api, Capability, describe_capabilities, parse_capabilities
+from .compiling import Settings, compile_graph
+from .engines import FOLDER, Device, EngineFile, Engines, Identity, identify, look
+from .graph_file import GraphFile, read_graph
+from .memory import check_disk, check_memory, check_size, needed, seconds
+from .profiles import profiles
+from .requirements import check_graph, check_precision
+
+Say = Callable[[str], object]
+MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How to build. `capabilities`: compile ahead of time for these GPUs (TensorRT-RTX only), not for this machine's.
+
+    `graphs`: which ones, None for all; `batch`: most observations at once; `workspace`: bytes that one layer may take
+    while it runs; `lean`: engines that the lean runtime loads too; `ignore_memory`: build though the estimate says that
+    memory will not do; `force`: build again what is there already.
+    """
+
+    capabilities: tuple[Capability, ...] = ()
+    graphs: tuple[str, ...] | None = None
+    batch: int = 1
+    workspace: int = 1 << 30
+    lean: bool = False
+    ignore_memory: bool = False
+    force: bool = False
+
+
+def build_bundle(
+    path: str | Path,
+    target: str = "trt",
+    compute_capability: str | None = None,
+    options: BuildOptions | None = None,
+    say: Say = lambda _: None,
+) -> Engines:
+    """What `ki-export --build` does. `target` "trt" or "trt-rtx"; `compute_capability` such as "8.6,12.0", for RTX.
+
+    Errors as of `build`, and ArgumentError for a target or capability that does not exist.
+    """
+    if target not in MODULES:
+        raise ArgumentError(f"target {target!r}: engines are built for {', '.join(MODULES)}")
+    options = options or BuildOptions()
+    if compute_capability is not None:
+        options = BuildOptions(**{**options.__dict__, "capabilities": parse_capabilities(compute_capability)})
+    bundle, api = Bundle.open(path), Api.load(MODULES[target])
+    return build(bundle, api, None if options.capabilities else _device(api), options, say)
+
+
+def ensure_engines(bundle: Bundle, api: Api, device: Device, say: Say = lambda _: None) -> Engines:
+    """The engines that fit this machine, built if there are none (with a bar on a terminal, and lines to `say`).
+
+    BackendError if they cannot be built here.
+    """
+    found = look(bundle, api, device)
+    if isinstance(found, Engines):
+        return found
+    if not api.can_build:
+        raise BackendError(f"{found}, and {api.title} cannot build any: run ki-export --build {bundle.path}")
+    say(found)
+    return build(bundle, api, device, say=say)
+
+
+def build(
+    bundle: Bundle,
+    api: Api,
+    device: Device | None,
+    options: BuildOptions | None = None,
+    say: Say = lambda _: None,
+) -> Engines:
+    """Compile a bundle's graphs and publish the engines in it, all or nothing.
+
+    `device`: this machine's GPU, None to compile ahead of time. `say` gets a line for the plan and for each graph.
+    BackendError in one line if anything the build needs is missing, too old or too small, or if the builder fails;
+    nothing is left of a failed or interrupted build.
+    """
+    options = options or BuildOptions()
+    capabilities = _capabilities(api, device, options)
+    check_precision(bundle.manifest.precision, capabilities)
+    graphs = {name: read_graph(bundle.graph(name)) for name in _graphs(bundle, options)}
+    identity = identify(
+        bundle,
+        api,
+        device.name if device is not None else None,
+        capabilities,
+        profiles=profiles(bundle, options.batch),
+        graphs=tuple(graphs),
+        lean=options.lean,
+    )
+    folder = bundle.path / FOLDER / identity.key
+    existing = None if options.force else _existing(folder)
+    if existing is not None:
+        say(f"{folder}: engines are there already")
+        return existing
+    for name, graph in graphs.items():
+        check_graph(api, name, graph)
+        if not options.ignore_memory:
+            check_memory(api, name, graph.weight_bytes, gpu=None if device is None else device.memory)
+    with _publishing(folder) as partial:
+        check_disk(partial, sum(graph.weight_bytes for graph in graphs.values()))
+        _announce(api, identity, graphs, say)
+        _compile(bundle, api, identity, graphs, options, partial, say)
+    return Engines.read(folder)
+
+
+def _compile(
+    bundle: Bundle,
+    api: Api,
+    identity: Identity,
+    graphs: dict[str, GraphFile],
+    options: BuildOptions,
+    folder: Path,
+    say: Say,
+) -> None:
+    settings = Settings(options.workspace, identity.capabilities, options.lean, _timings(folder.parent, identity))
+    files: dict[str, EngineFile] = {}
+    for name, graph in graphs.items():
+        path, log = folder / f"{name}.engine", folder / f"{name}.log"
+        made = compile_graph(api, bundle.graph(name), identity.profiles[name], path, log, settings)
+        check_size(name, made.size, graph.weight_bytes, identity.precision, say)
+        files[name] = EngineFile(path.name, made.size, made.sha256, graph.weight_bytes, round(made.seconds, 1))
+        say(f"compiled {name}: {made.size / 1e6:.1f} MB ({made.seconds:.1f} s)")
+    Engines(folder, identity, files).write()
+
+
+def _announce(api: Api, identity: Identity, graphs: dict[str, GraphFile], say: Say) -> None:
+    sizes = [graph.weight_bytes for graph in graphs.values()]
+    where = identity.device or f"compute capability {describe_capabilities(identity.capabilities)}"
+    minutes = sum(seconds(api, size) for size in sizes) / 60
+    duration = "less than a minute" if minutes < 1 else f"roughly {minutes:.0f} minutes"
+    memory = max(needed(api, size) for size in sizes) / 1e9
+    say(
+        f"compiling {', '.join(graphs)} with {api.title} for {where}: {duration}, up to {memory:.1f} GB of memory, "
+        f"{sum(sizes) / 1e9:.1f} GB on disk"
+    )
+
+
+def _capabilities(api: Api, device: Device | None, options: BuildOptions) -> tuple[Capability, ...]:
+    """What to compile for, or BackendError saying why this TensorRT cannot."""
+    if not api.can_build:
+        raise BackendError(f"{api.title} only runs engines: build them with tensorrt or tensorrt_rtx")
+    if options.capabilities and not api.is_rtx:
+        raise BackendError(
+            "TensorRT builds only on the GPU that will run the engines: run ki-export --build there, or compile ahead "
+            "of time with --target trt-rtx --compute-capability"
+        )
+    if not options.capabilities and device is None:
+        raise BackendError(f"no NVIDIA GPU or driver here: {_elsewhere(api)}")
+    if options.lean and api.is_rtx:
+        raise BackendError("the lean runtime loads engines of TensorRT, not of TensorRT-RTX")
+    wanted = options.capabilities or ((device.capability,) if device is not None else ())
+    unknown = [capability for capability in wanted if api.is_rtx and capability not in api.capabilities]
+    if unknown:
+        raise BackendError(
+            f"{api.title} cannot compile for compute capability {describe_capabilities(unknown)}, only for "
+            f"{describe_capabilities(api.capabilities)}"
+        )
+    return wanted
+
+
+def _graphs(bundle: Bundle, options: BuildOptions) -> tuple[str, ...]:
+    known = tuple(bundle.manifest.graphs)
+    wanted = known if options.graphs is None else options.graphs
+    for name in wanted:
+        if name not in known:
+            raise ArgumentError(f"no graph {name!r} in {bundle.path}, only {', '.join(known)}")
+    if not wanted:
+        raise ArgumentError(f"no graph to build: name some of {', '.join(known)}")
+    return wanted
+
+
+def _existing(folder: Path) -> Engines | None:
+    try:
+        engines = Engines.read(folder)
+    except BackendError:
+        return None
+    return None if engines.damage() else engines
+
+
+def _timings(folder: Path, identity: Identity) -> Path:
+    name = re.sub(r"[^a-z0-9.]+", "-", f"{identity.device} {identity.flavour} {identity.version}".lower())
+    return folder / f"{name}.timings"
+
+
+def _device(api: Api) -> Device:
+    """This machine's GPU; BackendError where there is none, and what can be done."""
+    try:
+        device: Device = import_module("ki_runtime.trt.cuda").current_device()
+    except BackendError as error:
+        raise BackendError(f"{error}; {_elsewhere(api)}") from error
+    return device
+
+
+def _elsewhere(api: Api) -> str:
+    ahead = ", or name the GPU to compile for: --compute-capability 8.6" if api.is_rtx else ""
+    return f"run ki-export --build BUNDLE on the robot{ahead}"
+
+
+@contextmanager
+def _publishing(target: Path) -> Iterator[Path]:
+    """A folder that becomes `target` when the block ends without an error, and vanishes otherwise."""
+    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+    try:
+        target.parent.mkdir(exist_ok=True)
+        _sweep(target.parent)
+        partial.mkdir()
+    except OSError as error:
+        raise BackendError(f"cannot write engines into {target.parent} ({error}): copy the bundle elsewhere") from error
+    try:
+        yield partial
+        old = target.parent / f".{target.name}.partial-{os.getpid()}-old"
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed builds left behind."""
+    for stale in folder.glob(".*.partial-*"):
+        pid = stale.name.split(".partial-", 1)[1].split("-", 1)[0]
+        alive = pid != str(os.getpid()) and Path(f"/proc/{pid}").exists()
+        if stale.is_dir() and pid.isdigit() and not alive:
+            shutil.rmtree(stale, ignore_errors=True)

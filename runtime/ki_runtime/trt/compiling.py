@@ -1,0 +1,192 @@
+"""One graph to one engine: parse, profiles, progress, the builder's log, and an interruption that ends the build."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from ki_edge.errors import BackendError
+
+from .api import Api, Capability
+from .profiles import Profile
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the compiler is told. `workspace`: bytes for one layer; `targets`: compute capabilities (RTX)."""
+
+    workspace: int
+    targets: tuple[Capability, ...]
+    lean: bool = False
+    timings: Path | None = None  # file of the timing cache
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """Size in bytes and sha256 of the engine written, and the seconds that it took."""
+
+    size: int
+    sha256: str
+    seconds: float
+
+
+def compile_graph(
+    api: Api, graph: Path, profiles: Sequence[Profile], engine: Path, log: Path, settings: Settings
+) -> Compiled:
+    """Compile an ONNX file into `engine`, with the builder's log beside it.
+
+    BackendError in one line: the node that cannot be imported, or what the builder says. KeyboardInterrupt once the
+    builder has stopped after Ctrl-C. Whatever was written is then the caller's to remove.
+    """
+    start = time.perf_counter()
+    with log.open("w", encoding="utf-8") as lines:
+        errors: list[str] = []
+        logger = api.logger(lambda severity, message: _note(lines, errors, severity, message))
+        builder = api.module.Builder(logger)
+        network = api.network(builder)
+        _parse(api, api.module.OnnxParser(network, logger), graph)
+        config = api.config(builder, settings.workspace, settings.targets, lean=settings.lean)
+        for profile in profiles:
+            _add_profile(builder, config, profile, graph.stem)
+        _load_timings(api, config, settings.timings)
+        with engine.open("wb") as file, Progress(graph.stem) as progress:
+            out = _Output(file)
+            config.progress_monitor = api.monitor(progress.started, progress.stepped, progress.finished)
+            done = _interruptible(lambda: api.serialize(builder, network, config, out.write), progress)
+        if not done:
+            reason = errors[0] if errors else f"no reason given; see the verbose log of {api.title}"
+            raise BackendError(f"{api.title} cannot compile graph {graph.stem}: {_one_line(reason)}")
+        _save_timings(api, config, settings.timings)
+    return Compiled(out.size, out.digest.hexdigest(), time.perf_counter() - start)
+
+
+def _note(lines: IO[str], errors: list[str], severity: str, message: str) -> None:
+    if not lines.closed:  # the builder's objects may outlive its log
+        lines.write(f"[{severity}] {message}\n")
+    if severity == "error":
+        errors.append(message)
+
+
+def _parse(api: Api, parser: Any, graph: Path) -> None:
+    if parser.parse_from_file(str(graph)):
+        return
+    found = [parser.get_error(at) for at in range(parser.num_errors)]
+    if not found:
+        raise BackendError(f"{api.title} cannot read graph {graph}")
+    first = found[0]
+    node = f"node {first.node_name() or '(unnamed)'} ({first.node_operator() or 'unknown operator'})"
+    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    raise BackendError(f"{api.title} cannot import graph {graph.stem}: {node}: {_one_line(first.desc())}{more}")
+
+
+def _add_profile(builder: Any, config: Any, profile: Profile, graph: str) -> None:
+    made = builder.create_optimization_profile()
+    for name in profile:
+        made.set_shape(name, *profile[name])
+    if config.add_optimization_profile(made) < 0:
+        raise BackendError(f"graph {graph} does not take the shapes {profile.to_json()}: export the checkpoint again")
+
+
+def _load_timings(api: Api, config: Any, path: Path | None) -> None:
+    if path is not None and api.keeps_timings:
+        known = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+        config.set_timing_cache(known or config.create_timing_cache(b""), False)
+
+
+def _save_timings(api: Api, config: Any, path: Path | None) -> None:
+    if path is None or not api.keeps_timings:
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(bytes(config.get_timing_cache().serialize()))
+    partial.replace(path)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+class _Output:
+    """A file being written, with its size and hash so far."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.size, self.digest = 0, hashlib.sha256()
+        self._file = file
+
+    def write(self, data: Any) -> None:
+        self._file.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+
+
+def _interruptible(work: Callable[[], bool], progress: Progress) -> bool:
+    """Run a build in a thread of its own, so that Ctrl-C reaches this one and ends the build at its next step.
+
+    The builder calls back from C++, where no exception may arise.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            progress.cancelled = True
+            raise
+
+
+class Progress:
+    """The phases of a build as a bar on a terminal. Set `cancelled` to end the build."""
+
+    def __init__(self, name: str) -> None:
+        self.cancelled = False
+        self._phases: dict[str, _Phase] = {}
+        self._bar = tqdm(total=100, desc=f"compiling {name}", unit="%", leave=False, disable=None)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def started(self, name: str, parent: str | None, steps: int) -> None:
+        """A phase of `steps` steps begins, within a step of the phase `parent`."""
+        phase = self._phases[name] = _Phase(max(1, steps))
+        if parent in self._phases:
+            self._phases[parent].inside = phase
+
+    def stepped(self, name: str, step: int) -> bool:
+        """Step number `step` is done; False ends the build."""
+        phase = self._phases.get(name)
+        if phase is not None:
+            phase.done, phase.inside = step + 1, None
+            self._bar.update(max(0, self.percent - self._bar.n))
+        return not self.cancelled
+
+    def finished(self, name: str) -> None:
+        """A phase is over."""
+        self._phases.pop(name, None)
+
+    @property
+    def percent(self) -> int:
+        """Of the outermost phase, steps of equal weight."""
+        outermost = next(iter(self._phases.values()), None)
+        return 100 if outermost is None else int(100 * outermost.fraction)
+
+
+class _Phase:
+    """A phase of a build, and the one that runs inside of its present step."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.done = 0
+        self.inside: _Phase | None = None
+
+    @property
+    def fraction(self) -> float:
+        partly = self.inside.fraction if self.inside is not None else 0.0
+        return min(1.0, (self.done + partly) / self.steps)

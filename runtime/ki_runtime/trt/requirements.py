@@ -1,0 +1,72 @@
+"""What a graph asks of TensorRT and of the GPU, told before anything is built.
+
+The table holds what the parser of TensorRT 10.3 does not import; everything else that the exporter writes, it does.
+RTX has its own version numbers and imports all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ki_edge.errors import BackendError
+
+from .api import Api, Capability, describe_capabilities
+from .graph_file import GraphFile
+
+# Operator -> first TensorRT that imports it; None: no version does.
+OPERATORS: dict[str, tuple[int, int] | None] = {
+    "Attention": (10, 14),
+    "RMSNormalization": (10, 15),
+    "RotaryEmbedding": (10, 15),
+    "TensorScatter": (10, 15),
+    "ConvInteger": None,
+    "DynamicQuantizeLinear": None,
+    "MatMulInteger": None,
+    "QLinearMatMul": None,
+    "SequenceAt": None,
+    "SplitToSequence": None,
+    "com.microsoft.MatMulNBits": None,
+}
+# Newest opset, and the first TensorRT whose parser knows it.
+OPSETS: tuple[tuple[int, tuple[int, int]], ...] = ((20, (10, 3)), (22, (10, 6)), (23, (10, 11)), (24, (10, 13)))
+BF16_NEEDS: Capability = (8, 0)
+PRECISIONS = ("float32", "float16", "bfloat16")
+
+
+def check_graph(api: Api, name: str, graph: GraphFile) -> None:
+    """BackendError naming the operator or opset of graph `name` that this TensorRT does not import, and the cure."""
+    for operator in graph.operators:
+        first = OPERATORS.get(operator, (0, 0))
+        if first is None:
+            raise BackendError(
+                f"graph {name}: no TensorRT imports {operator}: export the checkpoint again with --target trt"
+            )
+        if not api.is_rtx and api.version < first:
+            raise BackendError(
+                f"graph {name}: {operator} needs TensorRT {_text(first)}, installed is {api.version_text}: install a "
+                "newer one, or export with --attention decomposed"
+            )
+    known = next((first for newest, first in OPSETS if graph.opset <= newest), None)
+    if known is None or (not api.is_rtx and api.version < known):
+        needed = "a newer TensorRT than exists yet" if known is None else f"TensorRT {_text(known)}"
+        raise BackendError(
+            f"graph {name}: opset {graph.opset} needs {needed}, installed is {api.version_text}: export with --opset 20"
+        )
+
+
+def check_precision(precision: str, capabilities: Sequence[Capability]) -> None:
+    """BackendError if TensorRT, or a GPU of one of these capabilities, cannot compute in a bundle's precision."""
+    if precision not in PRECISIONS:
+        raise BackendError(
+            f"precision {precision} is for the CPU: export the checkpoint with --target trt --precision fp16"
+        )
+    old = [capability for capability in capabilities if capability < BF16_NEEDS]
+    if precision == "bfloat16" and old:
+        raise BackendError(
+            f"bfloat16 needs compute capability 8.0 or newer, not {describe_capabilities(old)}: "
+            "export with --precision fp16"
+        )
+
+
+def _text(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))

@@ -1,0 +1,327 @@
+"""A GPU without a GPU: cuda-python's runtime functions over host memory, and TensorRT's runtime over the fake engine.
+
+Nothing that is put on a stream happens before somebody waits for it, so a test sees every missing wait and every
+staging that is reused too early. Names of enumerations are cuda-python's own.
+"""
+
+import ctypes
+import enum
+from types import SimpleNamespace
+
+import numpy as np
+from cuda.bindings import runtime as real
+
+from ki_edge import graphs
+from ki_runtime.trt.api import Api
+
+from .conftest import CONFIG
+
+SUCCESS = real.cudaError_t.cudaSuccess
+UNSUPPORTED, INVALIDATED = 900, 901  # of stream capture
+
+
+def array_at(address, shape, dtype):
+    count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    return np.frombuffer((ctypes.c_uint8 * count).from_address(address), np.uint8).view(dtype).reshape(shape)
+
+
+class FakeCuda:
+    """What the runtime calls of `cuda.bindings.runtime`. `fail` {function: status} makes one call fail."""
+
+    def __init__(self, memory=1 << 30):
+        self.memory, self.blocks = memory, {}
+        self.fail, self.calls = {}, []
+        self.queue, self.capturing, self.invalid = [], None, False
+        self.graphs = self.execs = self.launches = 0
+        self.capability, self.name = (8, 7), b"Orin\0\0"
+
+    def __getattr__(self, name):
+        function = self.__class__.__dict__.get(f"do_{name}")
+        if function is None:
+            return getattr(real, name)
+
+        def call(*arguments):
+            self.calls.append(name)
+            status = self.fail.pop(name, 0)
+            values = (None,) if status else function(self, *arguments)
+            if isinstance(values, int):
+                status, values = values, (None,)
+            return (real.cudaError_t(status), *values)
+
+        return call
+
+    @property
+    def free(self):
+        return self.memory - sum(block.nbytes for block in self.blocks.values())
+
+    def enqueue(self, work):
+        (self.queue if self.capturing is None else self.capturing).append(work)
+
+    def flush(self):
+        while self.queue:
+            self.queue.pop(0)()
+
+    def forbidden(self):
+        """Whether a call that a stream capture does not allow is made during one, which spoils it."""
+        self.invalid |= self.capturing is not None
+        return self.capturing is not None
+
+    # ---- what cuda-python has
+
+    def do_cudaGetDeviceCount(self):
+        return (1,)
+
+    def do_cudaGetDeviceProperties(self, device):
+        return (SimpleNamespace(name=self.name, totalGlobalMem=self.memory),)
+
+    def do_cudaDeviceGetAttribute(self, attribute, device):
+        return (self.capability["Minor" in attribute.name],)
+
+    def do_cudaDriverGetVersion(self):
+        return (12060,)
+
+    def do_cudaRuntimeGetVersion(self):
+        return (12060,)
+
+    def do_cudaMemGetInfo(self):
+        return self.free, self.memory
+
+    def do_cudaMalloc(self, size):
+        if self.forbidden():
+            return UNSUPPORTED
+        if size > self.free:
+            return 2
+        block = np.full(size, 0xAB, np.uint8)
+        self.blocks[block.ctypes.data] = block
+        return (block.ctypes.data,)
+
+    do_cudaMallocHost = do_cudaMalloc
+
+    def do_cudaFree(self, address):
+        if self.forbidden():
+            return UNSUPPORTED
+        self.flush()
+        del self.blocks[address]
+        return ()
+
+    do_cudaFreeHost = do_cudaFree
+
+    def do_cudaStreamCreateWithFlags(self, flags):
+        return (77,)
+
+    def do_cudaStreamDestroy(self, stream):
+        return ()
+
+    def do_cudaGetLastError(self):
+        return ()
+
+    def do_cudaStreamSynchronize(self, stream):
+        if self.forbidden():
+            return UNSUPPORTED
+        self.flush()
+        return ()
+
+    def do_cudaMemsetAsync(self, address, value, size, stream):
+        self.enqueue(lambda: ctypes.memset(address, value, size))
+        return ()
+
+    def do_cudaMemcpyAsync(self, to, source, size, kind, stream):
+        self.enqueue(lambda: ctypes.memmove(to, source, size))
+        return ()
+
+    def do_cudaMemcpy2DAsync(self, to, to_pitch, source, pitch, width, rows, kind, stream):
+        assert width <= min(to_pitch, pitch)
+        for row in range(rows):
+            self.do_cudaMemcpyAsync(to + row * to_pitch, source + row * pitch, width, kind, stream)
+        return ()
+
+    def do_cudaStreamBeginCapture(self, stream, mode):
+        self.capturing, self.invalid = [], False
+        return ()
+
+    def do_cudaStreamEndCapture(self, stream):
+        work, self.capturing = self.capturing, None
+        if work is None or self.invalid:
+            return INVALIDATED
+        self.graphs += 1
+        return (work,)
+
+    def do_cudaGraphInstantiate(self, graph, flags):
+        self.execs += 1
+        return (list(graph),)
+
+    def do_cudaGraphLaunch(self, graph, stream):
+        self.launches += 1
+        self.queue.extend(graph)
+        return ()
+
+    def do_cudaGraphDestroy(self, graph):
+        self.graphs -= 1
+        return ()
+
+    def do_cudaGraphExecDestroy(self, graph):
+        self.execs -= 1
+        return ()
+
+
+class Severity(enum.Enum):
+    INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+
+class FakeTensorRT:
+    """The module `tensorrt` as a robot has it. Engine files hold the name of their graph and nothing else.
+
+    `quirks` {what: value}: "outputs" {tensor: shape} that the engine gives instead, "execute" None or False in turn,
+    "memory" bytes of scratch, "capturable", "drop" a tensor that the engines lack, "dtype" {tensor: name}, "rtx".
+    """
+
+    __version__ = "10.3.0"
+    ExecutionContextAllocationStrategy = enum.Enum("Strategy", "STATIC ON_PROFILE_CHANGE USER_MANAGED")
+    ILogger = type("ILogger", (), {"Severity": Severity, "__init__": lambda self: None})
+
+    def __init__(self, cuda, engine, profiles):
+        self.cuda, self.engine, self.profiles = cuda, engine, profiles
+        self.quirks, self.contexts, self.loaded = {}, [], []
+
+    DynamicShapesKernelSpecializationStrategy = enum.Enum("Specialization", "LAZY EAGER NONE")
+    CudaGraphStrategy = enum.Enum("CudaGraphStrategy", "DISABLED WHOLE_GRAPH_CAPTURE")
+
+    def api(self):
+        if self.quirks.get("rtx"):
+            return Api(self, "tensorrt_rtx", (1, 7, 1), "1.7.1")
+        return Api(self, "tensorrt", (10, 3, 0), self.__version__)
+
+    def Runtime(self, logger):
+        return SimpleNamespace(deserialize_cuda_engine=lambda content: self.load(logger, bytes(content[:])))
+
+    def load(self, logger, content):
+        spec = next((s for s in (*graphs.GRAPHS, graphs.DENOISE_WITH_STATE) if s.name.encode() == content), None)
+        if spec is None:
+            logger.log(Severity.ERROR, "Magic tag\n does not match")
+            return None
+        self.loaded.append(spec.name)
+        return FakeTrtEngine(self, logger, spec)
+
+
+class FakeTrtEngine:
+    def __init__(self, module, logger, spec):
+        self.module, self.logger, self.spec = module, logger, spec
+        self.tensors = {t.name: t for t in (*spec.inputs, *spec.outputs) if t.name != module.quirks.get("drop")}
+        self.sizes = graphs.sizes(CONFIG, len(module.engine.column_ids))
+        self.ranges = module.profiles[spec.name]
+        self.device_memory_size_v2 = module.quirks.get("memory", 1000)
+        self.num_io_tensors, self.num_optimization_profiles = len(self.tensors), len(self.ranges)
+
+    def get_tensor_name(self, index):
+        return sorted(self.tensors)[index]
+
+    def get_tensor_mode(self, name):
+        return SimpleNamespace(name="INPUT" if self.tensors[name] in self.spec.inputs else "OUTPUT")
+
+    def get_tensor_dtype(self, name):
+        found = {"uint8": "UINT8", "bool": "BOOL", "int32": "INT32", "float32": "FLOAT"}[self.tensors[name].dtype]
+        return SimpleNamespace(name=self.module.quirks.get("dtype", {}).get(name, found))
+
+    def get_tensor_location(self, name):
+        return SimpleNamespace(name="DEVICE")
+
+    def get_tensor_shape(self, name):
+        dims = self.tensors[name].resolve({**self.sizes, **dict.fromkeys(graphs.DYNAMIC, -1)})
+        return self.module.quirks.get("dims", {}).get(name, dims)
+
+    def get_tensor_profile_shape(self, name, index):
+        return [list(shape) for shape in self.ranges[index][name]]
+
+    def create_runtime_config(self):
+        config = SimpleNamespace(engine=self)
+        config.create_runtime_cache = lambda: FakeKernels()
+        config.set_runtime_cache = lambda cache: setattr(config, "cache", cache)
+        config.set_execution_context_allocation_strategy = lambda strategy: setattr(config, "strategy", strategy)
+        return config
+
+    def create_execution_context(self, choice):
+        strategy = choice
+        if self.module.quirks.get("rtx"):
+            strategy = choice.strategy
+            assert choice.dynamic_shapes_kernel_specialization_strategy.name == "EAGER"
+            assert choice.cuda_graph_strategy.name == "DISABLED"
+            choice.cache.content += b"k"  # compiled for this context
+        assert strategy is self.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        context = FakeContext(self)
+        self.module.contexts.append((self.spec.name, context))
+        return context
+
+
+class FakeKernels:
+    def __init__(self):
+        self.content = b""
+
+    def deserialize(self, content):
+        self.content = content
+        return True
+
+    def serialize(self):
+        return self.content
+
+
+class FakeContext:
+    def __init__(self, engine):
+        self.engine, self.module, self.cuda = engine, engine.module, engine.module.cuda
+        self.shapes, self.addresses, self.scratch, self.profile = {}, {}, None, None
+        self.settled = False  # an enqueue after the last change of a shape
+        if "capturable" in self.module.quirks:
+            self.is_stream_capturable = lambda stream: self.module.quirks["capturable"]
+
+    def set_optimization_profile_async(self, index, stream):
+        self.profile = index
+        return True
+
+    def set_device_memory(self, address, size):
+        assert size >= self.engine.device_memory_size_v2 and address in self.cuda.blocks
+        self.scratch = address
+
+    def set_input_shape(self, name, shape):
+        least, _, most = self.engine.ranges[self.profile][name]
+        self.shapes[name], self.settled = tuple(shape), False
+        return all(a <= size <= b for a, size, b in zip(least, shape, most, strict=True))
+
+    def infer_shapes(self):
+        dynamic = [t.name for t in self.engine.spec.inputs if -1 in self.engine.get_tensor_shape(t.name)]
+        return [name for name in dynamic if name not in self.shapes]
+
+    def symbols(self):
+        found = dict(self.engine.sizes)
+        for tensor in self.engine.spec.inputs:
+            found.update(zip(tensor.dims, self.shapes.get(tensor.name, ()), strict=False))
+        if "N" in found:
+            found["S"] = found["N"] * found["P"] + found["T"]
+        return found
+
+    def get_tensor_shape(self, name):
+        shape = tuple(self.engine.tensors[name].resolve(self.symbols()))
+        return self.module.quirks.get("outputs", {}).get(name, shape)
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream):
+        assert stream == 77 and self.scratch is not None and set(self.addresses) == set(self.engine.tensors)
+        if self.module.quirks.get("execute") is False or (self.cuda.capturing is not None and not self.settled):
+            self.engine.logger.log(Severity.ERROR, "enqueueV3: something\n is wrong")
+            return False
+        self.settled = True
+        spec, symbols, addresses = self.engine.spec, self.symbols(), dict(self.addresses)
+        self.cuda.enqueue(lambda: compute(self.module.engine, spec, symbols, addresses))
+        return True
+
+
+def compute(engine, spec, symbols, addresses):
+    def tensor(t):
+        return array_at(addresses[t.name], t.resolve(symbols), t.dtype)
+
+    feeds = {t.name: tensor(t).copy() for t in spec.inputs}
+    engine.calls.append((spec.name, feeds))
+    for name, value in getattr(engine, spec.name)(**feeds).items():
+        out = tensor(spec.tensor(name))
+        out[...] = np.nan if spec.name == engine.poison and out.dtype == np.float32 else value

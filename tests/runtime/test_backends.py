@@ -1,0 +1,166 @@
+"""Which backend is taken, and what is said about those that are not."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from ki_edge import graphs
+from ki_edge.errors import BackendError, DeviceMemoryError
+from ki_runtime import backends
+from ki_runtime.backends import BACKENDS, NAMES, SessionOptions, choose_backend, connect, open_session
+from ki_runtime.cli import main
+from ki_runtime.policy import Policy
+from ki_runtime.sampler import Sampler
+
+from .conftest import FakeEngine
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(packages, {module: obstacle or None}, {module: connect's error}) -> modules that were imported, in order.
+
+    Every backend opens fake sessions.
+    """
+
+    def make(packages, obstacles=None, failures=None):
+        used = []
+
+        def module(name):
+            short = name.removeprefix("ki_runtime.")
+
+            def connect(bundle, package, options):
+                used.append(f"connect {short} {package}")
+                if failures and short in failures:
+                    raise failures[short]
+                return FakeEngine(bundle.manifest.vocabulary.ids).open
+
+            def obstacle(bundle, package):
+                used.append(f"ask {short} {package}")
+                return (obstacles or {}).get(short)
+
+            return SimpleNamespace(connect=connect, obstacle=obstacle)
+
+        monkeypatch.setattr(backends, "find_spec", lambda name: name if name in packages else None)
+        monkeypatch.setattr(backends, "import_module", module)
+        return used
+
+    return make
+
+
+EVERY = {"tensorrt", "tensorrt_lean", "tensorrt_rtx", "onnxruntime"}
+
+
+def test_tensorrt_comes_first(machine, make_bundle):
+    used = machine(EVERY)
+    assert connect(make_bundle()).backend.describe("float16") == "backend: trt (GPU)"
+    assert used == ["ask trt.session tensorrt", "connect trt.session tensorrt"]
+
+
+def test_the_lean_runtime_stands_in(machine, make_bundle):
+    used = machine(EVERY - {"tensorrt"})
+    assert connect(make_bundle()).backend.name == "trt"
+    assert used[-1] == "connect trt.session tensorrt_lean"
+
+
+def test_every_backend_passed_over_has_its_reason(machine, make_bundle):
+    machine({"onnxruntime"}, {"ort_cuda_session": "no CUDA provider"})
+    backend = connect(make_bundle()).backend
+    assert backend.describe("float32") == (
+        "backend: ort (CPU): trt: no tensorrt or tensorrt_lean package; trt-rtx: no tensorrt_rtx package; "
+        "ort-cuda: no CUDA provider"
+    )
+    assert [name for name, _ in backend.passed] == ["trt", "trt-rtx", "ort-cuda"]
+    assert choose_backend("auto", None).passed == backend.passed
+
+
+def test_float16_on_a_cpu_is_told_loudly(machine, make_bundle):
+    machine({"onnxruntime"}, {"ort_cuda_session": "no GPU"})
+    assert ". SLOW: a float16 bundle is made for a GPU" in connect(make_bundle()).backend.describe("float16")
+    assert "SLOW" not in connect(make_bundle("other")).backend.describe("int8")
+
+
+def test_a_backend_that_cannot_start_is_passed_over(machine, make_bundle):
+    failures = {"trt.session": DeviceMemoryError("no room to build"), "ort_cuda_session": BackendError("no cuDNN")}
+    machine(EVERY, failures=failures)
+    passed = dict(connect(make_bundle()).backend.passed)
+    assert passed == {"trt": "no room to build", "trt-rtx": "no room to build", "ort-cuda": "no cuDNN"}
+
+
+@pytest.mark.parametrize("name", ["trt", "trt-rtx", "ort-cuda"])
+def test_a_named_backend_is_never_replaced(machine, make_bundle, name):
+    failures = {"trt.session": DeviceMemoryError("no room"), "ort_cuda_session": DeviceMemoryError("no room")}
+    machine(EVERY, failures=failures)
+    with pytest.raises(DeviceMemoryError, match=r"^no room$"):
+        connect(make_bundle(), name)
+    machine(EVERY, {"trt.session": "no driver", "ort_cuda_session": "no driver"})
+    with pytest.raises(BackendError, match=f"^backend '{name}': no driver$"):
+        connect(make_bundle("second"), name)
+    machine(set())
+    with pytest.raises(BackendError, match=f"^backend '{name}': no .* package; pip install .*cuda-python"):
+        choose_backend(name)
+
+
+def test_a_module_that_cannot_be_imported(monkeypatch, make_bundle):
+    def broken(name):
+        raise ImportError("libcublas.so.12")
+
+    monkeypatch.setattr(backends, "import_module", broken)
+    with pytest.raises(BackendError, match=r"backend 'ort': cannot be imported \(libcublas\.so\.12\)"):
+        choose_backend("ort")
+    with pytest.raises(BackendError, match=r"'ort' cannot be imported: libcublas.*; pip install 'ki-edge"):
+        open_session(make_bundle(), graphs.DENOISE, BACKENDS[-1], SessionOptions())
+
+
+@pytest.mark.parametrize("where", ["connect", "open"])
+def test_an_engine_that_cannot_be_imported_when_it_is_opened(monkeypatch, make_bundle, where):
+    def fail(*_):
+        raise ImportError("libfoo")
+
+    connected = fail if where == "connect" else lambda *_: fail
+    module = SimpleNamespace(connect=connected, obstacle=lambda *_: None)
+    monkeypatch.setattr(backends, "import_module", lambda name: module)
+    with pytest.raises(BackendError, match="'ort' cannot be imported: libfoo"):
+        connect(make_bundle(), "ort").open(graphs.DENOISE)
+
+
+def test_bfloat16_does_not_run_on_a_cpu(make_bundle):
+    with pytest.raises(BackendError, match=r"no bfloat16 products on a CPU: run the bundle on a GPU, or export with"):
+        connect(make_bundle(precision="bfloat16"), "ort")
+    assert connect(make_bundle("half", precision="float16"), "ort").backend.name == "ort"
+    assert choose_backend("ort").name == "ort"  # without a bundle: any
+
+
+@pytest.mark.parametrize("name", ["trt", "trt-rtx"])
+def test_int8_is_for_the_cpu(machine, make_bundle, name, monkeypatch):
+    from ki_runtime.trt import cuda
+
+    from .fake_gpu import FakeCuda
+
+    monkeypatch.setattr(cuda, "import_module", lambda module: FakeCuda())
+    backend = next(b for b in BACKENDS if b.name == name)
+    if backend.package is None:
+        pytest.skip(f"{backend.packages} not installed")
+    assert "int8 is for the CPU" in backend.obstacle(make_bundle(precision="int8"))
+
+
+def test_a_sampler_and_a_policy_know_their_backend(machine, make_bundle):
+    machine({"onnxruntime"}, {"ort_cuda_session": "no GPU"})
+    lines = []
+    sampler = Sampler.open(make_bundle(), say=lines.append)
+    assert sampler.backend.name == "ort" and dict(sampler.backend.passed)["ort-cuda"] == "no GPU"
+    assert lines == [sampler.backend.describe("float32")]
+    assert Sampler(sampler.bundle, FakeEngine(sampler.bundle.manifest.vocabulary.ids).open).backend is None
+
+
+def test_ki_run_tells_its_backend(monkeypatch, capsys):
+    def load(bundle, backend, *, say, **_):
+        say(f"backend: {backend}")
+        raise BackendError("enough")
+
+    monkeypatch.setattr(Policy, "load", load)
+    assert main(["bundle", "--robot", "gym:FetchReach-v4", "--backend", "trt"]) == 2
+    assert capsys.readouterr().err.splitlines() == ["backend: trt", "ki-run: error: enough"]
+
+
+def test_names():
+    assert NAMES == ("auto", "trt", "trt-rtx", "ort-cuda", "ort")

@@ -1,0 +1,259 @@
+"""The CUDA layer and tensors in device memory, over a fake of cuda-python in which nothing happens before a wait."""
+
+import gc
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ki_edge.errors import ArgumentError, BackendError, DeviceError, DeviceMemoryError
+from ki_runtime.session import HostBuffer
+from ki_runtime.trt import buffers, contexts, cuda
+from ki_runtime.trt.buffers import Gpu
+from ki_runtime.trt.cuda import ABSENT, LOST, Cuda, current_device
+
+from .fake_gpu import FakeCuda, real
+
+
+@pytest.fixture
+def runtime():
+    return FakeCuda()
+
+
+@pytest.fixture
+def gpu(runtime):
+    return Gpu(Cuda(runtime), staging=1024)
+
+
+# ---------------------------------------------------------------- cuda-python
+
+
+def test_every_name_exists_in_cuda_python():
+    source = "".join(Path(module.__file__).read_text() for module in (cuda, buffers, contexts))
+    names = {name for name in re.findall(r"\bcuda[A-Z]\w+(?:\.cuda[A-Z]\w+)?", source) if "{" not in name}
+    names |= {f"cudaMemcpyKind.cudaMemcpy{way}" for way in ("HostToDevice", "DeviceToHost", "DeviceToDevice")}
+    names |= {f"cudaDeviceAttr.cudaDevAttrComputeCapability{part}" for part in ("Major", "Minor")}
+    names -= {"cudaMemcpyKind.cudaMemcpy", "cudaDeviceAttr.cudaDevAttr"}  # completed while running
+    assert len(names) > 20
+    plain = Cuda(real)
+    assert [name for name in sorted(names) if plain.constant(name) is None] == []
+
+
+def test_status_numbers_are_those_of_cuda_python():
+    names = {real.cudaError_t(status).name for status in (*ABSENT, *LOST)}
+    assert {"cudaErrorNoDevice", "cudaErrorInsufficientDriver", "cudaErrorIllegalAddress"} < names
+    assert {"cudaErrorECCUncorrectable", "cudaErrorLaunchFailure", "cudaErrorLaunchTimeout"} < names
+    assert real.cudaError_t.cudaErrorMemoryAllocation.value == cuda.OUT_OF_MEMORY
+
+
+def test_a_machine_without_a_gpu():
+    _, driver = real.cudaDriverGetVersion()
+    if driver:
+        pytest.skip("this machine has an NVIDIA driver")
+    with pytest.raises(BackendError, match=r"^no NVIDIA driver on this machine$"):
+        current_device()
+
+
+def test_without_cuda_python(monkeypatch):
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(cuda, "import_module", missing)
+    with pytest.raises(BackendError, match="cuda-python is not installed: pip install cuda-python"):
+        Cuda.load()
+
+
+def test_the_layout_before_the_bindings_package(monkeypatch):
+    def old(name):
+        if name != "cuda.cudart":
+            raise ImportError(name)
+        return FakeCuda()
+
+    monkeypatch.setattr(cuda, "import_module", old)
+    assert current_device().name == "Orin"
+
+
+def test_device(runtime):
+    device = Cuda(runtime).device()
+    assert (device.name, device.capability, device.memory) == ("Orin", (8, 7), 1 << 30)
+    assert Cuda(runtime).driver() == "12.6"
+
+
+# ---------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("driver", "needed", "status", "message"),
+    [
+        (0, 13000, 35, "^no NVIDIA driver on this machine$"),
+        (12060, 13000, 35, r"driver serves CUDA 12\.6, cuda-python is for CUDA 13: update .* 'cuda-python<13'"),
+        (12060, 12060, 100, r"^no usable GPU: cudaErrorNoDevice \(.*\); the driver serves CUDA 12\.6$"),
+    ],
+)
+def test_no_gpu(runtime, driver, needed, status, message):
+    for name, version in {"cudaDriverGetVersion": driver, "cudaRuntimeGetVersion": needed}.items():
+        setattr(runtime, name, lambda version=version: (real.cudaError_t(0), version))
+    runtime.fail["cudaGetDeviceCount"] = status
+    with pytest.raises(BackendError, match=message) as error:
+        Cuda(runtime).device()
+    assert not isinstance(error.value, DeviceError)
+
+
+def test_out_of_memory_tells_how_much(runtime):
+    runtime.memory = 64 << 20
+    with pytest.raises(
+        DeviceMemoryError, match=r"no room for 100 MiB in the memory of the GPU \(64 of 64 MiB .* free\)"
+    ):
+        Cuda(runtime).allocate(100 << 20)
+    with pytest.raises(DeviceMemoryError, match=r"page-locked"):
+        Cuda(runtime).allocate_pinned(100 << 20)
+
+
+def test_a_lost_device_stays_lost(runtime, gpu):
+    buffer = gpu.allocate((4,), "float32")
+    runtime.fail["cudaStreamSynchronize"] = 700
+    with pytest.raises(
+        DeviceError, match=r"lost: cudaErrorIllegalAddress \(an illegal memory.*start this process again"
+    ):
+        buffer.read()
+    made = len(runtime.calls)
+    for use in (buffer.read, lambda: gpu.allocate((1,), "bool"), lambda: buffer.write(np.ones(4, np.float32))):
+        with pytest.raises(DeviceError, match="in cudaStreamSynchronize"):
+            use()
+    gc.collect()
+    assert len(runtime.calls) == made
+
+
+def test_another_failure_is_not_a_lost_device(runtime, gpu):
+    runtime.fail["cudaMemsetAsync"] = 1
+    with pytest.raises(BackendError, match=r"CUDA failed in cudaMemsetAsync: cudaErrorInvalidValue") as error:
+        gpu.allocate((4,), "float32")
+    assert not isinstance(error.value, DeviceError | DeviceMemoryError)
+    assert gpu.allocate((4,), "float32").read().tolist() == [0, 0, 0, 0]
+
+
+# ---------------------------------------------------------------- tensors
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.float32(3.5).reshape(()),
+        np.arange(24, dtype=np.float32).reshape(2, 3, 4),
+        np.arange(24, dtype=np.int32).reshape(4, 6)[:, ::2],
+        np.array([[True, False, True]]),
+        np.random.default_rng(0).integers(0, 256, (3, 1000), np.uint8),  # more than the staging holds
+        np.arange(256, dtype=np.float32),  # exactly the staging
+    ],
+)
+def test_write_and_read(gpu, array):
+    buffer = gpu.allocate(array.shape, array.dtype.name)
+    np.testing.assert_array_equal(buffer.read(), np.zeros_like(array))
+    buffer.write(array)
+    np.testing.assert_array_equal(buffer.read(), array)
+    assert buffer.read().dtype == array.dtype and buffer.shape == array.shape
+
+
+def test_writes_do_not_overtake_each_other(gpu, runtime):
+    """Copies are under way until somebody waits: what they read must stay as it was."""
+    arrays = [np.full(60, value, np.int32) for value in range(12)]  # 240 bytes each, 1024 of staging
+    tensors = [gpu.allocate((60,), "int32") for _ in arrays]
+    for tensor, array in zip(tensors, arrays, strict=True):
+        tensor.write(array)
+        array[:] = -1  # the caller's again
+    assert runtime.queue
+    assert [set(tensor.read().tolist()) for tensor in tensors] == [{value} for value in range(12)]
+
+
+def test_what_does_not_fit_is_refused(gpu):
+    buffer = gpu.allocate((2, 3), "float32")
+    for wrong in (np.zeros((3, 2), np.float32), np.zeros((2, 3), np.float64)):
+        with pytest.raises(ArgumentError, match=r"cannot write .* into a buffer of float32\[2, 3\]"):
+            buffer.write(wrong)
+    with pytest.raises(ValueError, match="exceeds"):
+        buffer.view((7,))
+    with pytest.raises(BackendError, match="HostBuffer of another backend"):
+        buffer.place(HostBuffer(np.zeros((1, 3), np.float32)), 0)
+    with pytest.raises(BackendError, match="another connection"):
+        buffer.place(Gpu(gpu.cuda).allocate((1, 3), "float32"), 0)
+    for at in (-1, 2):
+        with pytest.raises(ValueError, match="does not fit"):
+            buffer.place(gpu.allocate((1, 3), "float32"), at)
+
+
+def test_views_share_memory(gpu):
+    block = gpu.allocate((10,), "float32")
+    view = block.view((2, 3))
+    view.write(np.arange(6, dtype=np.float32).reshape(2, 3))
+    del block
+    assert view.view((4,)).read().tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("count", "at"), [(1, 0), (2, 3), (5, 2), (7, 0), (1, 6)])
+def test_place_equals_the_hosts(gpu, count, at):
+    """[L, B, K, n, D] into [L, B, K, C, D], against numpy."""
+    random = np.random.default_rng(0)
+    cache, block = random.standard_normal((2, 3, 2, 7, 4)), random.standard_normal((2, 3, 2, count, 4))
+    ours, theirs = gpu.allocate(cache.shape, "float32"), gpu.allocate(block.shape, "float32")
+    ours.write(cache.astype(np.float32))
+    theirs.write(block.astype(np.float32))
+    ours.place(theirs, at)
+    host = HostBuffer(cache.astype(np.float32))
+    host.place(HostBuffer(block.astype(np.float32)), at)
+    np.testing.assert_array_equal(ours.read(), host.read())
+
+
+def test_memory_is_given_back(gpu, runtime):
+    free = runtime.free
+    block = gpu.allocate((1000,), "float32")
+    view = block.view((10,))
+    del block
+    gc.collect()
+    assert runtime.free == free - 4000
+    del view
+    gc.collect()
+    assert runtime.free == free
+
+
+# ---------------------------------------------------------------- recording
+
+
+def test_a_recording_replays_on_the_data_of_the_day(gpu, runtime):
+    cache, block = gpu.allocate((1, 4, 2), "float32"), gpu.allocate((1, 1, 2), "float32")
+    recording = gpu.cuda.record(gpu.stream, lambda: cache.place(block, 2))
+    assert cache.read().sum() == 0  # recorded, not run
+    for value in (1, 5):
+        block.write(np.full((1, 1, 2), value, np.float32))
+        recording.launch()
+        assert cache.read()[0, :, 0].tolist() == [0, 0, value, 0]
+    assert (runtime.graphs, runtime.execs, runtime.launches) == (0, 1, 2)
+    del recording
+    gc.collect()
+    assert runtime.execs == 0
+
+
+def test_memory_freed_during_a_recording_waits(gpu, runtime):
+    held = [gpu.allocate((1000,), "float32")]
+    free = runtime.free
+    recording = gpu.cuda.record(gpu.stream, held.clear)
+    assert recording is not None and runtime.free == free + 4000
+
+
+@pytest.mark.parametrize("failing", ["work", "sync", "cudaStreamEndCapture", "cudaGraphInstantiate"])
+def test_a_recording_that_fails_leaves_the_stream_usable(gpu, runtime, failing):
+    buffer = gpu.allocate((2,), "float32")
+
+    def work():
+        if failing == "work":
+            raise BackendError("refused")
+        if failing == "sync":
+            gpu.synchronize()  # not allowed now
+
+    if failing.startswith("cuda"):
+        runtime.fail[failing] = 1
+    with pytest.raises(BackendError):
+        gpu.cuda.record(gpu.stream, work)
+    assert runtime.capturing is None and runtime.graphs == 0 and runtime.execs == 0
+    buffer.write(np.ones(2, np.float32))
+    assert buffer.read().tolist() == [1, 1]
