@@ -15,6 +15,8 @@ BLOCKED = (
     "onnxscript",
     "onnx_ir",
     "tensorrt",
+    "tensorrt_lean",
+    "cuda",
     "tensorrt_rtx",
     "transformers",
     "ki_export",

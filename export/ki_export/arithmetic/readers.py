@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -62,14 +61,16 @@ class FileWeights:
     def whole(self, value: ir.Value) -> Tensor:
         """In the declared type and shape; BundleError if the file is too short."""
         place, dtype = self._place(value)
-        raw = np.array(self._map(place))
+        path, offset, length = self._bytes(place)
+        raw = np.fromfile(path, np.uint8, length, offset=offset)
         return torch.from_numpy(raw).view(dtype).reshape(place.shape.numpy())
 
     def rows(self, value: ir.Value, rows: Tensor) -> Tensor:
         """In the declared type, [*rows.shape, ...]."""
         place, dtype = self._place(value)
         shape = place.shape.numpy()
-        table = self._map(place).reshape(shape[0], -1)
+        path, offset, length = self._bytes(place)
+        table = np.memmap(path, np.uint8, mode="r", offset=offset, shape=(length,)).reshape(shape[0], -1)
         taken = np.array(table[rows.numpy().reshape(-1)])
         return torch.from_numpy(taken).view(dtype).reshape(*rows.shape, *shape[1:])
 
@@ -79,10 +80,11 @@ class FileWeights:
             raise BundleError(f"'{value.name}' has no place in a weights file: export the checkpoint again")
         return place, TYPES[int(place.dtype)]
 
-    def _map(self, place: ir.ExternalTensor) -> npt.NDArray[np.uint8]:
+    def _bytes(self, place: ir.ExternalTensor) -> tuple[Path, int, int]:
+        """File, offset and length of a tensor's bytes."""
         path = self._folder / Path(place.location).name
         length = math.prod(place.shape.numpy()) * place.dtype.itemsize
         offset = place.offset or 0
         if offset + length > path.stat().st_size:
             raise BundleError(f"{path} ends before '{place.name}': copy the bundle again")
-        return np.memmap(path, np.uint8, mode="r", offset=offset, shape=(int(length),))
+        return path, int(offset), int(length)

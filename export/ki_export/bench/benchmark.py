@@ -96,7 +96,7 @@ def _setting(bundle: str | Path | Bundle, options: BenchOptions) -> Setting:
     steps = int(opened.manifest.sampling["num_steps"])
     wanted = cases(options, slots=space.slots, padded=space.padded, steps=steps)
     threads = options.threads or cores()
-    return Setting(opened, choose_backend(options.backend).name, threads, options, space, wanted, Works(opened))
+    return Setting(opened, choose_backend(options.backend, opened).name, threads, options, space, wanted, Works(opened))
 
 
 def _fresh_process(setting: Setting) -> tuple[Memory | None, Startup]:

@@ -14,7 +14,7 @@ from ki_edge import graphs
 from ki_edge.bundle import Bundle
 from ki_edge.config import Pi05Config
 from ki_edge.contract import PolicyContract
-from ki_runtime.backends import SessionOptions, choose_backend, open_session
+from ki_runtime.backends import SessionOptions, connect
 from ki_runtime.decode import Choices, FastStage
 from ki_runtime.prefix import PrefixStage, prepare_inputs
 from ki_runtime.sampler import Sampler
@@ -91,10 +91,9 @@ def bundle_contender(sampler: Sampler, inputs: Inputs, noise: F32, steps: int) -
 
 def fast_contender(bundle: Bundle, backend: str, threads: int, inputs: Inputs) -> Contender:
     """FAST decoding behind a prefix: the first token, and each one after it. Nothing ends a row."""
-    chosen, options = choose_backend(backend), SessionOptions(threads)
+    opened = connect(bundle, backend, SessionOptions(threads))
     prefix_spec, _, fast_spec = graphs.specs(bundle.manifest.config)
-    prefix_stage = PrefixStage(open_session(bundle, prefix_spec, chosen, options))
-    fast = FastStage(open_session(bundle, fast_spec, chosen, options))
+    prefix_stage, fast = PrefixStage(opened.open(prefix_spec)), FastStage(opened.open(fast_spec))
     kept = prepare_inputs(*inputs.arrays, bundle.manifest.config)
     prefix = prefix_stage.run(kept)
     ids = bundle.manifest.vocabulary.ids

@@ -1,0 +1,87 @@
+"""What the GPU benchmark measures of its contenders: milliseconds by stage, taken in turn, and distances of actions."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gpu_inputs import Case
+from gpu_process import Contender, Failed
+
+WARM_UP = 3
+RUN_S = 120.0  # for one inference; the first one compiles kernels and captures graphs
+STEPS, ONE = 10, 1
+
+
+def request(case: Case, save: Path | None = None) -> dict[str, Any]:
+    """A worker's request for one inference."""
+    return {"do": "run", "case": case.__dict__, "save": None if save is None else str(save)}
+
+
+def warm_up(contender: Contender, cameras: int, tokens: int, limit_s: float) -> None:
+    """Run both step counts until kernels are compiled and graphs captured."""
+    for steps in (STEPS, ONE):
+        for at in range(WARM_UP):
+            contender.ask(request(Case(cameras, tokens, steps)), limit_s if at == 0 else RUN_S)
+
+
+def latency(contenders: Sequence[Contender], cameras: int, tokens: int, rounds: int) -> dict[str, Any]:
+    """Medians over rounds in each of which every contender runs once with ten steps and once with one.
+
+    A step is a ninth of the difference, the prefix what is left: so it does not matter whether a backend waits between
+    its stages. A contender that fails is left out from then on.
+    """
+    times: dict[str, dict[int, list[float]]] = {each.name: {STEPS: [], ONE: []} for each in contenders}
+    failed: dict[str, str] = {}
+    for _ in range(rounds):
+        for contender in contenders:
+            if contender.name in failed:
+                continue
+            try:
+                for steps in (STEPS, ONE):
+                    answer = contender.ask(request(Case(cameras, tokens, steps)), RUN_S)
+                    times[contender.name][steps].append(answer["total"])
+            except Failed as error:
+                failed[contender.name] = str(error)
+    rows = {name: _stages(found) for name, found in times.items() if name not in failed and found[STEPS]}
+    memory = {each.name: each.memory for each in contenders if each.memory is not None}
+    facts = {"cameras": cameras, "tokens": tokens, "rounds": rounds}
+    return {**facts, "contenders": rows, "memory_mb": memory, "failed": failed}
+
+
+def _stages(times: Mapping[int, Sequence[float]]) -> dict[str, float]:
+    total, once = statistics.median(times[STEPS]), statistics.median(times[ONE])
+    step = (total - once) / (STEPS - ONE)
+    return {"total": total, "p90": float(np.percentile(times[STEPS], 90)), "step": step, "prefix": total - STEPS * step}
+
+
+def parity(
+    model: str, reference: Contender, others: Sequence[Contender], observations: int, folder: Path
+) -> list[dict[str, Any]]:
+    """Distances of each contender's actions from the reference's; one or two cameras, prompts of several lengths."""
+    cases = [Case(1 + seed % 3, 5 + 17 * seed % 195, STEPS, seed) for seed in range(observations)]
+    expected = [_actions(reference, case, folder) for case in cases]
+    return [_row(model, other.name, [_actions(other, case, folder) for case in cases], expected) for other in others]
+
+
+def _actions(contender: Contender, case: Case, folder: Path) -> np.ndarray:
+    path = folder / "actions.npy"
+    contender.ask(request(case, path), RUN_S)
+    actions: np.ndarray = np.load(path).astype(np.float64)
+    return actions
+
+
+def _row(model: str, name: str, given: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> dict[str, Any]:
+    a, b = (np.stack(side).reshape(len(given), -1) for side in (given, expected))
+    cosines = (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30)
+    return {
+        "model": model,
+        "contender": name,
+        "cosine": float(cosines.min()),
+        "max_abs": float(np.abs(a - b).max()),
+        "relative_l2": float(np.linalg.norm(a - b) / np.linalg.norm(b)),
+        "observations": len(given),
+    }
