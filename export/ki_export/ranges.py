@@ -158,9 +158,13 @@ class _Watch:
 
     def __init__(self, graph: ir.Graph, result: Audit) -> None:
         self._ranges: dict[ir.Node, Range] = {}
+        self._sizes: dict[ir.Node, int] = {}  # elements of their weights
+        self._weight: Tensor | None = None  # the last one, or part of one, which all observations share
         for site in sites(graph):
             key = (str(graph.name), site.name)
             self._ranges[site.node] = result.ranges.setdefault(key, Range(site.name, str(graph.name)))
+            shape = site.weight.shape if site.weight is not None else None
+            self._sizes[site.node] = 0 if shape is None else math.prod(shape.numpy())
 
     def __call__(self, node: ir.Node, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> None:
         found = self._ranges.get(node)
@@ -171,7 +175,8 @@ class _Watch:
         result = outputs[0] if not bias or bias[0] is None else outputs[0] - bias[0]
         linear = node.op_type == "Gemm"
         operands = (left,) if linear else (left, right)
-        weights = (right,) if linear and not found.weight.count else ()
+        weights = (right,) if linear and right is not self._weight and found.weight.count < self._sizes[node] else ()
+        self._weight = right
         for kind, tensors in ((INPUT, operands), (OUTPUT, (result,)), (WEIGHT, weights)):
             for tensor in tensors:
                 getattr(found, kind).see(tensor, f"{kind} of {found.site}")

@@ -10,6 +10,7 @@ from onnx.reference import ReferenceEvaluator
 
 from ki_edge import graphs
 from ki_edge.errors import BundleError, ExportError
+from ki_export.arithmetic import evaluator
 from ki_export.arithmetic.evaluator import Evaluator, Shelf
 from ki_export.arithmetic.readers import FileWeights
 from ki_export.arithmetic.session import arithmetic_sampler, arithmetic_sessions
@@ -20,10 +21,10 @@ RNG = np.random.default_rng(0)
 
 
 class Nothing:
-    def whole(self, value):
+    def part(self, value, *_):
         raise AssertionError(f"{value.name} was asked for")
 
-    rows = whole
+    rows = part
 
 
 def model(nodes, inputs, outputs=("y",), constants=()):
@@ -177,7 +178,7 @@ def test_a_shelf_holds_no_more_than_its_budget(bundle):
     shelf = Shelf(FileWeights(bundle.path), budget=5000)
     read = [v for v in graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
     for value in read:
-        shelf.whole(value)
+        shelf.part(value, 0, value.shape[0])
         assert sum(tensor.nbytes for tensor in shelf._held.values()) <= 5000
 
 
@@ -186,4 +187,22 @@ def test_a_weights_file_that_ends_early_is_told(bundle, tmp_path):
     value = graph.initializers["projector.weight"]
     (tmp_path / "weights.safetensors").write_bytes(b"0" * 100)
     with pytest.raises(BundleError, match=r"ends before 'projector\.weight'"):
-        FileWeights(tmp_path).whole(value)
+        FileWeights(tmp_path).part(value, 0, value.shape[0])
+
+
+def test_a_large_weight_is_used_in_parts(bundle, monkeypatch):
+    """The unembedding of all tokens is a gigabyte."""
+    spec, graph = graphs.FAST_DECODE, ir.load(bundle.graph("fast_decode")).graph
+    rng, sizes = np.random.default_rng(0), {**arithmetic_sessions(bundle)(spec).sizes, "B": 1, "Q": 3, "C": 6}
+    feed = {}
+    for tensor in spec.inputs:
+        shape = [dim if isinstance(dim, int) else sizes[dim] for dim in tensor.dims]
+        values = rng.standard_normal(shape) if tensor.dtype == "float32" else rng.integers(0, 2, shape)
+        feed[tensor.name] = torch.from_numpy(values.astype(tensor.dtype))
+    (whole,) = Evaluator(graph, FileWeights(bundle.path)).run([feed])
+    monkeypatch.setattr(evaluator, "PART", 700)
+    seen = []
+    (parts,) = Evaluator(graph, FileWeights(bundle.path)).run([feed], lambda node, x, y: seen.append(x))
+    assert max(tensor.nbytes for x in seen for tensor in x if tensor is not None and tensor.ndim == 2) <= 1500
+    for name, expected in whole.items():
+        np.testing.assert_allclose(parts[name], expected, rtol=1e-5, atol=1e-6)

@@ -22,12 +22,14 @@ from .operators import OPERATORS, TYPES
 Watch = Callable[[ir.Node, Sequence[Tensor | None], Sequence[Tensor]], object]
 BUDGET = 700_000_000  # bytes of weights that stay in memory: π0.5's action expert in 16 bits
 
+PART = 280_000_000  # bytes of a single weight that are used at a time
+
 
 class WeightReader(Protocol):
     """Where the values of initializers come from, each in its declared type."""
 
-    def whole(self, value: ir.Value) -> Tensor:
-        """All values of an initializer."""
+    def part(self, value: ir.Value, start: int, stop: int) -> Tensor:
+        """Rows start..stop of an initializer."""
 
     def rows(self, value: ir.Value, rows: Tensor) -> Tensor:
         """Some rows of it, [*rows.shape, ...]: a table of embeddings is never read whole."""
@@ -40,7 +42,9 @@ class Shelf:
         self._reader, self._budget, self._bytes = reader, budget, 0
         self._held: OrderedDict[str, Tensor] = OrderedDict()
 
-    def whole(self, value: ir.Value) -> Tensor:
+    def part(self, value: ir.Value, start: int, stop: int) -> Tensor:
+        if start > 0 or stop < _rows(value):
+            return self._reader.part(value, start, stop)
         name = str(value.name)
         if name in self._held:
             self._held.move_to_end(name)
@@ -48,7 +52,7 @@ class Shelf:
         size = _size(value)
         while self._held and self._bytes + size > self._budget:
             self._bytes -= self._held.popitem(last=False)[1].nbytes
-        tensor = self._reader.whole(value)
+        tensor = self._reader.part(value, start, stop)
         if tensor.nbytes <= self._budget:
             self._held[name] = tensor
             self._bytes += tensor.nbytes
@@ -56,6 +60,12 @@ class Shelf:
 
     def rows(self, value: ir.Value, rows: Tensor) -> Tensor:
         return self._reader.rows(value, rows)
+
+
+def _rows(value: ir.Value) -> int:
+    """Length of the first axis; 1 of a scalar."""
+    assert value.shape is not None
+    return int(value.shape[0]) if len(value.shape) else 1  # type: ignore[arg-type]
 
 
 def _size(value: ir.Value) -> int:
@@ -97,9 +107,13 @@ class Evaluator:
         wanted = {value: str(value.name) for value in self._graph.outputs}
         results: list[dict[str, Tensor]] = [{} for _ in feeds]
         for step in self._steps:
-            shared = self._read(step.node)
+            if _is_large(step.node):
+                self._multiply(step, scopes, watch)
+            else:
+                shared = self._read(step.node)
+                for scope in scopes:
+                    self._compute(step, scope, shared, watch)
             for scope, result in zip(scopes, results, strict=True):
-                self._compute(step, scope, shared, watch)
                 for value in step.node.outputs:
                     if value in wanted:
                         result[wanted[value]] = scope[value]
@@ -115,8 +129,26 @@ class Evaluator:
         for at, value in enumerate(node.inputs):
             if value is None or not value.is_initializer() or _takes_rows(node, at):
                 continue
-            found[at] = self._constants[value] if value in self._constants else self._weights.whole(value)
+            constant = self._constants.get(value)
+            found[at] = self._weights.part(value, 0, _rows(value)) if constant is None else constant
         return found
+
+    def _multiply(self, step: _Step, scopes: Sequence[dict[ir.Value, Tensor]], watch: Watch | None) -> None:
+        """A product with a weight too large to hold, such as the whole unembedding: some of its rows at a time."""
+        x, weight = step.node.inputs
+        assert x is not None and weight is not None
+        rows = _rows(weight)
+        found: list[list[Tensor]] = [[] for _ in scopes]
+        share = max(1, rows * PART // _size(weight))
+        for start in range(0, rows, share):
+            part = self._weights.part(weight, start, min(start + share, rows))
+            for scope, parts in zip(scopes, found, strict=True):
+                inputs = (scope[x], part)
+                parts.extend(self._apply(step, inputs))
+                if watch is not None:
+                    watch(step.node, inputs, parts[-1:])
+        for scope, parts in zip(scopes, found, strict=True):
+            scope[step.node.outputs[0]] = torch.cat(parts, -1)
 
     def _compute(
         self, step: _Step, scope: dict[ir.Value, Tensor], shared: Mapping[int, Tensor], watch: Watch | None
@@ -151,6 +183,14 @@ class Evaluator:
         except (RuntimeError, ValueError, IndexError, TypeError, ExportError) as error:
             first = str(error).split("\n", 1)[0]
             raise ExportError(f"graph {self._graph.name}: {node.op_type} '{node.outputs[0].name}': {first}") from error
+
+
+def _is_large(node: ir.Node) -> bool:
+    """Whether a node is a product x W^T with a weight that is taken in parts."""
+    if node.op_type != "Gemm" or len(node.inputs) != 2 or "transB" not in node.attributes:
+        return False
+    weight = node.inputs[1]
+    return weight is not None and weight.is_initializer() and _size(weight) > PART
 
 
 def _takes_rows(node: ir.Node, at: int) -> bool:

@@ -29,13 +29,13 @@ class CheckpointWeights:
     ) -> None:
         self._source, self._origins, self._exponents = source, origins, exponents or {}
 
-    def whole(self, value: ir.Value) -> Tensor:
-        """Of the initializer's type and shape."""
-        rows = self._origins[str(value.name)]
-        stop = self._source.tensors[rows.key].shape[0] if rows.count is None else rows.first + rows.count
-        values = self._source.rows(rows.key, rows.first, stop)
+    def part(self, value: ir.Value, start: int, stop: int) -> Tensor:
+        """Of the initializer's type."""
+        origin = self._origins[str(value.name)]
+        values = self._source.rows(origin.key, origin.first + start, origin.first + stop)
         assert value.shape is not None
-        return self._typed(value, torch.from_numpy(np.array(values))).reshape(value.shape.numpy())
+        tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
+        return self._typed(value, tensor).reshape(stop - start, *value.shape.numpy()[1:])
 
     def rows(self, value: ir.Value, rows: Tensor) -> Tensor:
         """Of the initializer's type, [*rows.shape, ...]."""
@@ -58,12 +58,14 @@ class FileWeights:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def whole(self, value: ir.Value) -> Tensor:
-        """In the declared type and shape; BundleError if the file is too short."""
+    def part(self, value: ir.Value, start: int, stop: int) -> Tensor:
+        """In the declared type; BundleError if the file is too short."""
         place, dtype = self._place(value)
         path, offset, length = self._bytes(place)
-        raw = np.fromfile(path, np.uint8, length, offset=offset)
-        return torch.from_numpy(raw).view(dtype).reshape(place.shape.numpy())
+        shape = place.shape.numpy()
+        row = length // shape[0]
+        raw = np.fromfile(path, np.uint8, (stop - start) * row, offset=offset + start * row)
+        return torch.from_numpy(raw).view(dtype).reshape(stop - start, *shape[1:])
 
     def rows(self, value: ir.Value, rows: Tensor) -> Tensor:
         """In the declared type, [*rows.shape, ...]."""

@@ -75,9 +75,10 @@ def check_size(graph: str, size: int, weight_bytes: int, precision: str, say: Ca
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that programs may still take; None where the system does not say."""
+    """Bytes of memory and swap that programs may still take; None where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(("MemAvailable:", "SwapFree:"))]
+    return sum(found) if found else None
