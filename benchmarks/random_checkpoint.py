@@ -2,6 +2,7 @@
 
     python benchmarks/random_checkpoint.py OUT --depth 2        (1.1 B parameters, 2.1 GB in bfloat16)
     python benchmarks/random_checkpoint.py OUT --depth 18       (the whole model, 3.6 B parameters, 7.2 GB)
+    python benchmarks/random_checkpoint.py OUT --depth 4 --hot 1    (activations of layer 1 leave float16's range)
 
 OUT is a folder in openpi's layout, as its converter writes it: model.safetensors and config.json. Time and memory of a
 model depend on its shapes alone, so benchmarks need no trained weights. Values are drawn and written a piece at a time.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -31,6 +33,11 @@ Shape = tuple[int, ...]
 PIECE = 1 << 22  # values drawn at a time
 BYTES = {"BF16": 2, "F32": 4}
 PRECISIONS = {"BF16": "bfloat16", "F32": "float32"}
+HEAT = {
+    "gate_proj": 256.0,
+    "up_proj": 256.0,
+    "down_proj": 2.0**-16,
+}  # of a hot layer's MLP: its product grows 65536-fold
 BRANCH_ENDS = ("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")  # of residual branches
 
 
@@ -70,9 +77,16 @@ def moments(key: str, shape: Shape, depth: int) -> tuple[float, float]:
     return 0.0, std * (0.3 if ".dense." in key else 1.0)
 
 
-def draw(key: str, shape: Shape, depth: int, rng: np.random.Generator) -> Iterator[F32]:
-    """The tensor's values, flat, in pieces."""
+def heat(key: str, hot: int | None) -> float:
+    """Factor of a weight: that of HEAT for the MLP of the backbone's layer `hot`, else 1."""
+    found = re.search(r"language_model\.layers\.(\d+)\.mlp\.(\w+)\.weight", key)
+    return HEAT[found[2]] if found and hot is not None and int(found[1]) == hot else 1.0
+
+
+def draw(key: str, shape: Shape, depth: int, rng: np.random.Generator, factor: float = 1.0) -> Iterator[F32]:
+    """The tensor's values, flat, in pieces, times `factor`."""
     mean, std = moments(key, shape, depth)
+    mean, std = mean * factor, std * factor
     count = math.prod(shape)
     for start in range(0, count, PIECE):
         values = rng.standard_normal(min(PIECE, count - start), np.float32)
@@ -104,8 +118,11 @@ def header(shapes: Mapping[str, Shape], dtype: str) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def write_checkpoint(folder: Path, *, depth: int, dtype: str = "BF16", seed: int = 0) -> int:
-    """Write the folder; returns the number of parameters. The weights file appears when it is complete."""
+def write_checkpoint(folder: Path, *, depth: int, dtype: str = "BF16", seed: int = 0, hot: int | None = None) -> int:
+    """Write the folder; returns the number of parameters. The weights file appears when it is complete.
+
+    `hot`: a backbone layer whose MLP exceeds float16's range, as those of trained language models do.
+    """
     config = geometry(depth)
     shapes = stored_shapes(config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +130,7 @@ def write_checkpoint(folder: Path, *, depth: int, dtype: str = "BF16", seed: int
     with partial.open("wb") as file:
         file.write(header(shapes, dtype))
         for index, (key, shape) in enumerate(tqdm(shapes.items(), unit="tensor")):
-            for values in draw(key, shape, depth, np.random.default_rng([seed, index])):
+            for values in draw(key, shape, depth, np.random.default_rng([seed, index]), heat(key, hot)):
                 file.write(encode(values, dtype))
     settings = {
         "action_dim": config.action_dim,
@@ -134,10 +151,14 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=2, help="Gemma layers (%(default)s; the real model has 18)")
     parser.add_argument("--dtype", choices=sorted(BYTES), default="BF16", help="stored type (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hot", type=int, metavar="LAYER", help="a layer whose activations leave float16's range")
     options = parser.parse_args()
     if options.depth < 1 or options.seed < 0:
         parser.error("--depth must be 1 or more, --seed 0 or more")
-    count = write_checkpoint(options.out, depth=options.depth, dtype=options.dtype, seed=options.seed)
+    if options.hot is not None and not 0 <= options.hot < options.depth:
+        parser.error(f"--hot must be a layer from 0 to {options.depth - 1}")
+    depth, dtype, seed = options.depth, options.dtype, options.seed
+    count = write_checkpoint(options.out, depth=depth, dtype=dtype, seed=seed, hot=options.hot)
     print(f"{options.out}: {count / 1e9:.3f} B parameters, {count * BYTES[options.dtype] / 1e9:.2f} GB")
 
 
