@@ -5,7 +5,8 @@
     python benchmarks/float16.py build/hot build/float16 --compile 8.6,12.0   (and the engines, with TensorRT-RTX)
 
 Rows: the graphs with plain casts, as most exporters write them; with only what is too large scaled; as ki-export writes
-them, with what is too small scaled too; in bfloat16. Actions of ten steps against the PyTorch model in float32; one to three cameras, prompts of 1 to 31 tokens.
+them, with what is too small scaled too; in bfloat16. Actions of ten steps against the PyTorch model in float32; one to
+three cameras, prompts of 1 to 31 tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from ki_export.bench.machine import describe
 from ki_export.bench.tables import table
 from ki_export.cases import Array
 from ki_export.decision import Decision
-from ki_export.exporter import ExportOptions, export
+from ki_export.exporter import export
+from ki_export.options import ExportOptions
 from ki_export.ranges_report import picture
 
 STEPS = 10

@@ -23,7 +23,8 @@ import numpy.typing as npt
 
 from ki_edge.bundle import Bundle
 from ki_export.cases import standard_cases
-from ki_export.exporter import ExportOptions, export
+from ki_export.exporter import export
+from ki_export.options import ExportOptions
 from ki_runtime.policy import Policy
 from ki_runtime.robots import open_robot
 from ki_runtime.sampler import Sampler

@@ -21,7 +21,8 @@ from ki_export.bench.options import BenchOptions
 from ki_export.bench.process import Memory
 from ki_export.bench.report import Report
 from ki_export.bench.tables import lines
-from ki_export.exporter import ExportOptions, export
+from ki_export.exporter import export
+from ki_export.options import ExportOptions
 
 SPEEDUP = {"float32": 5.0}  # PyTorch / bundle, total, by PyTorch's type: of a float32 bundle
 PREFIX_REACHED = 0.85  # share of the limit that this machine's fastest product sets

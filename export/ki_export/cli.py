@@ -59,7 +59,8 @@ def _export(arguments: argparse.Namespace) -> int:
         raise ArgumentError("--json goes with --inspect")
     target = arguments.target or "ort"
     ahead = _ahead_of_time(arguments, target)
-    from .exporter import ExportOptions, export
+    from .exporter import export
+    from .options import ExportOptions
 
     options = ExportOptions(
         target=target,
@@ -94,12 +95,11 @@ def _ahead_of_time(arguments: argparse.Namespace, target: str) -> bool:
         return False
     if target != "trt-rtx":
         raise ArgumentError(f"--compute-capability is for --target trt-rtx: engines of {target} are built on their GPU")
-    from ki_runtime.trt.api import Api, parse_capabilities
-    from ki_runtime.trt.requirements import check_precision
+    from ki_runtime.trt.build import check_ahead
 
-    Api.load("tensorrt_rtx")
-    wanted = parse_capabilities(arguments.compute_capability)
-    check_precision({"bf16": "bfloat16", "fp32": "float32"}.get(arguments.precision, "float16"), wanted)
+    check_ahead(
+        arguments.compute_capability, {"bf16": "bfloat16", "fp32": "float32"}.get(arguments.precision, "float16")
+    )
     return True
 
 

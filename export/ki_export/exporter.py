@@ -9,98 +9,31 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-import onnx
 import onnx_ir as ir
 
 from ki_edge import flow, graphs
 from ki_edge.bundle import Bundle, BundleWriter, DecodeVocabulary, Manifest, write_bundle
 from ki_edge.checkpoints import Checkpoint
-from ki_edge.errors import ArgumentError
 
 from .checker import check
 from .int8 import choose
 from .opening import Where, open_checkpoint, with_horizon
+from .options import PRECISIONS, ExportOptions
 from .passes.attention import fuse_attention
 from .passes.quantize import quantize
 from .passes.stored import keep_stored_types
 from .policies import PolicyFiles, PolicyRequest, decode_vocabulary, read_policy
 from .provenance import Hashes, hash_files, provenance, tool_versions
 from .sixteen_bits import Lowered, Request, lower_models
-from .tracing import MIN_OPSET, quiet, trace_all
-from .weights import ONNX_TYPES, WEIGHTS, Rows, Stored, Weights, attach, place_weights, sources
+from .tracing import quiet, trace_all
+from .weights import ONNX_TYPES, WEIGHTS, Rows, Weights, attach, place_weights, sources
 
-TARGETS = ("ort", "trt", "trt-rtx")
-OPSET = 20
 NUM_STEPS = 10
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
-PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}  # as the manifest calls them
-SIXTEEN = ("fp16", "bf16")
-DEFAULTS: Mapping[str, Precision] = {"ort": "fp32", "trt": "fp16", "trt-rtx": "fp16"}  # precision of each target
 Say = Callable[[str], object]
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """How to export. `num_steps` None: the contract's, or 10.
-
-    `precision` of the matrix products, None: the target's default; `weights`: "float32", or "stored" to keep the
-    checkpoint's own types in the file and widen while running; `calibrate`: recorded observations for the range audit
-    of fp16; `keep_fp32`: shell-style patterns of products that stay float32; `sensitivity`: measure what each layer
-    costs in 16 bits; `attention` fused: one operator of opset 23 instead of several; `policy`: what the checkpoint does
-    not record.
-    """
-
-    target: str = "ort"
-    model_only: bool = False
-    num_steps: int | None = None
-    opset: int = OPSET
-    verify: bool = True
-    force: bool = False
-    full_vocabulary: bool = False
-    pack: bool = False
-    precision: Precision | None = None
-    weights: Stored = "float32"
-    calibrate: Path | None = None
-    keep_fp32: tuple[str, ...] = ()
-    sensitivity: bool = False
-    attention: Literal["decomposed", "fused"] = "decomposed"
-    policy: PolicyRequest = field(default_factory=PolicyRequest)
-
-    def __post_init__(self) -> None:
-        if self.precision is None:
-            object.__setattr__(self, "precision", DEFAULTS.get(self.target, "fp32"))
-        choices = {"target": TARGETS, "precision": get_args(Precision), "weights": get_args(Stored)}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ArgumentError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
-        if self.precision == "int8" and self.target != "ort":
-            raise ArgumentError(f"precision int8 is for ONNX Runtime on a CPU: target {self.target} takes fp16 or bf16")
-        if self.precision in SIXTEEN and self.weights == "stored":
-            raise ArgumentError(f"weights 'stored' and precision {self.precision} contradict each other: leave one out")
-        if (self.calibrate is not None or self.keep_fp32 or self.sensitivity) and not self.sixteen:
-            flags = "--calibrate, --keep-fp32 and --sensitivity"
-            raise ArgumentError(f"{flags} are for precision fp16 and bf16, not {self.precision}")
-        if self.attention not in ("decomposed", "fused"):
-            raise ArgumentError(f"attention {self.attention!r}: expected decomposed or fused")
-        if self.attention == "fused" and (not self.sixteen or self.target == "ort"):
-            raise ArgumentError(
-                f"attention fused is for targets trt and trt-rtx in fp16 or bf16, not {self.target} in "
-                f"{self.precision}: TensorRT has no such kernel for float32"
-            )
-        newest = onnx.defs.onnx_opset_version()
-        if not MIN_OPSET <= self.opset <= newest:
-            raise ArgumentError(f"opset {self.opset}: expected {MIN_OPSET} to {newest} with onnx {onnx.__version__}")
-        if self.num_steps is not None:
-            flow.check_steps(self.num_steps)
-
-    @property
-    def sixteen(self) -> bool:
-        """Whether products are computed in 16 bits."""
-        return self.precision in SIXTEEN
 
 
 @dataclass(frozen=True, eq=False)

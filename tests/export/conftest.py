@@ -22,7 +22,8 @@ from ki_edge.contract import FastContract, generic
 from ki_edge.fast import FastCodec
 from ki_edge.model import build, save_checkpoint
 from ki_edge.normalize import NormStats, write_norm_stats
-from ki_export.exporter import ExportOptions, export
+from ki_export.exporter import export
+from ki_export.options import ExportOptions
 
 CONFIG = Pi05Config(
     vision=VisionConfig(width=16, depth=1, mlp_dim=24, num_heads=2, patch_size=7, image_size=14),

@@ -8,7 +8,8 @@ import torch
 
 from ki_edge.model import Checkpoint
 from ki_export import parity_cli
-from ki_export.exporter import ExportOptions, export
+from ki_export.exporter import export
+from ki_export.options import ExportOptions
 from ki_export.recorded import compare_with_recording
 
 BAR = 2e-5  # absolute, whatever the tensor's magnitude: these models are small

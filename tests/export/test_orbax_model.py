@@ -5,7 +5,8 @@ import torch
 
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.model import Observation
-from ki_export.exporter import ExportOptions, export
+from ki_export.exporter import export
+from ki_export.options import ExportOptions
 from ki_runtime import Sampler
 
 

@@ -15,7 +15,8 @@ from ki_edge.errors import ArgumentError, DatasetError
 from ki_edge.model import Checkpoint, save_checkpoint
 from ki_edge.normalize import NormStats, write_norm_stats
 from ki_export.comparison import observe
-from ki_export.exporter import ExportOptions, export
+from ki_export.exporter import export
+from ki_export.options import ExportOptions
 from ki_export.parity import compare_with_checkpoint
 from ki_export.recorded import compare_with_recording
 from ki_export.reference import ReferencePolicy

@@ -9,8 +9,9 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from ki_export.exporter import ExportOptions, export
+from ki_export.exporter import export
 from ki_export.int8 import choose, quantize_weight
+from ki_export.options import ExportOptions
 from ki_export.passes.quantize import Int8Weight, quantize
 from ki_runtime.sampler import Sampler
 

@@ -18,7 +18,8 @@ from ki_export.arithmetic.session import arithmetic_sampler
 from ki_export.changed import changed_weights
 from ki_export.cli import main
 from ki_export.decision import Decision
-from ki_export.exporter import ExportOptions, export
+from ki_export.exporter import export
+from ki_export.options import ExportOptions
 from ki_export.parity import compare_with_checkpoint
 from ki_export.weights import Form, place_weights
 

@@ -13,7 +13,8 @@ from onnx import TensorProto, helper
 
 from ki_edge.bundle import Bundle, sha256
 from ki_edge.errors import ArgumentError, BackendError, BundleError
-from ki_export.exporter import ExportOptions, export
+from ki_export.exporter import export
+from ki_export.options import ExportOptions
 from ki_runtime.trt import build as building
 from ki_runtime.trt import compiling, memory
 from ki_runtime.trt.api import Api, parse_capabilities

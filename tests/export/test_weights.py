@@ -15,7 +15,8 @@ from ki_edge.errors import CheckpointError, ExportError
 from ki_edge.model.checkpoint import FLOAT32
 from ki_edge.safetensors_index import SafetensorsIndex
 from ki_export import weights
-from ki_export.exporter import ExportOptions, export
+from ki_export.exporter import export
+from ki_export.options import ExportOptions
 from ki_export.safetensors_writer import Part, write_tensors
 from ki_export.weights import place_weights
 from ki_runtime.sampler import Sampler

@@ -18,7 +18,8 @@ from ki_edge.model.sampling import denoise_trace
 from ki_edge.normalize import NormStats, write_norm_stats
 from ki_edge.prompt import PromptTokenizer
 from ki_export import tracing
-from ki_export.exporter import ExportOptions, export
+from ki_export.exporter import export
+from ki_export.options import ExportOptions
 from ki_export.reference import ReferencePolicy
 from ki_runtime import ControlLoop, LoopOptions, Policy, Sampler
 from ki_runtime.backends import SessionOptions, choose_backend, open_session

@@ -69,6 +69,16 @@ def build_bundle(
     return build(bundle, api, None if options.capabilities else _device(api), options, say)
 
 
+def check_ahead(compute_capability: str, precision: str) -> None:
+    """Before an export: whether TensorRT-RTX can compile for this list. `precision` as manifests call it.
+
+    ArgumentError or BackendError as `build_bundle` would raise them.
+    """
+    api, wanted = Api.load(MODULES["trt-rtx"]), parse_capabilities(compute_capability)
+    _check_known(api, wanted)
+    check_precision(precision, wanted)
+
+
 def ensure_engines(bundle: Bundle, api: Api, device: Device, say: Say = lambda _: None) -> Engines:
     """The engines that fit this machine, built if there are none (with a bar on a terminal, and lines to `say`).
 
@@ -171,13 +181,18 @@ def _capabilities(api: Api, device: Device | None, options: BuildOptions) -> tup
     if options.lean and api.is_rtx:
         raise BackendError("the lean runtime loads engines of TensorRT, not of TensorRT-RTX")
     wanted = options.capabilities or ((device.capability,) if device is not None else ())
-    unknown = [capability for capability in wanted if api.is_rtx and capability not in api.capabilities]
+    if api.is_rtx:
+        _check_known(api, wanted)
+    return wanted
+
+
+def _check_known(api: Api, wanted: tuple[Capability, ...]) -> None:
+    unknown = [capability for capability in wanted if capability not in api.capabilities]
     if unknown:
         raise BackendError(
             f"{api.title} cannot compile for compute capability {describe_capabilities(unknown)}, only for "
             f"{describe_capabilities(api.capabilities)}"
         )
-    return wanted
 
 
 def _graphs(bundle: Bundle, options: BuildOptions) -> tuple[str, ...]:

@@ -62,7 +62,8 @@ def compile_graph(
             done = _interruptible(lambda: api.serialize(builder, network, config, out.write), progress)
         if not done:
             reason = errors[0] if errors else f"no reason given; see the verbose log of {api.title}"
-            raise BackendError(f"{api.title} cannot compile graph {graph.stem}: {_one_line(reason)}")
+            cure = "; export with --attention decomposed" if "Attention" in reason else ""
+            raise BackendError(f"{api.title} cannot compile graph {graph.stem}: {_one_line(reason)}{cure}")
         _save_timings(api, config, settings.timings)
     return Compiled(out.size, out.digest.hexdigest(), time.perf_counter() - start)
 

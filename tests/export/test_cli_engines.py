@@ -1,0 +1,94 @@
+"""ki-export and TensorRT: engines ahead of time, and one line for what cannot be done here."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ki_edge.bundle import Bundle
+from ki_export.cli import main
+
+CAPABILITIES = "8.6,12.0"
+
+
+def rtx():
+    return pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed (x86 Linux only)")
+
+
+def run(capsys, *arguments):
+    status = main([str(argument) for argument in arguments])
+    return status, capsys.readouterr().err.strip().splitlines()
+
+
+def has_gpu():
+    return Path("/dev/nvidia0").exists()
+
+
+no_gpu = pytest.mark.skipif(has_gpu(), reason="this machine has a GPU: engines are built at once")
+
+
+@pytest.mark.parametrize("attention", ["decomposed", "fused"])
+def test_engines_are_compiled_ahead_of_time(checkpoint, tmp_path, capsys, attention):
+    rtx()
+    out = tmp_path / "bundle"
+    flags = ["--target", "trt-rtx", "--compute-capability", CAPABILITIES, "--attention", attention]
+    status, lines = run(capsys, checkpoint, "-o", out, *flags)
+    if attention == "fused":  # its heads of 4 and 8 numbers are too small for a fused kernel: told, the bundle stays
+        assert status == 2 and "Attention" in lines[-1] and lines[-1].startswith("ki-export: error: ")
+        assert "--attention decomposed" in lines[-1]
+        assert Bundle.open(out).manifest.parity["verified"]
+        return
+    assert status == 0, lines
+    (folder,) = (path for path in (out / "engines").iterdir() if path.is_dir())
+    facts = json.loads((folder / "engine.json").read_text())
+    assert {path.stem for path in folder.glob("*.engine")} == {"prefix", "denoise", "fast_decode"}
+    assert {path.stem for path in folder.glob("*.log")} == {"prefix", "denoise", "fast_decode"}
+    assert facts["identity"]["precision"] == "float16"
+    assert lines[-1] == f"ki-export: engines in {folder}"
+    Bundle.open(out, verify=True)  # engines lie beside what the manifest lists
+
+
+@no_gpu
+def test_without_a_gpu_the_bundle_is_complete_and_engines_are_left_to_the_robot(checkpoint, tmp_path, capsys):
+    status, lines = run(capsys, checkpoint, "-o", tmp_path / "b", "--target", "trt", "--no-verify")
+    assert status == 0
+    assert lines[-1] == (
+        "ki-export: engines are built on the robot: there, ki-export --build BUNDLE, or ki-run at first start"
+    )
+    assert not (tmp_path / "b" / "engines").exists()
+
+
+@no_gpu
+@pytest.mark.parametrize(("target", "word"), [("trt", "tensorrt"), ("trt-rtx", "GPU")])
+def test_building_where_nothing_can_be_built_is_one_line(bundle, capsys, target, word):
+    status, lines = run(capsys, "--build", bundle.path, "--target", target)
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("ki-export: error: ")
+    assert word.lower() in lines[0].lower()
+    assert not (bundle.path / "engines").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no checkpoint: give a folder or a Hub's ORG/NAME, or --build BUNDLE"),
+        (["x", "--build", "y"], "give no checkpoint and no -o"),
+        (["--build", "nowhere", "--target", "trt-rtx"], "no bundle at nowhere"),
+        (
+            ["x", "-o", "b", "--target", "trt", "--compute-capability", "8.6"],
+            "--compute-capability is for --target trt-rtx",
+        ),
+        (["x", "-o", "b", "--target", "trt-rtx", "--compute-capability", "8.7"], "8.7"),
+        (["x", "-o", "b", "--target", "trt-rtx", "--compute-capability", "many"], "many"),
+        (
+            ["x", "-o", "b", "--target", "trt-rtx", "--compute-capability", "7.5", "--precision", "bf16"],
+            "bfloat16 needs compute capability 8.0 or newer, not 7.5",
+        ),
+        (["x", "-o", "b", "--attention", "flash"], "attention 'flash': expected decomposed or fused"),
+    ],
+)
+def test_wrong_requests_are_one_line_before_anything_is_done(tmp_path, monkeypatch, capsys, arguments, message):
+    rtx()
+    monkeypatch.chdir(tmp_path)
+    status, lines = run(capsys, *arguments)
+    assert status == 2 and len(lines) == 1 and message in lines[0], lines
+    assert list(tmp_path.iterdir()) == []
