@@ -27,6 +27,7 @@ RECORDED = 32  # observations taken of all that a recording holds, evenly
 SYNTHETIC = 8
 CAMERAS = 3  # of a model without a contract
 PROMPT = 30  # tokens, there
+KINDS = {"iu": "integers", "b": "bool", "u": "uint8", "f": "float"}  # of recorded arrays
 INSTRUCTIONS = (
     "pick up the red block",
     "put the bowl on the plate and close the drawer",
@@ -65,6 +66,8 @@ def calibration(
         raise DatasetError(f"--calibrate {recorded}: no .npz file in this folder: record episodes, or name one")
     share = max(1, RECORDED // len(paths))
     found = [observed for path in paths[:RECORDED] for observed in _recorded(path, config, files, share)]
+    if not found:
+        raise DatasetError(f"--calibrate {recorded}: no usable observation: it holds none")
     return Calibration(f"recorded: {len(found)} observations of {len(paths)} files in {recorded.name}", tuple(found))
 
 
@@ -99,22 +102,39 @@ def _model_inputs(
 ) -> Iterator[Observed]:
     """Rows of a recorded batch, without absent cameras and padding."""
     cameras = [name.removeprefix("image/") for name in arrays if name.startswith("image/")]
-    tokens, mask = next((pair for pair in PROMPTS if set(pair) <= set(arrays)), PROMPTS[-1])
-    wanted = [f"image_mask/{camera}" for camera in cameras] + [tokens, mask] + ["state"] * config.has_state
-    missing = [name for name in wanted if name not in arrays]
-    size = config.vision.image_size
-    shape = arrays[f"image/{cameras[0]}"].shape
-    if missing or shape[1:] != (size, size, 3) or int(arrays[tokens].max(initial=0)) >= config.vocab_size:
-        reason = f"{', '.join(missing)} missing" if missing else f"images of {list(shape)} for a model of {size}x{size}"
+    names = next((pair for pair in PROMPTS if set(pair) <= set(arrays)), PROMPTS[-1])
+    if reason := _unfit(arrays, cameras, names, config):
         raise DatasetError(f"--calibrate {path}: no usable observation: {reason}")
-    for row in range(min(count, len(arrays[tokens]))):
+    tokens, mask = (arrays[name] for name in names)
+    for row in range(min(count, len(tokens))):
         present = [camera for camera in cameras if arrays[f"image_mask/{camera}"][row]] or cameras[:1]
         yield Observed(
             images=np.stack([arrays[f"image/{camera}"][row] for camera in present])[None],
-            prompt_tokens=arrays[tokens][row][arrays[mask][row].astype(bool)][None].astype(np.int32),
+            prompt_tokens=tokens[row][mask[row]][None].astype(np.int32),
             noise=_noise(config, rng),
             state=arrays["state"][row : row + 1].astype(np.float32) if config.has_state else None,
         )
+
+
+def _unfit(arrays: dict[str, Array], cameras: Sequence[str], prompt: tuple[str, str], config: Pi05Config) -> str:
+    """What is wrong with recorded model inputs; "" if nothing is."""
+    size, tokens = config.vision.image_size, arrays.get(prompt[0], np.zeros((0, 0)))
+    rows, length = tokens.shape if tokens.ndim == 2 else (len(tokens), 0)
+    wanted = dict.fromkeys(prompt[:1], ("iu", (rows, length))) | {prompt[1]: ("b", (rows, length))}
+    for camera in cameras:
+        wanted |= {f"image/{camera}": ("u", (rows, size, size, 3)), f"image_mask/{camera}": ("b", (rows,))}
+    if config.has_state:
+        wanted["state"] = ("f", (rows, config.action_dim))
+    for name, (kinds, shape) in wanted.items():
+        if name not in arrays:
+            return f"'{name}' is missing"
+        if arrays[name].dtype.kind not in kinds or arrays[name].shape != shape:
+            return f"'{name}' is {arrays[name].dtype}{list(arrays[name].shape)}, expected {KINDS[kinds]}{list(shape)}"
+    if not rows or not length:
+        return "it holds none"
+    if int(tokens.min()) < 0 or int(tokens.max()) >= config.vocab_size:
+        return f"'{prompt[0]}' holds ids outside the vocabulary of {config.vocab_size}"
+    return "" if arrays[prompt[1]].any(axis=1).all() else f"'{prompt[1]}' has a row without a token"
 
 
 def _observed(inputs: ModelInputs, config: Pi05Config, rng: np.random.Generator) -> Observed:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .policies import PolicyRequest
 
 NAME = "ki-export"
+FOR_ENGINES = ("build", "target", "compute_capability", "ignore_memory", "lean", "force")  # arguments of --build
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,8 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _build(arguments: argparse.Namespace) -> int:
     """Engines of a bundle that is there already."""
-    if arguments.checkpoint is not None or arguments.output is not None:
-        raise ArgumentError("--build BUNDLE makes the engines of an exported bundle: give no checkpoint and no -o")
+    defaults = vars(_parser().parse_args([]))
+    given = [name for name, value in vars(arguments).items() if value != defaults[name] and name not in FOR_ENGINES]
+    if given:
+        flags = ", ".join("a checkpoint" if name == "checkpoint" else f"--{name.replace('_', '-')}" for name in given)
+        raise ArgumentError(f"--build BUNDLE makes the engines of an exported bundle: {flags} has no meaning there")
     _build_engines(arguments, arguments.build, "trt" if arguments.target is None else arguments.target)
     return 0
 
@@ -43,7 +47,7 @@ def _build(arguments: argparse.Namespace) -> int:
 def _build_engines(arguments: argparse.Namespace, bundle: Path, target: str) -> None:
     from ki_runtime.trt.build import BuildOptions, build_bundle
 
-    options = BuildOptions(ignore_memory=arguments.ignore_memory, force=arguments.force)
+    options = BuildOptions(ignore_memory=arguments.ignore_memory, force=arguments.force, lean=arguments.lean)
     capabilities = arguments.compute_capability
     engines = build_bundle(bundle, target, capabilities, options, lambda line: tell(f"{NAME}: {line}"))
     tell(f"{NAME}: engines in {engines.folder}")
@@ -202,6 +206,7 @@ def _add_engines(group: argparse._ArgumentGroup) -> None:
         help="trt-rtx: compile for these GPUs, such as 8.6,12.0, here and now",
     )
     add("--attention", default="decomposed", help="decomposed, or fused: one operator of TensorRT 10.14 (%(default)s)")
+    add("--lean", action="store_true", help="with --build: engines that TensorRT's lean runtime loads too")
     add("--ignore-memory", action="store_true", help="build even if the estimate says that memory will not do")
 
 

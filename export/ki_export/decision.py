@@ -58,6 +58,8 @@ def decide(
         if site in kept:
             continue
         found = audit.of(site)
+        if not found.input.count:
+            raise ExportError(f"no observation reached {site}: give observations that use the whole model")
         smaller = _product(site.removesuffix(DOWN), audit) if site.endswith(DOWN) else 0
         exponent = 0 if site == EMBEDDING else _weight_exponent(found, smaller)
         if reason := _misfit(found, exponent, smaller):
@@ -100,15 +102,21 @@ def _folds(up: Range, exponent: int) -> bool:
 def _misfit(found: Range, exponent: int, smaller: int) -> str:
     """Why a product cannot be computed in float16 in spite of its scaling; "" if it can."""
     scaled = {
-        "operand": found.input.largest * 2.0**-smaller,
+        "operand": max(found.input.largest * 2.0**-smaller, found.other.largest),
         "result": found.output.largest * 2.0 ** -(exponent + smaller),
         "weight": found.weight.largest * 2.0**-exponent,
     }
     kind, largest = max(scaled.items(), key=lambda item: item[1])
     if largest * MARGIN > LARGEST:
         return f"its {kind} reaches {largest:.3g}"
-    if found.weight.count and found.weight.typical and found.weight.typical * 2.0**-exponent < SMALL / 8:
-        return f"its weight, typically {found.weight.typical:.1e}, would be rounded away"
+    small = {
+        "operand": found.input.typical * 2.0**-smaller,
+        "other operand": found.other.typical,
+        "weight": found.weight.typical * 2.0**-exponent,
+    }
+    for kind, typical in small.items():
+        if 0 < typical < SMALL / 8:
+            return f"its {kind}, typically {typical:.1e}, would be rounded away"
     return ""
 
 

@@ -20,10 +20,11 @@ from torch import Tensor
 from ki_edge import graphs
 from ki_edge.bundle import DecodeVocabulary
 from ki_edge.checkpoints import Checkpoint
+from ki_edge.checkpoints.keys import EMBEDDING as EMBEDDING_KEY
 from ki_edge.errors import ExportError
 
 from .calibration import Calibration
-from .passes.sites import sites
+from .passes.sites import EMBEDDING, sites
 from .rehearsal import Rehearsal
 from .weights import Rows
 
@@ -32,7 +33,7 @@ LARGEST = 65504.0  # of float16
 MARGIN = 8.0
 SMALL = 2.0**-12
 BUDGET = 1_300_000_000  # bytes of weights in memory: π0.5's action expert in float32
-INPUT, OUTPUT, WEIGHT = KINDS = ("input", "output", "weight")
+KINDS = ("input", "other", "output", "weight")
 
 
 @dataclass
@@ -66,17 +67,20 @@ class Extent:
 
 @dataclass
 class Range:
-    """One product: its activation operands, its result before the bias (added in float32), its weight if any."""
+    """One product: its operand, the other operand of an attention's product, its result before the bias (added in
+    float32), its weight if any.
+    """
 
     site: str
     graph: str
     input: Extent = field(default_factory=Extent)
+    other: Extent = field(default_factory=Extent)
     output: Extent = field(default_factory=Extent)
     weight: Extent = field(default_factory=Extent)
 
     @property
     def largest(self) -> float:
-        return max(self.input.largest, self.output.largest, self.weight.largest)
+        return max(extent.largest for extent in (self.input, self.other, self.output, self.weight))
 
     @property
     def headroom(self) -> float:
@@ -147,6 +151,11 @@ def audit(
     prefixes = rehearsal.prefix(observations, watch(graphs.PREFIX.name))
     rehearsal.actions(observations, prefixes, watch(graphs.DENOISE.name))
     rehearsal.decode(observations, prefixes, np.array(vocabulary.ids), watch(graphs.FAST_DECODE.name))
+    table = result.ranges.get((graphs.FAST_DECODE.name, EMBEDDING))
+    if table is not None:  # of which the observations used a few rows
+        table.weight = Extent()
+        for piece in checkpoint.source.pieces(EMBEDDING_KEY):
+            table.weight.see(torch.from_numpy(np.require(piece, requirements="W")), f"weight of {EMBEDDING}")
     for name in models:
         largest = max((r for r in result.ranges.values() if r.graph == name), key=lambda r: r.largest)
         say(f"audited {name}: largest {largest.largest:.3g} in {largest.site} (float16 ends at {LARGEST:.0f})")
@@ -158,13 +167,13 @@ class _Watch:
 
     def __init__(self, graph: ir.Graph, result: Audit) -> None:
         self._ranges: dict[ir.Node, Range] = {}
-        self._sizes: dict[ir.Node, int] = {}  # elements of their weights
+        self._unseen: dict[ir.Node, int] = {}  # elements of their weights that have not passed yet
         self._weight: Tensor | None = None  # the last one, or part of one, which all observations share
         for site in sites(graph):
             key = (str(graph.name), site.name)
             self._ranges[site.node] = result.ranges.setdefault(key, Range(site.name, str(graph.name)))
             shape = site.weight.shape if site.weight is not None else None
-            self._sizes[site.node] = 0 if shape is None else math.prod(shape.numpy())
+            self._unseen[site.node] = 0 if shape is None else math.prod(shape.numpy())
 
     def __call__(self, node: ir.Node, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> None:
         found = self._ranges.get(node)
@@ -173,10 +182,12 @@ class _Watch:
         left, right, *bias = inputs
         assert left is not None and right is not None
         result = outputs[0] if not bias or bias[0] is None else outputs[0] - bias[0]
-        linear = node.op_type == "Gemm"
-        operands = (left,) if linear else (left, right)
-        weights = (right,) if linear and right is not self._weight and found.weight.count < self._sizes[node] else ()
+        seen = {"input": left, "output": result}
+        if node.op_type != "Gemm":
+            seen["other"] = right
+        elif right is not self._weight and self._unseen[node] > 0:
+            seen["weight"] = right
+            self._unseen[node] -= right.numel()
         self._weight = right
-        for kind, tensors in ((INPUT, operands), (OUTPUT, (result,)), (WEIGHT, weights)):
-            for tensor in tensors:
-                getattr(found, kind).see(tensor, f"{kind} of {found.site}")
+        for kind, tensor in seen.items():
+            getattr(found, kind).see(tensor, f"{kind} of {found.site}")

@@ -12,6 +12,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ki_edge.errors import BundleError
+
 from .ranges import KINDS, LARGEST, MARGIN, RANGES
 
 LAYER = re.compile(r"(vision|backbone|expert)\b.*\blayers\.(\d+)\.")
@@ -21,12 +23,27 @@ Found = Mapping[str, Any]
 
 
 def read_ranges(bundle: Path) -> Found | None:
-    """ranges.json of a bundle's folder; None for a bundle that has none."""
+    """ranges.json of a bundle's folder; None for a bundle that has none. BundleError if it is damaged."""
     path = bundle / RANGES
-    if not path.is_file() or path.stat().st_size > MAX_FILE:
+    if not path.is_file():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found if isinstance(found, dict) else None
+    try:
+        if path.stat().st_size > MAX_FILE:
+            raise ValueError(f"{path.stat().st_size} bytes")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        _check(found)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise BundleError(f"{path} is not what an export writes ({error}): export the checkpoint again") from None
+    return dict(found)
+
+
+def _check(found: Found) -> None:
+    """That the report can be made."""
+    if "ranges" in found:
+        list(rows(found))
+        picture(found)
+        summary(found)
+    list(costs(found))
 
 
 def summary(found: Found) -> str:
@@ -41,7 +58,9 @@ def summary(found: Found) -> str:
 def rows(found: Found) -> Iterator[tuple[str, ...]]:
     """(product, graph, operand, result, weight, headroom, what was done) of those with the least headroom."""
     for entry in sorted(found["ranges"], key=lambda entry: entry["headroom"])[:SHOWN]:
-        sizes = [f"{entry[kind]['largest']:.3g}" if kind in entry else "" for kind in KINDS]
+        operand = max(entry[kind]["largest"] for kind in ("input", "other") if kind in entry)
+        sizes = [f"{operand:.3g}"]
+        sizes += [f"{entry[kind]['largest']:.3g}" if kind in entry else "" for kind in ("output", "weight")]
         yield entry["site"], entry["graph"], *sizes, f"{entry['headroom']:.3g}x", _done(found, entry["site"])
 
 

@@ -19,6 +19,7 @@ from .calibration import Observed
 from .weights import Rows
 
 STEPS = 10
+PADDING = 2  # masked tokens behind a prompt; all are the same token, so a few stand for any number
 DECODED = 8  # tokens that the FAST graph is fed
 Prefixes = list[dict[str, Tensor]]
 
@@ -84,11 +85,14 @@ class Rehearsal:
 
 
 def _prefix_feed(observed: Observed) -> dict[str, Tensor]:
+    """With padding behind the prompt, as an engine gets it: what overflows there would reach every row as 0 * NaN."""
+    tokens = np.pad(observed.prompt_tokens, ((0, 0), (0, PADDING)))
+    mask = np.arange(tokens.shape[1])[None] < observed.prompt_tokens.shape[1]
     return {
         "images": torch.from_numpy(observed.images),
         "camera_mask": torch.ones(observed.images.shape[:2], dtype=torch.bool),
-        "prompt_tokens": torch.from_numpy(observed.prompt_tokens),
-        "prompt_mask": torch.ones(observed.prompt_tokens.shape, dtype=torch.bool),
+        "prompt_tokens": torch.from_numpy(tokens),
+        "prompt_mask": torch.from_numpy(mask),
     }
 
 
@@ -99,7 +103,7 @@ def _decode_feed(
     drawn = np.random.default_rng(at).choice(ids, (1, DECODED - 1))
     new = np.concatenate([observed.prompt_tokens[:, -1:], drawn], axis=1)
     mask = prefix["prefix_mask"].clone()
-    mask[:, -1] = False
+    mask[:, -1 - PADDING] = False
     positions = int(prefix["prefix_mask"].sum()) - 1 + np.arange(DECODED)
     return {
         "tokens": torch.from_numpy(new.astype(np.int32)),

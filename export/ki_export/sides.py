@@ -34,6 +34,7 @@ from .segments import SegmentedSession, SegmentPool
 
 Array = npt.NDArray[Any]
 Method = Literal["resident", "streamed"]
+PASSING = 300_000_000  # bytes of the reference's weights in memory beside 16-bit graphs: its layers pass through
 RESIDENT = 2_000_000_000  # bytes of float32 weights up to which a model is held whole
 COPIES = 3  # of the weights, at most, while a whole model is compared: the model's, the graphs', and room to compute
 
@@ -74,7 +75,8 @@ def open_sides(bundle: Bundle, checkpoint: Checkpoint, method: Method, progress:
         backend = choose_backend("ort")
         return Sides(bundle, model, lambda spec: open_session(bundle, spec, backend, SessionOptions()), method)
     if bundle.manifest.precision in SIXTEEN_BITS:
-        return Sides(bundle, streamed(checkpoint, on_layer=progress.step), arithmetic_sessions(bundle), method)
+        model = streamed(checkpoint, budget=PASSING, on_layer=progress.step)
+        return Sides(bundle, model, arithmetic_sessions(bundle), method)
     pool = SegmentPool(bundle.path, on_run=progress.step)
     model = streamed(checkpoint, on_layer=progress.step)
     return Sides(bundle, model, lambda spec: SegmentedSession(bundle, spec, pool), method)

@@ -25,7 +25,7 @@ from .build import build
 from .pi import PiModel
 
 BUDGET = 1_300_000_000  # bytes of float32 weights: π0.5's action expert but for its modulation, or 3 backbone layers
-PART = 1 << 28  # bytes of embedding rows at a time
+PART = 1 << 27  # bytes of embedding rows at a time
 UNCALLED = "vision.embeddings.position_embedding"  # its weight is read, the module never runs
 LAYER = re.compile(r".*\blayers\.\d+(?=\.)")
 F32 = npt.NDArray[np.float32]

@@ -71,7 +71,8 @@ def test_building_where_nothing_can_be_built_is_one_line(bundle, capsys, target,
     ("arguments", "message"),
     [
         ([], "no checkpoint: give a folder or a Hub's ORG/NAME, or --build BUNDLE"),
-        (["x", "--build", "y"], "give no checkpoint and no -o"),
+        (["x", "--build", "y"], "makes the engines of an exported bundle: a checkpoint has no meaning there"),
+        (["--build", "y", "--precision", "bf16", "-o", "z"], "--output, --precision has no meaning there"),
         (["--build", "nowhere", "--target", "trt-rtx"], "no bundle at nowhere"),
         (
             ["x", "-o", "b", "--target", "trt", "--compute-capability", "8.6"],

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from ki_edge.checkpoints import Checkpoint
-from ki_edge.errors import ArgumentError, DatasetError, ExportError
+from ki_edge.config import TINY
+from ki_edge.errors import ArgumentError, BundleError, DatasetError, ExportError
 from ki_edge.model import Observation
 from ki_edge.prompt import PromptTokenizer
 from ki_export.calibration import Calibration, calibration
 from ki_export.decision import Decision, decide, forms, shift
 from ki_export.policies import PolicyRequest, decode_vocabulary, read_policy
 from ki_export.ranges import LARGEST, Audit, Extent, Range, audit
-from ki_export.ranges_report import picture, rows, summary
-from ki_export.rehearsal import STEPS
+from ki_export.ranges_report import picture, read_ranges, rows, summary
+from ki_export.rehearsal import STEPS, _prefix_feed
 from ki_export.tracing import trace_all
 from ki_export.weights import Form, Rows, sources
 from ki_runtime.robots.replay import record_episode
@@ -90,8 +91,8 @@ def extent(largest, typical=None):
 
 
 def range_of(site, operand=10.0, result=10.0, weight=1.0, graph="prefix"):
-    given = [value if isinstance(value, Extent) else extent(value) for value in (operand, result, weight)]
-    return Range(site, graph, *given)
+    left, out, by = (value if isinstance(value, Extent) else extent(value) for value in (operand, result, weight))
+    return Range(site, graph, left, Extent(), out, by)
 
 
 MLP = "backbone.layers.0.mlp"
@@ -142,8 +143,20 @@ def test_an_operand_too_large_for_its_type_keeps_the_product_in_float32(checkpoi
 
 def test_scores_too_large_stay_float32():
     site = "backbone.layers.0.self_attn.scores"
-    one = Range(site, "prefix", extent(10.0), extent(1e4))
+    one = Range(site, "prefix", extent(10.0), extent(10.0), extent(1e4))
     assert decided(one).kept == {site: "its result reaches 1e+04"}
+
+
+def test_operands_that_would_be_rounded_away_stay_float32():
+    """V of an attention: scaling the weight that makes it does not help, since it is cast where it is used."""
+    site = "backbone.layers.0.self_attn.values"
+    one = Range(site, "prefix", extent(1.0), extent(1e-5, 1e-6), extent(1e-5))
+    assert decided(one).kept == {site: "its other operand, typically 1.0e-06, would be rounded away"}
+
+
+def test_what_no_observation_reached_is_not_trusted():
+    with pytest.raises(ExportError, match="no observation reached projector"):
+        decided(Range("projector", "prefix"))
 
 
 @pytest.mark.parametrize("largest", [1e-3, 1.0, 8188.0, 8189.0, 65504.0, 1e9, 1e30])
@@ -156,7 +169,9 @@ def test_shift_brings_values_below_the_margin(largest):
 def test_too_much_in_float32_is_refused_and_bf16_offered(audited):
     _, _, models, found = audited
     ruined = Audit(
-        "test", 1, {k: Range(r.site, r.graph, extent(1e5), r.output, r.weight) for k, r in found.ranges.items()}
+        "test",
+        1,
+        {k: Range(r.site, r.graph, extent(1e5), r.other, r.output, r.weight) for k, r in found.ranges.items()},
     )
     with pytest.raises(ExportError, match=r"its operand reaches 1e\+05.*use --precision bf16"):
         decide("fp16", ruined, models)
@@ -176,7 +191,7 @@ def test_a_kept_down_proj_leaves_its_product_as_it_is(audited):
     large = dict(found.ranges)
     down = f"{MLP}.down_proj"
     for key in [key for key in large if key[1] == down]:
-        large[key] = Range(down, key[0], extent(1e6), extent(10.0), extent(1.0))
+        large[key] = range_of(down, 1e6, graph=key[0])
     kept = decide("fp16", Audit("test", 1, large), models, (down,))
     assert kept.exponents == kept.factors == {}
 
@@ -257,5 +272,57 @@ def test_recordings_without_usable_observations_are_refused(policy, tmp_path):
         tokenized_prompt=np.ones((1, 2), int),
         tokenized_prompt_mask=np.ones((1, 2), bool),
     )
-    with pytest.raises(DatasetError, match=r"no usable observation: images of \[1, 9, 9, 3\]"):
+    with pytest.raises(DatasetError, match=r"'image/a' is uint8\[1, 9, 9, 3\], expected uint8\[1, 14, 14, 3\]"):
         calibration(config, files, tmp_path / "size.npz")
+
+
+GOOD = {
+    "image/a": np.zeros((2, 14, 14, 3), np.uint8),
+    "image_mask/a": np.ones(2, bool),
+    "tokenized_prompt": np.ones((2, 3), np.int64),
+    "tokenized_prompt_mask": np.ones((2, 3), bool),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({name: value[:0] for name, value in GOOD.items()}, "it holds none"),
+        ({"image/a": GOOD["image/a"].astype(np.float32)}, "'image/a' is float32"),
+        ({"image/a": GOOD["image/a"][:1]}, r"'image/a' is uint8\[1, 14, 14, 3\], expected uint8\[2"),
+        ({"tokenized_prompt": -GOOD["tokenized_prompt"]}, "ids outside the vocabulary"),
+        ({"tokenized_prompt": GOOD["tokenized_prompt"] + 1000}, "ids outside the vocabulary of 640"),
+        ({"tokenized_prompt": GOOD["tokenized_prompt"][0]}, "expected integers"),
+        ({"tokenized_prompt": np.full((2, 3), "x")}, "expected integers"),
+        ({"tokenized_prompt_mask": np.zeros((2, 3), bool)}, "a row without a token"),
+        ({"image_mask/a": np.ones((2, 1), bool)}, "'image_mask/a' is bool"),
+    ],
+)
+def test_recorded_model_inputs_are_checked(policy, tmp_path, change, message):
+    config, _ = policy
+    np.savez(tmp_path / "inputs.npz", **{**GOOD, **change})
+    with pytest.raises(DatasetError, match=f"no usable observation: .*{message}"):
+        calibration(config, None, tmp_path / "inputs.npz")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000, '{"ranges": [1]}', '{"sensitivity": 3}'])
+def test_a_damaged_audit_is_one_error(tmp_path, text):
+    (tmp_path / "ranges.json").write_text(text)
+    with pytest.raises(BundleError, match=r"ranges\.json is not what an export writes"):
+        read_ranges(tmp_path)
+
+
+def test_the_embedding_table_is_audited_whole(audited):
+    """Observations use a few of its rows; a weight elsewhere in it would overflow unseen."""
+    opened, _, _, found = audited
+    table = opened.read("backbone.embed_tokens.weight")
+    assert found.of("backbone.embed_tokens").weight.largest == pytest.approx(np.abs(table).max())
+    assert found.of("backbone.embed_tokens").weight.count == table.size
+
+
+def test_padding_behind_a_prompt_is_audited_too():
+    """Engines compute padded tokens, and an infinity in their V reaches every row as 0 * inf."""
+    observed = next(iter(calibration(TINY, None, None, synthetic=1).observations))
+    feed = _prefix_feed(observed)
+    assert feed["prompt_mask"].sum() == observed.prompt_tokens.size < feed["prompt_tokens"].numel()
+    assert not feed["prompt_tokens"][~feed["prompt_mask"]].any()

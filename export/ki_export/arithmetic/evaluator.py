@@ -22,7 +22,7 @@ from .operators import OPERATORS, TYPES
 Watch = Callable[[ir.Node, Sequence[Tensor | None], Sequence[Tensor]], object]
 BUDGET = 700_000_000  # bytes of weights that stay in memory: π0.5's action expert in 16 bits
 
-PART = 280_000_000  # bytes of a single weight that are used at a time
+PART = 140_000_000  # bytes of a single weight that are used at a time: any of a π0.5's layers, in float32 too
 
 
 class WeightReader(Protocol):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Mapping
+from io import RawIOBase
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -16,6 +19,21 @@ from ki_edge.errors import BundleError
 
 from ..weights import Rows
 from .operators import TYPES
+
+
+def _own_pages(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Memory that goes back to the system when it is dropped: a heap keeps what lies between things still in use."""
+    return np.frombuffer(mmap.mmap(-1, max(1, nbytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8, nbytes)
+
+
+def _fill(file: RawIOBase, array: npt.NDArray[np.uint8]) -> None:
+    """Read until an array is full; a single read gives 2 GB at most."""
+    view, done = array.data, 0
+    while done < array.nbytes:
+        count = file.readinto(view[done:])
+        if not count:
+            raise BundleError("the weights file became shorter while it was read: copy the bundle again")
+        done += count
 
 
 class CheckpointWeights:
@@ -34,7 +52,9 @@ class CheckpointWeights:
         origin = self._origins[str(value.name)]
         values = self._source.rows(origin.key, origin.first + start, origin.first + stop)
         assert value.shape is not None
-        tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
+        raw = _own_pages(values.nbytes)
+        np.copyto(raw.view(np.float32), values.reshape(-1))
+        tensor = torch.from_numpy(raw).view(torch.float32)
         return self._typed(value, tensor).reshape(stop - start, *value.shape.numpy()[1:])
 
     def rows(self, value: ir.Value, rows: Tensor) -> Tensor:
@@ -64,7 +84,10 @@ class FileWeights:
         path, offset, length = self._bytes(place)
         shape = place.shape.numpy()
         row = length // shape[0]
-        raw = np.fromfile(path, np.uint8, (stop - start) * row, offset=offset + start * row)
+        raw = _own_pages((stop - start) * row)
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset + start * row)
+            _fill(file, raw)
         return torch.from_numpy(raw).view(dtype).reshape(stop - start, *shape[1:])
 
     def rows(self, value: ir.Value, rows: Tensor) -> Tensor:
