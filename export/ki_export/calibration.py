@@ -120,7 +120,8 @@ def _unfit(arrays: dict[str, Array], cameras: Sequence[str], prompt: tuple[str, 
     """What is wrong with recorded model inputs; "" if nothing is."""
     size, tokens = config.vision.image_size, arrays.get(prompt[0], np.zeros((0, 0)))
     rows, length = tokens.shape if tokens.ndim == 2 else (len(tokens), 0)
-    wanted = dict.fromkeys(prompt[:1], ("iu", (rows, length))) | {prompt[1]: ("b", (rows, length))}
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
+    wanted[prompt[0]], wanted[prompt[1]] = ("iu", (rows, length)), ("b", (rows, length))
     for camera in cameras:
         wanted |= {f"image/{camera}": ("u", (rows, size, size, 3)), f"image_mask/{camera}": ("b", (rows,))}
     if config.has_state:

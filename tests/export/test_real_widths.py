@@ -1,0 +1,69 @@
+"""The real model's widths, two layers deep, one of them hot: to float16, held to the bars, compiled."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ki_edge.checkpoints import Checkpoint
+from ki_edge.model import Observation
+from ki_export.arithmetic.session import arithmetic_sampler
+from ki_export.exporter import export
+from ki_export.options import ExportOptions
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "random_checkpoint.py"
+DISK = 9_000_000_000  # bytes that checkpoint, bundle and engines take
+MEMORY = 9_000_000_000
+
+
+@pytest.fixture(scope="module")
+def hot(tmp_path_factory):
+    """A checkpoint of 1.1 B parameters whose first backbone layer leaves float16's range, and its export."""
+    psutil = pytest.importorskip("psutil")
+    folder = tmp_path_factory.mktemp("real")
+    free, memory = shutil.disk_usage(folder).free, psutil.virtual_memory().available
+    if free < DISK or memory < MEMORY:
+        pytest.skip(f"needs {DISK / 1e9:.0f} GB of disk and {MEMORY / 1e9:.0f} GB of memory, there are "
+                    f"{free / 1e9:.0f} and {memory / 1e9:.0f}")  # fmt: skip
+    spec = importlib.util.spec_from_file_location("random_checkpoint", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.write_checkpoint(folder / "checkpoint", depth=2, hot=0)
+    options = ExportOptions(target="trt-rtx", model_only=True, verify=False)
+    yield folder / "checkpoint", export(folder / "checkpoint", folder / "bundle", options)
+    shutil.rmtree(folder)
+
+
+def test_float16_holds_the_bars_at_real_widths(hot):
+    path, bundle = hot
+    assert bundle.manifest.weights["exponents"]  # it is hot
+    model, sampler, rng = Checkpoint.open(path).load_model(), arithmetic_sampler(bundle), np.random.default_rng(5)
+    config = model.config
+    inputs = (
+        rng.integers(0, 256, (1, 1, 224, 224, 3)).astype(np.uint8),
+        np.ones((1, 1), bool),
+        rng.integers(2, config.vocab_size, (1, 9)),
+        np.ones((1, 9), bool),
+    )
+    noise = rng.standard_normal((1, config.action_horizon, config.action_dim), np.float32)
+    with torch.no_grad():
+        observation = Observation(*map(torch.from_numpy, inputs))
+        expected = model.sample_actions(observation, noise=torch.from_numpy(noise), num_steps=10).numpy()
+    given = sampler.sample_actions(*inputs, noise=noise, num_steps=10)
+    assert np.abs(given - expected).max() <= 5e-3
+    assert np.vdot(given, expected) / (np.linalg.norm(given) * np.linalg.norm(expected)) >= 0.99999
+
+
+def test_all_graphs_compile_at_real_widths(hot):
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed (x86 Linux only)")
+    from ki_runtime.trt.build import build_bundle
+
+    _, bundle = hot
+    engines = build_bundle(bundle.path, "trt-rtx", "8.6,12.0")
+    sizes = {path.stem: path.stat().st_size for path in engines.folder.glob("*.engine")}
+    weights = bundle.weights().path.stat().st_size
+    assert set(sizes) == {"prefix", "denoise", "fast_decode"}
+    assert 0.7 * weights < sizes["prefix"] < weights  # once for both targets, and not in float32
