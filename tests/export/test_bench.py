@@ -1,10 +1,10 @@
 """ki-bench: how it measures, what it tells, and how it refuses."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -47,21 +47,23 @@ def report(bundle, checkpoint):
 # ---------------------------------------------------------------------- measuring
 
 
-def test_warm_up_ends_when_times_have_settled():
-    durations = iter([0.05, 0.01, 0.01, 0.01, 0.01, 0.01])
-    ran = []
+def test_warm_up_ends_when_times_have_settled(monkeypatch):
+    now = [0.0]  # a clock of the test's own: a loaded machine settles late
+    monkeypatch.setattr(rounds.time, "perf_counter", lambda: now[0])
 
-    def run():
-        ran.append(next(durations, 0.01))
-        time.sleep(ran[-1])
-        return {"run": ran[-1]}
+    def contender(durations):
+        def run():
+            now[0] += next(durations)
+            return {"run": 1.0}
 
-    samples = measure({"a": run}, 3, 20.0, lambda _: None)["a"]
+        return run
+
+    steady = contender(itertools.chain([0.05, 0.01], itertools.repeat(0.01)))
+    samples = measure({"a": steady}, 3, 20.0, lambda _: None)["a"]
     assert samples.warm_up.settled and 3 <= samples.warm_up.runs <= 7
     assert len(samples.times["run"]) == 3
-    growing = iter(range(1, 100))
-    samples = measure({"a": lambda: time.sleep(0.004 * 2 ** next(growing)) or {"run": 1.0}}, 1, 0.05, lambda _: None)
-    assert not samples["a"].warm_up.settled
+    growing = contender(0.004 * 2**i for i in itertools.count())
+    assert not measure({"a": growing}, 1, 0.05, lambda _: None)["a"].warm_up.settled
 
 
 def test_contenders_take_turns():
