@@ -8,7 +8,7 @@ A backend's module, and with it the engine, is imported only when it is asked fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -27,6 +27,10 @@ def silent(line: str) -> None:
     """Says nothing."""
 
 
+class NotInstalled(str):
+    """Why a backend was passed over, where nobody installed it: nothing that calls for attention."""
+
+
 @dataclass(frozen=True)
 class SessionOptions:
     """What every backend understands.
@@ -34,12 +38,14 @@ class SessionOptions:
     `threads`: CPU threads of one graph; None leaves it to the engine. `prepack`: keep weights in memory in the engine's
     own form rather than in the mapped file; None decides by graph and precision (see `ort_session`). `record`: record
     runs as CUDA graphs and replay them; None leaves it to the backend. `say`: told what takes long or went wrong.
+    `verify`: check the hashes of what a backend keeps beside the bundle's own files.
     """
 
     threads: int | None = None
     prepack: bool | None = None
     record: bool | None = None
     say: Callable[[str], object] = silent
+    verify: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,7 @@ class Backend:
     def obstacle(self, bundle: Bundle | None) -> str | None:
         """Why it cannot run this bundle (or, for None, any) on this machine; None if it can."""
         if self.package is None:
-            return f"no {' or '.join(self.packages)} package"
+            return NotInstalled(f"no {' or '.join(self.packages)} package")
         try:
             found: str | None = import_module(self.module).obstacle(bundle, self.package)
         except ImportError as error:
@@ -93,12 +99,19 @@ class Backend:
         """One line: what runs, why nothing faster does, and whether the bundle is slow there."""
         passed = "; ".join(f"{name}: {why}" for name, why in self.passed)
         line = f"backend: {self.name} ({self.device})" + (f": {passed}" if passed else "")
-        if self.device == "CPU" and precision == "float16":
+        if self._slow(precision):
             line += (
                 ". SLOW: a float16 bundle is made for a GPU; on a CPU every product is widened to float32. "
-                "Export with --precision float32 or int8 for this machine"
+                "Export with --precision fp32 or int8 for this machine"
             )
         return line
+
+    def surprising(self, precision: str) -> bool:
+        """Whether `describe` has something to say to people who did not ask: slow, or not what they installed."""
+        return self._slow(precision) or any(not isinstance(why, NotInstalled) for _, why in self.passed)
+
+    def _slow(self, precision: str) -> bool:
+        return self.device == "CPU" and precision == "float16"
 
 
 # In the order in which "auto" prefers them.
@@ -133,10 +146,13 @@ def choose_backend(name: str = "auto", bundle: Bundle | None = None) -> Backend:
     raise _none(name, passed)
 
 
-def connect(bundle: Bundle, name: str = "auto", options: SessionOptions | None = None) -> Connection:
+def connect(
+    bundle: Bundle, name: str = "auto", options: SessionOptions | None = None, first: Sequence[GraphSpec] = ()
+) -> Connection:
     """Take a backend as `choose_backend` does and connect to it. A backend that is named is never replaced by another.
 
-    BackendError as of `choose_backend`, and if the engines of a backend that was named cannot be built.
+    `first`: graphs that are opened now, so that a backend which fails at them is passed over too; each is given out at
+    its first `open`. BackendError as of `choose_backend`, and if a backend that was named cannot build or load engines.
     """
     options = options or SessionOptions()
     passed: list[tuple[str, str]] = []
@@ -145,13 +161,19 @@ def connect(bundle: Bundle, name: str = "auto", options: SessionOptions | None =
         if why is None:
             chosen = replace(backend, passed=tuple(passed))
             try:
-                return Connection(chosen, chosen.connect(bundle, options))
+                return Connection(chosen, _opened(chosen.connect(bundle, options), first))
             except BackendError as error:
                 if name != "auto":
                     raise
                 why = str(error)
         passed.append((backend.name, why))
     raise _none(name, passed)
+
+
+def _opened(open_graph: GraphOpener, first: Sequence[GraphSpec]) -> GraphOpener:
+    """An opener that has opened the `first` graphs already."""
+    ready = {spec.name: open_graph(spec) for spec in first}
+    return lambda spec: ready.pop(spec.name, None) or open_graph(spec)
 
 
 def open_session(bundle: Bundle, graph: GraphSpec, backend: Backend, options: SessionOptions) -> Session:

@@ -24,7 +24,7 @@ from ki_edge.bundle import Bundle
 from ki_edge.errors import BackendError, DeviceMemoryError
 from ki_edge.graphs import GraphSpec
 
-from .backends import GraphOpener, SessionOptions
+from .backends import GraphOpener, NotInstalled, SessionOptions
 from .ort_session import check_signature, first_line, onnxruntime
 from .session import Binding, Bucket, Buffer, Session
 from .trt.buffers import DeviceBuffer, Gpu, owned
@@ -47,7 +47,7 @@ TRIAL = (
 def obstacle(bundle: Bundle | None, package: str) -> str | None:
     """Why ONNX Runtime cannot run this bundle on a GPU here, or None."""
     if PROVIDER not in onnxruntime().get_available_providers():
-        return "onnxruntime has no CUDA provider (onnxruntime-gpu has)"
+        return NotInstalled("onnxruntime has no CUDA provider (onnxruntime-gpu has)")
     try:
         device = Cuda.load().device()
         if bundle is not None:

@@ -21,7 +21,6 @@ from ki_edge.normalize import NormStats, read_norm_stats
 from ki_edge.prompt import PromptTokenizer
 from ki_edge.transforms import InputPipeline, ModelInputs, OutputPipeline, pad_last
 
-from .backends import silent
 from .decode import TOKENIZER
 from .sampler import Sampler
 
@@ -58,7 +57,7 @@ class Policy:
         *,
         threads: int | None = None,
         verify: bool = False,
-        say: Callable[[str], object] = silent,
+        say: Callable[[str], object] | None = None,
     ) -> Policy:
         """Open a bundle as a policy. Arguments and errors as of `Sampler.open`.
 

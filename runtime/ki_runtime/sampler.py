@@ -13,11 +13,12 @@ import numpy.typing as npt
 
 from ki_edge import flow, graphs
 from ki_edge.bundle import Bundle
+from ki_edge.commands import tell
 from ki_edge.config import Pi05Config
 from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_edge.graphs import GraphSpec
 
-from .backends import Backend, SessionOptions, check_name, connect, silent
+from .backends import Backend, SessionOptions, check_name, connect
 from .decode import Choices, FastStage, check_decoding, choices_of
 from .denoise import DenoiseStage, runtime_weights
 from .prefix import PrefixStage, prepare_inputs, prepare_state
@@ -78,18 +79,21 @@ class Sampler:
         *,
         threads: int | None = None,
         verify: bool = False,
-        say: Callable[[str], object] = silent,
+        say: Callable[[str], object] | None = None,
     ) -> Sampler:
         """Open a bundle folder, or take an opened one.
 
         `threads`: CPU threads of a graph; `verify`: check all hashes; `say`: told which backend was taken and why, and
-        how the building of engines comes along. BundleError for a damaged bundle, BackendError for a backend that is
+        how the building of engines comes along; None: to stderr, and the backend only if it is slow for this bundle or
+        another that is installed was passed over. BundleError for a damaged bundle, BackendError for a backend that is
         missing or refuses a graph.
         """
         check_name(backend)
         opened = bundle if isinstance(bundle, Bundle) and not verify else Bundle.open(_folder(bundle), verify=verify)
-        connection = connect(opened, backend, SessionOptions(threads, say=say))
-        say(connection.backend.describe(opened.manifest.precision))
+        precision, options = opened.manifest.precision, SessionOptions(threads, say=say or tell, verify=verify)
+        connection = connect(opened, backend, options, graphs.specs(opened.manifest.config)[:2])
+        if say is not None or connection.backend.surprising(precision):
+            options.say(connection.backend.describe(precision))
         return cls(opened, connection.open, connection.backend)
 
     @property

@@ -16,10 +16,10 @@ from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
 from ki_runtime.trt import build as building
-from ki_runtime.trt import compiling, memory
+from ki_runtime.trt import compiling, memory, publishing
 from ki_runtime.trt.api import Api, parse_capabilities
-from ki_runtime.trt.build import BuildOptions, build, build_bundle, ensure_engines
-from ki_runtime.trt.engines import Device, find
+from ki_runtime.trt.build import BuildOptions, build, build_bundle, ensure_engines, rebuild
+from ki_runtime.trt.engines import Device, Engines, find
 from ki_runtime.trt.graph_file import GraphFile, read_graph
 from ki_runtime.trt.requirements import check_graph, check_precision
 
@@ -130,6 +130,34 @@ def test_a_damaged_engine_is_built_again(own, rtx) -> None:
     assert [path.name for path in (own.path / "engines").iterdir()] == [first.folder.name]
 
 
+def test_engines_that_have_changed_are_built_again_when_verified(own, rtx) -> None:
+    options = BuildOptions(capabilities=((8, 6),), graphs=("denoise",))
+    path = build(own, rtx, None, options).path("denoise")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert ensure_engines(own, rtx, AMPERE).path("denoise") == path
+    said = []
+    ensure_engines(own, rtx, AMPERE, said.append, verify=True)
+    assert "denoise.engine has changed since it was built" in said[0] and len(said) > 1
+
+
+def test_a_damaged_record_is_built_again(own, rtx) -> None:
+    options = BuildOptions(capabilities=((8, 6),), graphs=("denoise",))
+    record = build(own, rtx, None, options).folder / "engine.json"
+    record.write_text("[" * 200_000)
+    assert build(own, rtx, None, options).folder == record.parent and not Engines.read(record.parent).damage()
+
+
+def test_engines_that_do_not_load_are_replaced(own, rtx) -> None:
+    made = build(own, rtx, None, BuildOptions(capabilities=((8, 6), (12, 0)), graphs=("denoise",)))
+    made.path("denoise").write_bytes(b"x" * made.files["denoise"].size)
+    again = rebuild(own, rtx, AMPERE, made)
+    assert again.identity == made.identity and not again.damage(verify=True)
+    stale = replace(made, folder=made.folder.rename(made.folder.with_name("0123456789abcdef")))
+    rebuild(own, rtx, AMPERE, stale)
+    assert [path.name for path in (own.path / "engines").iterdir()] == [made.folder.name]
+
+
 def test_the_command(own) -> None:
     engines = build_bundle(own.path, "trt-rtx", "8.6", BuildOptions(graphs=("denoise",)))
     assert engines.identity.capabilities == ((8, 6),)
@@ -160,6 +188,15 @@ class TestInterrupted:
         assert {path: sha256(path) for path in own.path.rglob("*") if path.is_file()} == before
         assert [path.name for path in (own.path / "engines").iterdir()] == [engines.folder.name]
 
+    def test_a_full_disk_is_the_backends_failure(self, own, rtx, monkeypatch) -> None:
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(compiling._Output, "write", full)
+        with pytest.raises(BackendError, match=r"engines could not be built in .*: .*No space left on device"):
+            build(own, rtx, None, AHEAD)
+        assert list((own.path / "engines").iterdir()) == []
+
     def test_a_failed_build_leaves_nothing(self, own, rtx, monkeypatch) -> None:
         monkeypatch.setattr(Api, "serialize", lambda *_: False)
         with pytest.raises(BackendError, match=r"TensorRT-RTX \S+ cannot compile graph prefix: no reason given"):
@@ -167,13 +204,15 @@ class TestInterrupted:
         assert list((own.path / "engines").iterdir()) == []
 
     def test_what_a_killed_build_left_is_swept(self, own, rtx) -> None:
-        stale = own.path / "engines" / ".0123456789abcdef.partial-999999999"
-        alive = own.path / "engines" / f".0123456789abcdef.partial-{os.getppid()}"
-        for folder in (stale, alive):
+        here, dead, living = publishing.place(), 999999999, os.getppid()
+        names = [f"{here}-{dead}", f"{here}-{dead}-old", f"{here}-{living}", f"robot-{dead}", f"{dead}"]
+        folders = [own.path / "engines" / f".0123456789abcdef.partial-{name}" for name in (*names, "robot-1")]
+        for folder in folders:
             folder.mkdir(parents=True)
             (folder / "prefix.engine").write_bytes(b"half")
+        os.utime(folders[-1], (time.time() - 90_000,) * 2)  # more than a day old
         build(own, rtx, None, BuildOptions(capabilities=((8, 6),), graphs=("denoise",)))
-        assert not stale.exists() and alive.exists()
+        assert [folder.exists() for folder in folders] == [False, False, True, True, True, False]
 
 
 class TestRefused:
@@ -199,7 +238,7 @@ class TestRefused:
         with pytest.raises(BackendError, match=r"TensorRT lean runtime \S+ only runs engines"):
             build(own, lean, AMPERE)
         with pytest.raises(
-            BackendError, match=r"has no TensorRT engines, and TensorRT lean runtime \S+ cannot build any"
+            BackendError, match=r"and TensorRT lean runtime \S+ cannot build any: ki-export --build \S+ --lean \(run wh"
         ):
             ensure_engines(own, lean, AMPERE)
 
@@ -376,13 +415,26 @@ class TestEstimates:
 
     def test_weights_beyond_the_gpu(self, rtx, monkeypatch) -> None:
         monkeypatch.setattr(memory, "available_memory", lambda: int(99e9))
-        memory.check_memory(rtx, "prefix", int(9e9), gpu=int(10e9))
+        memory.check_memory(rtx, "prefix", int(9e9), replace(AMPERE, memory=int(10e9)))
         with pytest.raises(BackendError, match=r"9\.0 GB of weights and the GPU 8\.0 GB of memory"):
-            memory.check_memory(rtx, "prefix", int(9e9), gpu=int(8e9))
+            memory.check_memory(rtx, "prefix", int(9e9), replace(AMPERE, memory=int(8e9)))
 
     def test_older_parsers_copy_the_weights(self) -> None:
         old, new = (Api(SimpleNamespace(), "tensorrt", version, "") for version in ((10, 3), (10, 13)))
         assert memory.needed(old, int(1e9)) - memory.needed(new, int(1e9)) == pytest.approx(1e9)
+
+    def test_a_gpu_s_own_memory_is_not_the_hosts(self, monkeypatch) -> None:
+        api = Api(SimpleNamespace(), "tensorrt", (10, 13), "10.13.0")
+        board, known, card = (memory.needed(api, int(4e9), shared=shared) for shared in (True, None, False))
+        assert board == known == pytest.approx(card + 4e9)
+        monkeypatch.setattr(memory, "available_memory", lambda: card + 1)
+        memory.check_memory(api, "prefix", int(4e9), replace(AMPERE, shared=False))
+        with pytest.raises(BackendError, match=r"of memory, .* are free"):
+            memory.check_memory(api, "prefix", int(4e9), replace(AMPERE, shared=True))
+
+    def test_free_swap_counts(self) -> None:
+        text = "MemTotal: 9 kB\nMemAvailable:   5 kB\nSwapTotal: 8 kB\nSwapFree: 3 kB\n"
+        assert memory.available_memory(text) == 8 * 1024 and memory.available_memory("") is None
 
     def test_available_memory_is_the_systems(self) -> None:
         psutil = pytest.importorskip("psutil")

@@ -33,7 +33,7 @@ class FakeCuda:
         self.fail, self.calls = {}, []
         self.queue, self.capturing, self.invalid = [], None, False
         self.graphs = self.execs = self.launches = 0
-        self.capability, self.name = (8, 7), b"Orin\0\0"
+        self.capability, self.name, self.shared = (8, 7), b"Orin\0\0", 1
 
     def __getattr__(self, name):
         function = self.__class__.__dict__.get(f"do_{name}")
@@ -75,7 +75,7 @@ class FakeCuda:
         return (SimpleNamespace(name=self.name, totalGlobalMem=self.memory),)
 
     def do_cudaDeviceGetAttribute(self, attribute, device):
-        return (self.capability["Minor" in attribute.name],)
+        return (self.shared if "Integrated" in attribute.name else self.capability["Minor" in attribute.name],)
 
     def do_cudaDriverGetVersion(self):
         return (12060,)
@@ -172,7 +172,8 @@ class FakeTensorRT:
     """The module `tensorrt` as a robot has it. Engine files hold the name of their graph and nothing else.
 
     `quirks` {what: value}: "outputs" {tensor: shape} that the engine gives instead, "execute" None or False in turn,
-    "memory" bytes of scratch, "capturable", "drop" a tensor that the engines lack, "dtype" {tensor: name}, "rtx".
+    "memory" bytes of scratch, "capturable", "drop" a tensor that the engines lack, "dtype" {tensor: name}, "rtx",
+    "context" False: none is made.
     """
 
     __version__ = "10.3.0"
@@ -192,7 +193,8 @@ class FakeTensorRT:
         return Api(self, "tensorrt", (10, 3, 0), self.__version__)
 
     def Runtime(self, logger):
-        return SimpleNamespace(deserialize_cuda_engine=lambda content: self.load(logger, bytes(content[:])))
+        self.runtime = SimpleNamespace(deserialize_cuda_engine=lambda content: self.load(logger, bytes(content[:])))
+        return self.runtime
 
     def load(self, logger, content):
         spec = next((s for s in (*graphs.GRAPHS, graphs.DENOISE_WITH_STATE) if s.name.encode() == content), None)
@@ -240,6 +242,8 @@ class FakeTrtEngine:
         return config
 
     def create_execution_context(self, choice):
+        if self.module.quirks.get("context") is False:
+            return None
         strategy = choice
         if self.module.quirks.get("rtx"):
             strategy = choice.strategy

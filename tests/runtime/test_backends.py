@@ -2,12 +2,14 @@
 
 from types import SimpleNamespace
 
+import onnxruntime
 import pytest
 
 from ki_edge import graphs
 from ki_edge.errors import BackendError, DeviceMemoryError
-from ki_runtime import backends
-from ki_runtime.backends import BACKENDS, NAMES, SessionOptions, choose_backend, connect, open_session
+from ki_runtime import backends, ort_cuda_session
+from ki_runtime import sampler as sampler_module
+from ki_runtime.backends import BACKENDS, NAMES, NotInstalled, SessionOptions, choose_backend, connect, open_session
 from ki_runtime.cli import main
 from ki_runtime.policy import Policy
 from ki_runtime.sampler import Sampler
@@ -150,6 +152,74 @@ def test_a_sampler_and_a_policy_know_their_backend(machine, make_bundle):
     assert sampler.backend.name == "ort" and dict(sampler.backend.passed)["ort-cuda"] == "no GPU"
     assert lines == [sampler.backend.describe("float32")]
     assert Sampler(sampler.bundle, FakeEngine(sampler.bundle.manifest.vocabulary.ids).open).backend is None
+
+
+@pytest.mark.parametrize("failing", ["prefix", "denoise"])
+def test_a_backend_whose_engines_do_not_load_is_passed_over(monkeypatch, make_bundle, failing):
+    machine_of = {"trt.session": failing, "ort_session": None}
+    opened = []
+
+    def module(name):
+        short = name.removeprefix("ki_runtime.")
+
+        def connect(bundle, package, options):
+            engine = FakeEngine(bundle.manifest.vocabulary.ids)
+
+            def open_graph(spec):
+                opened.append((short, spec.name))
+                if spec.name == machine_of.get(short):
+                    raise BackendError("cannot load")
+                return engine.open(spec)
+
+            return open_graph
+
+        return SimpleNamespace(connect=connect, obstacle=lambda *_: None)
+
+    monkeypatch.setattr(backends, "find_spec", lambda name: name in ("tensorrt", "onnxruntime") or None)
+    monkeypatch.setattr(backends, "import_module", module)
+    monkeypatch.setattr(backends, "BACKENDS", (BACKENDS[0], BACKENDS[-1]))
+    sampler = Sampler.open(make_bundle())
+    assert (sampler.backend.name, dict(sampler.backend.passed)) == ("ort", {"trt": "cannot load"})
+    assert opened[-2:] == [("ort_session", "prefix"), ("ort_session", "denoise")]
+    with pytest.raises(BackendError, match=r"^cannot load$"):
+        Sampler.open(make_bundle("named"), "trt")
+
+
+TOLD = {
+    "nothing else installed": ({"onnxruntime"}, NotInstalled("no CUDA provider"), "float32", False),
+    "a GPU's package without a GPU": ({"onnxruntime"}, "no NVIDIA driver", "float32", True),
+    "half precision": ({"onnxruntime"}, NotInstalled("no CUDA provider"), "float16", True),
+    "TensorRT": (EVERY, None, "float16", False),
+}
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_from_python_only_surprises_are_told(case, machine, make_bundle, capsys):
+    packages, obstacle, precision, told = TOLD[case]
+    machine(packages, {"ort_cuda_session": obstacle})
+    sampler = Sampler.open(make_bundle(precision=precision))
+    assert capsys.readouterr().err == (sampler.backend.describe(precision) + "\n" if told else "")
+
+
+def test_what_is_not_installed_is_known_as_such(machine):
+    machine(set())
+    assert all(isinstance(backend.obstacle(None), NotInstalled) for backend in BACKENDS)
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        assert isinstance(ort_cuda_session.obstacle(None, "onnxruntime"), NotInstalled)
+
+
+def test_verifying_reaches_the_backend(monkeypatch, make_bundle):
+    asked = []
+
+    def connect(bundle, name, options, first):
+        asked.append(options.verify)
+        raise BackendError("enough")
+
+    monkeypatch.setattr(sampler_module, "connect", connect)
+    for verify in (False, True):
+        with pytest.raises(BackendError, match="enough"):
+            Sampler.open(make_bundle(str(verify)), verify=verify)
+    assert asked == [False, True]
 
 
 def test_ki_run_tells_its_backend(monkeypatch, capsys):

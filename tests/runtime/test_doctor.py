@@ -19,7 +19,7 @@ from ki_runtime.trt.engines import EngineFile, Engines, identify
 from ki_runtime.trt.graph_file import GraphFile, read_graph
 
 ORIN, THOR, RTX_4090, RTX_2080, H200 = (8, 7), (11, 0), (8, 9), (7, 5), (9, 0)
-MEMINFO = "MemTotal: {0} kB\nMemFree: 1 kB\nMemAvailable: {1} kB\nSwapTotal: {2} kB\n"
+MEMINFO = "MemTotal: {0} kB\nMemFree: 1 kB\nMemAvailable: {1} kB\nSwapTotal: {2} kB\nSwapFree: {2} kB\n"
 TEGRA = "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64, DATE: Wed Jan  8 2025\n"
 NVPMODEL = "< PARAM TYPE=FILE NAME=CPU >\n< POWER_MODEL ID=0 NAME=15W >\nx\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >\nx\n"
 
@@ -390,6 +390,9 @@ def test_full_size_on_small_boards(make_bundle, graphs, monkeypatch):
     assert "compiling takes up to 24.5 GB of memory, 14.0 GB are free" in problem.text
     assert "fallocate -l 11G" in problem.fix and "compiling takes" in why_not(medium, "trt")
     assert "trt" in runs(on_orin(bundle, memory=(16e9, 14e9, 12e9)))
+    host = orin((16e9, 14e9, 12e9))
+    host.files["/proc/meminfo"] = host.files["/proc/meminfo"].replace("SwapFree: ", "SwapFree: 0 kB\nUnknown: ")
+    assert "14.0 GB are free" in why_not(examine(bundle.path, host), "trt")  # its swap is full
     without_fast = on_orin(bundle, memory=(16e9, 10e9, 20e9))
     assert "FAST" in found(without_fast, "model memory", "warning")[0].fix
 

@@ -3,6 +3,7 @@
 import importlib
 import sys
 from hashlib import sha256
+from io import StringIO
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -91,6 +92,12 @@ def test_a_package_without_its_libraries(monkeypatch) -> None:
 def test_unknown_module() -> None:
     with pytest.raises(ArgumentError, match="TensorRT module 'torch': expected one of tensorrt, tensorrt_rtx"):
         Api.load("torch")
+
+
+def test_an_rtx_older_than_the_one_that_is_installed_for_us(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", SimpleNamespace(__version__="1.6.0"))
+    with pytest.raises(BackendError, match=r"TensorRT-RTX 1\.6\.0 is too old: at least 1\.7 is needed"):
+        Api.load("tensorrt_rtx")
 
 
 @pytest.mark.parametrize("version", ["8.6.1", "10.2.0.19", "9.0"])
@@ -183,3 +190,48 @@ def test_tensorrt_is_driven_strongly_typed_in_true_float32(version, network, lea
     assert (tmp_path / "timings").read_bytes() == b"timings"
     compile_graph(api, tmp_path / "x.onnx", [profile], engine, log, settings)
     assert fake.told[-2] == ("timings", b"timings", False)
+
+
+class FullLog(StringIO):
+    """A file on a full disk."""
+
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+
+class TestCallbacks:
+    """The builder is C++: what is called from it must not raise, and what failed is told after it."""
+
+    def test_writing_the_engine(self) -> None:
+        told = []
+
+        class Builder:
+            def build_serialized_network_to_stream(self, network, config, writer):
+                told.extend(writer.write(piece) for piece in (b"one", b"two", b"three"))
+                return True
+
+        def write(piece):
+            if piece == b"two":
+                raise OSError(28, "No space left on device")
+
+        module = SimpleNamespace(IStreamWriter=object, Builder=Builder)
+        with pytest.raises(OSError, match="No space left"):
+            Api(module, "tensorrt", (10, 14), "10.14.0").serialize(Builder(), None, None, write)
+        assert told == [3, 0, 0]
+
+    def test_writing_the_log(self, monkeypatch, tmp_path) -> None:
+        fake = FakeTensorRT("10.3.0")
+        monkeypatch.setitem(sys.modules, "tensorrt", fake)
+        build, ended = FakeBuilder.build_serialized_network, []
+
+        def watched(*arguments):
+            plan = build(*arguments)
+            ended.append(True)
+            return plan
+
+        monkeypatch.setattr(FakeBuilder, "build_serialized_network", watched)
+        log = SimpleNamespace(open=lambda *_, **__: FullLog())
+        settings = Settings(1 << 20, ())
+        with pytest.raises(OSError, match="No space left"):
+            compile_graph(Api.load("tensorrt"), tmp_path / "x.onnx", [], tmp_path / "x.engine", log, settings)
+        assert ended == [True]

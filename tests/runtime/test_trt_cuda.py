@@ -257,3 +257,10 @@ def test_a_recording_that_fails_leaves_the_stream_usable(gpu, runtime, failing):
     assert runtime.capturing is None and runtime.graphs == 0 and runtime.execs == 0
     buffer.write(np.ones(2, np.float32))
     assert buffer.read().tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_whether_the_gpu_s_memory_is_the_hosts(shared):
+    runtime = FakeCuda()
+    runtime.shared = shared
+    assert Cuda(runtime).device().shared is bool(shared)

@@ -1,6 +1,8 @@
 """Engines on disk: the key, and the reason for everything that must not be loaded."""
 
 import json
+import re
+from contextlib import nullcontext
 from dataclasses import replace
 from hashlib import sha256
 
@@ -145,7 +147,30 @@ def test_the_lean_runtime_needs_engines_made_for_it(lean, version, fits, make_bu
     publish(bundle, lean=lean)
     found = look(bundle, api("tensorrt_lean", version), ORIN)
     assert isinstance(found, Engines) is fits
-    assert fits or "without the lean runtime" in found
+    why = r"of 11\.x" if lean else "without --lean"
+    assert fits or re.search(why, found)
+    with (
+        nullcontext() if fits else pytest.raises(BackendError, match=r"build them: ki-export --build \S+ --lean \(run")
+    ):
+        find(bundle, api("tensorrt_lean", version), ORIN)
+
+
+def test_engines_for_the_lean_runtime_are_always_verified(make_bundle, publish) -> None:
+    bundle = make_bundle()
+    path = publish(bundle, lean=True).path("prefix")
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    for used in (api(), api("tensorrt_lean")):
+        assert "prefix.engine has changed" in look(bundle, used, ORIN)
+
+
+def test_each_runtime_takes_the_engines_made_for_it(make_bundle, publish) -> None:
+    bundle, later = make_bundle(), set()
+    for name in ("Orin", "Thor", "A", "B", "C", "D", "E", "F"):
+        device = Device(name, (8, 7))
+        made = {lean: publish(bundle, device=device, lean=lean) for lean in (False, True)}
+        assert look(bundle, api(), device) == made[False] and look(bundle, api("tensorrt_lean"), device) == made[True]
+        later.add(made[True].folder.name > made[False].folder.name)
+    assert later == {False, True}  # not by the order of their names
 
 
 def test_no_engines(make_bundle) -> None:
@@ -179,8 +204,52 @@ def test_truncated_missing_and_changed_engines(make_bundle, publish) -> None:
 def test_a_damaged_record_is_refused(content, make_bundle, publish) -> None:
     bundle = make_bundle()
     (publish(bundle).folder / "engine.json").write_bytes(content)
-    with pytest.raises(BackendError, match=r"engine\.json (cannot be read|has schema 7)"):
+    with pytest.raises(BackendError, match=r"engine\.json (is damaged and cannot be read|has schema 7)"):
         find(bundle, api(), ORIN)
+
+
+MALFORMED = {
+    "deep": lambda c: "[" * 200_000,
+    "large": lambda c: {**c, "more": "x" * (1 << 20)},
+    "long schema": lambda c: {**c, "schema": "7" * 100_000},
+    "infinite shape": lambda c: c["identity"]["profiles"]["prefix"][0].update(images=[[float("inf")]] * 3),
+    "file is a number": lambda c: c["graphs"]["prefix"].update(file=5),
+    "file is a folder": lambda c: c["graphs"]["prefix"].update(file=".."),
+    "file with NUL": lambda c: c["graphs"]["prefix"].update(file="a\0"),
+    "long file": lambda c: c["graphs"]["prefix"].update(file="a" * 300),
+    "size is text": lambda c: c["graphs"]["prefix"].update(size="4"),
+    "size is a truth": lambda c: c["graphs"]["prefix"].update(size=True),
+    "flavour is a list": lambda c: c["identity"].update(flavour=["x"]),
+    "device is a number": lambda c: c["identity"].update(device=3),
+    "lean is a number": lambda c: c["identity"].update(lean=1),
+    "graphs are a list": lambda c: c["identity"].update(graphs=[]),
+    "hash is a number": lambda c: c["identity"]["graphs"].update(prefix=1),
+    "another identity": lambda c: c["identity"].update(version="10.3.1"),
+    "another key": lambda c: c.update(key="0" * 16),
+    "without key": lambda c: c.pop("key") and None,
+    "a graph without file": lambda c: c["graphs"].pop("prefix") and None,
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_a_malformed_record_is_damaged(case, make_bundle, publish) -> None:
+    bundle = make_bundle()
+    record = publish(bundle).folder / "engine.json"
+    content = json.loads(record.read_text())
+    changed = MALFORMED[case](content)
+    record.write_text(changed if isinstance(changed, str) else json.dumps(changed or content))
+    reason = look(bundle, api(), ORIN)
+    assert isinstance(reason, str) and len(reason) < 800
+    assert "is damaged and cannot be read" in reason or "not a profile" in reason or "has schema" in reason
+    with pytest.raises(BackendError):
+        Engines.read(record.parent)
+
+
+def test_a_folder_under_another_name_is_refused(make_bundle, publish) -> None:
+    bundle = make_bundle()
+    folder = publish(bundle).folder
+    folder.rename(folder.with_name("0123456789abcdef"))
+    assert "its key is another" in look(bundle, api(), ORIN)
 
 
 def test_a_record_cannot_point_outside(make_bundle, publish) -> None:

@@ -32,17 +32,19 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # a padded sum is summed in another order
 class Machine:
     """A bundle, engines of it on disk, a GPU and TensorRT, all but the bundle fake."""
 
-    def __init__(self, bundle, quirks=(), **options):
+    def __init__(self, bundle, quirks=(), rebuild=None, **options):
         self.bundle, self.cuda, self.lines = bundle, FakeCuda(), []
         self.engine = FakeEngine(bundle.manifest.vocabulary.ids)
         self.trt = FakeTensorRT(self.cuda, self.engine, profiles(bundle, batch=2))
         self.trt.quirks.update(quirks)
         for spec in graphs.GRAPHS:
             (bundle.path / f"{spec.name}.engine").write_text(spec.name)
-        files = SimpleNamespace(path=lambda name: bundle.path / f"{name}.engine")
+        files = SimpleNamespace(
+            path=lambda name: bundle.path / f"{name}.engine", identity=SimpleNamespace(lean="lean" in quirks)
+        )
         self.gpu = Gpu(Cuda(self.cuda))
         self.connection = Connection(
-            self.trt.api(), self.gpu, files, bundle, SessionOptions(say=self.lines.append, **options)
+            self.trt.api(), self.gpu, files, bundle, SessionOptions(say=self.lines.append, **options), rebuild
         )
 
     def sampler(self):
@@ -274,9 +276,32 @@ def test_rtx_keeps_the_kernels_that_it_compiled_here(make_bundle, fake_sampler, 
             ours = sampler.sample_actions(*inputs, noise=noise())
             np.testing.assert_allclose(ours, expected, **CLOSE)
         assert (bundle.path / "denoise.kernels").read_bytes() == b"k" * start
+    assert not list(bundle.path.glob("*.partial*"))
     bundle.path.joinpath("denoise.kernels").unlink()
     bundle.path.joinpath("denoise.kernels").mkdir()  # cannot be written: no harm
     Machine(bundle, quirks).sampler().sample_actions(*inputs, noise=noise())
+
+
+def test_rtx_keeps_kernels_where_runs_are_not_recorded(make_bundle, batch):
+    bundle = make_bundle()
+    sampler = Machine(bundle, {"rtx": True, "capturable": True}, record=False).sampler()
+    for _ in range(2):
+        sampler.sample_actions(*batch([[True]], [[3, 4]]), noise=noise())
+    assert {path.name: path.read_bytes() for path in bundle.path.glob("*.kernels")} == {
+        "prefix.kernels": b"k",
+        "denoise.kernels": b"k",
+    }
+
+
+def test_two_processes_do_not_share_a_partial_file(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(Path, "write_bytes", lambda path, content: written.append(path.name))
+    cache = SimpleNamespace(serialize=lambda: b"k")
+    engine = SimpleNamespace(create_runtime_config=lambda: SimpleNamespace(create_runtime_cache=lambda: cache))
+    for pid in (11, 12):
+        monkeypatch.setattr(contexts.os, "getpid", lambda pid=pid: pid)
+        contexts._Kernels(engine, tmp_path / "x.kernels").write()
+    assert len(set(written)) == 2
 
 
 # ---------------------------------------------------------------- failures
@@ -356,6 +381,50 @@ def test_an_engine_that_does_not_load(machine):
         machine.sampler()
 
 
+def test_an_engine_that_does_not_load_is_built_again_once(make_bundle, fake_sampler, batch):
+    asked = []
+
+    def rebuild(broken):
+        asked.append(broken)
+        broken.path("prefix").write_text("prefix")
+        return broken
+
+    machine = Machine(make_bundle(), rebuild=rebuild)
+    path, inputs = machine.bundle.path / "prefix.engine", batch([[True]], [[3, 4]])
+    path.write_text("something else")
+    ours = machine.sampler().sample_actions(*inputs, noise=noise())
+    np.testing.assert_allclose(ours, fake_sampler(machine.bundle)[0].sample_actions(*inputs, noise=noise()), **CLOSE)
+    (line,) = machine.lines
+    assert re.search(r"cannot load .*prefix\.engine: Magic tag does not match; building it again$", line)
+    path.write_text("broken again")
+    with pytest.raises(BackendError, match=r"cannot load .*prefix\.engine; build it again"):
+        machine.sampler()
+    assert len(asked) == 1
+
+
+def test_an_engine_that_cannot_be_read(machine):
+    path = machine.bundle.path / "prefix.engine"
+    for spoil in (lambda: path.write_bytes(b""), path.unlink):
+        spoil()
+        with pytest.raises(BackendError, match=r"cannot read .*prefix\.engine .*; build it again"):
+            machine.sampler()
+
+
+def test_no_room_for_a_context(machine, batch):
+    sampler, inputs = machine.sampler(), batch([[True]], [[3, 4]])
+    machine.trt.quirks.update({"context": False})
+    with pytest.raises(BackendError, match="graph prefix: no execution context"):
+        sampler.sample_actions(*inputs, noise=noise())
+    machine.cuda.memory -= machine.cuda.free - 999  # the engines want 1000
+    with pytest.raises(DeviceMemoryError, match="no room for"):
+        sampler._prefix._session._contexts._create(0)
+
+
+def test_only_engines_for_the_lean_runtime_are_trusted_with_code(make_bundle):
+    assert not hasattr(Machine(make_bundle()).trt.runtime, "engine_host_code_allowed")
+    assert Machine(make_bundle("lean"), {"lean": True}).trt.runtime.engine_host_code_allowed is True
+
+
 @pytest.mark.parametrize(
     ("quirk", "message"),
     [
@@ -429,7 +498,23 @@ def test_engines_that_can_be_built_are_no_obstacle(here, make_bundle):
 def test_the_lean_runtime_needs_engines(here, make_bundle, monkeypatch):
     here(can_build=False, name="tensorrt_lean", version_text="10.3.0", is_rtx=False, is_lean=True, version=(10, 3))
     assert re.search("has no TensorRT engines.*ki-export --build", obstacle(make_bundle(), "tensorrt_lean"))
+    assert "--lean (run where tensorrt is installed)" in obstacle(make_bundle("other"), "tensorrt_lean")
     assert obstacle(None, "tensorrt_lean") is None
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_verifying_reaches_the_engines(here, make_bundle, monkeypatch, verify):
+    asked = []
+
+    def ensure(*arguments, verify):
+        asked.append(verify)
+        raise BackendError("enough")
+
+    here()
+    monkeypatch.setattr(session, "ensure_engines", ensure)
+    with pytest.raises(BackendError, match="enough"):
+        session.connect(make_bundle(), "tensorrt", SessionOptions(verify=verify))
+    assert asked == [verify]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from ki_edge.bundle import Bundle
 from ki_edge.errors import BackendError, BundleError, KiEdgeError
 
 from ..trt.api import Api
-from ..trt.engines import Device, Engines, look
+from ..trt.engines import Device, Engines, build_command, look
 from ..trt.graph_file import GraphFile, read_graph
 from ..trt.memory import OVERHEAD, needed
 from ..trt.requirements import check_graph
@@ -92,22 +92,21 @@ def check_room(need: Needs, gpu: Gpu | None, memory: Memory | None) -> Finding |
 
 def check_engines(host: Host, contents: Contents, api: Api, gpu: Gpu, memory: Memory | None) -> tuple[Fit, Finding]:
     """Do the bundle's engines fit this GPU and this TensorRT, and if not, can they be built here."""
-    found = look(contents.bundle, api, Device(gpu.name, gpu.capability, gpu.memory))
+    found = look(contents.bundle, api, Device(gpu.name, gpu.capability, gpu.memory, gpu.shared))
     if isinstance(found, Engines):
         return Fit(True, True), Finding("ok", ENGINES, f"{api.title}: {found.folder.name} fits")
     obstacle = _obstacle(host, contents, api, gpu, memory)
     if obstacle is not None:
         why, fix = obstacle
         return Fit(False, False, why), Finding("problem", ENGINES, f"{found}; cannot be built here: {why}", fix)
-    fix = f"ki-export --build {contents.bundle.path}" + (" --target trt-rtx" if api.is_rtx else "")
-    return Fit(False, True), Finding("warning", ENGINES, found, fix)
+    return Fit(False, True), Finding("warning", ENGINES, found, build_command(contents.bundle, api))
 
 
 def _obstacle(host: Host, contents: Contents, api: Api, gpu: Gpu, memory: Memory | None) -> tuple[str, str] | None:
     """What keeps engines from being built here, and the fix; None if nothing does."""
     folder = contents.bundle.path
     if not api.can_build:
-        return f"{api.title} has no builder", "build them here with the tensorrt package of the same major version"
+        return f"{api.title} has no builder", f"{build_command(contents.bundle, api)}, of the same major version"
     if api.is_rtx and gpu.capability not in api.capabilities:
         return f"{api.title} does not compile for {gpu.sm}", "use TensorRT"
     try:
@@ -119,7 +118,7 @@ def _obstacle(host: Host, contents: Contents, api: Api, gpu: Gpu, memory: Memory
     disk, free = sum(sizes) + int(OVERHEAD), host.free_bytes(folder)
     if disk > free:
         return f"engines need {disk / 1e9:.1f} GB of disk", f"free {(disk - free) / 1e9:.1f} GB at {folder}"
-    need, have = max(needed(api, size) for size in sizes), memory.available + memory.swap if memory else None
+    need, have = max(needed(api, size, shared=gpu.shared) for size in sizes), memory.with_swap if memory else None
     if have is not None and need > have:
         more = -(-(need - have) // 10**9)
         swap = f"sudo fallocate -l {more}G /swap && sudo chmod 600 /swap && sudo mkswap /swap && sudo swapon /swap"

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..trt.memory import available_memory
 from .finding import Finding
 from .host import Host
 
@@ -28,11 +29,12 @@ class Jetson:
 
 @dataclass(frozen=True)
 class Memory:
-    """Of the host, in bytes."""
+    """Of the host, in bytes. `with_swap`: available, and swap that is free."""
 
     total: int
     available: int
     swap: int
+    with_swap: int | None
 
 
 def check_python(host: Host) -> Finding:
@@ -96,7 +98,8 @@ def check_memory(host: Host) -> tuple[Memory | None, Finding]:
     if text is None:
         return None, Finding("warning", "memory", "unknown: /proc/meminfo cannot be read", "use Linux")
     values = {name: 1024 * int(size) for name, size in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
-    memory = Memory(values.get("MemTotal", 0), values.get("MemAvailable", 0), values.get("SwapTotal", 0))
+    total, available, swap_total = (values.get(name, 0) for name in ("MemTotal", "MemAvailable", "SwapTotal"))
+    memory = Memory(total, available, swap_total, available_memory(text))
     swap = f"swap {memory.swap / 1e9:.1f} GB" if memory.swap else "no swap"
     return memory, Finding(
         "ok", "memory", f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB available, {swap}"

@@ -20,7 +20,7 @@ from typing import Any
 
 from ki_edge.errors import ArgumentError, BackendError
 
-OLDEST = {"tensorrt": (10, 3), "tensorrt_rtx": (1, 2), "tensorrt_lean": (10, 3)}
+OLDEST = {"tensorrt": (10, 3), "tensorrt_rtx": (1, 7), "tensorrt_lean": (10, 3)}
 STRONG_TYPING_ONLY = (11,)
 Capability = tuple[int, int]
 Sink = Callable[[str, str], None]  # severity ("error", "warning", "info"), message
@@ -110,9 +110,16 @@ class Api:
 
         return Logger()
 
-    def runtime(self, logger: Any) -> Any:
-        """A Runtime, which deserializes engines; needs a GPU."""
-        return self.module.Runtime(logger)
+    def runtime(self, logger: Any, *, lean: bool = False) -> Any:
+        """A Runtime, which deserializes engines; needs a GPU.
+
+        `lean`: also those made for the lean runtime, which it takes for code of the host's and refuses unless told that
+        they are trusted. They must have been verified.
+        """
+        runtime = self.module.Runtime(logger)
+        if lean:
+            runtime.engine_host_code_allowed = True
+        return runtime
 
     def network(self, builder: Any) -> Any:
         """An empty, strongly typed network."""
@@ -162,7 +169,10 @@ class Api:
         return Monitor()
 
     def serialize(self, builder: Any, network: Any, config: Any, write: Callable[[Any], object]) -> bool:
-        """Build, and give the engine's bytes to `write`; False if the build failed or was ended."""
+        """Build, and give the engine's bytes to `write`; False if the build failed or was ended.
+
+        Whatever `write` raises ends the build and is raised after it: the builder is C++, which no exception may cross.
+        """
         if not self.streams:
             plan = builder.build_serialized_network(network, config)
             if plan is None:
@@ -170,12 +180,23 @@ class Api:
             write(memoryview(plan))
             return True
 
+        errors: list[Exception] = []
+
         class Writer(self.module.IStreamWriter):  # type: ignore[misc,name-defined]
             def write(self, data: Any) -> int:
-                write(data)
+                if errors:
+                    return 0
+                try:
+                    write(data)
+                except Exception as error:
+                    errors.append(error)
+                    return 0
                 return len(data)
 
-        return bool(builder.build_serialized_network_to_stream(network, config, Writer()))
+        done = bool(builder.build_serialized_network_to_stream(network, config, Writer()))
+        if errors:
+            raise errors[0]
+        return done
 
 
 def parse_capabilities(text: str) -> tuple[Capability, ...]:

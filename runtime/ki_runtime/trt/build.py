@@ -7,11 +7,9 @@ its first use on. Leave it out with `graphs` where nobody decodes FAST tokens.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -21,10 +19,12 @@ from ki_edge.errors import ArgumentError, BackendError
 
 from .api import Api, Capability, describe_capabilities, parse_capabilities
 from .compiling import Settings, compile_graph
-from .engines import FOLDER, Device, EngineFile, Engines, Identity, identify, look
+from .engines import FOLDER, Device, Engines, build_command, identify, look
 from .graph_file import GraphFile, read_graph
-from .memory import check_disk, check_memory, check_size, needed, seconds
+from .identity import EngineFile, Identity
+from .memory import check_disk, check_memory, check_size, estimate
 from .profiles import profiles
+from .publishing import publishing
 from .requirements import check_graph, check_precision
 
 Say = Callable[[str], object]
@@ -79,18 +79,37 @@ def check_ahead(compute_capability: str, precision: str) -> None:
     check_precision(precision, wanted)
 
 
-def ensure_engines(bundle: Bundle, api: Api, device: Device, say: Say = lambda _: None) -> Engines:
+def ensure_engines(
+    bundle: Bundle, api: Api, device: Device, say: Say = lambda _: None, *, verify: bool = False
+) -> Engines:
     """The engines that fit this machine, built if there are none (with a bar on a terminal, and lines to `say`).
 
-    BackendError if they cannot be built here.
+    `verify`: engines whose hashes differ do not fit. BackendError if they cannot be built here.
     """
-    found = look(bundle, api, device)
+    found = look(bundle, api, device, verify=verify)
     if isinstance(found, Engines):
         return found
     if not api.can_build:
-        raise BackendError(f"{found}, and {api.title} cannot build any: run ki-export --build {bundle.path}")
+        raise BackendError(f"{found}, and {api.title} cannot build any: {build_command(bundle, api)}")
     say(found)
     return build(bundle, api, device, say=say)
+
+
+def rebuild(bundle: Bundle, api: Api, device: Device, broken: Engines, say: Say = lambda _: None) -> Engines:
+    """Engines in the place of those that TensorRT does not load; the same graphs for the same GPUs.
+
+    BackendError if they cannot be built; the broken ones stay then.
+    """
+    options = BuildOptions(
+        capabilities=broken.identity.capabilities if api.is_rtx else (),
+        graphs=tuple(broken.identity.graphs),
+        lean=broken.identity.lean,
+        force=True,
+    )
+    made = build(bundle, api, device, options, say)
+    if made.folder != broken.folder:
+        shutil.rmtree(broken.folder, ignore_errors=True)
+    return made
 
 
 def build(
@@ -127,10 +146,10 @@ def build(
     for name, graph in graphs.items():
         check_graph(api, name, graph)
         if not options.ignore_memory:
-            check_memory(api, name, graph.weight_bytes, gpu=None if device is None else device.memory)
-    with _publishing(folder) as partial:
+            check_memory(api, name, graph.weight_bytes, device)
+    with publishing(folder) as partial:
         check_disk(partial, sum(graph.weight_bytes for graph in graphs.values()))
-        _announce(api, identity, graphs, say)
+        _announce(api, identity, graphs, device, say)
         _compile(bundle, api, identity, graphs, options, partial, say)
     return Engines.read(folder)
 
@@ -155,16 +174,10 @@ def _compile(
     Engines(folder, identity, files).write()
 
 
-def _announce(api: Api, identity: Identity, graphs: dict[str, GraphFile], say: Say) -> None:
-    sizes = [graph.weight_bytes for graph in graphs.values()]
+def _announce(api: Api, identity: Identity, graphs: dict[str, GraphFile], device: Device | None, say: Say) -> None:
     where = identity.device or f"compute capability {describe_capabilities(identity.capabilities)}"
-    minutes = sum(seconds(api, size) for size in sizes) / 60
-    duration = "less than a minute" if minutes < 1 else f"roughly {minutes:.0f} minutes"
-    memory = max(needed(api, size) for size in sizes) / 1e9
-    say(
-        f"compiling {', '.join(graphs)} with {api.title} for {where}: {duration}, up to {memory:.1f} GB of memory, "
-        f"{sum(sizes) / 1e9:.1f} GB on disk"
-    )
+    cost = estimate(api, [graph.weight_bytes for graph in graphs.values()], device)
+    say(f"compiling {', '.join(graphs)} with {api.title} for {where}: {cost}")
 
 
 def _capabilities(api: Api, device: Device | None, options: BuildOptions) -> tuple[Capability, ...]:
@@ -231,33 +244,3 @@ def _device(api: Api) -> Device:
 def _elsewhere(api: Api) -> str:
     ahead = ", or name the GPU to compile for: --compute-capability 8.6" if api.is_rtx else ""
     return f"run ki-export --build BUNDLE on the robot{ahead}"
-
-
-@contextmanager
-def _publishing(target: Path) -> Iterator[Path]:
-    """A folder that becomes `target` when the block ends without an error, and vanishes otherwise."""
-    partial = target.parent / f".{target.name}.partial-{os.getpid()}"
-    try:
-        target.parent.mkdir(exist_ok=True)
-        _sweep(target.parent)
-        partial.mkdir()
-    except OSError as error:
-        raise BackendError(f"cannot write engines into {target.parent} ({error}): copy the bundle elsewhere") from error
-    try:
-        yield partial
-        old = target.parent / f".{target.name}.partial-{os.getpid()}-old"
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed builds left behind."""
-    for stale in folder.glob(".*.partial-*"):
-        pid = stale.name.split(".partial-", 1)[1].split("-", 1)[0]
-        alive = pid != str(os.getpid()) and Path(f"/proc/{pid}").exists()
-        if stale.is_dir() and pid.isdigit() and not alive:
-            shutil.rmtree(stale, ignore_errors=True)

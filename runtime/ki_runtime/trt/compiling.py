@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -47,8 +48,8 @@ def compile_graph(
     """
     start = time.perf_counter()
     with log.open("w", encoding="utf-8") as lines:
-        errors: list[str] = []
-        logger = api.logger(lambda severity, message: _note(lines, errors, severity, message))
+        notes = _Notes(lines)
+        logger = api.logger(notes.add)
         builder = api.module.Builder(logger)
         network = api.network(builder)
         _parse(api, api.module.OnnxParser(network, logger), graph)
@@ -60,19 +61,14 @@ def compile_graph(
             out = _Output(file)
             config.progress_monitor = api.monitor(progress.started, progress.stepped, progress.finished)
             done = _interruptible(lambda: api.serialize(builder, network, config, out.write), progress)
+        if notes.failure is not None:
+            raise notes.failure
         if not done:
-            reason = errors[0] if errors else f"no reason given; see the verbose log of {api.title}"
+            reason = notes.errors[0] if notes.errors else f"no reason given; see the verbose log of {api.title}"
             cure = "; export with --attention decomposed" if "Attention" in reason else ""
             raise BackendError(f"{api.title} cannot compile graph {graph.stem}: {_one_line(reason)}{cure}")
         _save_timings(api, config, settings.timings)
     return Compiled(out.size, out.digest.hexdigest(), time.perf_counter() - start)
-
-
-def _note(lines: IO[str], errors: list[str], severity: str, message: str) -> None:
-    if not lines.closed:  # the builder's objects may outlive its log
-        lines.write(f"[{severity}] {message}\n")
-    if severity == "error":
-        errors.append(message)
 
 
 def _parse(api: Api, parser: Any, graph: Path) -> None:
@@ -111,6 +107,24 @@ def _save_timings(api: Api, config: Any, path: Path | None) -> None:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+class _Notes:
+    """The builder's log, its errors, and what kept the log from being written. The builder must not see exceptions."""
+
+    def __init__(self, lines: IO[str]) -> None:
+        self.errors: list[str] = []
+        self.failure: OSError | None = None
+        self._lines = lines
+
+    def add(self, severity: str, message: str) -> None:
+        if severity == "error":
+            self.errors.append(message)
+        if self.failure is None and not self._lines.closed:  # the builder's objects may outlive its log
+            try:
+                self._lines.write(f"[{severity}] {message}\n")
+            except OSError as error:
+                self.failure = error
 
 
 class _Output:
@@ -165,7 +179,8 @@ class Progress:
         phase = self._phases.get(name)
         if phase is not None:
             phase.done, phase.inside = step + 1, None
-            self._bar.update(max(0, self.percent - self._bar.n))
+            with suppress(OSError):  # a terminal that is gone
+                self._bar.update(max(0, self.percent - self._bar.n))
         return not self.cancelled
 
     def finished(self, name: str) -> None:

@@ -6,6 +6,7 @@ has a context of its own. Their scratch memory is given to them: since they run 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -80,7 +81,8 @@ class EngineContexts:
         choice = strategy if self._kernels is None else self._kernels.config(self._api.module, strategy)
         context = self._engine.create_execution_context(choice)
         if context is None:
-            raise self._failure("no execution context")
+            (free, _), need = self._gpu.cuda.memory(), int(self._engine.device_memory_size_v2)
+            raise self._gpu.cuda.full(need) if free < need else self._failure("no execution context")
         if not context.set_optimization_profile_async(profile, self._gpu.stream):
             raise self._failure(f"optimization profile {profile}")
         memory = self._scratch.take(int(self._engine.device_memory_size_v2))
@@ -154,10 +156,12 @@ class _Kernels:
         if len(content) == self._size:
             return
         self._size = len(content)
-        partial = self._path.with_suffix(".partial")
+        partial = self._path.with_suffix(f".partial-{os.getpid()}")
         with suppress(OSError):  # a bundle that cannot be written compiles them again at the next start
             partial.write_bytes(content)
             partial.replace(self._path)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _within(shape: Shape, least: Shape, most: Shape) -> bool:

@@ -71,6 +71,7 @@ class Cuda:
             name=(name.decode() if isinstance(name, bytes) else str(name)).strip("\0 "),
             capability=(self._attribute("ComputeCapabilityMajor"), self._attribute("ComputeCapabilityMinor")),
             memory=int(properties.totalGlobalMem),
+            shared=bool(self._attribute("Integrated")),
         )
 
     def driver(self) -> str | None:

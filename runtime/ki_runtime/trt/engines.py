@@ -7,7 +7,6 @@ is opened; `verify` hashes the engines themselves.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,12 +17,13 @@ from ki_edge.bundle import Bundle, sha256
 from ki_edge.errors import BackendError
 
 from .api import TITLES, Api, Capability, describe_capabilities
+from .identity import EngineFile, Identity, Profiles
 from .profiles import Profile, profiles
 
 FOLDER = "engines"
 RECORD = "engine.json"
 SCHEMA = 1
-Profiles = Mapping[str, Sequence[Profile]]
+MOST_BYTES = 1 << 20  # of engine.json, which takes a few thousand
 
 
 @dataclass(frozen=True)
@@ -33,50 +33,7 @@ class Device:
     name: str
     capability: Capability
     memory: int | None = None
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Everything that engines depend on. `device` None: any GPU of these compute capabilities (TensorRT-RTX)."""
-
-    weights: str  # sha256
-    graphs: Mapping[str, str]  # graph -> sha256
-    precision: str
-    profiles: Profiles
-    device: str | None
-    capabilities: tuple[Capability, ...]
-    flavour: str  # module name
-    version: str
-    lean: bool = False  # also runs in the lean runtime
-
-    @property
-    def key(self) -> str:
-        """Name of the folder: 16 hexadecimal digits."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON form; `from_json` reads it back."""
-        shapes = {graph: [profile.to_json() for profile in found] for graph, found in self.profiles.items()}
-        plain = {name: value for name, value in self.__dict__.items() if name != "profiles"}
-        return {**plain, "capabilities": [list(c) for c in self.capabilities], "profiles": shapes}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Identity:
-        """Read `to_json`'s form; KeyError, TypeError or BackendError if it is none."""
-        shapes = {graph: tuple(map(Profile.from_json, found)) for graph, found in content["profiles"].items()}
-        capabilities = tuple((int(major), int(minor)) for major, minor in content["capabilities"])
-        return cls(**{**content, "profiles": shapes, "capabilities": capabilities})
-
-
-@dataclass(frozen=True)
-class EngineFile:
-    """One compiled graph. `weights`: bytes of weights in its graph; `seconds` that compiling took."""
-
-    file: str
-    size: int
-    sha256: str
-    weights: int
-    seconds: float
+    shared: bool | None = None  # with the host; None: not known
 
 
 @dataclass(frozen=True)
@@ -119,18 +76,30 @@ class Engines:
 
     @classmethod
     def read(cls, folder: Path) -> Engines:
-        """Read a folder; BackendError if its engine.json is damaged or of another schema."""
+        """Read a folder; BackendError if its engine.json is damaged, of another schema or of another folder."""
         try:
-            content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            content = json.loads(_read(folder / RECORD))
             if content["schema"] != SCHEMA:
-                raise BackendError(f"{folder}: {RECORD} has schema {content['schema']}, this version reads {SCHEMA}")
-            files = {str(graph): EngineFile(**facts) for graph, facts in content["graphs"].items()}
+                other = f"{content['schema']!r:.20}"
+                raise BackendError(f"{folder}: {RECORD} has schema {other}, this version reads {SCHEMA}")
+            files = {str(graph): EngineFile.from_json(facts) for graph, facts in content["graphs"].items()}
             found = cls(folder, Identity.from_json(content["identity"]), files)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BackendError(f"{folder}: {RECORD} cannot be read ({error!r})") from None
-        if any(Path(facts.file).name != facts.file for facts in files.values()):
-            raise BackendError(f"{folder}: {RECORD} names a file outside of its folder")
+            if not found.identity.key == content["key"] == folder.name:
+                raise ValueError("it is not of this folder: its key is another")
+            if files.keys() != found.identity.graphs.keys():
+                raise ValueError("its graphs are not those that it has files of")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            why = f"{type(error).__name__}: {error}"[:200]
+            raise BackendError(f"{folder}: {RECORD} is damaged and cannot be read ({why})") from None
         return found
+
+
+def _read(path: Path) -> bytes:
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"more than {MOST_BYTES} bytes")
+    return content
 
 
 def identify(bundle: Bundle, api: Api, device: str | None, capabilities: Sequence[Capability], **more: Any) -> Identity:
@@ -157,30 +126,38 @@ def find(bundle: Bundle, api: Api, device: Device, *, verify: bool = False) -> E
     """
     found = look(bundle, api, device, verify=verify)
     if isinstance(found, str):
-        raise BackendError(f"{found}; build them here: {build_command(bundle, api)}")
+        here = "" if api.is_lean else " here"
+        raise BackendError(f"{found}; build them{here}: {build_command(bundle, api)}")
     return found
 
 
 def build_command(bundle: Bundle, api: Api) -> str:
     """What to type to build engines for this machine."""
-    return f"ki-export --build {bundle.path}" + (" --target trt-rtx" if api.is_rtx else "")
+    more = " --target trt-rtx" if api.is_rtx else " --lean (run where tensorrt is installed)" if api.is_lean else ""
+    return f"ki-export --build {bundle.path}{more}"
 
 
 def look(bundle: Bundle, api: Api, device: Device, *, verify: bool = False) -> Engines | str:
-    """Engines that fit, of several those with most graphs; or the reason why there are none."""
+    """Engines that fit, of several those with most graphs, not made for the lean runtime unless this is it.
+
+    The reason why if there are none. `verify` also compares their hashes, those for the lean runtime always.
+    """
     fitting: list[Engines] = []
     refused: list[tuple[int, float, str]] = []
     for folder in sorted(path.parent for path in (bundle.path / FOLDER).glob(f"[!.]*/{RECORD}")):
         try:
             engines = Engines.read(folder)
-            reasons = [*mismatches(engines.identity, bundle, api, device), *engines.damage(verify)]
-        except BackendError as error:
+            reasons = [
+                *mismatches(engines.identity, bundle, api, device),
+                *engines.damage(verify or engines.identity.lean),
+            ]
+        except (BackendError, OSError) as error:
             reasons = [str(error)]
         else:
             fitting += [] if reasons else [engines]
         refused.append((len(reasons), -folder.stat().st_mtime, f"{folder.name}: {'; '.join(reasons)}"))
     if fitting:
-        return max(fitting, key=lambda engines: len(engines.files))
+        return max(fitting, key=lambda engines: (len(engines.files), engines.identity.lean is api.is_lean))
     if not refused:
         return f"{bundle.path} has no TensorRT engines"
     others = f" ({len(refused) - 1} more do not fit either)" if len(refused) > 1 else ""
@@ -205,9 +182,10 @@ def _other_machine(identity: Identity, device: Device) -> list[str]:
 def _other_version(identity: Identity, api: Api) -> list[str]:
     built = f"{TITLES.get(identity.flavour, identity.flavour)} {identity.version}"
     if api.is_lean and identity.flavour == "tensorrt":
-        major = identity.version.split(".", 1)[0] == str(api.version[0])
-        lean = identity.lean and major
-        return [] if lean else [f"built by {built} without the lean runtime of {api.version[0]}.x in mind"]
+        if not identity.lean:
+            return [f"built by {built} without --lean, so the lean runtime does not load them"]
+        same = identity.version.split(".", 1)[0] == str(api.version[0])
+        return [] if same else [f"built by {built}, the lean runtime is of {api.version[0]}.x"]
     if (identity.flavour, identity.version) != (api.name, api.version_text):
         return [f"built by {built}, installed is {api.title}"]
     return []

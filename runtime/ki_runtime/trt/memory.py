@@ -9,13 +9,15 @@ and its time are estimates.
 
 from __future__ import annotations
 
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ki_edge.errors import BackendError
 
 from .api import Api
+from .engines import Device
 
 GB = 1e9
 BASE = 0.25 * GB
@@ -25,11 +27,14 @@ WARN, REFUSE, OVERHEAD = 1.3, 1.8, 64e6  # engine against its weights; float32 i
 RTX_SPEED, TRT_SPEED = (2.0, 8.0), (60.0, 120.0)  # seconds for a graph, and for each GB of its weights
 
 
-def needed(api: Api, weight_bytes: int) -> int:
-    """Bytes of host memory that compiling a graph takes at most; shared with the GPU on Jetson."""
+def needed(api: Api, weight_bytes: int, *, shared: bool | None = None) -> int:
+    """Bytes of host memory that compiling a graph takes at most.
+
+    `shared`: the GPU's memory is the host's, as on Jetson, so what the builder holds there counts; None: not known.
+    """
     times = STREAMED if api.streams else WHOLE
     if not api.is_rtx:
-        times += ON_GPU + (PARSER_COPY if api.version < MAPPING_PARSER else 0)
+        times += (0 if shared is False else ON_GPU) + (PARSER_COPY if api.version < MAPPING_PARSER else 0)
     return int(BASE + times * weight_bytes)
 
 
@@ -39,12 +44,22 @@ def seconds(api: Api, weight_bytes: int) -> float:
     return once + each * weight_bytes / GB
 
 
-def check_memory(api: Api, graph: str, weight_bytes: int, *, gpu: int | None = None) -> None:
+def estimate(api: Api, sizes: Sequence[int], device: Device | None) -> str:
+    """What compiling graphs with these bytes of weights takes, for people."""
+    minutes = sum(seconds(api, size) for size in sizes) / 60
+    duration = "less than a minute" if minutes < 1 else f"roughly {minutes:.0f} minutes"
+    shared = None if device is None else device.shared
+    memory = max(needed(api, size, shared=shared) for size in sizes)
+    return f"{duration}, up to {memory / GB:.1f} GB of memory, {sum(sizes) / GB:.1f} GB on disk"
+
+
+def check_memory(api: Api, graph: str, weight_bytes: int, device: Device | None = None) -> None:
     """BackendError if compiling a graph of `weight_bytes` needs more memory than there is, with the estimate.
 
-    `gpu`: bytes of the GPU's memory, if it is known.
+    `device`: the GPU it is compiled on, if there is one.
     """
-    have, need = available_memory(), needed(api, weight_bytes)
+    shared, gpu = (None, None) if device is None else (device.shared, device.memory)
+    have, need = available_memory(), needed(api, weight_bytes, shared=shared)
     if have is not None and have < need:
         raise BackendError(
             f"compiling {graph} ({weight_bytes / GB:.1f} GB of weights) needs about {need / GB:.1f} GB of memory, "
@@ -74,11 +89,15 @@ def check_size(graph: str, size: int, weight_bytes: int, precision: str, say: Ca
         say(f"{found}: TensorRT keeps some of them twice")
 
 
-def available_memory() -> int | None:
-    """Bytes of memory and swap that programs may still take; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return None
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith(("MemAvailable:", "SwapFree:"))]
-    return sum(found) if found else None
+def available_memory(meminfo: str | None = None) -> int | None:
+    """Bytes of memory and free swap that programs may still take; None where the system does not say.
+
+    `meminfo`: the text of /proc/meminfo, if it was read already.
+    """
+    if meminfo is None:
+        try:
+            meminfo = Path("/proc/meminfo").read_text(encoding="ascii", errors="replace")
+        except OSError:
+            return None
+    found = re.findall(r"^(?:MemAvailable|SwapFree):\s+(\d+) kB", meminfo, re.MULTILINE)
+    return sum(1024 * int(size) for size in found) if found else None

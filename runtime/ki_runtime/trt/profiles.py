@@ -59,7 +59,7 @@ class Profile:
         """Read `to_json`'s form; BackendError if it is none."""
         try:
             shapes = {str(name): tuple(tuple(map(int, shape)) for shape in found) for name, found in content.items()}
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
             raise BackendError(f"not a profile: {error}") from None
         if not all(len(found) == 3 and len({*map(len, found)}) == 1 for found in shapes.values()):
             raise BackendError("not a profile: every input needs three shapes of one rank")

@@ -7,7 +7,7 @@ inputs of the next without waiting. A sequence of runs is recorded as one CUDA g
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -22,7 +22,7 @@ from ..session import Binding, Bucket, Buffer, Sequential, Session
 from . import engines as stored
 from .api import Api
 from .buffers import DeviceBuffer, Gpu, owned
-from .build import ensure_engines
+from .build import ensure_engines, rebuild
 from .contexts import Context, EngineContexts, Scratch, Shapes
 from .cuda import Cuda, Recording
 from .engines import Engines
@@ -50,21 +50,34 @@ def obstacle(bundle: Bundle | None, package: str) -> str | None:
 def connect(bundle: Bundle, package: str, options: SessionOptions) -> GraphOpener:
     """What opens a bundle's graphs. Engines that do not exist yet are built now, if this TensorRT can."""
     cuda, api = Cuda.load(), Api.load(package)
-    engines = ensure_engines(bundle, api, cuda.device(), options.say)
-    return Connection(api, Gpu(cuda), engines, bundle, options).open
+    device = cuda.device()
+    engines = ensure_engines(bundle, api, device, options.say, verify=options.verify)
+    again = (lambda broken: rebuild(bundle, api, device, broken, options.say)) if api.can_build else None
+    return Connection(api, Gpu(cuda), engines, bundle, options, again).open
 
 
 class Connection:
-    """What the sessions of one bundle share: the stream, TensorRT's runtime, scratch memory, the engines' files."""
+    """What the sessions of one bundle share: the stream, TensorRT's runtime, scratch memory, the engines' files.
 
-    def __init__(self, api: Api, gpu: Gpu, engines: Engines, bundle: Bundle, options: SessionOptions) -> None:
+    `rebuild`: builds engines that do not load again; it is asked once.
+    """
+
+    def __init__(
+        self,
+        api: Api,
+        gpu: Gpu,
+        engines: Engines,
+        bundle: Bundle,
+        options: SessionOptions,
+        rebuild: Callable[[Engines], Engines] | None = None,
+    ) -> None:
         self.api, self.gpu, self.options = api, gpu, options
         self.scratch = Scratch(gpu)
-        self._engines = engines
+        self._engines, self._rebuild = engines, rebuild
         self._sizes = graphs.sizes(bundle.manifest.config, len(bundle.manifest.vocabulary.ids))
         self._problem = ""  # the last error that TensorRT logged
         self._logger = api.logger(self._log)
-        self._runtime = api.runtime(self._logger)
+        self._runtime = api.runtime(self._logger, lean=engines.identity.lean)
 
     def open(self, graph: GraphSpec) -> TensorRTSession:
         """Load one graph's engine.
@@ -73,6 +86,14 @@ class Connection:
         """
         path = self._engines.path(graph.name)
         engine = self._load(path)
+        if engine is None and self._rebuild is not None:
+            again, self._rebuild = self._rebuild, None
+            self.options.say(f"{self.failure(f'cannot load {path}')}; building it again")
+            self._engines = again(self._engines)
+            path = self._engines.path(graph.name)
+            engine = self._load(path)
+        if engine is None:
+            raise self.failure(f"cannot load {path}; build it again")
         check_signature(path, graph, engine, self._sizes)
         return TensorRTSession(self, graph, self._sizes, engine, path)
 
@@ -86,12 +107,17 @@ class Connection:
         return BackendError(f"{self.api.title}: {what}{f': {logged}' if logged else ''}")
 
     def _load(self, path: Path) -> Any:
-        size = path.stat().st_size
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            engine = self._runtime.deserialize_cuda_engine(content)
+        """The engine, None if TensorRT refuses it though there is room."""
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                engine = self._runtime.deserialize_cuda_engine(content)
+        except (OSError, ValueError) as error:  # ValueError: an empty file
+            raise BackendError(f"cannot read {path} ({error}); build it again") from error
         if engine is None:
             free, _ = self.gpu.cuda.memory()
-            raise self.gpu.cuda.full(size) if free < size else self.failure(f"cannot load {path}; build it again")
+            if free < size:
+                raise self.gpu.cuda.full(size)
         return engine
 
     def _log(self, severity: str, message: str) -> None:
@@ -121,7 +147,7 @@ class TensorRTSession(Session):
         return self._gpu.allocate(shape, dtype)
 
     def sequence(self, bindings: Sequence[Binding]) -> Binding:
-        return Recorded(self, bindings) if self._records else Sequential(bindings)
+        return Recorded(self, bindings)
 
     def record(self, bindings: Sequence[Binding]) -> Recording | None:
         """The bindings as one CUDA graph; None if they cannot be recorded, which is said once."""
@@ -139,6 +165,10 @@ class TensorRTSession(Session):
             return None
         finally:
             self._contexts.keep_kernels()
+
+    def keep_kernels(self) -> None:
+        """Write down the kernels that were finished on this GPU, for the next start."""
+        self._contexts.keep_kernels()
 
     @property
     def records(self) -> bool:
@@ -174,11 +204,15 @@ class TensorRTBinding:
 
 
 class Recorded:
-    """Bindings that run one by one the first time, which settles their shapes, and as one CUDA graph from then on."""
+    """Bindings that run one by one the first time, which settles their shapes, and as one CUDA graph from then on.
+
+    Where nothing is recorded they run one by one forever.
+    """
 
     def __init__(self, session: TensorRTSession, bindings: Sequence[Binding]) -> None:
         self._session, self._bindings = session, tuple(bindings)
         self._recording: Recording | None = None
+        self._settled = False
 
     def run(self) -> None:
         if self._recording is not None:
@@ -188,6 +222,9 @@ class Recorded:
             binding.run()
         if self._session.records:
             self._recording = self._session.record(self._bindings)
+        elif not self._settled:
+            self._session.keep_kernels()
+        self._settled = True
 
 
 def check_signature(path: Path, spec: GraphSpec, engine: Any, sizes: Mapping[str, int]) -> None:
