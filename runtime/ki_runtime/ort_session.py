@@ -101,7 +101,7 @@ def obstacle(bundle: Bundle | None, package: str) -> str | None:
     if bundle is not None and bundle.manifest.precision == "bfloat16":
         return (
             "ONNX Runtime has no bfloat16 products on a CPU: run the bundle on a GPU, "
-            "or export with --precision float32 or int8"
+            "or export with --precision fp32 or int8"
         )
     return None
 
