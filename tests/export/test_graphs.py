@@ -14,7 +14,7 @@ COMMON = {
     "Reshape", "Shape", "Sin", "Softmax", "Split", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where",
 }  # fmt: skip
 ALLOWED = {
-    "prefix": COMMON | {"Conv", "CumSum", "Expand", "LayerNormalization"},
+    "prefix": COMMON | {"Conv", "ReduceSum", "Range", "LessOrEqual", "Expand", "LayerNormalization"},
     "denoise": COMMON | {"Expand", "ReduceSum"},
     "fast_decode": COMMON | {"Expand", "LessOrEqual", "Range"},
 }

@@ -95,7 +95,7 @@ def test_a_step_of_training_does_not_record_its_horizon(data, tmp_path):
         (["--inspect", "CHECKPOINT", "--revision", "main"], "is a local folder: --revision main is for Hub ids only"),
         (["--inspect", "CHECKPOINT", "--horizon", "3"], "records an action horizon of 10, but 3 was asked for"),
         (["--inspect", "CHECKPOINT", "--contract", "spot"], "neither a file nor one of droid"),
-        (["CHECKPOINT", "-o", "x", "--precision", "int4"], "precision 'int4': expected one of fp32, int8"),
+        (["CHECKPOINT", "-o", "x", "--precision", "int4"], "precision 'int4': expected one of fp32, fp16, bf16, int8"),
         (["CHECKPOINT", "-o", "x", "--weights", "half"], "weights 'half': expected one of float32, stored"),
     ],
 )
