@@ -30,7 +30,10 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Nanoseconds that the last call spent in each stage; 0 for a stage that it did not use."""
+    """Nanoseconds that the last call spent in each stage; 0 for a stage that it did not use.
+
+    A GPU's stages are queued without waiting in between: there only their sum is the time that they took.
+    """
 
     prefix: int = 0
     denoise: int = 0
