@@ -73,12 +73,13 @@ def costs(found: Found) -> Iterator[tuple[str, ...]]:
 def _done(found: Found, site: str) -> str:
     if site in found["float32"]:
         return f"float32: {found['float32'][site]}"
-    parts = []
-    if exponent := found["exponents"].get(site):
-        parts.append(f"weight / 2^{exponent}")
-    if factor := found["factors"].get(site):
-        parts.append(f"result * 2^{factor} in float32")
-    return ", ".join(parts)
+    return scaling(found["exponents"].get(site, 0), found["factors"].get(site, 0))
+
+
+def scaling(exponent: int, factor: int) -> str:
+    """What is done to a product whose weight is stored / 2^exponent and whose result is multiplied by 2^factor."""
+    powers = {"weight": -exponent, "result, in float32,": factor}
+    return ", ".join(f"{what} {'*' if k > 0 else '/'} 2^{abs(k)}" for what, k in powers.items() if k)
 
 
 def picture(found: Found) -> bytes:

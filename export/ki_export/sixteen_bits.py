@@ -17,6 +17,7 @@ from .calibration import SYNTHETIC, calibration
 from .decision import Decision, apply, decide, forms
 from .policies import PolicyFiles
 from .ranges import RANGES, Audit, audit
+from .ranges_report import scaling
 from .sensitivity import Cost, sensitivity
 from .tracing import quiet
 from .weights import Form, sources
@@ -95,7 +96,6 @@ def lower_models(
 
 def _tell(decision: Decision, say: Callable[[str], object]) -> None:
     for site in dict.fromkeys((*decision.exponents, *decision.factors)):
-        weight, result = decision.exponents.get(site, 0), decision.factors.get(site, 0)
-        say(f"{site}: weight stored / 2^{weight}, result * 2^{result} in float32")
+        say(f"{site}: {scaling(decision.exponents.get(site, 0), decision.factors.get(site, 0))}")
     for site, reason in decision.kept.items():
         say(f"{site} stays float32: {reason}")
