@@ -1,6 +1,6 @@
 """float16 and bfloat16 against float32 in arithmetic that really rounds, over many observations; and engines compiled.
 
-    python benchmarks/random_checkpoint.py build/hot --depth 4 --hot 1
+    python benchmarks/random_checkpoint.py build/hot --depth 2 --hot 0
     python benchmarks/float16.py build/hot build/float16                      (about ten minutes on two cores)
     python benchmarks/float16.py build/hot build/float16 --compile 8.6,12.0   (and the engines, with TensorRT-RTX)
 

@@ -191,3 +191,9 @@ class _Watch:
         self._weight = right
         for kind, tensor in seen.items():
             getattr(found, kind).see(tensor, f"{kind} of {found.site}")
+
+
+def scaling(exponent: int, factor: int) -> str:
+    """What is done to a product whose weight is stored / 2^exponent and whose result is multiplied by 2^factor."""
+    powers = {"weight {}": -exponent, "result {} in float32": factor}
+    return ", ".join(what.format(f"{'*' if k > 0 else '/'} 2^{abs(k)}") for what, k in powers.items() if k)

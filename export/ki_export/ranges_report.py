@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ki_edge.errors import BundleError
 
-from .ranges import KINDS, LARGEST, MARGIN, RANGES
+from .ranges import KINDS, LARGEST, MARGIN, RANGES, scaling
 
 LAYER = re.compile(r"(vision|backbone|expert)\b.*\blayers\.(\d+)\.")
 MAX_FILE = 16_000_000
@@ -74,12 +74,6 @@ def _done(found: Found, site: str) -> str:
     if site in found["float32"]:
         return f"float32: {found['float32'][site]}"
     return scaling(found["exponents"].get(site, 0), found["factors"].get(site, 0))
-
-
-def scaling(exponent: int, factor: int) -> str:
-    """What is done to a product whose weight is stored / 2^exponent and whose result is multiplied by 2^factor."""
-    powers = {"weight": -exponent, "result, in float32,": factor}
-    return ", ".join(f"{what} {'*' if k > 0 else '/'} 2^{abs(k)}" for what, k in powers.items() if k)
 
 
 def picture(found: Found) -> bytes:

@@ -16,8 +16,7 @@ from ki_edge.checkpoints import Checkpoint
 from .calibration import SYNTHETIC, calibration
 from .decision import Decision, apply, decide, forms
 from .policies import PolicyFiles
-from .ranges import RANGES, Audit, audit
-from .ranges_report import scaling
+from .ranges import RANGES, Audit, audit, scaling
 from .sensitivity import Cost, sensitivity
 from .tracing import quiet
 from .weights import Form, sources

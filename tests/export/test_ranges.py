@@ -15,7 +15,7 @@ from ki_edge.prompt import PromptTokenizer
 from ki_export.calibration import Calibration, calibration
 from ki_export.decision import Decision, decide, forms, shift
 from ki_export.policies import PolicyRequest, decode_vocabulary, read_policy
-from ki_export.ranges import LARGEST, Audit, Extent, Range, audit
+from ki_export.ranges import LARGEST, Audit, Extent, Range, audit, scaling
 from ki_export.ranges_report import picture, read_ranges, rows, summary
 from ki_export.rehearsal import STEPS, _prefix_feed
 from ki_export.tracing import trace_all
@@ -194,6 +194,11 @@ def test_a_kept_down_proj_leaves_its_product_as_it_is(audited):
         large[key] = range_of(down, 1e6, graph=key[0])
     kept = decide("fp16", Audit("test", 1, large), models, (down,))
     assert kept.exponents == kept.factors == {}
+
+
+def test_scalings_are_told_as_what_they_are():
+    assert scaling(7, 0) == "weight / 2^7"
+    assert scaling(-12, -5) == "weight * 2^12, result / 2^5 in float32"
 
 
 def test_forms_follow_the_decision():
