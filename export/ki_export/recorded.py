@@ -6,7 +6,7 @@
     outputs  any of: actions [B,H,A], x_steps or v_steps [steps,B,H,A] (before each step), times [steps],
              kv_k, kv_v [L,B,K,S,D] over all cameras and the padded prompt, greedy_tokens int [B,n]
 
-Whatever of the outputs is there is compared.
+Whatever of the outputs is there is compared. A 16-bit bundle is computed in exactly its types, others by ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from ki_edge.errors import DatasetError
 from ki_edge.flow import denoise_times, step_size
 from ki_runtime.sampler import Sampler
 
+from .arithmetic.session import SIXTEEN_BITS, arithmetic_sampler
 from .bars import Measurement, measure
 from .cases import Array, Case
-from .comparison import RUNTIME, Comparison, by_layer
+from .comparison import DIRECTION, RUNTIME, Comparison, by_layer
 from .diagnosis import summary
 
 KNOWN = ("actions", "x_steps", "v_steps", "times", "kv_k", "kv_v", "greedy_tokens")
@@ -46,7 +47,8 @@ def compare_with_recording(bundle: Bundle, outputs: Path, inputs: Path | None = 
     if not set(KNOWN) & set(recorded):
         raise DatasetError(f"{outputs}: none of {', '.join(KNOWN)} in it, only {', '.join(sorted(recorded)[:8])}")
     given = read_arrays(inputs or outputs.with_name("inputs.npz"))
-    sampler = Sampler.open(bundle)
+    exact = bundle.manifest.precision in SIXTEEN_BITS
+    sampler = arithmetic_sampler(bundle) if exact else Sampler.open(bundle, "ort")
     case = read_case(given, bundle, sampler, outputs)
     name = f"recorded outputs {outputs.parent.name}/{outputs.name}"
     result = Comparison(name, bundle.manifest.precision, "recorded", [case.describe()])
@@ -116,7 +118,9 @@ def _actions(sampler: Sampler, case: Case, recorded: Mapping[str, Array], result
         yield measure(case.name, RUNTIME, "x", trace.x[step + 1], expected, step, result.bars)
     if "actions" in recorded:
         result.traces = trace.x[-1][0], recorded["actions"][0]
-        yield measure(case.name, RUNTIME, "actions", trace.x[-1], recorded["actions"], bars=result.bars)
+        for name in ("actions", DIRECTION):
+            if name in result.bars:
+                yield measure(case.name, RUNTIME, name, trace.x[-1], recorded["actions"], bars=result.bars)
 
 
 def _states(case: Case, recorded: Mapping[str, Array]) -> list[Array]:

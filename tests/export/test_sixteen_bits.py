@@ -21,6 +21,7 @@ from ki_export.decision import Decision
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
 from ki_export.parity import compare_with_checkpoint
+from ki_export.recorded import compare_with_recording
 from ki_export.weights import Form, place_weights
 
 DATA = Path(__file__).parents[1] / "data"
@@ -127,6 +128,16 @@ def test_bfloat16_is_no_further_away_than_openpis_own(tmp_path):
     )
     ours = np.abs(given - outputs["actions"]).max()
     assert 1e-6 < ours <= theirs  # and it is bfloat16, not float32
+
+
+@pytest.mark.parametrize(("precision", "bar"), [("fp16", 5e-3), ("bf16", 5e-2)])
+def test_recordings_are_compared_in_the_arithmetic_of_the_type(tmp_path, precision, bar):
+    """ONNX Runtime would widen float16 on a CPU, and has no bfloat16 there."""
+    options = ExportOptions(target="trt", precision=precision, model_only=True, verify=False)
+    bundle = export(DATA / "openpi_a", tmp_path / "b", options)
+    found = {m.tensor: m for m in compare_with_recording(bundle, DATA / "openpi_a" / "outputs.npz").measurements}
+    assert found["actions"].limit == bar and found["actions"].error > 2e-5  # coarser than float32
+    assert found["actions_direction"].passed and (precision == "bf16" or found["actions"].passed)
 
 
 def test_weights_are_stored_in_their_types(exported):
