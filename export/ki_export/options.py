@@ -65,6 +65,8 @@ class ExportOptions:
         if (self.calibrate is not None or self.keep_fp32 or self.sensitivity) and not self.sixteen:
             flags = "--calibrate, --keep-fp32 and --sensitivity"
             raise ArgumentError(f"{flags} are for precision fp16 and bf16, not {self.precision}")
+        if self.calibrate is not None and self.precision == "bf16" and not self.sensitivity:
+            raise ArgumentError("--calibrate has no effect with bf16, which needs no range audit: add --sensitivity")
         if self.attention not in ("decomposed", "fused"):
             raise ArgumentError(f"attention {self.attention!r}: expected decomposed or fused")
         if self.attention == "fused" and (not self.sixteen or self.target == "ort"):

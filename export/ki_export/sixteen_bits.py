@@ -13,7 +13,7 @@ from ki_edge import flow
 from ki_edge.bundle import DecodeVocabulary
 from ki_edge.checkpoints import Checkpoint
 
-from .calibration import SYNTHETIC, calibration
+from .calibration import SYNTHETIC, Calibration, calibration
 from .decision import Decision, apply, decide, forms
 from .policies import PolicyFiles
 from .ranges import RANGES, Audit, audit, scaling
@@ -72,8 +72,7 @@ def lower_models(
     """
     decide(request.precision, None, models, request.keep)  # a wrong pattern is told before minutes of measuring
     origins = {name: sources(model, vocabulary) for name, model in models.items()}
-    size = sum(tensor.elements for tensor in checkpoint.source.tensors.values())
-    observed = calibration(checkpoint.config, files, request.calibrate, synthetic=FEW if size > LARGE else SYNTHETIC)
+    observed = _observations(checkpoint, files, request)
     found = None
     if request.precision == "fp16":
         found = audit(checkpoint, models, origins, vocabulary, observed, say)
@@ -91,6 +90,12 @@ def lower_models(
         if key not in read:
             stored[key] = Form(tensors[key].dtype)
     return Lowered(decision, found, stored, tuple(costs))
+
+
+def _observations(checkpoint: Checkpoint, files: PolicyFiles | None, request: Request) -> Calibration:
+    size = sum(tensor.elements for tensor in checkpoint.source.tensors.values())
+    count = FEW if size > LARGE else SYNTHETIC
+    return calibration(checkpoint.config, files, request.calibrate, synthetic=count)
 
 
 def _tell(decision: Decision, say: Callable[[str], object]) -> None:

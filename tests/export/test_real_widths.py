@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -13,6 +14,8 @@ from ki_edge.model import Observation
 from ki_export.arithmetic.session import arithmetic_sampler
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
+from ki_export.passes.attention import fuse_attention
+from ki_export.tracing import quiet
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "random_checkpoint.py"
 DISK = 9_000_000_000  # bytes that checkpoint, bundle and engines take
@@ -67,3 +70,22 @@ def test_all_graphs_compile_at_real_widths(hot):
     weights = bundle.weights().path.stat().st_size
     assert set(sizes) == {"prefix", "denoise", "fast_decode"}
     assert 0.7 * weights < sizes["prefix"] < weights  # once for both targets, and not in float32
+
+
+@pytest.mark.parametrize("graph", ["prefix", "denoise", "fast_decode"])
+def test_fused_attention_compiles_at_real_widths(hot, tmp_path, graph):
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed (x86 Linux only)")
+    from ki_runtime.trt.api import Api
+    from ki_runtime.trt.compiling import Settings, compile_graph
+    from ki_runtime.trt.profiles import profiles
+
+    _, bundle = hot
+    model = ir.load(bundle.graph(graph))
+    with quiet():
+        assert fuse_attention(model) == {"prefix": 4, "denoise": 2, "fast_decode": 2}[graph]
+    path = bundle.path / f"{graph}.fused.onnx"  # beside the weights that it points into
+    ir.save(model, path)
+    settings = Settings(1 << 30, ((8, 6), (12, 0)), False, None)
+    log = tmp_path / "log"
+    made = compile_graph(Api.load("tensorrt_rtx"), path, profiles(bundle)[graph], tmp_path / "engine", log, settings)
+    assert made.size == (tmp_path / "engine").stat().st_size > 10_000_000

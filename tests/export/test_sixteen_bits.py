@@ -188,6 +188,7 @@ def test_sensitivity_tells_every_layer_apart(hot, tmp_path):
         (["--target", "trt", "--precision", "int8"], "precision int8 is for ONNX Runtime on a CPU"),
         (["--target", "trt", "--weights", "stored"], "contradict each other"),
         (["--calibrate", "x.npz"], "--calibrate, --keep-fp32 and --sensitivity are for"),
+        (["--target", "trt", "--precision", "bf16", "--calibrate", "x.npz"], "--calibrate has no effect with bf16"),
         (["--target", "trt", "--keep-fp32", "nothing.*"], "--keep-fp32 'nothing.*' fits no matrix product"),
         (["--target", "trt", "--calibrate", "missing.npz"], "no such file: missing.npz"),
         (["--precision", "fp8"], "precision 'fp8': expected one of fp32, fp16, bf16, int8"),
