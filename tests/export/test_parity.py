@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import time
 from functools import partial
@@ -252,7 +253,8 @@ def test_report_of_an_export(bundle):
     assert bundle.manifest.parity["cases"] == report["cases"]
     page = (bundle.path / "parity.html").read_text()
     assert page.count("data:image/png;base64,") == 3
-    assert "all bars held" in page and "http" not in page
+    assert "all bars held" in page
+    assert "http" not in re.sub(r"base64,[\w+/=]+", "", page)  # the letters of a picture may spell anything
 
 
 def test_cases_cover_absent_cameras_short_and_full_prompts_and_batches():

@@ -171,6 +171,7 @@ class TestInterrupted:
         own = Bundle.open(shutil.copytree(bundle.path, tmp_path / "bundle"))
         before = {path: sha256(path) for path in own.path.rglob("*") if path.is_file()}
         stepped, steps = compiling.Progress.stepped, []
+        as_found = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in programs started by "&"
 
         def interrupt_at_20(progress, name, number):
             steps.append(name)
@@ -182,8 +183,11 @@ class TestInterrupted:
             return stepped(progress, name, number)
 
         monkeypatch.setattr(compiling.Progress, "stepped", interrupt_at_20)
-        with pytest.raises(KeyboardInterrupt):
-            build(own, rtx, None, replace(AHEAD, force=True))
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                build(own, rtx, None, replace(AHEAD, force=True))
+        finally:
+            signal.signal(signal.SIGINT, as_found)
         assert len(steps) < 100  # of several hundred
         assert {path: sha256(path) for path in own.path.rglob("*") if path.is_file()} == before
         assert [path.name for path in (own.path / "engines").iterdir()] == [engines.folder.name]
