@@ -1,12 +1,15 @@
 """Fixtures that several test files share."""
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import sentencepiece
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of the tests that use the engine by themselves
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """What may import what: the runtime and everything it uses run where torch, onnx and the backends do not exist."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +84,23 @@ def test_no_source_names_what_must_not_be_there() -> None:
     for path in [*ROOT.glob("ki_edge/**/*.py"), *ROOT.glob("export/**/*.py"), *ROOT.glob("runtime/**/*.py")]:
         text = path.read_text(encoding="utf-8")
         assert not [word for word in words if word in text], path
+
+
+def test_onnxruntime_neither_reports_its_use_nor_leaves_an_identifier(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache")}
+    del environment["ORT_DISABLE_TELEMETRY"]
+    code = "from ki_runtime.ort_session import onnxruntime; print(onnxruntime().__version__)"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
+    assert list(home.rglob("*")) == []
+
+
+def test_onnxruntime_is_imported_at_one_place() -> None:
+    places = [
+        path.relative_to(ROOT).as_posix()
+        for folder in ("ki_edge", "export", "runtime", "examples")
+        for path in (ROOT / folder).rglob("*.py")
+        if re.search(r"import_module\(\"onnxruntime\"\)|^\s*(import|from) onnxruntime", path.read_text("utf-8"), re.M)
+    ]
+    assert places == ["runtime/ki_runtime/ort_session.py"]

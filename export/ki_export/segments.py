@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime as ort
 
 from ki_edge import graphs
 from ki_edge.bundle import Bundle
 from ki_edge.errors import BackendError
 from ki_edge.graphs import GraphSpec
-from ki_runtime.ort_session import check_signature
+from ki_runtime.ort_session import check_signature, onnxruntime
 from ki_runtime.session import Binding, Buffer, HostBuffer, Session
 
 from .cutting import Segment, cut
@@ -60,6 +59,7 @@ class SegmentPool:
 
 def load(model: onnx.ModelProto, folder: Path, *, optimized: bool = True) -> Any:
     """An engine session of a model in memory whose weights are files in `folder`, mapped as the runtime maps them."""
+    ort = onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.inter_op_num_threads = 1

@@ -10,6 +10,7 @@ widened weights at once.
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -177,7 +178,12 @@ def _ort_value(buffer: Buffer) -> Any:
 
 
 def onnxruntime() -> Any:
-    """The engine; imported when the first session is opened, so that this module can be imported without it."""
+    """The engine; imported when the first session is opened, so that this module can be imported without it.
+
+    From 1.31 on it keeps an identifier of the machine in the home directory and reports its use over the network, at
+    once when it is imported. A robot does not, unless its owner sets ORT_DISABLE_TELEMETRY=0.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     return import_module("onnxruntime")
 
 

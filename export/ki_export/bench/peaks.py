@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+from ki_runtime.ort_session import onnxruntime
 
 from .rounds import Contender, Samples
 from .work import INT8, Product, Work
@@ -98,7 +99,7 @@ class PeakContenders:
 
 def gemm_run(product: Product, threads: int, prepacked: bool) -> RunOnce:
     """A one-node graph of this product, bound to its memory."""
-    ort: Any = import_module("onnxruntime")
+    ort: Any = onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.add_session_config_entry("session.disable_prepacking", "0" if prepacked else "1")
