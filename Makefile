@@ -1,5 +1,6 @@
 # make demo    sets everything up, exports the Fetch policy, proves it equal to PyTorch, moves the simulated arm
 # make test    sets everything up and runs all checks
+# make test-elsewhere   the same tests as a stranger's machine may run them: another user, random order, read-only home
 # make lint    style and types only
 # make train-demo   demonstrations and training of the Fetch policy (about an hour and a half on two cores)
 
@@ -11,7 +12,7 @@ ROBOT := gym:FetchReach-v4
 EPISODES ?= 20
 export MUJOCO_GL ?= egl
 
-.PHONY: setup demo test lint train-demo clean
+.PHONY: setup demo test test-elsewhere lint train-demo clean
 
 setup: $(VENV)/.ready
 
@@ -32,6 +33,9 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+test-elsewhere: setup
+	tests/elsewhere.sh
 
 lint: setup
 	$(BIN)/ruff check .
