@@ -91,7 +91,7 @@ def test_round_trip(write, tmp_path):
     assert bundle.manifest.config == TINY
     assert bundle.manifest.vocabulary == DecodeVocabulary(600, 3, (7, 1))
     assert bundle.manifest.vocabulary.ids == [600, 601, 602, 7, 1]
-    assert bundle.graph("prefix").read_bytes() == b"graph"
+    assert bundle.file("prefix.onnx").read_bytes() == b"graph"
     assert bundle.weights().entries == {}
     assert bundle.file("assets/fast/tokenizer.json") == path / "assets" / "fast" / "tokenizer.json"
 
@@ -326,9 +326,9 @@ def test_force_on_a_link_to_a_bundle_keeps_what_it_points_to(write, tmp_path):
     for content in (b"first", b"second"):
         path = write(force=True, content={**CONTENT, "prefix.onnx": content})
         assert not path.is_symlink()
-        assert Bundle.open(path, verify=True).graph("prefix").read_bytes() == content
+        assert Bundle.open(path, verify=True).file("prefix.onnx").read_bytes() == content
         assert names(tmp_path) == {"bundle", "original"}
-    assert Bundle.open(original, verify=True).graph("prefix").read_bytes() == b"graph"
+    assert Bundle.open(original, verify=True).file("prefix.onnx").read_bytes() == b"graph"
 
 
 def test_parent_folders_are_made(write, tmp_path):
