@@ -22,7 +22,9 @@ MANIFEST = "manifest.json"
 DIGEST = "manifest.sha256"  # as sha256sum writes it and checks it
 # What is built into a bundle later, and is no part of what was exported
 BUILT = re.compile(
-    r"(?:.+/)?proof-[0-9a-f]+\.json|engines/(?:[^/]+/)?[^/]+\.(?:engine|json|log|timings|kernels|partial-[0-9]+)|engines/\..+"
+    r"(?:.+/)?proof-[0-9a-f]+\.json"
+    r"|engines/(?:[^/]+/)?[^/]+\.(?:engine|json|log|timings|kernels|partial-[0-9]+)"
+    r"|engines/\..+"
 )
 MAX_MANIFEST = 16_000_000  # bytes
 HUB_REPOSITORY = re.compile(r"(?:models|datasets|spaces)--[\w.-]+")

@@ -65,9 +65,9 @@ def compile_graph(
         if notes.failure is not None:
             raise BackendError(f"cannot write {log}: {reason(notes.failure)}") from notes.failure
         if not done:
-            reason = notes.errors[0] if notes.errors else f"no reason given; see the verbose log of {api.title}"
-            cure = "; export with --attention decomposed" if "Attention" in reason else ""
-            raise BackendError(f"{api.title} cannot compile graph {graph.stem}: {_one_line(reason)}{cure}")
+            why = notes.errors[0] if notes.errors else f"no reason given; see the verbose log of {api.title}"
+            cure = "; export with --attention decomposed" if "Attention" in why else ""
+            raise BackendError(f"{api.title} cannot compile graph {graph.stem}: {_one_line(why)}{cure}")
         _save_timings(api, config, settings.timings)
     return Compiled(out.size, out.digest.hexdigest(), time.perf_counter() - start)
 
