@@ -52,12 +52,16 @@ def publishing(target: Path, check: Callable[[Path], object], error: type[KiEdge
 
 def sync(folder: Path) -> None:
     """Write every file and folder below `folder` through to the disk, so that a power cut finds all or nothing."""
-    for parent, _, names in os.walk(folder, topdown=False):
+    for parent, _, names in os.walk(folder, topdown=False, onerror=_raise):
         for name in names:
             path = Path(parent, name)
             if not path.is_symlink():
                 _sync(path)
         _sync(parent)
+
+
+def _raise(problem: OSError) -> None:
+    raise problem
 
 
 def _sync(path: str | Path) -> None:
