@@ -80,7 +80,12 @@ def _place(own: Staging, target: Path, check: Callable[[Path], object]) -> bool:
     found = identity(target)
     if found is None:
         return move_new(own.folder, target)
-    check(target)
+    try:
+        check(target)
+    except KiEdgeError:
+        if identity(target) == found:
+            raise
+        return False  # it was taken away while it was looked at
     own.may_remove(found)
     try:
         exchanged = _rename(own.folder, target, EXCHANGE)
@@ -96,7 +101,10 @@ def _place(own: Staging, target: Path, check: Callable[[Path], object]) -> bool:
 
 def _step_aside(own: Staging, target: Path, found: tuple[int, int]) -> bool:
     """Replace a folder by two renames, between which there is none."""
-    target.rename(own.displaced)
+    try:
+        target.rename(own.displaced)
+    except FileNotFoundError:
+        return False
     placed = False
     try:
         placed = identity(own.displaced) == found and move_new(own.folder, target)
