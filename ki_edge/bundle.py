@@ -151,9 +151,13 @@ class Bundle:
         """Path of a file that the manifest lists; BundleError for any other, and if the bundle was replaced."""
         if name not in self.manifest.files:
             raise BundleError(f"{self.path}: '{name}' is not in the manifest's file list")
+        self.check_unchanged()
+        return self.path / name
+
+    def check_unchanged(self) -> None:
+        """BundleError if the bundle was replaced since it was opened: what was read from it then may be of another."""
         if self.identity is not None and _identity_of(self.path) != self.identity:
             raise BundleError(f"{self.path} was replaced or removed since it was opened: open it again")
-        return self.path / name
 
     def graph(self, name: str) -> Path:
         """Path of one graph's ONNX file, whose weights lie in the bundle's weights file and nowhere else."""

@@ -97,7 +97,9 @@ class Sampler:
         connection = connect(opened, backend, options, graphs.specs(opened.manifest.config)[:2])
         if say is not None or connection.backend.surprising(precision):
             options.say(connection.backend.describe(precision))
-        return cls(opened, connection.open, connection.backend)
+        sampler = cls(opened, connection.open, connection.backend)
+        opened.check_unchanged()
+        return sampler
 
     @property
     def config(self) -> Pi05Config:
