@@ -1,29 +1,40 @@
 """A bundle on disk: three graphs, their weights and everything needed to use them, described by `manifest.json`.
 
-Written into a hidden folder beside its target and renamed, so an interrupted export leaves the old bundle or nothing.
-Opening checks the manifest, that every file is there with its recorded size, and that no path leaves the folder;
-hashes are checked with `verify=True`.
+Written into a hidden folder beside its target and exchanged with it, so an interrupted export leaves the old bundle or
+nothing (`publishing`). Opening checks the manifest, that every file is there with its recorded size, and that no path
+leaves the folder; `verify=True` also compares hashes: of the files with the manifest, of the manifest with
+`manifest.sha256` beside it. That finds what was changed by accident; who changes all of them is found by giving the
+digest that the export printed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from .bundle_files import DIGEST, MANIFEST, MAX_MANIFEST, check_file, check_inside, check_replaceable
+from .bundle_files import sha256 as sha256
+from .commands import tell
 from .config import Pi05Config
 from .errors import BundleError, CheckpointError
+from .external_data import check_external_data
+from .linked import RECORD as LINK
+from .linked import check_link, record_link
+from .publishing import publishing
+from .reading import read_file
 from .safetensors_index import SafetensorsIndex
+from .writing import write_file
 
 SCHEMA = 1
-MANIFEST = "manifest.json"
-MAX_MANIFEST = 16_000_000
+TRIES = 5
+Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -81,35 +92,80 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle."""
+    """An opened bundle. `identity`: device and inode of its folder, which tell whether it is still the same."""
 
     path: Path
     manifest: Manifest
+    identity: tuple[int, int] | None = None
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: bool = False) -> Bundle:
-        """Open and check a bundle folder; `verify` also compares every file with its recorded sha256."""
+    def open(cls, path: str | Path, *, verify: bool | str = False, say: Say = tell) -> Bundle:
+        """Open and check a bundle folder; `verify` also compares every file with its recorded hash.
+
+        `verify` as text: the digest that the bundle must have, as the export printed it. `say` is told when weights
+        that are shared with the checkpoint are hashed again. A bundle that is replaced meanwhile is opened anew.
+        """
         folder = Path(path)
-        if not folder.is_dir():
-            raise BundleError(f"no bundle at {folder}: expected a folder written by ki-export")
-        bundle = cls(folder, read_manifest(folder / MANIFEST))
+        for _ in range(TRIES):
+            identity = _identity_of(folder)
+            if identity is None:
+                raise BundleError(f"no bundle at {folder}: expected a folder written by ki-export")
+            try:
+                bundle = cls._open(folder, identity, verify, say)
+            except (BundleError, OSError) as error:
+                if _identity_of(folder) != identity:
+                    continue
+                if isinstance(error, BundleError):
+                    raise
+                raise BundleError(f"{folder} cannot be read: {error.strerror or error}") from None
+            if _identity_of(folder) == identity:
+                return bundle
+        raise BundleError(f"{folder} is replaced again and again while it is opened")
+
+    @classmethod
+    def _open(cls, folder: Path, identity: tuple[int, int], verify: bool | str, say: Say) -> Bundle:
+        bundle = cls(folder, read_manifest(folder / MANIFEST), identity)
+        check_inside(folder, MANIFEST)
+        if verify:
+            _check_digest(folder, verify)
         for name, facts in bundle.manifest.files.items():
-            _check_file(folder, name, facts, verify)
+            check_file(folder, name, facts, bool(verify))
         for name in bundle._required():
             bundle.file(name)
+        if bundle.linked:
+            path = bundle.file(str(bundle.manifest.weights.get("file")))
+            check_link(path, bundle.manifest.files[path.name].get("sha256"), say)
         return bundle
 
+    @property
+    def digest(self) -> str:
+        """What tells this bundle from every other: the sha256 of its manifest, which holds those of its files."""
+        return sha256(self.path / MANIFEST)
+
+    @property
+    def linked(self) -> bool:
+        """Whether the weights are the checkpoint's own file (--link)."""
+        return self.manifest.provenance.get("weights") == "linked"
+
     def file(self, name: str) -> Path:
-        """Path of a file that the manifest lists; BundleError for any other name."""
+        """Path of a file that the manifest lists; BundleError for any other, and if the bundle was replaced."""
         if name not in self.manifest.files:
             raise BundleError(f"{self.path}: '{name}' is not in the manifest's file list")
+        self.check_unchanged()
         return self.path / name
 
+    def check_unchanged(self) -> None:
+        """BundleError if the bundle was replaced since it was opened: what was read from it then may be of another."""
+        if self.identity is not None and _identity_of(self.path) != self.identity:
+            raise BundleError(f"{self.path} was replaced or removed since it was opened: open it again")
+
     def graph(self, name: str) -> Path:
-        """Path of one graph's ONNX file."""
+        """Path of one graph's ONNX file, whose weights lie in the bundle's weights file and nowhere else."""
         if name not in self.manifest.graphs:
             raise BundleError(f"{self.path}: no graph '{name}', only {', '.join(self.manifest.graphs)}")
-        return self.file(str(self.manifest.graphs[name].get("file")))
+        path = self.file(str(self.manifest.graphs[name].get("file")))
+        check_external_data(path, self.file(str(self.manifest.weights.get("file"))))
+        return path
 
     def weights(self) -> SafetensorsIndex:
         """Index of the weights file."""
@@ -156,34 +212,27 @@ def read_manifest(path: Path) -> Manifest:
     return Manifest(**data)
 
 
-def _check_file(folder: Path, name: str, facts: Mapping[str, Any], verify: bool) -> None:
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in name or not pure.parts:
-        raise BundleError(f"{folder}: the manifest names '{name}', which leaves the bundle; do not use this bundle")
-    path = folder / name
-    if not path.is_file():
-        raise BundleError(f"{folder}: file '{name}' is missing; copy the bundle again")
-    if folder.resolve() not in path.resolve().parents:
-        raise BundleError(f"{folder}: '{name}' is a link that leaves the bundle; do not use this bundle")
-    if path.stat().st_size != facts["size"]:
+def _check_digest(folder: Path, verify: bool | str) -> None:
+    """BundleError unless the manifest is the one that was exported."""
+    found = sha256(folder / MANIFEST)
+    if isinstance(verify, str):
+        if found != verify.strip().lower():
+            raise BundleError(f"{folder} has the digest {found}, not {verify[:80]!r}: it is another bundle, or changed")
+        return
+    recorded = read_file(folder / DIGEST, 1000, BundleError).split(b" ", 1)[0].decode("ascii", "replace")
+    if found != recorded:
         raise BundleError(
-            f"{folder}: '{name}' has {path.stat().st_size} bytes, recorded {facts['size']}; copy it again"
-        )
-    if verify and sha256(path) != facts.get("sha256"):
-        raise BundleError(
-            f"{folder}: '{name}' has changed since the export (its sha256 differs); export or copy it again"
+            f"{folder}: '{MANIFEST}' has changed since the export (its sha256 differs from {DIGEST}); export or copy "
+            "it again"
         )
 
 
-def sha256(path: Path, progress: Callable[[int], object] | None = None) -> str:
-    """Hex digest of a file, read in pieces; `progress` is told the bytes done."""
-    digest, buffer = hashlib.sha256(), bytearray(1 << 22)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-            if progress:
-                progress(count)
-    return digest.hexdigest()
+def _identity_of(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = folder.stat()
+    except (OSError, ValueError):
+        return None
+    return (status.st_dev, status.st_ino) if stat.S_ISDIR(status.st_mode) else None
 
 
 class BundleWriter:
@@ -200,15 +249,13 @@ class BundleWriter:
     def seal(self, manifest: Manifest) -> Bundle:
         """Hash every file, write the manifest and open the result. May be called again after a change."""
         names = sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
-        files = {name: self._facts(self.folder / name) for name in names if name != MANIFEST}
+        files = {name: self._facts(self.folder / name) for name in names if name not in (MANIFEST, DIGEST, LINK)}
         data = {**asdict(manifest), "files": files}
-        text = json.dumps(data, indent=1, ensure_ascii=False)
-        partial = self.folder / (MANIFEST + ".partial")
-        with partial.open("w", encoding="utf-8") as out:
-            out.write(text + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        partial.replace(self.folder / MANIFEST)
+        text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+        write_file(self.folder / MANIFEST, text, BundleError)
+        write_file(self.folder / DIGEST, f"{hashlib.sha256(text.encode()).hexdigest()}  {MANIFEST}\n", BundleError)
+        if manifest.provenance.get("weights") == "linked":
+            record_link(self.folder / str(manifest.weights["file"]))
         return Bundle.open(self.folder)
 
     def _facts(self, path: Path) -> dict[str, Any]:
@@ -228,49 +275,13 @@ def _identity(path: Path) -> tuple[int, ...]:
 def write_bundle(target: str | Path, *, force: bool = False) -> Iterator[BundleWriter]:
     """Give a writer whose folder becomes `target` when the block ends without an error, and vanishes otherwise.
 
-    BundleError if `target` exists and `force` is off, or if it exists and is no bundle (it is never deleted then).
+    BundleError if `target` exists and `force` is off, if it exists and is no bundle or holds anything else beside (it
+    is never deleted then), or if it cannot be written.
     """
-    target = Path(target)
-    _sweep(target)
-    if target.is_symlink() or target.exists():
-        if not force:
-            raise BundleError(f"output {target} exists: choose another name, or replace it with --force")
-        if not (target / MANIFEST).is_file():
-            raise BundleError(
-                f"output {target} exists and is no bundle, so --force does not replace it: remove it yourself"
-            )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.parent / f".{target.name}.partial-{os.getpid()}"
-    folder.mkdir()
-    try:
+    check = partial(check_replaceable, beside=(DIGEST, LINK)) if force else _refuse
+    with publishing(Path(target), check, BundleError) as folder:
         yield BundleWriter(folder)
-        _publish(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _publish(folder: Path, target: Path) -> None:
-    old = target.parent / f".{target.name}.old"
-    if target.exists():
-        target.rename(old)
-    folder.rename(target)
-    _remove(old)
-
-
-def _sweep(target: Path) -> None:
-    """Remove what a killed export left; put back an old bundle whose replacement never came."""
-    old = target.parent / f".{target.name}.old"
-    if old.is_dir() and not target.exists():
-        old.rename(target)
-    _remove(old)
-    for stale in target.parent.glob(f".{target.name}.partial-*"):
-        pid = stale.name.rsplit("-", 1)[1]
-        ours = pid == str(os.getpid())  # in a container, a killed export often had the same process id
-        if pid.isdigit() and (ours or not Path(f"/proc/{pid}").exists()):
-            shutil.rmtree(stale, ignore_errors=True)
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink():
-        path.unlink()
-    shutil.rmtree(path, ignore_errors=True)
+def _refuse(target: Path) -> None:
+    raise BundleError(f"output {target} exists: choose another name, or replace it with --force")

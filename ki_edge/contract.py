@@ -14,6 +14,7 @@ from ki_edge.errors import ContractError
 from ki_edge.images import Resize
 from ki_edge.normalize import EpsilonStyle, NormalizationKind
 from ki_edge.prompt import STATE_FORMATS, PromptFormat
+from ki_edge.writing import write_file
 
 RobotKind = Literal["generic", "droid", "libero", "aloha"]
 TimeConvention = Literal["openpi", "lerobot"]
@@ -144,8 +145,8 @@ class PolicyContract:
         return contract
 
     def save(self, path: str | Path) -> None:
-        """Write the contract to a JSON file."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+        """Write the contract to a JSON file, whole or not at all. ContractError if it cannot be written."""
+        write_file(Path(path), json.dumps(self.to_json(), indent=2) + "\n", ContractError)
 
     @classmethod
     def load(cls, path: str | Path) -> "PolicyContract":

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from ki_edge.errors import ArgumentError, ContractError
 from ki_edge.prompt import Int32, PromptTokenizer
+from ki_edge.writing import write_file
 
 Float64 = npt.NDArray[np.float64]
 SURROGATES = 0xD800  # chr() from here on is no valid text
@@ -190,8 +191,8 @@ class FastCodec:
             "special_tokens_map": {},
         }
         for name, content in contents.items():
-            (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        (folder / "tokenizer.json").write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
+            write_file(folder / f"{name}.json", json.dumps(content, indent=2) + "\n", ContractError)
+        write_file(folder / "tokenizer.json", self.tokenizer.to_str(pretty=True), ContractError)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.errors import ContractError, DatasetError
+from ki_edge.writing import write_file
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -157,12 +158,15 @@ def read_norm_stats(path: str | Path) -> dict[str, NormStats]:
 
 
 def write_norm_stats(path: str | Path, stats: Mapping[str, NormStats]) -> None:
-    """Write `stats` to a file in openpi's form; fields that are None are written as null."""
+    """Write `stats` to a file in openpi's form, whole or not at all; fields that are None are written as null.
+
+    ContractError if it cannot be written.
+    """
     content = {
         name: {field: None if (value := getattr(entry, field)) is None else value.tolist() for field in FIELDS}
         for name, entry in stats.items()
     }
-    Path(path).write_text(json.dumps({"norm_stats": content}, indent=2) + "\n", encoding="utf-8")
+    write_file(Path(path), json.dumps({"norm_stats": content}, indent=2) + "\n", ContractError)
 
 
 def _parse(fields: object, where: str) -> NormStats:

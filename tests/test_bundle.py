@@ -2,12 +2,8 @@
 
 import hashlib
 import json
-import os
 import shutil
-import signal
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -91,7 +87,7 @@ def test_round_trip(write, tmp_path):
     assert bundle.manifest.config == TINY
     assert bundle.manifest.vocabulary == DecodeVocabulary(600, 3, (7, 1))
     assert bundle.manifest.vocabulary.ids == [600, 601, 602, 7, 1]
-    assert bundle.graph("prefix").read_bytes() == b"graph"
+    assert bundle.file("prefix.onnx").read_bytes() == b"graph"
     assert bundle.weights().entries == {}
     assert bundle.file("assets/fast/tokenizer.json") == path / "assets" / "fast" / "tokenizer.json"
 
@@ -133,6 +129,36 @@ def test_a_bundle_may_be_moved_and_linked_to(write, tmp_path):
     moved = write().rename(tmp_path / "moved")
     (tmp_path / "link").symlink_to(moved)
     assert Bundle.open(tmp_path / "link", verify=True).manifest == Bundle.open(moved).manifest
+
+
+def test_the_digest_covers_the_manifest(write):
+    """What is changed by hand is found; who changes the digest beside it too needs the one that was printed."""
+    path = write()
+    digest = Bundle.open(path, verify=True).digest
+    assert digest == hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest()
+    assert (
+        subprocess.run(["sha256sum", "--check", "--status", "manifest.sha256"], cwd=path, check=False).returncode == 0
+    )
+    assert Bundle.open(path, verify=f" {digest.upper()}\n").digest == digest
+    edit(path, lambda data: data["sampling"].update(num_steps=3))
+    assert Bundle.open(path).manifest.sampling["num_steps"] == 3
+    refused(path, r"'manifest\.json' has changed since the export", verify=True)
+    (path / "manifest.sha256").write_text(hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest() + "  x\n")
+    Bundle.open(path, verify=True)
+    refused(path, f"has the digest [0-9a-f]{{64}}, not '{digest}': it is another bundle, or changed", verify=digest)
+    (path / "manifest.sha256").unlink()
+    refused(path, r"manifest\.sha256 cannot be read: No such file", verify=True)
+
+
+def test_a_bundle_that_was_replaced_is_not_mixed_with_its_successor(write):
+    """Graphs are opened long after the manifest was read, those for FAST at their first use."""
+    bundle = Bundle.open(write())
+    write(force=True)
+    with pytest.raises(BundleError, match="was replaced or removed since it was opened: open it again"):
+        bundle.file("prefix.onnx")
+    shutil.rmtree(bundle.path)
+    with pytest.raises(BundleError, match="was replaced or removed"):
+        bundle.weights()
 
 
 def test_names_that_are_not_there(write):
@@ -229,7 +255,7 @@ def test_wrong_fields(write, changes, message):
 def test_missing_hash_is_a_wrong_hash(write):
     path = write()
     edit(path, lambda data: data["files"]["prefix.onnx"].pop("sha256"))
-    refused(path, "'prefix.onnx' has changed", verify=True)
+    refused(path, "'prefix.onnx' has changed", verify=hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest())
 
 
 @pytest.mark.parametrize(
@@ -253,6 +279,13 @@ def test_links_that_leave_the_bundle(write, tmp_path):
     (path / "assets" / "fast").rename(tmp_path / "outside")
     (path / "assets" / "fast").symlink_to(tmp_path / "outside")
     refused(path, "'assets/fast/tokenizer.json' is a link that leaves the bundle")
+
+
+def test_a_manifest_that_is_a_link_out_of_the_bundle(write, tmp_path):
+    path = write()
+    (path / "manifest.json").rename(tmp_path / "manifest.json")
+    (path / "manifest.json").symlink_to(tmp_path / "manifest.json")
+    refused(path, r"'manifest\.json' is a link that leaves the bundle")
 
 
 def test_links_inside_the_bundle_are_fine(write):
@@ -320,15 +353,42 @@ def test_what_is_no_bundle_is_never_replaced(write, tmp_path, kind, force):
     assert target.is_symlink() == kind.endswith(("link", "link to a folder"))
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "checkpoint/model.safetensors", "engines/old/model.safetensors"])
+def test_a_bundle_with_foreign_files_is_not_replaced(write, tmp_path, name):
+    path = write()
+    (path / "engines" / "0123456789abcdef").mkdir(parents=True)
+    for own in ("engine.json", "prefix.engine", "prefix.log", "prefix.kernels", "proof-0123456789abcdef.json"):
+        (path / "engines" / "0123456789abcdef" / own).write_text("built here")
+    (path / "engines" / "nvidia.timings").write_text("known")
+    (path / name).parent.mkdir(parents=True, exist_ok=True)
+    (path / name).write_text("precious")
+    before = tree(tmp_path)
+    with pytest.raises(BundleError, match=f"holds {name}, which is no part of the bundle: move it elsewhere first"):
+        write(force=True)
+    assert tree(tmp_path) == before
+    (path / name).unlink()
+    write(force=True)
+    assert names(path) == {"manifest.json", "manifest.sha256", "weights.safetensors", "prefix.onnx", "assets"}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"name": "my web site", "icons": []}', '{"schema": 1, "files": []}'])
+def test_a_folder_with_another_kind_of_manifest_is_not_replaced(write, tmp_path, content):
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "manifest.json").write_text(content)
+    with pytest.raises(BundleError, match="is no bundle, so --force does not replace it: remove it yourself"):
+        write(force=True)
+    assert tree(tmp_path) == {"bundle/manifest.json": content.encode()}
+
+
 def test_force_on_a_link_to_a_bundle_keeps_what_it_points_to(write, tmp_path):
     original = write("original")
     (tmp_path / "bundle").symlink_to(original)
     for content in (b"first", b"second"):
         path = write(force=True, content={**CONTENT, "prefix.onnx": content})
         assert not path.is_symlink()
-        assert Bundle.open(path, verify=True).graph("prefix").read_bytes() == content
+        assert Bundle.open(path, verify=True).file("prefix.onnx").read_bytes() == content
         assert names(tmp_path) == {"bundle", "original"}
-    assert Bundle.open(original, verify=True).graph("prefix").read_bytes() == b"graph"
+    assert Bundle.open(original, verify=True).file("prefix.onnx").read_bytes() == b"graph"
 
 
 def test_parent_folders_are_made(write, tmp_path):
@@ -350,62 +410,3 @@ def test_an_exception_leaves_what_was_there(write, tmp_path, exists, error):
         raise error
     assert tree(tmp_path) == before
     assert names(tmp_path) == ({"bundle"} if exists else set())
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from ki_edge import bundle
-
-def die(*_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-if sys.argv[2] == "publish":  # between the two renames
-    rename = Path.rename
-    Path.rename = lambda self, target: die() if ".partial-" in self.name else rename(self, target)
-with bundle.write_bundle(sys.argv[1], force=True) as writer:
-    (writer.folder / "half").write_bytes(b"x")
-    if sys.argv[2] == "writing":
-        die()
-"""
-
-
-def killed(target, when):
-    """Run an export that is killed; returns its process id, which is free again."""
-    root = Path(__file__).parents[1]
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(target), when], cwd=root)
-    assert process.wait(timeout=60) == -signal.SIGKILL
-    return process.pid
-
-
-@pytest.mark.parametrize("when", ["writing", "publish"])
-def test_kill_leaves_nothing_or_the_old_bundle(write, tmp_path, when):
-    pid = killed(tmp_path / "bundle", when)
-    assert names(tmp_path) == {f".bundle.partial-{pid}"}
-    path = write()  # sweeps
-    assert names(tmp_path) == {"bundle"}
-    before = tree(path)
-    pid = killed(path, when)
-    left = {"writing": {"bundle"}, "publish": {".bundle.old"}}[when]
-    assert names(tmp_path) == {f".bundle.partial-{pid}"} | left
-    with pytest.raises(BundleError, match="exists: choose another name"):
-        write()  # without force; it puts the old bundle back and keeps it
-    assert names(tmp_path) == {"bundle"}
-    assert tree(path) == before
-    Bundle.open(path, verify=True)
-
-
-def test_sweeping(write, tmp_path):
-    """Partial folders of dead processes go, also of one that had our id; those of living ones and of others stay."""
-    dead = killed(tmp_path / "bundle", "writing")
-    for name in (f".bundle.partial-{os.getpid()}", ".bundle.partial-1", f".other.partial-{dead}", ".bundle.partial-x"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "half").write_bytes(b"")
-    write()
-    assert names(tmp_path) == {"bundle", ".bundle.partial-1", f".other.partial-{dead}", ".bundle.partial-x"}
-
-
-def test_an_old_bundle_beside_a_new_one_is_removed(write, tmp_path):
-    shutil.copytree(write(), tmp_path / ".bundle.old")
-    write(force=True, content={**CONTENT, "prefix.onnx": b"new"})
-    assert names(tmp_path) == {"bundle"}

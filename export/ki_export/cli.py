@@ -75,6 +75,7 @@ def _export(arguments: argparse.Namespace) -> int:
         force=arguments.force,
         full_vocabulary=arguments.full_vocabulary,
         pack=arguments.pack,
+        link=arguments.link,
         precision=arguments.precision,
         weights=arguments.weights,
         calibrate=arguments.calibrate,
@@ -84,7 +85,7 @@ def _export(arguments: argparse.Namespace) -> int:
         policy=_request(arguments),
     )
     bundle = export(_where(arguments), arguments.output, options, lambda line: tell(f"{NAME}: {line}"))
-    tell(f"{NAME}: {arguments.output}: {_summary(bundle)}, {time.perf_counter() - start:.0f} s")
+    tell(f"{NAME}: {arguments.output}: {_summary(bundle)}, {time.perf_counter() - start:.0f} s, digest {bundle.digest}")
     if ahead or (target != "ort" and _gpu_ready(target)):
         _build_engines(arguments, arguments.output, target)
     elif target != "ort":
@@ -194,7 +195,8 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     add("--no-verify", action="store_true", help="publish without proof; the manifest says so")
     add("--force", action="store_true", help="replace an existing bundle, once the new one is proven")
     add("--full-vocabulary", action="store_true", help="keep the logits of all tokens, not only FAST's")
-    add("--pack", action="store_true", help="write only the tensors in use, instead of linking the checkpoint's file")
+    add("--pack", action="store_true", help="write only the tensors in use, instead of the checkpoint's whole file")
+    add("--link", action="store_true", help="share the checkpoint's file (hard link); checked at every open")
 
 
 def _add_engines(group: argparse._ArgumentGroup) -> None:

@@ -6,7 +6,7 @@ The weights are never loaded to write a bundle, only to prove it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ import onnx_ir as ir
 from ki_edge import flow, graphs
 from ki_edge.bundle import Bundle, BundleWriter, DecodeVocabulary, Manifest, write_bundle
 from ki_edge.checkpoints import Checkpoint
+from ki_edge.errors import CheckpointError, ExportError
+from ki_edge.writing import writing
 
 from .checker import check
 from .int8 import choose
@@ -111,24 +113,43 @@ def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOpti
 def _write(writer: BundleWriter, plan: Plan, options: ExportOptions, hashes: Future[Hashes]) -> Bundle:
     forms = None if plan.lowered is None else plan.lowered.forms
     weights = place_weights(
-        plan.checkpoint, writer.folder, plan.used, stored=options.weights, pack=options.pack, forms=forms
+        plan.checkpoint,
+        writer.folder,
+        plan.used,
+        stored=options.weights,
+        pack=options.pack,
+        link=options.link,
+        forms=forms,
     )
     for name, model in plan.models.items():
         attach(model, plan.origins[name], weights)
         path = writer.folder / f"{name}.onnx"
-        ir.save(model, path)
+        with writing(path, ExportError):
+            ir.save(model, path)
         check(path)
     if plan.files is not None:
         plan.files.write(writer.folder)
     if plan.lowered is not None:
         plan.lowered.write(writer.folder)
     read = hashes.result()
-    if weights.how == "linked":
-        writer.remember(weights.index.path, read[plan.checkpoint.source.files[0]])
-    elif weights.sha256 is not None:
-        writer.remember(weights.index.path, weights.sha256)
     plan.checkpoint.check_unchanged()
+    writer.remember(weights.index.path, _weights_hash(weights, read, plan.checkpoint.source.files))
     return writer.seal(_manifest(plan, options, weights, read))
+
+
+def _weights_hash(weights: Weights, read: Hashes, files: Sequence[Path]) -> str:
+    """Of the weights file; CheckpointError if what was copied is not what was hashed for the provenance."""
+    if weights.how in ("packed", "converted"):
+        assert weights.sha256 is not None
+        return weights.sha256
+    if weights.sha256 not in (None, read[files[0]]):
+        raise CheckpointError(f"{files[0]} changed while it was read: wait until it is complete and start again")
+    return read[files[0]]
+
+
+def _opsets(plan: Plan) -> str:
+    """Of the graphs as written: "20", or "20, 23" where they differ."""
+    return ", ".join(map(str, sorted({model.opset_imports[""] for model in plan.models.values()})))
 
 
 def _manifest(plan: Plan, options: ExportOptions, weights: Weights, hashes: Hashes) -> Manifest:
@@ -152,7 +173,7 @@ def _manifest(plan: Plan, options: ExportOptions, weights: Weights, hashes: Hash
             "runtime": {key: weights.names[key] for key in flow.modulation_weights(config)},
         },
         decode_vocabulary={"first": vocabulary.first, "count": vocabulary.count, "extra": list(vocabulary.extra)},
-        tools={**tool_versions(), "opset": str(options.opset)},
+        tools={**tool_versions(), "opset": _opsets(plan)},
         provenance={**origin, **({} if plan.files is None else {"policy": plan.files.sources})},
         parity={"verified": False, "reason": "exported with --no-verify"},
     )

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from ki_edge.checkpoints.source import TensorSource
 from ki_edge.config import Pi05Config
 
+from .finite import finite_pieces
 from .passes.quantize import LEVELS
 
 Int8 = npt.NDArray[np.int8]
@@ -67,7 +68,7 @@ def quantize_weight(source: TensorSource, key: str) -> tuple[Int8, F32]:
     rows, columns = source.tensors[key].shape
     values, scales = np.empty((columns, rows), np.int8), np.empty(rows, np.float32)
     at = 0
-    for piece in source.pieces(key):
+    for piece in finite_pieces(key, source.pieces(key)):
         for start in range(0, len(piece), TILE):
             tile = piece[start : start + TILE]
             end = at + len(tile)

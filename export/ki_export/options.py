@@ -29,10 +29,11 @@ class ExportOptions:
     """How to export. `num_steps` None: the contract's, or 10.
 
     `precision` of the matrix products, None: the target's default; `weights`: "float32", or "stored" to keep the
-    checkpoint's own types in the file and widen while running; `calibrate`: recorded observations for the range audit
-    of fp16; `keep_fp32`: shell-style patterns of products that stay float32; `sensitivity`: measure what each layer
-    costs in 16 bits; `attention` fused: one operator of opset 23 instead of several; `policy`: what the checkpoint does
-    not record.
+    checkpoint's own types in the file and widen while running; `link`: share the checkpoint's file instead of taking
+    its bytes (a change of it is noticed when the bundle is opened; nothing protects a running robot); `calibrate`:
+    recorded observations for the range audit of fp16; `keep_fp32`: shell-style patterns of products that stay float32;
+    `sensitivity`: measure what each layer costs in 16 bits; `attention` fused: one operator of opset 23 instead of
+    several; `policy`: what the checkpoint does not record.
     """
 
     target: str = "ort"
@@ -45,6 +46,7 @@ class ExportOptions:
     pack: bool = False
     precision: Precision | None = None
     weights: Stored = "float32"
+    link: bool = False
     calibrate: Path | None = None
     keep_fp32: tuple[str, ...] = ()
     sensitivity: bool = False
@@ -62,6 +64,9 @@ class ExportOptions:
             raise ArgumentError(f"precision int8 is for ONNX Runtime on a CPU: target {self.target} takes fp16 or bf16")
         if self.precision in SIXTEEN and self.weights == "stored":
             raise ArgumentError(f"weights 'stored' and precision {self.precision} contradict each other: leave one out")
+        if self.link and (self.pack or self.sixteen or self.precision == "int8"):
+            other = "pack" if self.pack else f"precision {self.precision}"
+            raise ArgumentError(f"--link shares the checkpoint's file, and {other} writes another: leave one out")
         if (self.calibrate is not None or self.keep_fp32 or self.sensitivity) and not self.sixteen:
             flags = "--calibrate, --keep-fp32 and --sensitivity"
             raise ArgumentError(f"{flags} are for precision fp16 and bf16, not {self.precision}")

@@ -11,6 +11,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ki_edge.errors import ExportError
+from ki_edge.writing import write_file
+
 from . import ranges_report
 from .bars import MAX_ABS, Bar, Measurement
 from .comparison import Comparison
@@ -55,8 +58,8 @@ def write_report(
 ) -> None:
     """Write parity.json and parity.html into a folder. `ranges`: the audit of a float16 bundle."""
     text = json.dumps(to_json(comparison, facts), indent=1, ensure_ascii=False)
-    (folder / "parity.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "parity.html").write_text(to_html(comparison, facts, ranges), encoding="utf-8")
+    write_file(folder / "parity.json", text + "\n", ExportError)
+    write_file(folder / "parity.html", to_html(comparison, facts, ranges), ExportError)
 
 
 def to_html(comparison: Comparison, facts: Mapping[str, Any], ranges: ranges_report.Found | None = None) -> str:

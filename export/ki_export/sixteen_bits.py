@@ -12,6 +12,8 @@ import onnx_ir as ir
 from ki_edge import flow
 from ki_edge.bundle import DecodeVocabulary
 from ki_edge.checkpoints import Checkpoint
+from ki_edge.errors import ExportError
+from ki_edge.writing import write_file
 
 from .calibration import SYNTHETIC, Calibration, calibration
 from .decision import Decision, apply, decide, forms
@@ -55,7 +57,7 @@ class Lowered:
         found = {**self.decision.to_json(), **({} if self.audit is None else self.audit.to_json())}
         if self.costs:
             found["sensitivity"] = [cost.to_json() for cost in self.costs]
-        (folder / RANGES).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_file(folder / RANGES, json.dumps(found, indent=1) + "\n", ExportError)
 
 
 def lower_models(

@@ -1,18 +1,17 @@
 """The bundle's weights: one safetensors file that all three graphs point into.
 
-Where the checkpoint's own file holds what the graphs need, in the type they need it, it is that file: a hard link, or a
-copy on another filesystem. Else only the tensors in use are written, streamed and converted piece by piece.
+Where the checkpoint's own file holds what the graphs need, in the type they need it, it has the same bytes: a reflink,
+or a copy where the file system has none, or on request a hard link. Else only the tensors in use are written, streamed
+and converted piece by piece. Tensors in use are finite.
 """
 
 from __future__ import annotations
 
-import errno
-import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +24,13 @@ from ki_edge.checkpoints.source import encode
 from ki_edge.errors import ExportError
 from ki_edge.safetensors_index import SafetensorsIndex
 
+from .finite import check_finite, finite_pieces
 from .int8 import SCALES, VALUES, Int8Weights, split_key
-from .safetensors_writer import Part, copy_file, write_tensors
+from .safetensors_writer import Part, write_tensors
+from .shared_file import link_file, own_file
 from .wrappers import UNEMBEDDING, runs
 
 WEIGHTS = "weights.safetensors"
-NO_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS)
 LARGEST_F16 = 65504.0
 ONNX_TYPES = {
     "F32": ir.DataType.FLOAT,
@@ -60,9 +60,9 @@ class Rows:
 
 @dataclass(frozen=True)
 class Weights:
-    """The written file. `names`: checkpoint key -> name in the file; `how`: linked, copied, packed or converted.
+    """The written file. `names`: checkpoint key -> name in the file.
 
-    `sha256` of the file, None where it was linked and not read.
+    `how`: reflinked, copied, linked, packed or converted. `sha256` of the file, None where it was not read.
     """
 
     index: SafetensorsIndex
@@ -92,17 +92,26 @@ def place_weights(
     *,
     stored: Stored = "float32",
     pack: bool = False,
+    link: bool = False,
     forms: Mapping[str, Form] | None = None,
 ) -> Weights:
     """Put weights.safetensors into `folder`, holding at least the checkpoint keys `used`. ExportError if it cannot.
 
-    `forms`: keys that are stored in another way than `stored` says.
+    `forms`: keys that are stored in another way than `stored` says; `link`: share the checkpoint's file, which must
+    hold what the graphs need, as they need it.
     """
     keys, path, forms = sorted(set(used)), folder / WEIGHTS, forms or {}
     names = None if pack or forms else _names_in_one_file(checkpoint.source, keys, stored)
     if names is not None:
-        how, digest = _link_or_copy(checkpoint.source.files[0], path)
+        check_finite(checkpoint.source, keys)
+        file = checkpoint.source.files[0]
+        how, digest = _link(file, path) if link else own_file(file, path)
         return Weights(SafetensorsIndex(path), names, how, digest)
+    if link:
+        raise ExportError(
+            f"{checkpoint.path}: --link needs one safetensors file with every weight in the type that the graphs take "
+            "(float32, or any with --weights stored): leave it out"
+        )
     parts = _parts(checkpoint.source, keys, stored, forms)
     tensors = checkpoint.source.tensors
     same = all(part.name in tensors and part.dtype == tensors[part.name].dtype for part in parts)
@@ -158,16 +167,26 @@ def _parts(source: TensorSource, keys: Iterable[str], stored: Stored, forms: Map
         elif key in forms:
             parts.append(Part(key, forms[key].dtype, (rows, *columns), partial(_formed, source, key, forms[key])))
         elif stored == "stored":
-            parts.append(Part(key, source.tensors[key].dtype, (rows, *columns), partial(source.stored, key)))
+            parts.append(Part(key, source.tensors[key].dtype, (rows, *columns), partial(_stored, source, key)))
         else:
-            parts.append(Part(key, "F32", (rows, *columns), partial(source.pieces, key)))
+            parts.append(Part(key, "F32", (rows, *columns), partial(_checked, key, partial(source.pieces, key))))
     return parts
+
+
+def _checked(key: str, pieces: Callable[[], Iterable[npt.NDArray[Any]]]) -> Iterator[npt.NDArray[Any]]:
+    return finite_pieces(key, pieces())
+
+
+def _stored(source: TensorSource, key: str) -> Iterator[npt.NDArray[np.uint8]]:
+    """A tensor's bytes in its stored type."""
+    for values in finite_pieces(key, source.pieces(key)):
+        yield encode(values, source.tensors[key].dtype)
 
 
 def _formed(source: TensorSource, key: str, form: Form) -> Iterator[npt.NDArray[np.uint8]]:
     """A tensor's bytes in its form. ExportError if a value does not fit the type."""
     factor = np.float32(2.0**-form.exponent)
-    for values in source.pieces(key):
+    for values in finite_pieces(key, source.pieces(key)):
         if form.dtype == "F16" and np.abs(values).max(initial=0.0) * factor > LARGEST_F16:
             raise ExportError(
                 f"'{key}' holds {np.abs(values).max():.3g}, and float16 ends at {LARGEST_F16:.0f}: "
@@ -189,12 +208,6 @@ def _in_file_order(source: TensorSource, keys: Iterable[str]) -> list[str]:
     return sorted(keys, key=position)
 
 
-def _link_or_copy(source: Path, path: Path) -> tuple[str, str | None]:
-    source = source.resolve()
-    try:
-        os.link(source, path)
-        return "linked", None
-    except OSError as error:
-        if error.errno not in NO_LINK:
-            raise ExportError(f"cannot link {source} to {path}: {error}") from error
-    return "copied", copy_file(source, path)
+def _link(source: Path, path: Path) -> tuple[str, None]:
+    link_file(source, path)
+    return "linked", None

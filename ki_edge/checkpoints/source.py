@@ -86,12 +86,6 @@ class TensorSource(ABC):
         for start in range(0, tensor.shape[0], step):
             yield self.rows(key, start, min(start + step, tensor.shape[0]))
 
-    def stored(self, key: str) -> Iterator[npt.NDArray[np.uint8]]:
-        """A tensor's bytes in its stored type, in pieces."""
-        dtype = self.tensors[key].dtype
-        for values in self.pieces(key):
-            yield encode(values, dtype)
-
     def states(self) -> dict[Path, FileState]:
         """What tells that a file has changed; CheckpointError for one that is gone."""
         return {path: file_state(path) for path in self.files}

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..checkpoints import Checkpoint
 from ..checkpoints.geometry import GEOMETRY
 from ..checkpoints.keys import EMBEDDING, EXPERT_HEAD, LM_HEAD, checkpoint_key
+from ..errors import CheckpointError
+from ..writing import write_file, writing
 from .build import build
 from .pi import PiModel
 
@@ -47,9 +52,7 @@ def save_checkpoint(model: PiModel, folder: str | Path, *, max_token_len: int = 
     state = {checkpoint_key(name): value.detach().float().contiguous() for name, value in model.state_dict().items()}
     state[LM_HEAD] = state.pop(EMBEDDING)
     state[EXPERT_HEAD] = torch.zeros(model.config.vocab_size, model.config.expert.width)
-    save_file(state, folder / "model.partial", metadata={EMBEDDING: LM_HEAD, "format": "pt"})
-    (folder / "model.partial").chmod(0o644)  # the library makes it private
-    (folder / "model.partial").replace(folder / "model.safetensors")
+    write_safetensors(state, folder / "model.safetensors", {EMBEDDING: LM_HEAD, "format": "pt"})
     config = model.config
     settings = {
         "action_dim": config.action_dim,
@@ -65,5 +68,21 @@ def save_checkpoint(model: PiModel, folder: str | Path, *, max_token_len: int = 
             "action_expert": {"head_dim": config.expert.head_dim},
         },
     }
-    (folder / "config.partial").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    (folder / "config.partial").replace(folder / "config.json")
+    write_file(folder / "config.json", json.dumps(settings, indent=1) + "\n", CheckpointError)
+
+
+def write_safetensors(state: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Replace a file of tensors at once, or not at all. CheckpointError names it if it cannot be written."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with writing(path, CheckpointError):
+            tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+            save_file(tensors, partial, metadata=dict(metadata))
+            partial.chmod(0o644)  # the library makes it private
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)

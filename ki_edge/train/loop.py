@@ -16,12 +16,12 @@ from typing import TextIO
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import ArgumentError, DatasetError
 from ..model import Observation, Pi05
-from ..model.checkpoint import save_checkpoint
+from ..model.checkpoint import save_checkpoint, write_safetensors
 from ..safetensors_index import SafetensorsIndex
 from .centering import CenteredPatches
 from .recipe import Examples, Recipe, Tokens
@@ -160,8 +160,7 @@ class Trainer:
                     state[f"optimizer.{index}.{name}"] = self.optimizer.state[parameter][name]
         folder = self.out / "training"
         counter = {"step": str(self.step), "settings": json.dumps(asdict(self.settings))}
-        save_file({name: t.contiguous() for name, t in state.items()}, folder / "partial", metadata=counter)
-        (folder / "partial").replace(folder / STATE_FILE)
+        write_safetensors(state, folder / STATE_FILE, counter)
         self.save_checkpoint()
 
     def save_checkpoint(self) -> None:

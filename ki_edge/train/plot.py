@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import CheckpointError
+from ..writing import writing
+
 TERMS = {"flow": "flow matching", "fast": "FAST cross-entropy", "pointing": "pointing cross-entropy"}
 
 
@@ -39,7 +42,8 @@ def plot_losses(log: Path, picture: Path) -> None:
     axes.set(xlabel="step", ylabel="loss", yscale="log", title="Training losses")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(picture, dpi=120)
+    with writing(picture, CheckpointError):
+        figure.savefig(picture, dpi=120)
     pyplot.close(figure)
 
 

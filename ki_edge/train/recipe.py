@@ -15,10 +15,11 @@ import numpy.typing as npt
 
 from ..config import Pi05Config
 from ..contract import FastContract, PolicyContract, generic
-from ..errors import DatasetError
+from ..errors import CheckpointError, DatasetError
 from ..fast import FastCodec, FastIds
 from ..normalize import NormStats, compute_stats, normalize, write_norm_stats
 from ..prompt import PromptTokenizer
+from ..writing import write_file
 from .demonstrations import Demonstrations
 
 LOC_BINS = 64  # PaliGemma has 1024; every 16th serves small pictures
@@ -81,7 +82,7 @@ class Recipe:
         """Write contract.json and assets/ into a checkpoint folder."""
         assets = folder / "assets"
         assets.mkdir(parents=True, exist_ok=True)
-        (assets / "tokenizer.model").write_bytes(self.tokenizer_model)
+        write_file(assets / "tokenizer.model", self.tokenizer_model, CheckpointError)
         write_norm_stats(assets / "norm_stats.json", self.stats)
         self.codec.save(assets / "fast")
         self.contract.save(folder / "contract.json")

@@ -54,7 +54,9 @@ def _run(options: argparse.Namespace) -> int:
         max_steps=options.max_steps,
         max_hz=options.max_hz,
     )
-    policy = Policy.load(options.bundle, options.backend, threads=options.threads, verify=options.verify, say=tell)
+    policy = Policy.load(
+        options.bundle, options.backend, threads=options.threads, verify=options.digest or options.verify, say=tell
+    )
     robot: Robot = open_robot(options.robot)
     try:
         loop = ControlLoop(policy, robot, loop_options)  # refuses what does not fit before anything is written
@@ -101,6 +103,11 @@ def _parser() -> Parser:
     add("--record", metavar="DIR", help="keep films, steps.jsonl and plots in this folder")
     add("--json", action="store_true", help="print the report as JSON")
     add("--verify", action="store_true", help="check the bundle's hashes before running")
+    add(
+        "--digest",
+        metavar="HEX",
+        help="run only the bundle of this digest, which its export printed; checks all hashes",
+    )
     return parser
 
 

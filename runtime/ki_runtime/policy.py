@@ -56,7 +56,7 @@ class Policy:
         backend: str = "auto",
         *,
         threads: int | None = None,
-        verify: bool = False,
+        verify: bool | str = False,
         say: Callable[[str], object] | None = None,
     ) -> Policy:
         """Open a bundle as a policy. Arguments and errors as of `Sampler.open`.

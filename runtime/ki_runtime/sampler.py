@@ -81,23 +81,30 @@ class Sampler:
         backend: str = "auto",
         *,
         threads: int | None = None,
-        verify: bool = False,
+        verify: bool | str = False,
         say: Callable[[str], object] | None = None,
     ) -> Sampler:
         """Open a bundle folder, or take an opened one.
 
-        `threads`: CPU threads of a graph; `verify`: check all hashes; `say`: told which backend was taken and why, and
+        `threads`: CPU threads of a graph; `verify`: check all hashes, and as text also that the bundle has this digest,
+        the one that its export printed; `say`: told which backend was taken and why, and
         how the building of engines comes along; None: to stderr, and the backend only if it is slow for this bundle or
         another that is installed was passed over. BundleError for a damaged bundle, BackendError for a backend that is
         missing or refuses a graph.
         """
         check_name(backend)
-        opened = bundle if isinstance(bundle, Bundle) and not verify else Bundle.open(_folder(bundle), verify=verify)
-        precision, options = opened.manifest.precision, SessionOptions(threads, say=say or tell, verify=verify)
+        opened = (
+            bundle
+            if isinstance(bundle, Bundle) and not verify
+            else Bundle.open(_folder(bundle), verify=verify, say=say or tell)
+        )
+        precision, options = opened.manifest.precision, SessionOptions(threads, say=say or tell, verify=bool(verify))
         connection = connect(opened, backend, options, graphs.specs(opened.manifest.config)[:2])
         if say is not None or connection.backend.surprising(precision):
             options.say(connection.backend.describe(precision))
-        return cls(opened, connection.open, connection.backend)
+        sampler = cls(opened, connection.open, connection.backend)
+        opened.check_unchanged()
+        return sampler
 
     @property
     def config(self) -> Pi05Config:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ki_edge.commands import Parser, run_command, tell
-from ki_edge.errors import BackendError
+from ki_edge.errors import BackendError, ExportError
+from ki_edge.writing import write_file
 
 from .options import CAMERAS, DTYPES, PROMPT_TOKENS, BenchOptions
 
@@ -48,8 +49,8 @@ def _bench(arguments: argparse.Namespace) -> int:
     text = json.dumps(report.to_json(), indent=1)
     print(text if arguments.json else "\n".join(lines(report)), flush=True)
     if picture is not None:
-        picture.write_bytes(draw(report))
-        picture.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+        write_file(picture, draw(report), ExportError)
+        write_file(picture.with_suffix(".json"), text + "\n", ExportError)
         tell(f"ki-bench: wrote {picture} and {picture.with_suffix('.json')}")
     return 0
 

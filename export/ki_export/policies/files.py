@@ -10,9 +10,10 @@ from typing import Any, get_args
 
 from ki_edge.config import Pi05Config
 from ki_edge.contract import Feature, PolicyContract
-from ki_edge.errors import CheckpointError
+from ki_edge.errors import CheckpointError, ExportError
 from ki_edge.normalize import NormStats, write_norm_stats
 from ki_edge.prompt import PromptTokenizer
+from ki_edge.writing import write_file
 
 from .statistics import NORM_STATS, Statistics
 from .tokenizers import TOKENIZER, TokenizerFile
@@ -76,7 +77,7 @@ class PolicyFiles:
         """Write assets/ of a bundle: tokenizer, statistics, FAST codec."""
         assets = bundle / "assets"
         assets.mkdir()
-        (assets / TOKENIZER).write_bytes(self.tokenizer_file.content)
+        write_file(assets / TOKENIZER, self.tokenizer_file.content, ExportError)
         if self.statistics is not None:
             write_norm_stats(assets / NORM_STATS, self.stats)
         if self.codec is not None and self.contract.fast is not None:

@@ -55,6 +55,7 @@ def check_bundle(folder: Path) -> tuple[Contents | None, Finding]:
     size = sum(facts["size"] for facts in manifest.files.values())
     verified = bool(manifest.parity.get("verified"))
     text = f"{folder}: {manifest.precision}, {size / 1e9:.2f} GB, {'' if verified else 'not '}verified at its export"
+    text += f", digest {contents.bundle.digest[:16]}..."
     if verified:
         return contents, Finding("ok", NAME, text)
     return contents, Finding("warning", NAME, text, f"ki-parity {folder} --checkpoint CHECKPOINT")

@@ -16,15 +16,15 @@ from pathlib import Path
 
 from ki_edge.bundle import Bundle
 from ki_edge.errors import ArgumentError, BackendError
+from ki_edge.publishing import publishing
 
 from .api import Api, Capability, describe_capabilities, parse_capabilities
 from .compiling import Settings, compile_graph
-from .engines import FOLDER, Device, Engines, build_command, identify, look
+from .engines import FOLDER, RECORD, Device, Engines, build_command, identify, look
 from .graph_file import GraphFile, read_graph
 from .identity import EngineFile, Identity
 from .memory import check_disk, check_memory, check_size, estimate
 from .profiles import profiles
-from .publishing import publishing
 from .requirements import check_graph, check_precision
 
 Say = Callable[[str], object]
@@ -147,7 +147,7 @@ def build(
         check_graph(api, name, graph)
         if not options.ignore_memory:
             check_memory(api, name, graph.weight_bytes, device)
-    with publishing(folder) as partial:
+    with publishing(folder, _check_replaceable, BackendError) as partial:
         check_disk(partial, sum(graph.weight_bytes for graph in graphs.values()))
         _announce(api, identity, graphs, device, say)
         _compile(bundle, api, identity, graphs, options, partial, say)
@@ -225,6 +225,11 @@ def _existing(folder: Path) -> Engines | None:
     except BackendError:
         return None
     return None if engines.damage() else engines
+
+
+def _check_replaceable(folder: Path) -> None:
+    if not (folder / RECORD).is_file():
+        raise BackendError(f"{folder} exists and has no {RECORD}, so it holds no engines: remove it yourself")
 
 
 def _timings(folder: Path, identity: Identity) -> Path:

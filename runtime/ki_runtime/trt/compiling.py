@@ -14,6 +14,7 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from ki_edge.errors import BackendError
+from ki_edge.writing import reason, write_file, writing
 
 from .api import Api, Capability
 from .profiles import Profile
@@ -57,16 +58,16 @@ def compile_graph(
         for profile in profiles:
             _add_profile(builder, config, profile, graph.stem)
         _load_timings(api, config, settings.timings)
-        with engine.open("wb") as file, Progress(graph.stem) as progress:
+        with writing(engine, BackendError), engine.open("wb") as file, Progress(graph.stem) as progress:
             out = _Output(file)
             config.progress_monitor = api.monitor(progress.started, progress.stepped, progress.finished)
             done = _interruptible(lambda: api.serialize(builder, network, config, out.write), progress)
         if notes.failure is not None:
-            raise notes.failure
+            raise BackendError(f"cannot write {log}: {reason(notes.failure)}") from notes.failure
         if not done:
-            reason = notes.errors[0] if notes.errors else f"no reason given; see the verbose log of {api.title}"
-            cure = "; export with --attention decomposed" if "Attention" in reason else ""
-            raise BackendError(f"{api.title} cannot compile graph {graph.stem}: {_one_line(reason)}{cure}")
+            why = notes.errors[0] if notes.errors else f"no reason given; see the verbose log of {api.title}"
+            cure = "; export with --attention decomposed" if "Attention" in why else ""
+            raise BackendError(f"{api.title} cannot compile graph {graph.stem}: {_one_line(why)}{cure}")
         _save_timings(api, config, settings.timings)
     return Compiled(out.size, out.digest.hexdigest(), time.perf_counter() - start)
 
@@ -100,9 +101,7 @@ def _load_timings(api: Api, config: Any, path: Path | None) -> None:
 def _save_timings(api: Api, config: Any, path: Path | None) -> None:
     if path is None or not api.keeps_timings:
         return
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(bytes(config.get_timing_cache().serialize()))
-    partial.replace(path)
+    write_file(path, bytes(config.get_timing_cache().serialize()), BackendError)
 
 
 def _one_line(text: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from ki_edge.bundle import Bundle, sha256
 from ki_edge.errors import BackendError
+from ki_edge.writing import write_file
 
 from .api import TITLES, Api, Capability, describe_capabilities
 from .identity import EngineFile, Identity, Profiles
@@ -69,10 +70,10 @@ class Engines:
         return found
 
     def write(self) -> None:
-        """Write engine.json."""
+        """Write engine.json; BackendError if it cannot be."""
         files = {graph: asdict(facts) for graph, facts in self.files.items()}
         content = {"schema": SCHEMA, "key": self.identity.key, "identity": self.identity.to_json(), "graphs": files}
-        (self.folder / RECORD).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_file(self.folder / RECORD, json.dumps(content, indent=1) + "\n", BackendError)
 
     @classmethod
     def read(cls, folder: Path) -> Engines:

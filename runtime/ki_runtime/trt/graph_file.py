@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ki_edge.errors import BundleError
+from ki_edge.external_data import MOST_BYTES
+from ki_edge.protobuf import Value, fields, varints
+from ki_edge.reading import read_file
 
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 # Field numbers of onnx.proto
 MODEL_GRAPH, MODEL_OPSET = 7, 8
 GRAPH_NODE, GRAPH_INITIALIZER = 1, 5
@@ -23,8 +25,8 @@ OPSET_DOMAIN, OPSET_VERSION = 1, 2
 TENSOR_DIMS, TENSOR_TYPE, TENSOR_NAME, TENSOR_EXTERNAL = 1, 2, 8, 13
 ENTRY_KEY, ENTRY_VALUE = 1, 2
 BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16, 21: 4, 22: 4}
-
-Value = int | memoryview
+MOST_DIMS = 16
+EMPTY = memoryview(b"")
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,11 @@ class GraphFile:
 
 def read_graph(path: Path) -> GraphFile:
     """Read one ONNX file. BundleError if it is damaged or no ONNX file."""
+    content = read_file(path, MOST_BYTES, BundleError)
     try:
-        model = list(_fields(memoryview(path.read_bytes())))
-        graph = [field for part in _parts(model, MODEL_GRAPH) for field in _fields(part)]
-        opsets = [dict(_fields(part)) for part in _parts(model, MODEL_OPSET)]
+        model = list(fields(memoryview(content)))
+        graph = [field for part in _parts(model, MODEL_GRAPH) for field in fields(part)]
+        opsets = [dict(fields(part)) for part in _parts(model, MODEL_OPSET)]
         opset = next(entry[OPSET_VERSION] for entry in opsets if not entry.get(OPSET_DOMAIN))
         operators = Counter(_operator(part) for part in _parts(graph, GRAPH_NODE))
         weights = dict(_weight(part) for part in _parts(graph, GRAPH_INITIALIZER))
@@ -52,8 +55,8 @@ def read_graph(path: Path) -> GraphFile:
 
 
 def _operator(node: memoryview) -> str:
-    fields = dict(_fields(node))
-    domain, name = (bytes(fields.get(key, b"")).decode() for key in (NODE_DOMAIN, NODE_OPERATOR))
+    found = dict(fields(node))
+    domain, name = (_bytes(found.get(key, EMPTY)).decode() for key in (NODE_DOMAIN, NODE_OPERATOR))
     return f"{domain}.{name}" if domain not in ("", "ai.onnx") else name
 
 
@@ -62,60 +65,27 @@ def _weight(tensor: memoryview) -> tuple[object, int]:
     dims: list[int] = []
     place: dict[bytes, bytes] = {}
     name, bits = b"", 0
-    for field, value in _fields(tensor):
+    for field, value in fields(tensor):
         if field == TENSOR_DIMS:
-            dims += _varints(value) if isinstance(value, memoryview) else [value]
+            dims += varints(value) if isinstance(value, memoryview) else [value]
         elif field == TENSOR_TYPE and isinstance(value, int):
             bits = BITS[value]
         elif isinstance(value, memoryview) and field == TENSOR_NAME:
             name = bytes(value)
         elif isinstance(value, memoryview) and field == TENSOR_EXTERNAL:
-            entry = dict(_fields(value))
-            place[bytes(entry[ENTRY_KEY])] = bytes(entry[ENTRY_VALUE])
+            entry = dict(fields(value))
+            place[_bytes(entry[ENTRY_KEY])] = _bytes(entry[ENTRY_VALUE])
+    if len(dims) > MOST_DIMS:
+        raise ValueError(f"a tensor of {len(dims)} dimensions")
     where = (place[b"location"], place.get(b"offset", b"0")) if place else name
     return where, math.ceil(math.prod(dims) * bits / 8)
 
 
-def _parts(fields: list[tuple[int, Value]], wanted: int) -> Iterator[memoryview]:
-    return (value for field, value in fields if field == wanted and isinstance(value, memoryview))
+def _bytes(value: Value) -> bytes:
+    if not isinstance(value, memoryview):
+        raise TypeError("a number where text is expected")
+    return bytes(value)
 
 
-def _fields(data: memoryview) -> Iterator[tuple[int, Value]]:
-    """Field number and value of every field of a message."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        field, wire = tag >> 3, tag & 7
-        if wire == VARINT:
-            value, at = _varint(data, at)
-            yield field, value
-            continue
-        if wire == BYTES:
-            length, at = _varint(data, at)
-        elif wire in (FIXED64, FIXED32):
-            length = 8 if wire == FIXED64 else 4
-        else:
-            raise ValueError(f"wire type {wire}")
-        if at + length > len(data):
-            raise ValueError("it ends too early")
-        yield field, data[at : at + length]
-        at += length
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, at
-        shift += 7
-
-
-def _varints(data: memoryview) -> list[int]:
-    at, found = 0, []
-    while at < len(data):
-        value, at = _varint(data, at)
-        found.append(value)
-    return found
+def _parts(found: list[tuple[int, Value]], wanted: int) -> Iterator[memoryview]:
+    return (value for field, value in found if field == wanted and isinstance(value, memoryview))

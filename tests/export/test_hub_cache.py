@@ -1,0 +1,54 @@
+"""A proven bundle in the cache of the Hub runs there, and engines are built there."""
+
+import hashlib
+import os
+
+import numpy as np
+import pytest
+
+from ki_edge.bundle import Bundle
+from ki_export.parity_cli import main as parity
+from ki_runtime.policy import Policy
+
+
+@pytest.fixture
+def cached(bundle, tmp_path):
+    """The bundle as the Hub's client lays out a repository that holds it."""
+    home = tmp_path / "hub" / "models--org--policy"
+    folder = home / "snapshots" / ("a1" * 20)
+    (home / "blobs").mkdir(parents=True)
+    for path in sorted(bundle.path.rglob("*")):
+        if path.is_file():
+            blob = home / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+            blob.write_bytes(path.read_bytes())
+            link = folder / path.relative_to(bundle.path)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(blob, link.parent))
+    return folder
+
+
+def test_it_acts_as_the_one_that_was_uploaded(bundle, cached, checkpoint, capsys):
+    rng = np.random.default_rng(0)
+    pictures = {name: rng.integers(0, 256, (14, 14, 3), dtype=np.uint8) for name in ("left", "right")}
+    observation = {"images": pictures, "state": np.zeros(2, np.float32), "prompt": "open the drawer"}
+    actions = []
+    for path in (bundle.path, cached):
+        policy = Policy.load(path, "ort", threads=1, verify=True)
+        fast = policy.infer_fast(observation)
+        actions.append((policy.infer(observation, seed=0)["actions"], fast["tokens"]))
+    np.testing.assert_array_equal(actions[0][0], actions[1][0])
+    np.testing.assert_array_equal(actions[0][1], actions[1][1])
+    assert parity([str(cached), "--checkpoint", str(checkpoint)]) == 0, capsys.readouterr().err
+
+
+def test_engines_are_built_beside_the_links(cached):
+    pytest.importorskip("tensorrt_rtx")
+    from ki_runtime.trt.api import Api
+    from ki_runtime.trt.build import BuildOptions, build
+
+    bundle = Bundle.open(cached)
+    options = BuildOptions(capabilities=((8, 6),), graphs=("denoise",), ignore_memory=True)
+    engines = build(bundle, Api.load("tensorrt_rtx"), None, options)
+    assert engines.folder.parent == cached / "engines" and engines.damage(verify=True) == []
+    assert not (cached / "engines").is_symlink()
+    Bundle.open(cached, verify=True)
