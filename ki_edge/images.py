@@ -195,16 +195,17 @@ def _axis(old: int, new: int, channels: int) -> _Axis:
 def _mix(pixels: npt.NDArray[Any], plan: _Axis, axis: int) -> Float32:
     """Linear interpolation of one axis of a matrix, float32."""
     share = plan.share[:, None] if axis == 0 else plan.share
-    # indices are valid; "clip" spares numpy a buffer
-    mixed: Float32
-    above: Float32
-    mixed, above = (
-        np.take(pixels, at, axis, mode="clip").astype(np.float32, copy=False) for at in (plan.below, plan.above)
-    )
+    mixed, above = _taken(pixels, plan.below, axis), _taken(pixels, plan.above, axis)
     above -= mixed
     above *= share
     mixed += above
     return mixed
+
+
+def _taken(pixels: npt.NDArray[Any], at: Int64, axis: int) -> Float32:
+    """Rows or columns, a copy. The places are valid; "clip" spares numpy a buffer."""
+    taken: Float32 = np.take(pixels, at, axis, mode="clip").astype(np.float32, copy=False)
+    return taken
 
 
 def _to_unit(image: npt.NDArray[Any]) -> Float32:
