@@ -210,9 +210,8 @@ def _taken(pixels: npt.NDArray[Any], at: Int64, axis: int) -> Float32:
 
 def _to_unit(image: npt.NDArray[Any]) -> Float32:
     """Bytes or floats in 0..1 as float32 0..1."""
-    if image.dtype == np.uint8:
-        return np.divide(image, np.float32(255), dtype=np.float32)
-    return image.astype(np.float32, copy=False)
+    unit: Float32 = image.astype(np.float32, copy=False)
+    return unit / np.float32(255) if image.dtype == np.uint8 else unit
 
 
 def _clipped(pixels: Float32, of: np.dtype[Any]) -> Float32:
