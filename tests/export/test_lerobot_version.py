@@ -138,7 +138,7 @@ def test_before_04_the_margin_was_elsewhere(old, tokenizer):
     edit(old / "config.json", lambda c: c.update(resize_imgs_with_padding=c.pop("image_resolution")))
     facts = describe(old, tokenizer)
     assert (facts.contract.resize, facts.known["resize"]) == ("torch_pad_03", "config.json")
-    with pytest.raises(CheckpointError, match="is of LeRobot before 0.4, since its config.json has 'resize_imgs"):
+    with pytest.raises(CheckpointError, match=r"is of LeRobot before 0\.4, since its config\.json has 'resize_imgs"):
         describe(old, tokenizer, lerobot_version="0.4")
 
 
