@@ -67,6 +67,8 @@ def export(
     where = checkpoint if isinstance(checkpoint, Where) else Where(str(checkpoint))
     opened = open_checkpoint(with_horizon(where, options.policy), say)
     files = None if options.model_only else _policy(opened, options.policy)
+    if files is not None:
+        opened = opened.with_pictures(files.contract.pictures)
     with write_bundle(output, force=options.force) as writer, ThreadPoolExecutor(1) as hasher:
         hashes = hasher.submit(hash_files, opened.source.files)
         plan = _plan(opened, files, options, say)

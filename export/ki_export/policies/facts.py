@@ -55,8 +55,8 @@ def describe_policy(
     `settings` is config.json, `format` one of `ki_edge.checkpoints.formats.Format`, `config` the model's geometry if it
     is known.
     """
-    if request.pad_state_first is not None and format != "lerobot":
-        raise ArgumentError(f"the padded-state prompt is an option of LeRobot checkpoints; {folder} is {format}")
+    if request.lerobot_version is not None and format != "lerobot":
+        raise ArgumentError(f"--lerobot-version is for LeRobot's checkpoints; {folder} is {format}: leave it out")
     reader = read_native if (folder / CONTRACT).is_file() else READERS[format]
     record = reader(folder, settings, config, request)
     tokenizer = find_tokenizer(folder, request.tokenizer, record.tokenizers)

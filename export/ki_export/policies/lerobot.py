@@ -1,7 +1,8 @@
 """LeRobot's checkpoints: config.json and the two processors record the whole policy.
 
 Read after lerobot/policies/pi05/{configuration,processor,modeling}_pi05.py and lerobot/processor/. What LeRobot does
-without recording it is asked for: whether the state in the prompt was padded, as up to version 0.4.
+without recording it is asked for: its version, which decides the margin of pictures and the padding of the prompt's
+state.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .lerobot_processors import (
     Processor,
 )
 from .lerobot_steps import read_prompt, read_relative
+from .lerobot_version import EITHER, read_version
 from .records import PALIGEMMA, Record
 from .request import GIVE_CONTRACT, ContractFile, PolicyRequest, read_given
 from .statistics import Statistics, find_statistics
@@ -66,9 +68,10 @@ def read_lerobot(
             notes.missing.append(str(found))
         exact = False
     else:
-        tokenizers = read_prompt(before, settings, request, notes)
+        tokenizers = read_prompt(before, notes)
         read_relative(before, after, notes)
         statistics, exact = _read_statistics(before, after, request, notes)
+    read_version(folder, settings, before, request, notes)
     contract = _contract(request, notes)
     return Record(contract, statistics, notes.known, tuple(notes.missing), tokenizers, notes.values, exact)
 
@@ -118,14 +121,24 @@ def _read_statistics(
 def _contract(request: PolicyRequest, notes: Notes) -> PolicyContract | None:
     given = read_given(request)
     if given is None:
-        if any("--contract" in sentence or "--padded" in sentence for sentence in notes.missing):
+        if any("--contract" in sentence or "--lerobot-version" in sentence for sentence in notes.missing):
             return None
         return PolicyContract(robot="generic", **notes.values)
     _check_cameras(given.contract, given.name, notes)
     values = {name: value for name, value in notes.values.items() if name != "cameras"}
-    answered = ("--contract", "--padded") if isinstance(given, ContractFile) else ("--contract",)
+    answered: tuple[str, ...] = ("--contract",)
+    if isinstance(given, ContractFile):
+        answered += ("--lerobot-version",)
+        values = {name: value for name, value in values.items() if notes.known[name] != EITHER}
     notes.missing[:] = [sentence for sentence in notes.missing if not any(flag in sentence for flag in answered)]
-    return given.combine(values, FIXED)
+    if any("--lerobot-version" in sentence for sentence in notes.missing):
+        return None  # a preset's pictures are openpi's
+    contract = given.combine(values, FIXED)
+    if contract.pictures != "float32":
+        raise CheckpointError(
+            f"{given.name}: resize is {contract.resize}; LeRobot's is torch_pad (torch_pad_04 up to version 0.4)"
+        )
+    return contract
 
 
 def _check_cameras(contract: PolicyContract, name: str, notes: Notes) -> None:

@@ -11,6 +11,7 @@ from ki_edge.contract import PRESETS, PolicyContract
 from ki_edge.errors import ArgumentError, CheckpointError
 
 NAMES = "|".join(PRESETS)
+LEROBOT_VERSIONS = ("0.4", "0.5")  # what they differ in is in lerobot_version.py
 GIVE_CONTRACT = f"give --contract {NAMES} or a FILE"
 
 
@@ -20,7 +21,7 @@ class PolicyRequest:
 
     `contract`: name of a preset, or path of a JSON file; `assets`: norm_stats.json or a folder that holds one;
     `tokenizer`: a tokenizer.model file; `fast`: a folder of the FAST codec; `prompt`: the default prompt;
-    `pad_state_first`: whether the prompt holds the padded state, as LeRobot up to 0.4 wrote it.
+    `lerobot_version`: of LEROBOT_VERSIONS, what a LeRobot policy was trained with; "0.5" stands for all newer ones.
     """
 
     contract: str | None = None
@@ -28,7 +29,7 @@ class PolicyRequest:
     tokenizer: Path | None = None
     fast: Path | None = None
     prompt: str | None = None
-    pad_state_first: bool | None = None
+    lerobot_version: str | None = None
 
 
 @dataclass(frozen=True)
