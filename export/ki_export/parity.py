@@ -12,7 +12,10 @@ from ki_edge.contract import PolicyContract
 from ki_edge.errors import ArgumentError, ParityError
 from ki_edge.model import Checkpoint
 from ki_edge.prompt import PromptTokenizer
+from ki_edge.witness import WITNESS
+from ki_runtime.backends import choose_backend
 
+from .arithmetic.session import SIXTEEN_BITS
 from .bars import measure
 from .cases import Case, compact_cases, standard_cases
 from .changed import changed_weights
@@ -23,6 +26,7 @@ from .provenance import tool_versions
 from .ranges_report import read_ranges
 from .report import to_json, write_report
 from .sides import Method, Sides, choose_method, open_sides
+from .witnessing import call_witness
 
 MAX_PROMPT = 200  # tokens, where neither contract nor checkpoint says: π0.5's
 CAMERAS = 3
@@ -32,16 +36,30 @@ TOKENIZER = "assets/tokenizer.model"
 Say = Callable[[str], object]
 
 
+Then = Callable[[Sides, Comparison, Progress], None]
+
+
 def prove(writer: BundleWriter, bundle: Bundle, checkpoint: Checkpoint, say: Say) -> Bundle:
-    """Compare a sealed bundle with its checkpoint, add report and verdict, seal again. ParityError if a bar fails."""
+    """Compare a sealed bundle with its checkpoint, add report, witness and verdict, seal again.
+
+    ParityError if a bar fails.
+    """
     start = time.perf_counter()
-    comparison = compare_with_checkpoint(bundle, checkpoint, say)
+
+    def keep_witness(sides: Sides, comparison: Comparison, progress: Progress) -> None:
+        witness, found = call_witness(sides, comparison, progress)
+        comparison.measurements += found
+        witness.write(writer.folder / WITNESS)
+
+    comparison = compare_with_checkpoint(bundle, checkpoint, say, then=keep_witness)
     if comparison.explanation is not None:
         raise ParityError(comparison.explanation)
     facts = report_facts(bundle)
     write_report(writer.folder, comparison, facts, read_ranges(bundle.path))
     report = to_json(comparison, {})
     verdict = {key: report[key] for key in ("verified", "reference", "method", "cases", "worst")}
+    if bundle.manifest.precision not in SIXTEEN_BITS:  # those are proven by no engine, but in exact arithmetic
+        verdict["proven_by"] = dict(choose_backend("ort").setting(bundle, tuple(bundle.manifest.graphs)).facts)
     peak = peak_memory()
     memory = "" if peak is None else f", peak memory {peak / 1e9:.1f} GB"
     say(f"verified, model {comparison.method} ({time.perf_counter() - start:.1f} s{memory})")
@@ -49,11 +67,12 @@ def prove(writer: BundleWriter, bundle: Bundle, checkpoint: Checkpoint, say: Say
 
 
 def compare_with_checkpoint(
-    bundle: Bundle, checkpoint: Checkpoint, say: Say, *, method: Method | None = None
+    bundle: Bundle, checkpoint: Checkpoint, say: Say, *, method: Method | None = None, then: Then | None = None
 ) -> Comparison:
     """Cases of every kind against the PyTorch model; `explanation` tells of the first failure.
 
-    `method`: whether both sides are held whole or in pieces; None: as size of model and memory demand.
+    `method`: whether both sides are held whole or in pieces; None: as size of model and memory demand. `then`: what is
+    done with both sides while they are open, if every bar holds.
     """
     if checkpoint.config != bundle.manifest.config:
         raise ArgumentError(
@@ -64,12 +83,14 @@ def compare_with_checkpoint(
     sides = open_sides(bundle, checkpoint, method or choose_method(checkpoint.config), progress)
     cases = _prepare(sides, checkpoint)
     comparison = compare(sides, cases, progress)
+    comparison.reference = f"the PyTorch model of checkpoint {checkpoint.path.resolve().name}"
     if CHANGED_WEIGHTS in sides.bars:
         with progress.stage("comparing all weights"):
             changed = len(changed_weights(bundle, checkpoint))
         found = measure("the weights file", RUNTIME, CHANGED_WEIGHTS, changed, 0, bars=sides.bars)
         comparison.measurements.append(found)
-    comparison.reference = f"the PyTorch model of checkpoint {checkpoint.path.resolve().name}"
+    if then is not None and not comparison.failures:
+        then(sides, comparison, progress)
     if comparison.failures:
         with progress.stage("looking for the cause"):
             model = sides.model

@@ -24,7 +24,7 @@ from ki_edge.bundle import Bundle
 from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_edge.graphs import Dim, GraphSpec, TensorSpec
 
-from .backends import GraphOpener, SessionOptions
+from .backends import GraphOpener, SessionOptions, Setting
 from .session import Binding, Buffer, HostBuffer, Session
 
 ELEMENT_TYPES = {"uint8": "uint8", "bool": "bool", "int32": "int32", "float32": "float"}
@@ -111,6 +111,12 @@ def connect(bundle: Bundle, package: str, options: SessionOptions) -> GraphOpene
     return lambda graph: open_session(bundle, graph, options)
 
 
+def setting(bundle: Bundle, package: str, names: Sequence[str]) -> Setting:
+    """Results depend on the engine's version and on the processor, whose kernels it chooses."""
+    facts = {"onnxruntime": str(onnxruntime().__version__), "processor": processor()}
+    return Setting(facts, bundle.path / "engines" / "ort")
+
+
 def open_session(bundle: Bundle, graph: GraphSpec, options: SessionOptions) -> OrtSession:
     """Load one graph of a bundle on the CPU."""
     manifest = bundle.manifest
@@ -164,10 +170,22 @@ def _multiplies_bytes_exactly() -> bool:
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return True
+    return bool({"avx512_vnni", "avx_vnni", "amx_int8"} & set(_cpu_info("flags").split()))
+
+
+def processor() -> str:
+    """Architecture and model of this machine's processor: "x86_64 Intel(R) Xeon(R) ..."."""
+    names = (_cpu_info("model name"), _cpu_info("CPU implementer"), _cpu_info("CPU part"))
+    model = " ".join(name for name in names if name) or platform.processor()
+    return f"{platform.machine()} {model}".strip()
+
+
+def _cpu_info(name: str) -> str:
+    """A line's value of the kernel's description of the first processor that has it; empty without one."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return bool({"avx512_vnni", "avx_vnni", "amx_int8"} & set(flags.split()))
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    found = next((line for line in lines if line.split(":")[0].strip() == name), "")
+    return found.partition(":")[2].strip()
 
 
 def _ort_value(buffer: Buffer) -> Any:
