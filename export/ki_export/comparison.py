@@ -53,7 +53,8 @@ class Answer:
 class Comparison:
     """What was compared. `traces`: actions f32 [H,A] of the first case, the bundle's and the reference's.
 
-    `answers`: the reference's results by case; `precision`: the bundle's; `method`: how the reference was held: "resident", "streamed", "recorded";
+    `answers`: the reference's results by case; `precision`: the bundle's; `method`: how the reference was held:
+    "resident", "streamed", "recorded";
     `explanation`: one line about the first failure, None if there is none.
     """
 
@@ -108,17 +109,21 @@ def _compare_case(
     states = [torch.from_numpy(case.noise)]
     with progress.stage("PyTorch and denoise graph", sides.steps(steps * config.expert.depth, denoise=steps)):
         found += _denoise(sides, case, observation, prefix, states)
-    with progress.stage("PyTorch and FAST graph", sides.steps(case.max_tokens * depth, fast_decode=case.max_tokens)):
-        logits, expected, decided = _fast(sides, case, observation, prefix)
-        found += logits
+    fast = _Continued()
+    if sides.has_fast:
+        with progress.stage(
+            "PyTorch and FAST graph", sides.steps(case.max_tokens * depth, fast_decode=case.max_tokens)
+        ):
+            fast = _fast(sides, case, observation, prefix)
+            found += fast.found
     with progress.stage("the runtime's actions", sides.steps(0, prefix=1, denoise=steps)):
         trace = sides.sampler.trace(*case.inputs, state=case.state, noise=case.noise, num_steps=steps)
         found += _runtime(sides, case, trace, prefix, states)
-    if all(np.isfinite(m.error) for m in logits):  # else the runtime refuses to choose a token
+    if sides.has_fast and all(np.isfinite(m.error) for m in fast.found):  # else the runtime refuses to choose a token
         with progress.stage("the runtime's FAST tokens", sides.steps(0, fast_decode=case.max_tokens)):
             ids = sides.sampler.sample_fast_tokens(*case.inputs, **_decoding(sides, case))
-        found.append(measure(case.name, RUNTIME, "greedy_ids", ids, expected.numpy(), bars=sides.bars))
-    answer = Answer(case, states[-1].numpy(), expected.numpy(), *np.array(decided, np.float32).reshape(-1, 3).T)
+        found.append(measure(case.name, RUNTIME, "greedy_ids", ids, fast.ids, bars=sides.bars))
+    answer = Answer(case, states[-1].numpy(), fast.ids, *np.array(fast.decided, np.float32).reshape(-1, 3).T)
     return found, (trace.x[-1][0], states[-1][0].numpy()), answer
 
 
@@ -178,15 +183,19 @@ def _denoise(
         states.append(expected)
 
 
-def _fast(
-    sides: Sides, case: Case, observation: Observation, prefix: tuple[Tensor, ...]
-) -> tuple[list[Measurement], Tensor, list[tuple[float, float, float]]]:
-    """Every decoding step of the reference replayed through the graph; the reference's greedy ids, and how it decided.
+@dataclass
+class _Continued:
+    """FAST decoding: its comparisons, the reference's greedy ids, and each step's margin, error and size (`Answer`)."""
 
-    That is, for each step: margin, error and size as of `Answer`.
-    """
-    found: list[Measurement] = []
-    decided: list[tuple[float, float, float]] = []
+    found: list[Measurement] = field(default_factory=list)
+    ids: Array = field(default_factory=lambda: np.zeros((1, 0), np.int64))
+    decided: list[tuple[float, float, float]] = field(default_factory=list)
+
+
+def _fast(sides: Sides, case: Case, observation: Observation, prefix: tuple[Tensor, ...]) -> _Continued:
+    """Every decoding step of the reference replayed through the graph."""
+    result = _Continued()
+    found, decided = result.found, result.decided
     columns = sides.bundle.manifest.vocabulary.ids
     allowed = np.isin(columns, sides.model.decode_ids or columns)
 
@@ -202,8 +211,8 @@ def _fast(
                 found.append(measure(case.name, "fast_decode", name, ours, theirs, layer, sides.bars))
 
     with watched(sides.model, columns, replay), known_prefix(sides.model, prefix):
-        ids = sides.model.sample_fast_tokens(observation, **_decoding(sides, case))
-    return found, ids, decided
+        result.ids = sides.model.sample_fast_tokens(observation, **_decoding(sides, case)).numpy()
+    return result
 
 
 def _decoding(sides: Sides, case: Case) -> dict[str, Any]:

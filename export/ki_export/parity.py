@@ -17,16 +17,16 @@ from ki_runtime.backends import choose_backend
 
 from .arithmetic.session import SIXTEEN_BITS
 from .bars import measure
-from .cases import Case, compact_cases, standard_cases
+from .cases import Case, compact_cases, engine_cases, standard_cases
 from .changed import changed_weights
 from .comparison import RUNTIME, Comparison, compare
-from .diagnosis import explain
+from .diagnosis import explain, summary
 from .progress import Progress, peak_memory
 from .provenance import tool_versions
 from .ranges_report import read_ranges
 from .report import to_json, write_report
-from .sides import Method, Sides, choose_method, open_sides
-from .witnessing import call_witness
+from .sides import Method, Sides, choose_method, open_engine, open_sides
+from .witnessing import call_witness, limits
 
 MAX_PROMPT = 200  # tokens, where neither contract nor checkpoint says: π0.5's
 CAMERAS = 3
@@ -67,20 +67,29 @@ def prove(writer: BundleWriter, bundle: Bundle, checkpoint: Checkpoint, say: Say
 
 
 def compare_with_checkpoint(
-    bundle: Bundle, checkpoint: Checkpoint, say: Say, *, method: Method | None = None, then: Then | None = None
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    say: Say,
+    *,
+    method: Method | None = None,
+    backend: str | None = None,
+    then: Then | None = None,
 ) -> Comparison:
     """Cases of every kind against the PyTorch model; `explanation` tells of the first failure.
 
-    `method`: whether both sides are held whole or in pieces; None: as size of model and memory demand. `then`: what is
-    done with both sides while they are open, if every bar holds.
+    `method`: whether both sides are held whole or in pieces; None: as size of model and memory demand. `backend`: what
+    computes the bundle, proven or not; None: ONNX Runtime on the CPU, and 16-bit bundles exactly in their types.
+    `then`: what is done with both sides while they are open, if every bar holds.
     """
     if checkpoint.config != bundle.manifest.config:
         raise ArgumentError(
             f"{checkpoint.path} is not this bundle's checkpoint: its geometry is {checkpoint.config}, "
             f"the bundle's {bundle.manifest.config}"
         )
-    progress = Progress(say)
-    sides = open_sides(bundle, checkpoint, method or choose_method(checkpoint.config), progress)
+    progress, method = Progress(say), method or choose_method(checkpoint.config)
+    if backend is not None:
+        return _compare_engine(bundle, checkpoint, method, progress, backend)
+    sides = open_sides(bundle, checkpoint, method, progress)
     cases = _prepare(sides, checkpoint)
     comparison = compare(sides, cases, progress)
     comparison.reference = f"the PyTorch model of checkpoint {checkpoint.path.resolve().name}"
@@ -96,6 +105,23 @@ def compare_with_checkpoint(
             model = sides.model
             del sides  # and with it the graphs' memory
             comparison.explanation = explain(comparison, bundle, checkpoint, model, cases)
+    return comparison
+
+
+def _compare_engine(
+    bundle: Bundle, checkpoint: Checkpoint, method: Method, progress: Progress, backend: str
+) -> Comparison:
+    """The same cases, as far as a backend's engines take them."""
+    sides, chosen = open_engine(bundle, checkpoint, method, progress, backend)
+    cameras, tokens = limits(bundle.manifest)
+    comparison = compare(sides, engine_cases(_prepare(sides, checkpoint), cameras=cameras, max_prompt=tokens), progress)
+    comparison.reference = f"the PyTorch model of checkpoint {checkpoint.path.resolve().name}, on backend {chosen.name}"
+    if comparison.failures:
+        worst, failed = comparison.worst, len(comparison.failures)
+        comparison.explanation = (
+            f"{summary(worst)}; {failed} of {len(comparison.measurements)} comparisons failed; backend '{chosen.name}' "
+            "computes it differently: its version, its driver, or this precision on this device"
+        )
     return comparison
 
 

@@ -8,7 +8,7 @@ actions and to each other. FAST tokens are proven when they are first asked for:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +23,7 @@ from ki_edge.errors import BackendError, BundleError
 from ki_edge.witness import WITNESS, Witness, has_witness, read_witness
 
 from . import verdict as verdicts
-from .backends import Backend, SessionOptions, Setting, Unproven
+from .backends import Backend, SessionOptions, Setting, Unproven, connect
 from .verdict import ACTIONS, FAST, Row, Verdict
 
 if TYPE_CHECKING:
@@ -80,6 +80,32 @@ class Prover:
 
 
 _WORDS = {ACTIONS: "action", FAST: "FAST token"}
+
+
+def repeat_proof(bundle: Bundle, backend: str, say: Callable[[str], object]) -> list[Verdict]:
+    """Run the witness on a backend ("auto": the first that can), whatever was found before.
+
+    Actions first, then FAST tokens where the policy has them. The verdicts are written down and hold from then on.
+    BundleError if the bundle has no witness, BackendError if the backend cannot run it; an engine that is wrong is a
+    verdict.
+    """
+    from .sampler import Sampler
+
+    read_witness(bundle)
+    options = SessionOptions(say=say)
+    connection = connect(bundle, backend, options, graphs.specs(bundle.manifest.config)[:2])
+    sampler = Sampler(bundle, connection.open, connection.backend)
+    prover = Prover(bundle, connection.backend, options)
+    found = [prover.repeat(ACTIONS, sampler)]
+    contract = bundle.manifest.contract
+    if contract is not None and contract.get("fast") is not None:
+        try:
+            sampler.prepare_fast()
+        except BackendError as error:
+            say(f"FAST tokens are not proven: {error}")
+        else:
+            found.append(prover.repeat(FAST, sampler))
+    return found
 
 
 def examine(sampler: Sampler, witness: Witness, rounds: int = ROUNDS) -> list[Row]:

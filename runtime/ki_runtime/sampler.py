@@ -194,6 +194,11 @@ class Sampler:
             self.timing = StageTimes(prefix=middle - start, fast=time.perf_counter_ns() - middle)
         return tokens
 
+    def prepare_fast(self) -> None:
+        """Open the FAST graph now rather than at its first use. BackendError if it cannot be opened."""
+        with self._lock:
+            self._fast_stage()
+
     def trace(
         self,
         images: npt.ArrayLike,
@@ -257,8 +262,7 @@ class Sampler:
             prover, self._unproven = self._unproven, None
             if prover is not None:
                 try:
-                    with self._lock:
-                        self._fast_stage()  # an engine must exist to be proven
+                    self.prepare_fast()  # an engine must exist to be proven
                     prover.require(FAST, self)
                 except BaseException:
                     self._unproven = prover

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,6 +115,29 @@ class Verdict:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BackendError(f"{where} is no verdict ({error!r:.80})") from None
         return found
+
+
+def table(verdicts: Sequence[Verdict]) -> list[str]:
+    """For people: what was compared with what, a line an observation, and the outcome."""
+    facts, lines = verdicts[0].facts, []
+    about = ", ".join(
+        f"{name} {facts[name]}" for name in facts if name not in ("witness", "model", "backend", "GPU id")
+    )
+    lines.append(f"backend {facts['backend']}: {about}")
+    lines.append(f"{'observation':28} {'by steps':>9} {'recorded':>9} {'allowed':>9} {'cosine':>12} {'apart':>9}")
+    for verdict in verdicts:
+        for row in verdict.rows:
+            mark = "" if row.passed else "  FAILED"
+            if verdict.part == FAST:
+                outcome = "identical" if row.passed else "other tokens than the reference's"
+                lines.append(f"{'FAST, ' + row.what:28} {outcome}{mark}")
+                continue
+            recorded, apart = (f"{'-':>9}" if x is None else f"{x:9.1e}" for x in (row.recorded, row.apart))
+            figures = f"{row.eager:9.1e} {recorded} {row.allowed:9.1e} {1 - row.cosine:12.9f} {apart}"
+            lines.append(f"{row.what:28} {figures}{mark}")
+    passed = all(verdict.passed for verdict in verdicts)
+    lines.append(f"{'proven' if passed else 'REFUSED'} on this machine, {verdicts[0].date}")
+    return lines
 
 
 def key_of(part: str, facts: Mapping[str, str]) -> str:
