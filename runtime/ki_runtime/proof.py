@@ -23,7 +23,7 @@ from ki_edge.errors import BackendError, BundleError
 from ki_edge.witness import WITNESS, Witness, has_witness, read_witness
 
 from . import verdict as verdicts
-from .backends import Backend, SessionOptions, Setting, Unproven, connect
+from .backends import Backend, SessionOptions, Setting, Unproven, choose_backend, connect
 from .verdict import ACTIONS, FAST, Row, Verdict
 
 if TYPE_CHECKING:
@@ -32,6 +32,17 @@ if TYPE_CHECKING:
 F32 = npt.NDArray[np.float32]
 ROUNDS = 3  # of the recorded sequence: it is recorded in the first, and replayed in the others
 GRAPHS = {ACTIONS: (graphs.PREFIX.name, graphs.DENOISE.name), FAST: (graphs.FAST_DECODE.name,)}
+
+
+AT_EXPORT = "proven at its export, by the same engine on the same processor"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """`proven`: None if nothing is known. `text`: in a few words, with figures and date."""
+
+    proven: bool | None
+    text: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +63,7 @@ class Prover:
             return Unproven(without_witness(self.bundle))
         setting = self.backend.setting(self.bundle, GRAPHS[part])
         if proven_by(self.bundle) == dict(setting.facts):
-            return "proven at its export, by the same engine on the same processor"
+            return AT_EXPORT
         facts = facts_of(self.bundle, setting)
         found = verdicts.find(part, facts, setting.folder)
         if found is None:
@@ -106,6 +117,33 @@ def repeat_proof(bundle: Bundle, backend: str, say: Callable[[str], object]) -> 
         else:
             found.append(prover.repeat(FAST, sampler))
     return found
+
+
+def standing(bundle: Bundle, backend: str) -> Standing:
+    """What is known of a backend here, from what was written down; nothing is run. BackendError for an unknown name."""
+    chosen = choose_backend(backend, bundle)
+    if not has_witness(bundle.manifest):
+        return Standing(None, without_witness(bundle))
+    found = {part: _written(bundle, chosen, part) for part in (ACTIONS, FAST)}
+    wrong = next((v for v in found.values() if isinstance(v, Verdict) and not v.passed), None)
+    if wrong is not None:
+        return Standing(False, f"refused here on {wrong.date[:10]}: {wrong.figures()}")
+    acting = found[ACTIONS]
+    if isinstance(acting, Verdict):
+        fast = "; FAST tokens too" if isinstance(found[FAST], Verdict) else ""
+        return Standing(True, f"proven here on {acting.date[:10]}: {acting.figures()}{fast}")
+    return Standing(True if acting else None, acting or "not yet proven here")
+
+
+def _written(bundle: Bundle, backend: Backend, part: str) -> Verdict | str:
+    """The verdict that was written down, or why none is needed; empty if neither."""
+    try:
+        setting = backend.setting(bundle, GRAPHS[part])
+    except BackendError:  # its engines do not exist
+        return ""
+    if proven_by(bundle) == dict(setting.facts):
+        return AT_EXPORT
+    return verdicts.find(part, facts_of(bundle, setting), setting.folder) or ""
 
 
 def examine(sampler: Sampler, witness: Witness, rounds: int = ROUNDS) -> list[Row]:
