@@ -29,6 +29,10 @@ from .session import Binding, Buffer, HostBuffer, Session
 
 ELEMENT_TYPES = {"uint8": "uint8", "bool": "bool", "int32": "int32", "float32": "float"}
 ERRORS_ONLY = 3
+VECTOR_UNITS = (
+    *("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16"),
+    *("asimd", "asimddp", "bf16", "i8mm", "sve", "sve2"),
+)
 
 
 @dataclass(frozen=True)
@@ -174,10 +178,11 @@ def _multiplies_bytes_exactly() -> bool:
 
 
 def processor() -> str:
-    """Architecture and model of this machine's processor: "x86_64 Intel(R) Xeon(R) ..."."""
-    names = (_cpu_info("model name"), _cpu_info("CPU implementer"), _cpu_info("CPU part"))
-    model = " ".join(name for name in names if name) or platform.processor()
-    return f"{platform.machine()} {model}".strip()
+    """Architecture, model and vector units of this machine's processor: what engines choose their kernels by."""
+    names = ("model name", "cpu family", "model", "CPU implementer", "CPU part")
+    model = " ".join(found for name in names if (found := _cpu_info(name))) or platform.processor()
+    units = sorted(set(VECTOR_UNITS) & set((_cpu_info("flags") or _cpu_info("Features")).split()))
+    return " ".join([platform.machine(), model, *units])
 
 
 def _cpu_info(name: str) -> str:

@@ -62,10 +62,10 @@ class Prover:
         if not has_witness(self.bundle.manifest):
             return Unproven(without_witness(self.bundle))
         setting = self.backend.setting(self.bundle, GRAPHS[part])
-        if proven_by(self.bundle) == dict(setting.facts):
-            return AT_EXPORT
         facts = facts_of(self.bundle, setting)
         found = verdicts.find(part, facts, setting.folder)
+        if found is None and proven_by(self.bundle) == dict(setting.facts):
+            return AT_EXPORT
         if found is None:
             self.options.say(f"{self.backend.name}: runs the bundle's witness, once, before its first {_WORDS[part]}")
             found = self._judge(part, sampler, facts, setting)
@@ -141,9 +141,8 @@ def _written(bundle: Bundle, backend: Backend, part: str) -> Verdict | str:
         setting = backend.setting(bundle, GRAPHS[part])
     except BackendError:  # its engines do not exist
         return ""
-    if proven_by(bundle) == dict(setting.facts):
-        return AT_EXPORT
-    return verdicts.find(part, facts_of(bundle, setting), setting.folder) or ""
+    found = verdicts.find(part, facts_of(bundle, setting), setting.folder)
+    return found or (AT_EXPORT if proven_by(bundle) == dict(setting.facts) else "")
 
 
 def examine(sampler: Sampler, witness: Witness, rounds: int = ROUNDS) -> list[Row]:
