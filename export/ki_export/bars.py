@@ -93,6 +93,37 @@ BFLOAT16 = {
 
 BARS = {"float32": FLOAT32, "int8": INT8, "float16": FLOAT16, "bfloat16": BFLOAT16}  # by the manifest's precision
 
+# What the witness of a bundle holds every engine to, wherever it runs: the actions, their direction, two runs apart.
+SAME_KERNELS = "one engine, the same kernels and inputs: only sums that are added in no fixed order may differ"
+WITNESS = {
+    "float32": {
+        "actions": Bar(
+            2e-4,
+            False,
+            "ten times what ONNX Runtime is held to on a CPU: other engines choose the order of every sum and "
+            "approximate exponentials; products in TF32 would show, they are off by 1e-3",
+        ),
+        "actions_direction": Bar(1e-7, False, "of actions of order 1 that differ by that much", COSINE),
+        "apart": Bar(2e-5, False, SAME_KERNELS),
+    },
+    "float16": {
+        "actions": FLOAT16["actions"],
+        "actions_direction": FLOAT16["actions_direction"],
+        "apart": Bar(1e-3, False, SAME_KERNELS),
+    },
+    "bfloat16": {
+        "actions": BFLOAT16["actions"],
+        "actions_direction": BFLOAT16["actions_direction"],
+        "apart": Bar(1e-2, False, SAME_KERNELS),
+    },
+    "int8": {
+        "actions": Bar(1.0, True, "of a range from -1 to 1: what the direction below allows to a single number"),
+        "actions_direction": INT8["actions"],
+        "apart": Bar(1e-3, False, SAME_KERNELS),
+    },
+}
+FAST_TIE = 16.0  # times the proving engine's error of the logits: other engines, and the K/V before, add theirs
+
 
 def bars_of(precision: str) -> Mapping[str, Bar]:
     """The bars of a bundle's precision; ArgumentError for one that has none."""

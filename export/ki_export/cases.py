@@ -78,6 +78,34 @@ def compact_cases(config: Pi05Config, *, cameras: int, num_steps: int, forced: t
     return [replace(case, max_tokens=2)]
 
 
+def engine_cases(cases: Sequence[Case], *, cameras: int, max_prompt: int) -> list[Case]:
+    """Those cases that an engine takes which was built for one observation, so many cameras and so long a prompt."""
+    found = []
+    for case in cases:
+        kept = np.ones(case.camera_mask.shape[1], np.bool_)
+        if kept.size > cameras:  # the slot that was added so that a camera can be absent
+            kept = case.camera_mask[0]
+        if len(case.images) == 1 and kept.sum() <= cameras:
+            tokens, mask = case.prompt_tokens[:, :max_prompt], case.prompt_mask[:, :max_prompt]
+            images, camera_mask = case.images[:, kept], case.camera_mask[:, kept]
+            found.append(replace(case, images=images, camera_mask=camera_mask, prompt_tokens=tokens, prompt_mask=mask))
+    return found
+
+
+def twin(config: Pi05Config, case: Case) -> Case:
+    """Other content in the shapes of a case of one observation: what a record that is replayed must not confuse."""
+    length = int(case.prompt_mask.sum())
+    return _draw(config, "other content", 4, case.camera_mask, [length], case.num_steps, case.forced)
+
+
+def compact_companions(config: Pi05Config, case: Case, *, cameras: int, max_prompt: int) -> Case:
+    """In one batch, so that each layer is read once: a compact case's twin, and all cameras with a full prompt."""
+    slots = case.camera_mask.shape[1]
+    masks = np.concatenate([case.camera_mask, np.arange(slots)[None] < cameras])
+    lengths = [int(case.prompt_mask.sum()), max_prompt]
+    return _draw(config, "other content, and full-length prompt", 4, masks, lengths, case.num_steps, case.forced)
+
+
 def _draw(
     config: Pi05Config, name: str, seed: int, mask: Array, lengths: list[int], num_steps: int, forced: tuple[int, ...]
 ) -> Case:

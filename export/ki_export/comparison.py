@@ -33,11 +33,28 @@ DIRECTION = "actions_direction"  # the actions again, held to another metric
 RUNTIME = "runtime"  # stands for the three graphs driven by the Sampler
 
 
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What the reference answers to a case, kept for the witness.
+
+    `actions` f32 [B,H,A], `ids` i64 [B,m]. Of each FAST step, over the tokens that it may emit: `margins` f32 [m], by
+    which the best of the first row wins; `errors` and `sizes` f32 [m], the graph's largest error and the largest logit.
+    """
+
+    case: Case
+    actions: Array
+    ids: Array
+    margins: Array
+    errors: Array
+    sizes: Array
+
+
 @dataclass
 class Comparison:
     """What was compared. `traces`: actions f32 [H,A] of the first case, the bundle's and the reference's.
 
-    `precision`: the bundle's; `method`: how the reference was held: "resident", "streamed", "recorded";
+    `answers`: the reference's results by case; `precision`: the bundle's; `method`: how the reference was held:
+    "resident", "streamed", "recorded";
     `explanation`: one line about the first failure, None if there is none.
     """
 
@@ -45,6 +62,7 @@ class Comparison:
     precision: str
     method: str
     cases: list[dict[str, Any]] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
     traces: tuple[Array, Array] | None = None
     explanation: str | None = None
@@ -69,8 +87,9 @@ def compare(sides: Sides, cases: Sequence[Case], progress: Progress) -> Comparis
     """Every tensor of every case against the model."""
     result = Comparison("the PyTorch model", sides.bundle.manifest.precision, sides.method)
     for case in cases:
-        found, traces = _compare_case(sides, case, progress)
+        found, traces, answer = _compare_case(sides, case, progress)
         result.measurements += found
+        result.answers.append(answer)
         result.traces = result.traces or traces
         result.cases.append(case.describe())
         worst = max(found, key=lambda m: m.severity)
@@ -78,7 +97,9 @@ def compare(sides: Sides, cases: Sequence[Case], progress: Progress) -> Comparis
     return result
 
 
-def _compare_case(sides: Sides, case: Case, progress: Progress) -> tuple[list[Measurement], tuple[Array, Array]]:
+def _compare_case(
+    sides: Sides, case: Case, progress: Progress
+) -> tuple[list[Measurement], tuple[Array, Array], Answer]:
     observation, config = observe(case), sides.model.config
     steps, depth = case.num_steps, config.backbone.depth
     with progress.stage("PyTorch prefix", sides.steps(config.vision.depth + depth)):
@@ -88,17 +109,22 @@ def _compare_case(sides: Sides, case: Case, progress: Progress) -> tuple[list[Me
     states = [torch.from_numpy(case.noise)]
     with progress.stage("PyTorch and denoise graph", sides.steps(steps * config.expert.depth, denoise=steps)):
         found += _denoise(sides, case, observation, prefix, states)
-    with progress.stage("PyTorch and FAST graph", sides.steps(case.max_tokens * depth, fast_decode=case.max_tokens)):
-        logits, expected = _fast(sides, case, observation, prefix)
-        found += logits
+    fast = _Continued()
+    if sides.has_fast:
+        with progress.stage(
+            "PyTorch and FAST graph", sides.steps(case.max_tokens * depth, fast_decode=case.max_tokens)
+        ):
+            fast = _fast(sides, case, observation, prefix)
+            found += fast.found
     with progress.stage("the runtime's actions", sides.steps(0, prefix=1, denoise=steps)):
         trace = sides.sampler.trace(*case.inputs, state=case.state, noise=case.noise, num_steps=steps)
         found += _runtime(sides, case, trace, prefix, states)
-    if all(np.isfinite(m.error) for m in logits):  # else the runtime refuses to choose a token
+    if sides.has_fast and all(np.isfinite(m.error) for m in fast.found):  # else the runtime refuses to choose a token
         with progress.stage("the runtime's FAST tokens", sides.steps(0, fast_decode=case.max_tokens)):
             ids = sides.sampler.sample_fast_tokens(*case.inputs, **_decoding(sides, case))
-        found.append(measure(case.name, RUNTIME, "greedy_ids", ids, expected.numpy(), bars=sides.bars))
-    return found, (trace.x[-1][0], states[-1][0].numpy())
+        found.append(measure(case.name, RUNTIME, "greedy_ids", ids, fast.ids, bars=sides.bars))
+    answer = Answer(case, states[-1].numpy(), fast.ids, *np.array(fast.decided, np.float32).reshape(-1, 3).T)
+    return found, (trace.x[-1][0], states[-1][0].numpy()), answer
 
 
 def observe(case: Case) -> Observation:
@@ -158,23 +184,36 @@ def _denoise(
         states.append(expected)
 
 
-def _fast(
-    sides: Sides, case: Case, observation: Observation, prefix: tuple[Tensor, ...]
-) -> tuple[list[Measurement], Tensor]:
-    """Every decoding step of the reference replayed through the graph; and the reference's greedy ids."""
-    found: list[Measurement] = []
+@dataclass
+class _Continued:
+    """FAST decoding: its comparisons, the reference's greedy ids, and each step's margin, error and size (`Answer`)."""
+
+    found: list[Measurement] = field(default_factory=list)
+    ids: Array = field(default_factory=lambda: np.zeros((1, 0), np.int64))
+    decided: list[tuple[float, float, float]] = field(default_factory=list)
+
+
+def _fast(sides: Sides, case: Case, observation: Observation, prefix: tuple[Tensor, ...]) -> _Continued:
+    """Every decoding step of the reference replayed through the graph."""
+    result = _Continued()
+    found, decided = result.found, result.decided
+    columns = sides.bundle.manifest.vocabulary.ids
+    allowed = np.isin(columns, sides.model.decode_ids or columns)
 
     def replay(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
         given = sides.run(graphs.FAST_DECODE, *inputs)
         logits, *new = (tensor.numpy() for tensor in outputs)
+        second, best = np.partition(logits[0, allowed], -2)[-2:]
+        error = np.abs(given["logits"][0, allowed] - logits[0, allowed]).max()
+        decided.append((float(best - second), float(error), float(np.abs(logits[0, allowed]).max())))
         found.append(measure(case.name, "fast_decode", "logits", given["logits"], logits, None, sides.bars))
         for name, expected in zip(("new_k", "new_v"), new, strict=True):
             for layer, (ours, theirs) in enumerate(zip(given[name], expected, strict=True)):
                 found.append(measure(case.name, "fast_decode", name, ours, theirs, layer, sides.bars))
 
-    with watched(sides.model, sides.bundle.manifest.vocabulary.ids, replay), known_prefix(sides.model, prefix):
-        ids = sides.model.sample_fast_tokens(observation, **_decoding(sides, case))
-    return found, ids
+    with watched(sides.model, columns, replay), known_prefix(sides.model, prefix):
+        result.ids = sides.model.sample_fast_tokens(observation, **_decoding(sides, case)).numpy()
+    return result
 
 
 def _decoding(sides: Sides, case: Case) -> dict[str, Any]:

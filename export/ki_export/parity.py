@@ -12,17 +12,21 @@ from ki_edge.contract import PolicyContract
 from ki_edge.errors import ArgumentError, ParityError
 from ki_edge.model import Checkpoint
 from ki_edge.prompt import PromptTokenizer
+from ki_edge.witness import WITNESS
+from ki_runtime.backends import choose_backend
 
+from .arithmetic.session import SIXTEEN_BITS
 from .bars import measure
-from .cases import Case, compact_cases, standard_cases
+from .cases import Case, compact_cases, engine_cases, standard_cases
 from .changed import changed_weights
 from .comparison import RUNTIME, Comparison, compare
-from .diagnosis import explain
+from .diagnosis import explain, summary
 from .progress import Progress, peak_memory
 from .provenance import tool_versions
 from .ranges_report import read_ranges
 from .report import to_json, write_report
-from .sides import Method, Sides, choose_method, open_sides
+from .sides import Method, Sides, choose_method, open_engine, open_sides
+from .witnessing import call_witness, limits
 
 MAX_PROMPT = 200  # tokens, where neither contract nor checkpoint says: π0.5's
 CAMERAS = 3
@@ -32,16 +36,30 @@ TOKENIZER = "assets/tokenizer.model"
 Say = Callable[[str], object]
 
 
+Then = Callable[[Sides, Comparison, Progress], None]
+
+
 def prove(writer: BundleWriter, bundle: Bundle, checkpoint: Checkpoint, say: Say) -> Bundle:
-    """Compare a sealed bundle with its checkpoint, add report and verdict, seal again. ParityError if a bar fails."""
+    """Compare a sealed bundle with its checkpoint, add report, witness and verdict, seal again.
+
+    ParityError if a bar fails.
+    """
     start = time.perf_counter()
-    comparison = compare_with_checkpoint(bundle, checkpoint, say)
+
+    def keep_witness(sides: Sides, comparison: Comparison, progress: Progress) -> None:
+        witness, found = call_witness(sides, comparison, progress)
+        comparison.measurements += found
+        witness.write(writer.folder / WITNESS)
+
+    comparison = compare_with_checkpoint(bundle, checkpoint, say, then=keep_witness)
     if comparison.explanation is not None:
         raise ParityError(comparison.explanation)
     facts = report_facts(bundle)
     write_report(writer.folder, comparison, facts, read_ranges(bundle.path))
     report = to_json(comparison, {})
     verdict = {key: report[key] for key in ("verified", "reference", "method", "cases", "worst")}
+    if bundle.manifest.precision not in SIXTEEN_BITS:  # those are proven by no engine, but in exact arithmetic
+        verdict["proven_by"] = dict(choose_backend("ort").setting(bundle, tuple(bundle.manifest.graphs)).facts)
     peak = peak_memory()
     memory = "" if peak is None else f", peak memory {peak / 1e9:.1f} GB"
     say(f"verified, model {comparison.method} ({time.perf_counter() - start:.1f} s{memory})")
@@ -49,11 +67,19 @@ def prove(writer: BundleWriter, bundle: Bundle, checkpoint: Checkpoint, say: Say
 
 
 def compare_with_checkpoint(
-    bundle: Bundle, checkpoint: Checkpoint, say: Say, *, method: Method | None = None
+    bundle: Bundle,
+    checkpoint: Checkpoint,
+    say: Say,
+    *,
+    method: Method | None = None,
+    backend: str | None = None,
+    then: Then | None = None,
 ) -> Comparison:
     """Cases of every kind against the PyTorch model; `explanation` tells of the first failure.
 
-    `method`: whether both sides are held whole or in pieces; None: as size of model and memory demand.
+    `method`: whether both sides are held whole or in pieces; None: as size of model and memory demand. `backend`: what
+    computes the bundle, proven or not; None: ONNX Runtime on the CPU, and 16-bit bundles exactly in their types.
+    `then`: what is done with both sides while they are open, if every bar holds.
     """
     if checkpoint.config != bundle.manifest.config:
         raise ArgumentError(
@@ -61,21 +87,42 @@ def compare_with_checkpoint(
             f"the bundle's {bundle.manifest.config}"
         )
     checkpoint = checkpoint.with_pictures(bundle.manifest.config.pictures)
-    progress = Progress(say)
-    sides = open_sides(bundle, checkpoint, method or choose_method(checkpoint.config), progress)
+    progress, method = Progress(say), method or choose_method(checkpoint.config)
+    if backend is not None:
+        return _compare_engine(bundle, checkpoint, method, progress, backend)
+    sides = open_sides(bundle, checkpoint, method, progress)
     cases = _prepare(sides, checkpoint)
     comparison = compare(sides, cases, progress)
+    comparison.reference = f"the PyTorch model of checkpoint {checkpoint.path.resolve().name}"
     if CHANGED_WEIGHTS in sides.bars:
         with progress.stage("comparing all weights"):
             changed = len(changed_weights(bundle, checkpoint))
         found = measure("the weights file", RUNTIME, CHANGED_WEIGHTS, changed, 0, bars=sides.bars)
         comparison.measurements.append(found)
-    comparison.reference = f"the PyTorch model of checkpoint {checkpoint.path.resolve().name}"
+    if then is not None and not comparison.failures:
+        then(sides, comparison, progress)
     if comparison.failures:
         with progress.stage("looking for the cause"):
             model = sides.model
             del sides  # and with it the graphs' memory
             comparison.explanation = explain(comparison, bundle, checkpoint, model, cases)
+    return comparison
+
+
+def _compare_engine(
+    bundle: Bundle, checkpoint: Checkpoint, method: Method, progress: Progress, backend: str
+) -> Comparison:
+    """The same cases, as far as a backend's engines take them."""
+    sides, chosen = open_engine(bundle, checkpoint, method, progress, backend)
+    cameras, tokens = limits(bundle.manifest)
+    comparison = compare(sides, engine_cases(_prepare(sides, checkpoint), cameras=cameras, max_prompt=tokens), progress)
+    comparison.reference = f"the PyTorch model of checkpoint {checkpoint.path.resolve().name}, on backend {chosen.name}"
+    if comparison.failures:
+        worst, failed = comparison.worst, len(comparison.failures)
+        comparison.explanation = (
+            f"{summary(worst)}; {failed} of {len(comparison.measurements)} comparisons failed; backend '{chosen.name}' "
+            "computes it differently: its version, its driver, or this precision on this device"
+        )
     return comparison
 
 

@@ -1,16 +1,22 @@
-"""ki-parity: compare a bundle with its checkpoint, or with recorded outputs, at any time."""
+"""ki-parity: a bundle against its own witness, its checkpoint, or recorded outputs, at any time and on any backend.
+
+Against the witness it needs neither torch nor the checkpoint: that is what a robot has.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ki_edge.commands import Parser, run_command, tell
 
 if TYPE_CHECKING:
+    from ki_edge.bundle import Bundle
+
     from .comparison import Comparison
 
 
@@ -22,23 +28,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from ki_edge.bundle import Bundle
-    from ki_edge.errors import ArgumentError, ParityError
+    from ki_edge.errors import ArgumentError
+
+    if arguments.inputs is not None and arguments.outputs is None:
+        raise ArgumentError("--inputs was given without --outputs: it names the inputs of recorded outputs")
+    if arguments.checkpoint is None and arguments.outputs is None:
+        if arguments.backend is None:
+            raise ArgumentError("name what to compare with: --backend NAME for the witness, --checkpoint, or --outputs")
+        if arguments.report is not None:
+            raise ArgumentError("--report is of --checkpoint or --outputs: with the witness alone use --json")
+        return _witness(Bundle.open(arguments.bundle), arguments)
+    return _reference(Bundle.open(arguments.bundle), arguments)
+
+
+def _witness(bundle: Bundle, arguments: argparse.Namespace) -> int:
+    """Without torch."""
+    from ki_edge.errors import ParityError
+    from ki_runtime.proof import refusal, repeat_proof
+    from ki_runtime.verdict import table as witness_table
+
+    verdicts = repeat_proof(bundle, arguments.backend, _say)
+    backend = verdicts[0].facts["backend"]
+    if arguments.json:
+        found = {"verified": all(v.passed for v in verdicts), "verdicts": [v.to_json() for v in verdicts]}
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+    else:
+        sys.stdout.write("\n".join(witness_table(verdicts)) + "\n")
+    failed = next((verdict for verdict in verdicts if not verdict.passed), None)
+    if failed is not None:
+        raise ParityError(refusal(backend, failed, bundle))
+    return 0
+
+
+def _reference(bundle: Bundle, arguments: argparse.Namespace) -> int:
+    """Against the PyTorch model of a checkpoint, or what another system recorded."""
+    from ki_edge.errors import ParityError
     from ki_edge.model import Checkpoint
 
     from .parity import compare_with_checkpoint, report_facts
     from .ranges_report import read_ranges
     from .recorded import compare_with_recording
-    from .report import write_report
+    from .report import to_json, write_report
 
-    if arguments.inputs is not None and arguments.outputs is None:
-        raise ArgumentError("--inputs was given without --outputs: it names the inputs of recorded outputs")
-    bundle = Bundle.open(arguments.bundle)
     if arguments.checkpoint is not None:
         checkpoint = Checkpoint.open(arguments.checkpoint)
-        comparison = compare_with_checkpoint(bundle, checkpoint, lambda line: tell(f"ki-parity: {line}"))
+        comparison = compare_with_checkpoint(bundle, checkpoint, _say, backend=arguments.backend)
     else:
-        comparison = compare_with_recording(bundle, arguments.outputs, arguments.inputs)
-    sys.stdout.write(table(comparison))
+        comparison = compare_with_recording(bundle, arguments.outputs, arguments.inputs, backend=arguments.backend)
+    if arguments.json:
+        sys.stdout.write(json.dumps(to_json(comparison, {}), indent=1) + "\n")
+    else:
+        sys.stdout.write(table(comparison))
     if arguments.report is not None:
         arguments.report.mkdir(parents=True, exist_ok=True)
         write_report(arguments.report, comparison, report_facts(bundle), read_ranges(bundle.path))
@@ -46,6 +86,10 @@ def _compare(arguments: argparse.Namespace) -> int:
     if comparison.explanation is not None:
         raise ParityError(comparison.explanation)
     return 0
+
+
+def _say(line: Any) -> None:
+    tell(f"ki-parity: {line}")
 
 
 def table(comparison: Comparison) -> str:
@@ -63,13 +107,24 @@ def table(comparison: Comparison) -> str:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="ki-parity", description="Compare a bundle with its checkpoint or with recorded outputs.")
+    parser = Parser(
+        prog="ki-parity",
+        description="Compare a bundle, as a backend of this machine computes it, with the witness that it carries; "
+        "or with its checkpoint, or with recorded outputs.",
+    )
     parser.add_argument("bundle", type=Path, help="folder written by ki-export")
-    reference = parser.add_mutually_exclusive_group(required=True)
+    reference = parser.add_mutually_exclusive_group()
     reference.add_argument("--checkpoint", type=Path, help="checkpoint folder whose PyTorch model is the reference")
     reference.add_argument("--outputs", type=Path, metavar="FILE.npz", help="recorded outputs")
     parser.add_argument("--inputs", type=Path, metavar="FILE.npz", help="recorded inputs (default: inputs.npz beside)")
+    parser.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="what computes the bundle: auto, trt, trt-rtx, ort-cuda, ort. Alone: against the witness, without "
+        "PyTorch; default otherwise: ONNX Runtime on the CPU, 16-bit bundles in exact arithmetic",
+    )
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="write parity.json and parity.html there")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     return parser
 
 

@@ -6,7 +6,8 @@
     outputs  any of: actions [B,H,A], x_steps or v_steps [steps,B,H,A] (before each step), times [steps],
              kv_k, kv_v [L,B,K,S,D] over all cameras and the padded prompt, greedy_tokens int [B,n]
 
-Whatever of the outputs is there is compared. A 16-bit bundle is computed in exactly its types, others by ONNX Runtime.
+Whatever of the outputs is there is compared. A 16-bit bundle is computed in exactly its types, others by ONNX Runtime,
+unless a backend is named.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ki_edge.contract import PolicyContract
 from ki_edge.errors import DatasetError
 from ki_edge.flow import denoise_times, step_size
 from ki_edge.images import model_pictures
+from ki_runtime.backends import connect
 from ki_runtime.sampler import Sampler
 
 from .arithmetic.session import SIXTEEN_BITS, arithmetic_sampler
@@ -43,14 +45,19 @@ CAUSES = {
 }
 
 
-def compare_with_recording(bundle: Bundle, outputs: Path, inputs: Path | None = None) -> Comparison:
-    """Everything that `outputs` holds; `inputs` defaults to inputs.npz beside it. DatasetError if a file is unfit."""
+def compare_with_recording(
+    bundle: Bundle, outputs: Path, inputs: Path | None = None, *, backend: str | None = None
+) -> Comparison:
+    """Everything that `outputs` holds; `inputs` defaults to inputs.npz beside it. DatasetError if a file is unfit.
+
+    `backend`: what computes the bundle, proven or not.
+    """
     recorded = read_arrays(outputs)
     if not set(KNOWN) & set(recorded):
         raise DatasetError(f"{outputs}: none of {', '.join(KNOWN)} in it, only {', '.join(sorted(recorded)[:8])}")
     given = read_arrays(inputs or outputs.with_name("inputs.npz"))
-    exact = bundle.manifest.precision in SIXTEEN_BITS
-    sampler = arithmetic_sampler(bundle) if exact else Sampler.open(bundle, "ort")
+    exact = bundle.manifest.precision in SIXTEEN_BITS and backend is None
+    sampler = arithmetic_sampler(bundle) if exact else _sampler(bundle, backend or "ort")
     case = read_case(given, bundle, sampler, outputs)
     name = f"recorded outputs {outputs.parent.name}/{outputs.name}"
     result = Comparison(name, bundle.manifest.precision, "recorded", [case.describe()])
@@ -64,6 +71,11 @@ def compare_with_recording(bundle: Bundle, outputs: Path, inputs: Path | None = 
         first = result.failures[0]
         result.explanation = f"{summary(first)}; usual cause: {CAUSES.get(first.tensor, 'other weights')}"
     return result
+
+
+def _sampler(bundle: Bundle, backend: str) -> Sampler:
+    connection = connect(bundle, backend)
+    return Sampler(bundle, connection.open, connection.backend)
 
 
 def read_arrays(path: Path) -> dict[str, Array]:

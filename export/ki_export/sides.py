@@ -23,7 +23,7 @@ from ki_edge.config import Pi05Config
 from ki_edge.graphs import GraphSpec
 from ki_edge.model import PiModel
 from ki_edge.model.streaming import streamed
-from ki_runtime.backends import SessionOptions, choose_backend, open_session
+from ki_runtime.backends import Backend, SessionOptions, choose_backend, connect, open_session
 from ki_runtime.sampler import Sampler
 from ki_runtime.session import Session
 
@@ -40,14 +40,21 @@ COPIES = 3  # of the weights, at most, while a whole model is compared: the mode
 
 
 class Sides:
-    """Both sides, opened. `bars`: what the graphs are held to."""
+    """Both sides, opened. `bars`: what the graphs are held to; `has_fast`: whether FAST decoding is compared."""
 
     def __init__(
-        self, bundle: Bundle, model: PiModel, open_graph: Callable[[GraphSpec], Session], method: Method
+        self,
+        bundle: Bundle,
+        model: PiModel,
+        open_graph: Callable[[GraphSpec], Session],
+        method: Method,
+        *,
+        has_fast: bool = True,
     ) -> None:
-        self.bundle, self.model, self.method = bundle, model, method
+        self.bundle, self.model, self.method, self.has_fast = bundle, model, method, has_fast
         self.bars: Mapping[str, Bar] = bars_of(bundle.manifest.precision)
-        self._sessions = {spec.name: open_graph(spec) for spec in graphs.specs(model.config)}
+        wanted = graphs.specs(model.config)[: None if has_fast else 2]
+        self._sessions = {spec.name: open_graph(spec) for spec in wanted}
         self.sampler = Sampler(bundle, lambda spec: self._sessions[spec.name])
 
     def run(self, spec: GraphSpec, *tensors: Tensor) -> dict[str, Array]:
@@ -80,6 +87,23 @@ def open_sides(bundle: Bundle, checkpoint: Checkpoint, method: Method, progress:
     pool = SegmentPool(bundle.path, on_run=progress.step)
     model = streamed(checkpoint, on_layer=progress.step)
     return Sides(bundle, model, lambda spec: SegmentedSession(bundle, spec, pool), method)
+
+
+def open_engine(
+    bundle: Bundle, checkpoint: Checkpoint, method: Method, progress: Progress, backend: str
+) -> tuple[Sides, Backend]:
+    """The same with a bundle as a backend of the runtime computes it, and which; proven or not.
+
+    FAST decoding is compared where the contract has it: engines of other policies are built without.
+    """
+    connection = connect(bundle, backend, SessionOptions(say=progress.say))
+    if method == "resident":
+        model = checkpoint.load_model(dtype=torch.float32)
+    else:
+        model = streamed(checkpoint, budget=PASSING, on_layer=progress.step)
+    contract = bundle.manifest.contract
+    has_fast = contract is not None and contract.get("fast") is not None
+    return Sides(bundle, model, connection.open, method, has_fast=has_fast), connection.backend
 
 
 def choose_method(config: Pi05Config, available: int | None = None) -> Method:

@@ -4,15 +4,19 @@ A backend's module, and with it the engine, is imported only when it is asked fo
 
     obstacle(bundle | None, package) -> str | None           why it cannot run that bundle here; opens nothing
     connect(bundle, package, options) -> GraphOpener         what opens the bundle's graphs, all on one device
+    setting(bundle, package, graphs) -> Setting              what computes these graphs here, for the record of a proof
+
+Engines of `setting` exist: it is asked after `connect`. It raises BackendError where they do not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 from ki_edge.bundle import Bundle
 from ki_edge.errors import BackendError
@@ -29,6 +33,21 @@ def silent(line: str) -> None:
 
 class NotInstalled(str):
     """Why a backend was passed over, where nobody installed it: nothing that calls for attention."""
+
+
+class Unproven(str):
+    """What is known of a backend's proof, where that is nothing: it calls for attention."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What computes a bundle's graphs: `facts` are all that its results depend on, versions, hashes, devices by name.
+
+    `folder`: where verdicts on it lie, which may not exist yet.
+    """
+
+    facts: Mapping[str, str]
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -52,7 +71,8 @@ class SessionOptions:
 class Backend:
     """An engine on a device. It needs one of `packages`, the first installed one is used.
 
-    `passed`: the backends that would have been preferred, and why each was passed over.
+    `passed`: the backends that would have been preferred, and why each was passed over. `proof`: what is known of it
+    here, empty where nobody asked.
     """
 
     name: str
@@ -61,6 +81,7 @@ class Backend:
     install: str
     device: str = "GPU"
     passed: tuple[tuple[str, str], ...] = ()
+    proof: str = ""
 
     @property
     def package(self) -> str | None:
@@ -88,6 +109,12 @@ class Backend:
 
         return open_graph
 
+    def setting(self, bundle: Bundle, names: Sequence[str]) -> Setting:
+        """What computes the graphs of these names here. BackendError if their engines do not exist."""
+        with self._importing():
+            found: Setting = import_module(self.module).setting(bundle, self.package, names)
+        return Setting({"backend": self.name, **found.facts}, found.folder)
+
     @contextmanager
     def _importing(self) -> Iterator[None]:
         try:
@@ -99,6 +126,7 @@ class Backend:
         """One line: what runs, why nothing faster does, and whether the bundle is slow there."""
         passed = "; ".join(f"{name}: {why}" for name, why in self.passed)
         line = f"backend: {self.name} ({self.device})" + (f": {passed}" if passed else "")
+        line += f"; {self.proof}" if self.proof else ""
         if self._slow(precision):
             line += (
                 ". SLOW: a float16 bundle is made for a GPU; on a CPU every product is widened to float32. "
@@ -108,7 +136,8 @@ class Backend:
 
     def surprising(self, precision: str) -> bool:
         """Whether `describe` has something to say to people who did not ask: slow, or not what they installed."""
-        return self._slow(precision) or any(not isinstance(why, NotInstalled) for _, why in self.passed)
+        passed = any(not isinstance(why, NotInstalled) for _, why in self.passed)
+        return self._slow(precision) or isinstance(self.proof, Unproven) or passed
 
     def _slow(self, precision: str) -> bool:
         return self.device == "CPU" and precision == "float16"
@@ -126,10 +155,15 @@ NAMES = ("auto", *(backend.name for backend in BACKENDS))
 
 @dataclass(frozen=True)
 class Connection:
-    """A backend and what opens a bundle's graphs on it. Sessions share buffers only within one connection."""
+    """A backend and what opens a bundle's graphs on it. Sessions share buffers only within one connection.
+
+    `instead(error)`: the connection to the next backend that can, this one passed over for the reason that the error
+    gives; it raises the error if this one was named, as `connect` does.
+    """
 
     backend: Backend
     open: GraphOpener
+    instead: Callable[[BackendError], Connection]
 
 
 def choose_backend(name: str = "auto", bundle: Bundle | None = None) -> Backend:
@@ -154,19 +188,41 @@ def connect(
     `first`: graphs that are opened now, so that a backend which fails at them is passed over too; each is given out at
     its first `open`. BackendError as of `choose_backend`, and if a backend that was named cannot build or load engines.
     """
-    options = options or SessionOptions()
-    passed: list[tuple[str, str]] = []
-    for backend in _candidates(name):
+    return _connect(bundle, name, options or SessionOptions(), first, _candidates(name), [])
+
+
+def _connect(
+    bundle: Bundle,
+    name: str,
+    options: SessionOptions,
+    first: Sequence[GraphSpec],
+    candidates: Iterator[Backend],
+    passed: list[tuple[str, str]],
+) -> Connection:
+    """The first of `candidates` that can; those in `passed` were asked before."""
+
+    def refuse(backend: Backend, error: BackendError) -> None:
+        if name != "auto":
+            raise error
+        passed.append((backend.name, str(error)))
+
+    for backend in candidates:
         why = backend.obstacle(bundle)
-        if why is None:
-            chosen = replace(backend, passed=tuple(passed))
-            try:
-                return Connection(chosen, _opened(chosen.connect(bundle, options), first))
-            except BackendError as error:
-                if name != "auto":
-                    raise
-                why = str(error)
-        passed.append((backend.name, why))
+        if why is not None:
+            passed.append((backend.name, why))
+            continue
+        chosen = replace(backend, passed=tuple(passed))
+        try:
+            opened = _opened(chosen.connect(bundle, options), first)
+        except BackendError as error:
+            refuse(backend, error)
+            continue
+
+        def instead(error: BackendError, refused: Backend = backend) -> Connection:
+            refuse(refused, error)
+            return _connect(bundle, name, options, first, candidates, passed)
+
+        return Connection(chosen, opened, instead)
     raise _none(name, passed)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,12 @@ from ki_edge.bundle import Bundle
 from ki_edge.errors import BackendError, DeviceMemoryError
 from ki_edge.graphs import GraphSpec
 
-from .backends import GraphOpener, NotInstalled, SessionOptions
+from .backends import GraphOpener, NotInstalled, SessionOptions, Setting
 from .ort_session import check_signature, first_line, onnxruntime
 from .session import Binding, Bucket, Buffer, Session
 from .trt.buffers import DeviceBuffer, Gpu, owned
 from .trt.cuda import Cuda
+from .trt.facts import gpu_facts
 from .trt.requirements import check_precision
 
 PROVIDER = "CUDAExecutionProvider"
@@ -64,6 +65,12 @@ def connect(bundle: Bundle, package: str, options: SessionOptions) -> GraphOpene
     manifest = bundle.manifest
     sizes = graphs.sizes(manifest.config, len(manifest.vocabulary.ids))
     return lambda graph: OrtCudaSession(bundle.graph(graph.name), graph, sizes, gpu, options)
+
+
+def setting(bundle: Bundle, package: str, names: Sequence[str]) -> Setting:
+    """Results depend on the engine's version, on the GPU and on its driver."""
+    facts = {"onnxruntime": str(onnxruntime().__version__), **gpu_facts(Cuda.load())}
+    return Setting(facts, bundle.path / "engines" / "ort-cuda")
 
 
 def start(model: Path | bytes, gpu: Gpu, *, record: bool, provider: str = PROVIDER) -> Any:

@@ -25,11 +25,15 @@ from ki_edge.bundle import Bundle
 from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_edge.graphs import Dim, GraphSpec, TensorSpec
 
-from .backends import GraphOpener, SessionOptions
+from .backends import GraphOpener, SessionOptions, Setting
 from .session import Binding, Buffer, HostBuffer, Session
 
 ELEMENT_TYPES = {"uint8": "uint8", "bool": "bool", "int32": "int32", "float32": "float"}
 ERRORS_ONLY = 3
+VECTOR_UNITS = (
+    *("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16"),
+    *("asimd", "asimddp", "bf16", "i8mm", "sve", "sve2"),
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,12 @@ def connect(bundle: Bundle, package: str, options: SessionOptions) -> GraphOpene
     return lambda graph: open_session(bundle, graph, options)
 
 
+def setting(bundle: Bundle, package: str, names: Sequence[str]) -> Setting:
+    """Results depend on the engine's version and on the processor, whose kernels it chooses."""
+    facts = {"onnxruntime": str(onnxruntime().__version__), "processor": processor()}
+    return Setting(facts, bundle.path / "engines" / "ort")
+
+
 def open_session(bundle: Bundle, graph: GraphSpec, options: SessionOptions) -> OrtSession:
     """Load one graph of a bundle on the CPU."""
     manifest = bundle.manifest
@@ -165,10 +175,23 @@ def _multiplies_bytes_exactly() -> bool:
     """
     if platform.machine() not in ("x86_64", "AMD64"):
         return True
+    return bool({"avx512_vnni", "avx_vnni", "amx_int8"} & set(_cpu_info("flags").split()))
+
+
+def processor() -> str:
+    """Architecture, model and vector units of this machine's processor: what engines choose their kernels by."""
+    names = ("model name", "cpu family", "model", "CPU implementer", "CPU part")
+    model = " ".join(found for name in names if (found := _cpu_info(name))) or platform.processor()
+    units = sorted(set(VECTOR_UNITS) & set((_cpu_info("flags") or _cpu_info("Features")).split()))
+    return " ".join([platform.machine(), model, *units])
+
+
+def _cpu_info(name: str) -> str:
+    """A line's value of the kernel's description of the first processor that has it; empty without one."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return bool({"avx512_vnni", "avx_vnni", "amx_int8"} & set(flags.split()))
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    found = next((line for line in lines if line.split(":")[0].strip() == name), "")
+    return found.partition(":")[2].strip()
 
 
 def _ort_value(buffer: Buffer) -> Any:

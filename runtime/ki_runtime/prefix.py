@@ -9,6 +9,7 @@ to the session's `prompt_bucket`.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,7 +152,8 @@ class Prefix:
 class _Plan:
     inputs: dict[str, Buffer]
     prefix: Prefix
-    binding: Binding
+    once: Binding
+    sequence: Binding  # the same, which a backend may record and replay
 
 
 class PrefixStage:
@@ -163,11 +165,18 @@ class PrefixStage:
 
     def run(self, inputs: PrefixInputs) -> Prefix:
         """Write the inputs, run the graph; the result stays on the device."""
+        return self._run(inputs, lambda plan: plan.sequence)
+
+    def run_eagerly(self, inputs: PrefixInputs) -> Prefix:
+        """The same, never from a record."""
+        return self._run(inputs, lambda plan: plan.once)
+
+    def _run(self, inputs: PrefixInputs, choose: Callable[[_Plan], Binding]) -> Prefix:
         try:
             plan = self._plan(inputs)
             for name, buffer in plan.inputs.items():
                 buffer.write(_padded(getattr(inputs, name), buffer.shape))
-            plan.binding.run()
+            choose(plan).run()
         except BackendError:
             self._forget()
             raise
@@ -198,10 +207,12 @@ class PrefixStage:
         symbols = {**sizes, "B": batch, "N": cameras, "T": length, "S": cameras * sizes["P"] + length}
         spec = self._session.spec
         buffers = {tensor.name: self._storage.take(tensor, symbols) for tensor in (*spec.inputs, *spec.outputs)}
+        once = self._session.bind(buffers)
         return _Plan(
             inputs={tensor.name: buffers[tensor.name] for tensor in spec.inputs},
             prefix=Prefix(buffers["prefix_k"], buffers["prefix_v"], buffers["prefix_mask"]),
-            binding=self._session.sequence((self._session.bind(buffers),)),
+            once=once,
+            sequence=self._session.sequence((once,)),
         )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock
+from threading import Lock, RLock
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +18,13 @@ from ki_edge.config import Pi05Config
 from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_edge.graphs import GraphSpec
 
-from .backends import Backend, SessionOptions, check_name, connect
+from .backends import Backend, Connection, SessionOptions, check_name, connect
 from .decode import Choices, FastStage, check_decoding, choices_of
 from .denoise import DenoiseStage, runtime_weights
 from .prefix import PrefixStage, prepare_inputs, prepare_state
+from .proof import Prover
 from .session import Session
+from .verdict import ACTIONS, FAST
 
 F32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -72,6 +74,8 @@ class Sampler:
         self._prefix = PrefixStage(open_graph(prefix))
         self._denoise = DenoiseStage(open_graph(denoise), runtime_weights(bundle), self._config, convention)
         self._fast: FastStage | None = None  # opened at its first use
+        self._unproven: Prover | None = None  # what proves FAST tokens before the first of them
+        self._proving = RLock()
         self._choices: dict[bool, Choices] = {}
 
     @classmethod
@@ -87,10 +91,10 @@ class Sampler:
         """Open a bundle folder, or take an opened one.
 
         `threads`: CPU threads of a graph; `verify`: check all hashes, and as text also that the bundle has this digest,
-        the one that its export printed; `say`: told which backend was taken and why, and
-        how the building of engines comes along; None: to stderr, and the backend only if it is slow for this bundle or
+        the one that its export printed; `say`: told which backend was taken and why, and how building and proving
+        engines come along; None: to stderr, and the backend only if it is slow for this bundle, nothing proves it, or
         another that is installed was passed over. BundleError for a damaged bundle, BackendError for a backend that is
-        missing or refuses a graph.
+        missing, refuses a graph, or does not reproduce the bundle's witness.
         """
         check_name(backend)
         opened = (
@@ -99,12 +103,30 @@ class Sampler:
             else Bundle.open(_folder(bundle), verify=verify, say=say or tell)
         )
         precision, options = opened.manifest.precision, SessionOptions(threads, say=say or tell, verify=bool(verify))
-        connection = connect(opened, backend, options, graphs.specs(opened.manifest.config)[:2])
-        if say is not None or connection.backend.surprising(precision):
-            options.say(connection.backend.describe(precision))
-        sampler = cls(opened, connection.open, connection.backend)
+        first = graphs.specs(opened.manifest.config)[:2]
+        sampler = cls._proven(opened, connect(opened, backend, options, first), options)
+        chosen = sampler.backend
+        if chosen is not None and (say is not None or chosen.surprising(precision)):
+            options.say(chosen.describe(precision))
         opened.check_unchanged()
         return sampler
+
+    @classmethod
+    def _proven(cls, bundle: Bundle, connection: Connection, options: SessionOptions) -> Sampler:
+        """The sampler of the first backend that reproduces the witness; FAST tokens are proven when they are wanted."""
+        while True:
+            sampler: Sampler | None = None
+            try:
+                sampler = cls(bundle, connection.open, connection.backend)
+                prover = Prover(bundle, connection.backend, options)
+                sampler.backend = replace(connection.backend, proof=prover.require(ACTIONS, sampler))
+                sampler._unproven = prover
+            except BackendError as error:
+                refused, following = _detached(error), connection.instead
+            else:
+                return sampler
+            del sampler, connection  # their memory may be needed by the next
+            connection = following(refused)
 
     @property
     def config(self) -> Pi05Config:
@@ -168,13 +190,21 @@ class Sampler:
         inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
         check_decoding(max_tokens, forced, self._config.vocab_size)
         with self._lock:
-            choices, stage = self._choices_of(constrained), self._fast_stage()
+            choices = self._choices_of(constrained)
+        self._prove_fast()
+        with self._lock:
+            stage = self._fast_stage()
             start = time.perf_counter_ns()
             prefix = self._prefix.run(inputs)
             middle = time.perf_counter_ns()
             tokens = stage.run(prefix, inputs, choices, max_tokens, forced)
             self.timing = StageTimes(prefix=middle - start, fast=time.perf_counter_ns() - middle)
         return tokens
+
+    def prepare_fast(self) -> None:
+        """Open the FAST graph now rather than at its first use. BackendError if it cannot be opened."""
+        with self._lock:
+            self._fast_stage()
 
     def trace(
         self,
@@ -194,7 +224,7 @@ class Sampler:
         steps = self._steps(num_steps)
         x = self._noise(noise, seed, inputs.batch)
         with self._lock:
-            prefix = self._prefix.run(inputs)
+            prefix = self._prefix.run_eagerly(inputs)
             states = self._denoise.states(prefix, x, steps, once)
             kept = inputs.columns.size  # a padded prompt has masked tokens behind them
             k, v, mask = prefix.k.read(), prefix.v.read(), prefix.mask.read()
@@ -233,10 +263,31 @@ class Sampler:
             self._choices[constrained] = choices_of(self.bundle, constrained)
         return self._choices[constrained]
 
+    def _prove_fast(self) -> None:
+        """Before the first FAST token. Other threads wait for it; within it, decoding is the proof itself."""
+        with self._proving:
+            prover, self._unproven = self._unproven, None
+            if prover is not None:
+                try:
+                    self.prepare_fast()  # an engine must exist to be proven
+                    prover.require(FAST, self)
+                except BaseException:
+                    self._unproven = prover
+                    raise
+
     def _fast_stage(self) -> FastStage:
         if self._fast is None:
             self._fast = FastStage(self._open_graph(self._fast_spec))
         return self._fast
+
+
+def _detached(error: BackendError) -> BackendError:
+    """The error without its tracebacks, which would keep sessions and their memory alive."""
+    found: BaseException | None = error
+    while found is not None:
+        found.__traceback__ = None
+        found = found.__cause__ or found.__context__
+    return error
 
 
 def _folder(bundle: str | Path | Bundle) -> Path:

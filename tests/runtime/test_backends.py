@@ -9,7 +9,16 @@ from ki_edge import graphs
 from ki_edge.errors import BackendError, DeviceMemoryError
 from ki_runtime import backends, ort_cuda_session
 from ki_runtime import sampler as sampler_module
-from ki_runtime.backends import BACKENDS, NAMES, NotInstalled, SessionOptions, choose_backend, connect, open_session
+from ki_runtime.backends import (
+    BACKENDS,
+    NAMES,
+    NotInstalled,
+    SessionOptions,
+    Setting,
+    choose_backend,
+    connect,
+    open_session,
+)
 from ki_runtime.cli import main
 from ki_runtime.policy import Policy
 from ki_runtime.sampler import Sampler
@@ -40,7 +49,10 @@ def machine(monkeypatch):
                 used.append(f"ask {short} {package}")
                 return (obstacles or {}).get(short)
 
-            return SimpleNamespace(connect=connect, obstacle=obstacle)
+            def setting(bundle, package, names):
+                return Setting({}, bundle.path / "engines")
+
+            return SimpleNamespace(connect=connect, obstacle=obstacle, setting=setting)
 
         monkeypatch.setattr(backends, "find_spec", lambda name: name if name in packages else None)
         monkeypatch.setattr(backends, "import_module", module)
@@ -185,19 +197,21 @@ def test_a_backend_whose_engines_do_not_load_is_passed_over(monkeypatch, make_bu
         Sampler.open(make_bundle("named"), "trt")
 
 
-TOLD = {
-    "nothing else installed": ({"onnxruntime"}, NotInstalled("no CUDA provider"), "float32", False),
-    "a GPU's package without a GPU": ({"onnxruntime"}, "no NVIDIA driver", "float32", True),
-    "half precision": ({"onnxruntime"}, NotInstalled("no CUDA provider"), "float16", True),
-    "TensorRT": (EVERY, None, "float16", False),
+TOLD = {  # packages, obstacle of ort-cuda, precision, what proved the bundle at its export, whether a line is said
+    "nothing else installed": ({"onnxruntime"}, NotInstalled("no CUDA provider"), "float32", "ort", False),
+    "a GPU's package without a GPU": ({"onnxruntime"}, "no NVIDIA driver", "float32", "ort", True),
+    "half precision": ({"onnxruntime"}, NotInstalled("no CUDA provider"), "float16", "ort", True),
+    "TensorRT": (EVERY, None, "float16", "trt", False),
+    "nothing proves it": (EVERY, None, "float16", None, True),
 }
 
 
 @pytest.mark.parametrize("case", TOLD)
 def test_from_python_only_surprises_are_told(case, machine, make_bundle, capsys):
-    packages, obstacle, precision, told = TOLD[case]
+    packages, obstacle, precision, prover, told = TOLD[case]
     machine(packages, {"ort_cuda_session": obstacle})
-    sampler = Sampler.open(make_bundle(precision=precision))
+    proof = {"assets": {"witness.npz": b"not read"}, "parity": {"verified": True, "proven_by": {"backend": prover}}}
+    sampler = Sampler.open(make_bundle(precision=precision, **(proof if prover else {})))
     assert capsys.readouterr().err == (sampler.backend.describe(precision) + "\n" if told else "")
 
 

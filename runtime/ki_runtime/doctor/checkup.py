@@ -9,6 +9,7 @@ from typing import Any
 
 from ki_edge.errors import BackendError
 
+from ..proof import Standing
 from ..trt.api import Api
 from ..trt.requirements import check_precision
 from .bundle import Contents, Fit, check_bundle, check_engines, check_room
@@ -16,6 +17,7 @@ from .finding import Checkup, Finding, Verdict
 from .gpu import Gpu, check_gpu
 from .host import Host
 from .packages import CPU, CUDA, check_cuda_python, check_onnxruntime, check_tensorrt
+from .proofs import proofs, standings
 from .system import (
     Jetson,
     Memory,
@@ -65,7 +67,13 @@ def examine(bundle: Path | None = None, host: Host | None = None) -> Checkup:
     findings += [*onnxruntime, *tensorrt, cuda_python]
     if bundle is not None:
         findings += _look_at(host, bundle, machine)
-    return Checkup(tuple(findings), _verdicts(host, machine), _facts(host, machine))
+    verdicts = _verdicts(host, machine)
+    if machine.bundle is not None:
+        opened = machine.bundle.bundle
+        found = standings(host, opened, [verdict.backend for verdict in verdicts if verdict.runs])
+        findings += proofs(opened, found)
+        verdicts = tuple(_proven(verdict, found.get(verdict.backend)) for verdict in verdicts)
+    return Checkup(tuple(findings), verdicts, _facts(host, machine))
 
 
 def _look_at(host: Host, folder: Path, machine: Machine) -> list[Finding]:
@@ -99,6 +107,13 @@ def _verdicts(host: Host, machine: Machine) -> tuple[Verdict, ...]:
         why = "the bundle cannot be opened" if machine.broken else reason or host.obstacle(backend, bundle)
         found.append(Verdict(backend, why is None, why or _detail(machine, backend)))
     return tuple(found)
+
+
+def _proven(verdict: Verdict, standing: Standing | None) -> Verdict:
+    """The verdict once it is known what the bundle's witness said there."""
+    if standing is None or standing.proven is not False:
+        return verdict
+    return Verdict(verdict.backend, False, standing.text)
 
 
 def _detail(machine: Machine, backend: str) -> str:

@@ -16,6 +16,7 @@ from ki_edge.bundle import Bundle
 from ki_edge.errors import KiEdgeError
 
 from ..backends import choose_backend
+from ..proof import Standing, standing
 
 COMMAND_S = 20  # seconds that a command may take
 
@@ -102,3 +103,7 @@ class Host:
         except KiEdgeError as error:
             return str(error).removeprefix(f"backend '{backend}': ")
         return None
+
+    def standing(self, backend: str, bundle: Bundle) -> Standing:
+        """What a backend made of a bundle's witness here, if it was asked. KiEdgeError if it cannot run the bundle."""
+        return standing(bundle, backend)

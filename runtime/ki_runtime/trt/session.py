@@ -17,7 +17,7 @@ from ki_edge.bundle import Bundle
 from ki_edge.errors import BackendError, DeviceError
 from ki_edge.graphs import GraphSpec
 
-from ..backends import GraphOpener, SessionOptions
+from ..backends import GraphOpener, SessionOptions, Setting
 from ..session import Binding, Bucket, Buffer, Sequential, Session
 from . import engines as stored
 from .api import Api
@@ -26,6 +26,7 @@ from .build import ensure_engines, rebuild
 from .contexts import Context, EngineContexts, Scratch, Shapes
 from .cuda import Cuda, Recording
 from .engines import Engines
+from .facts import gpu_facts
 from .profiles import PROMPT_BUCKET
 from .requirements import check_precision
 
@@ -54,6 +55,15 @@ def connect(bundle: Bundle, package: str, options: SessionOptions) -> GraphOpene
     engines = ensure_engines(bundle, api, device, options.say, verify=options.verify)
     again = (lambda broken: rebuild(bundle, api, device, broken, options.say)) if api.can_build else None
     return Connection(api, Gpu(cuda), engines, bundle, options, again).open
+
+
+def setting(bundle: Bundle, package: str, names: Sequence[str]) -> Setting:
+    """Results depend on the engines, on the TensorRT that runs them, on the GPU and on its driver."""
+    cuda, api = Cuda.load(), Api.load(package)
+    engines = stored.find(bundle, api, cuda.device())
+    folder = engines.path(names[0]).parent  # BackendError if that graph was left out
+    hashes = {f"engine {name}": engines.files[name].sha256 for name in names}
+    return Setting({**hashes, api.name: api.version_text, **gpu_facts(cuda)}, folder)
 
 
 class Connection:

@@ -1,0 +1,43 @@
+"""Which GPU computes, and under which driver: what a verdict on an engine holds for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ki_edge.errors import BackendError
+
+from .cuda import DEVICE, Cuda
+
+KERNEL_MODULE = Path("/proc/driver/nvidia/version")
+
+
+def gpu_facts(cuda: Cuda) -> dict[str, str]:
+    """The GPU by name, compute capability and serial identity, and its driver. BackendError if there is none."""
+    device = cuda.device()
+    return {
+        "GPU": f"{device.name} ({device.capability[0]}.{device.capability[1]})",
+        "GPU id": _identity(cuda),
+        "driver": _driver(cuda),
+    }
+
+
+def _identity(cuda: Cuda) -> str:
+    """The GPU's UUID, so that a bundle copied to another robot with its engines is proven there again."""
+    uuid = getattr(cuda.call("cudaGetDeviceProperties", DEVICE), "uuid", None)
+    content = getattr(uuid, "bytes", uuid)
+    return bytes(content).hex() if isinstance(content, bytes | bytearray | list | tuple) else "unknown"
+
+
+def _driver(cuda: Cuda) -> str:
+    """Version of the kernel module, where it tells (a Jetson before JetPack 7 does not), and the CUDA it serves."""
+    try:
+        text = KERNEL_MODULE.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    found = re.search(r"Kernel Module\D*?(\d+(?:\.\d+)+)", text)
+    try:
+        serves = cuda.driver()
+    except BackendError:
+        serves = None
+    return " ".join(([found[1]] if found else []) + ([f"CUDA {serves}"] if serves else [])) or "unknown"
