@@ -124,7 +124,7 @@ class Recorder(Watcher):
             self._film.add(frame)
 
     def _write(self, event: str, fields: Mapping[str, Any]) -> None:
-        self._log.write(json.dumps({**fields, "event": event}) + "\n")
+        self._log.write(json.dumps({"event": event} | {**fields, "event": event}) + "\n")
 
 
 def _small(given: object) -> object:

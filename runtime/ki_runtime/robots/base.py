@@ -23,8 +23,8 @@ class Robot(Protocol):
     """A robot, real or simulated. All calls come from the thread that opened it.
 
     A robot may also have `action_names`, what each dimension of an action commands: a loop then refuses a policy whose
-    contract names them otherwise. One with a method `fit(contract)` is told by the loop whose policy will drive it, before
-    the first episode.
+    contract names them otherwise. One with a method `fit(contract)` is told by the loop whose policy will drive it,
+    before the first episode.
     """
 
     name: str
