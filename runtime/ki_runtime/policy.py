@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.bundle import Bundle
+from ki_edge.commands import tell
 from ki_edge.config import Pi05Config
 from ki_edge.contract import PolicyContract
 from ki_edge.errors import ArgumentError, BundleError
@@ -24,6 +25,7 @@ from ki_edge.transforms import InputPipeline, ModelInputs, OutputPipeline, pad_l
 from .decode import TOKENIZER
 from .guard import finite_actions
 from .sampler import Sampler
+from .training_range import TrainingRange
 
 NORM_STATS = "assets/norm_stats.json"
 Float64 = npt.NDArray[np.float64]
@@ -40,15 +42,19 @@ class PolicyAssets:
 
 
 class Policy:
-    """Observation -> actions. The form of observations is the contract's, see `ki_edge.transforms`."""
+    """Observation -> actions. The form of observations is the contract's, see `ki_edge.transforms`.
 
-    def __init__(self, sampler: Sampler, assets: PolicyAssets) -> None:
+    `say` is told once if a state is far outside the training range.
+    """
+
+    def __init__(self, sampler: Sampler, assets: PolicyAssets, say: Callable[[str], object] = tell) -> None:
         self.sampler = sampler
         self.contract = assets.contract
         self.tokenizer = assets.tokenizer
         self._fast_folder = assets.fast_folder
         self._inputs = InputPipeline(assets.contract, assets.stats, assets.tokenizer)
         self._outputs = OutputPipeline(assets.contract, assets.stats)
+        self._range = TrainingRange(assets.contract, assets.stats, say)
 
     @classmethod
     def load(
@@ -65,7 +71,7 @@ class Policy:
         BundleError names what is missing if the bundle holds the model alone.
         """
         sampler = Sampler.open(bundle, backend, threads=threads, verify=verify, say=say)
-        return cls(sampler, read_assets(sampler.bundle))
+        return cls(sampler, read_assets(sampler.bundle), say or tell)
 
     def infer(
         self,
@@ -82,6 +88,7 @@ class Policy:
         """
         clock = _Stopwatch()
         inputs = self._inputs(observation)
+        self._range.look(inputs.raw_state)
         clock.lap("preprocess_ms")
         if noise is not None and np.ndim(noise) == 2:
             noise = np.asarray(noise)[None]
@@ -106,6 +113,7 @@ class Policy:
             raise ArgumentError("this policy has no FAST head: its contract has no 'fast'; use infer")
         clock = _Stopwatch()
         inputs = self._inputs(observation)
+        self._range.look(inputs.raw_state)
         clock.lap("preprocess_ms")
         forced = self.tokenizer.action_ids
         limit = max(1, contract.max_tokens - len(forced))
