@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn
 
 from .errors import KiEdgeError, ParityError
-
-INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,18 +21,44 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(name: str, command: Callable[[], int], interrupted: str = "nothing was published") -> int:
-    """Run a command; its exit status is 0, 1 for a ParityError, 2 for any other error, 130 if it was interrupted."""
+    """Run a command; its exit status is 0, 1 for a ParityError, 2 for any other error, 128 + n if signal n stopped it.
+
+    Standard output that nobody reads any more ends it quietly, as SIGPIPE would.
+    """
     try:
-        return command()
-    except KeyboardInterrupt:
+        status = command()
+        _flush()
+        return status
+    except KeyboardInterrupt as stop:
         tell(f"{name}: interrupted; {interrupted}")
-        return INTERRUPTED
+        return 128 + int(getattr(stop, "signum", signal.SIGINT))
     except (KiEdgeError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _output_is_gone():
+            return 128 + signal.SIGPIPE
         tell(f"{name}: error: {' '.join(str(error).split())}")
         return 1 if isinstance(error, ParityError) else 2
 
 
 def tell(line: str) -> None:
-    """A line on stderr, at once."""
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+    """A line on stderr, at once; none if stderr is gone."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            sys.stderr.write(line + "\n")
+            sys.stderr.flush()
+
+
+def _flush() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _output_is_gone() -> bool:
+    """Whether nobody reads standard output any more; the interpreter then flushes what is left to nowhere."""
+    try:
+        _flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return True
+    return False

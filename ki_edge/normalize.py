@@ -25,7 +25,8 @@ from typing import Literal, TypeVar, get_args
 import numpy as np
 import numpy.typing as npt
 
-from ki_edge.errors import ContractError, DatasetError
+from ki_edge.errors import ContractError, DatasetError, KiEdgeError
+from ki_edge.reading import parse_json, read_file
 from ki_edge.writing import write_file
 
 Float32 = npt.NDArray[np.float32]
@@ -36,6 +37,8 @@ EpsilonStyle = Literal["openpi", "lerobot"]
 
 OPENPI_EPSILON = 1e-6
 LEROBOT_EPSILON = 1e-8
+LARGEST = float(np.finfo(np.float32).max)
+MAX_BYTES = 64_000_000  # of a norm_stats.json
 FIELDS = ("mean", "std", "q01", "q99")
 
 
@@ -53,19 +56,17 @@ class NormStats:
     q99: Float64 | None = None
 
     def __post_init__(self) -> None:
-        sizes: dict[str, tuple[int, ...]] = {}
         for name in FIELDS:
             value = getattr(self, name)
-            if value is None:
-                continue
-            array = np.array(value, dtype=np.float64)
-            if array.ndim != 1 or not np.isfinite(array).all():
-                raise ContractError(f"norm stats: {name} must be a list of finite numbers, got shape {array.shape}")
-            array.setflags(write=False)
-            object.__setattr__(self, name, array)
-            sizes[name] = array.shape
-        if len(set(sizes.values())) > 1:
-            raise ContractError(f"norm stats: all fields must have one length, got {sizes}")
+            if value is not None:
+                try:
+                    array = np.array(value, dtype=np.float64)
+                except (TypeError, ValueError) as error:
+                    raise ContractError(f"norm stats: {name} must be a list of numbers: {error}") from None
+                array.setflags(write=False)
+                object.__setattr__(self, name, array)
+        if fault := _fault({name: getattr(self, name) for name in FIELDS if getattr(self, name) is not None}):
+            raise ContractError(f"norm stats: {fault}")
 
     @property
     def dim(self) -> int:
@@ -140,21 +141,56 @@ def unnormalize(
     return out
 
 
+def checked_stats(
+    fields: Mapping[str, object],
+    where: str,
+    names: Mapping[str, str] | None = None,
+    error: type[KiEdgeError] = ContractError,
+) -> NormStats:
+    """Statistics from a file. `error` says what is wrong where: `<where>.q99[3] is NaN: expected a finite number`.
+
+    `fields`: "mean", "std", "q01", "q99" to a list or array of numbers; None, or not there: not known. `names`: how the
+    file calls a field, where it is not so.
+    """
+    names = names or {}
+    arrays: dict[str, Float64] = {}
+    for field in FIELDS:
+        if (value := fields.get(field)) is None:
+            continue
+        name = names.get(field, field)
+        if isinstance(value, np.ndarray):
+            arrays[field] = value.astype(np.float64)
+            continue
+        if not isinstance(value, list):
+            raise error(f"{where}.{name} is {str(value)[:40]!r}: expected a list of numbers")
+        for at, item in enumerate(value):
+            if isinstance(item, bool) or not isinstance(item, int | float):
+                raise error(f"{where}.{name}[{at}] is {str(item)[:40]!r}: expected a number")
+        arrays[field] = np.array(value, np.float64)
+    if fault := _fault(arrays, names):
+        raise error(f"{where}.{fault}")
+    return NormStats(**arrays)
+
+
 def read_norm_stats(path: str | Path) -> dict[str, NormStats]:
     """Read a `norm_stats.json` (or the folder that holds one): {"state": ..., "actions": ..., ...}.
 
-    The file may have openpi's outer key "norm_stats" or not. Raises ContractError naming the file and the field.
+    The file may have openpi's outer key "norm_stats" or not. Raises ContractError naming the file, the feature, the
+    field and the index of what is no statistic: not finite, too large for float32, q99 below q01, std below 0.
     """
     path = Path(path)
     path = path / "norm_stats.json" if path.is_dir() else path
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ContractError(f"norm stats: cannot read {path}: {error}") from error
+    text = read_file(path, MAX_BYTES, ContractError)
+    content = parse_json(text, str(path), ContractError, constant=float, number=float)
     content = content.get("norm_stats", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not content:
         raise ContractError(f'norm stats: {path} must hold {{"norm_stats": {{"state": ..., "actions": ...}}}}')
-    return {name: _parse(fields, f"{path}: {name}") for name, fields in content.items()}
+    found = {}
+    for name, fields in content.items():
+        if not isinstance(fields, dict):
+            raise ContractError(f"{path}: {name} must be an object with {', '.join(FIELDS)}")
+        found[name] = checked_stats(fields, f"{path}: {name}")
+    return found
 
 
 def write_norm_stats(path: str | Path, stats: Mapping[str, NormStats]) -> None:
@@ -162,20 +198,48 @@ def write_norm_stats(path: str | Path, stats: Mapping[str, NormStats]) -> None:
 
     ContractError if it cannot be written.
     """
+    write_file(Path(path), norm_stats_json(stats), ContractError)
+
+
+def norm_stats_json(stats: Mapping[str, NormStats]) -> str:
+    """The text of `stats` in openpi's form."""
     content = {
         name: {field: None if (value := getattr(entry, field)) is None else value.tolist() for field in FIELDS}
         for name, entry in stats.items()
     }
-    write_file(Path(path), json.dumps({"norm_stats": content}, indent=2) + "\n", ContractError)
+    return json.dumps({"norm_stats": content}, indent=2) + "\n"
 
 
-def _parse(fields: object, where: str) -> NormStats:
-    if not isinstance(fields, dict):
-        raise ContractError(f"norm stats: {where} must be an object with {', '.join(FIELDS)}")
-    try:
-        return NormStats(**{name: fields.get(name) for name in FIELDS})
-    except (TypeError, ValueError) as error:
-        raise ContractError(f"norm stats: {where}: {error}") from error
+def _fault(fields: Mapping[str, Float64], names: Mapping[str, str] | None = None) -> str:
+    """The first thing that is wrong with statistics, named by field and index; "" if nothing.
+
+    q01 = q99 and std = 0 are right: that dimension never moved.
+    """
+    called = {field: (names or {}).get(field, field) for field in fields}
+    for field, array in fields.items():
+        if array.ndim != 1:
+            return f"{called[field]} must be a list of finite numbers, got shape {array.shape}"
+        bad = np.flatnonzero(~(np.abs(array) <= LARGEST))
+        if bad.size:
+            value = array[bad[0]]
+            what = "too large for float32" if np.isfinite(value) else "expected a finite number"
+            return f"{called[field]}[{bad[0]}] is {_shown(value)}: {what}"
+    sizes = {called[field]: array.shape[0] for field, array in fields.items()}
+    if len(set(sizes.values())) > 1:
+        return f"all fields must have one length, got {sizes}"
+    if "std" in fields and (bad := np.flatnonzero(fields["std"] < 0)).size:
+        return f"{called['std']}[{bad[0]}] is {_shown(fields['std'][bad[0]])}: expected 0 or more"
+    if "q01" in fields and "q99" in fields:
+        width = fields["q99"] - fields["q01"]
+        if (bad := np.flatnonzero((width < 0) | (width > LARGEST))).size:
+            low, high = (_shown(fields[field][bad[0]]) for field in ("q01", "q99"))
+            why = "below it" if width[bad[0]] < 0 else "further away than float32 can hold"
+            return f"{called['q01']}[{bad[0]}] is {low} and {called['q99']}[{bad[0]}] is {high}, {why}"
+    return ""
+
+
+def _shown(value: np.float64) -> str:
+    return "NaN" if np.isnan(value) else f"{value:.6g}"
 
 
 def _check(kind: str, epsilon: str) -> None:

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +58,25 @@ def read_object(path: Path, error: Error, most: int = MAX_JSON) -> dict[str, Any
     return content
 
 
-def parse_json(content: bytes, where: str, error: Error) -> Any:
+def parse_json(
+    content: bytes,
+    where: str,
+    error: Error,
+    *,
+    constant: Callable[[str], float] | None = None,
+    number: Callable[[str], float] | None = None,
+) -> Any:
     """The value of a JSON text. Numbers are finite, integers have at most 64 bits, strings are Unicode without NUL.
 
-    `error`, which names `where`, for anything else, for a key that comes twice, and beyond MAX_DEPTH.
+    `error`, which names `where`, for anything else, for a key that comes twice, and beyond MAX_DEPTH. `constant` and
+    `number` read NaN and infinity, and numbers with a fraction, for callers who say themselves what is wrong with one.
     """
     try:
         value = json.loads(
             content.decode("utf-8-sig"),
-            parse_constant=_refuse_constant,
+            parse_constant=constant or _refuse_constant,
             parse_int=_integer,
-            parse_float=_finite,
+            parse_float=number or _finite,
             object_pairs_hook=_object,
         )
         if b"\\u0000" in content or b"\0" in content:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from ki_edge.contract import Feature, PolicyContract
 from ki_edge.errors import ArgumentError, ContractError, DatasetError, ObservationError, PromptError
 from ki_edge.images import METHODS, Float32, UInt8, fit_image
-from ki_edge.normalize import Float64, NormStats, normalize, unnormalize
+from ki_edge.normalize import LARGEST, Float64, NormStats, normalize, unnormalize
 from ki_edge.prompt import Int32, PromptTokenizer
 
 # Cameras that a robot may send although no model uses them.
@@ -87,7 +87,13 @@ class InputPipeline:
         if contract.adapt_to_pi:
             raw_state = aloha_state_to_model(raw_state)
         kind = contract.normalization_of("state")
-        state = normalize(raw_state, self._state_stats, kind, contract.normalization_epsilon)
+        with np.errstate(over="ignore"):  # LeRobot's arithmetic is float32
+            state = normalize(raw_state, self._state_stats, kind, contract.normalization_epsilon)
+        if (bad := np.flatnonzero(~(np.abs(state) <= LARGEST))).size:
+            raise ObservationError(
+                f"number {bad[0]} of the state is {raw_state[bad[0]]:.6g}, which normalised is too large for float32: "
+                "are its units those of the training?"
+            )
         in_prompt = pad_last(state, contract.model_action_dim) if contract.pad_state_first else state
         tokens = self.tokenizer.encode(read_prompt(contract, observation), in_prompt)
         images, camera_mask = read_images(contract, observation)
@@ -252,7 +258,10 @@ def _numbers(observation: Mapping[str, Any], key: str, *shapes: tuple[int, ...])
         raise ObservationError(f"{key}: expected shape {' or '.join(map(str, shapes))}, got {array.shape}")
     if not np.isfinite(array).all():
         raise ObservationError(f"{key} holds NaN or infinity: {array.tolist()}")
-    return array.astype(np.float64)
+    values = array.astype(np.float64)
+    if (np.abs(values) > LARGEST).any():
+        raise ObservationError(f"{key} holds numbers that are too large for float32: {array.tolist()}")
+    return values
 
 
 def _names(mapping: Mapping[str, Any]) -> str:

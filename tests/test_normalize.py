@@ -6,8 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ki_edge.errors import ContractError, DatasetError
-from ki_edge.normalize import NormStats, compute_stats, normalize, read_norm_stats, unnormalize, write_norm_stats
+from ki_edge.errors import CheckpointError, ContractError, DatasetError
+from ki_edge.normalize import (
+    NormStats,
+    checked_stats,
+    compute_stats,
+    normalize,
+    read_norm_stats,
+    unnormalize,
+    write_norm_stats,
+)
 
 STATS = NormStats(mean=[1.0, -2.0], std=[0.5, 0.0], q01=[0.0, 3.0], q99=[2.0, 3.0])
 X = np.array([[0.5, 3.0], [4.0, 3.5]])
@@ -101,18 +109,56 @@ def test_file_round_trip(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot read"),
+        ("{", "is not valid JSON"),
         ("{}", "must hold"),
         ('{"norm_stats": {"state": 3}}', "state must be an object"),
         ('{"norm_stats": {"state": {"mean": [1], "std": [1, 2]}}}', "one length"),
-        ('{"norm_stats": {"state": {"mean": [NaN]}}}', "finite"),
-        ('{"norm_stats": {"state": {"mean": ["a"]}}}', "state"),
+        ('{"norm_stats": {"state": {"mean": ["a"]}}}', r"norm_stats\.json: state\.mean\[0\] is 'a': expected a number"),
+        ('{"norm_stats": {"state": {"mean": [0, true]}}}', r"state\.mean\[1\] is 'True': expected a number"),
+        ('{"norm_stats": {"state": {"mean": [[1]]}}}', r"state\.mean\[0\] is '\[1\]': expected a number"),
+        ('{"norm_stats": {"state": {"mean": "1"}}}', r"state\.mean is '1': expected a list"),
+        ('{"norm_stats": {"state": {"mean": [0, NaN]}}}', r"state\.mean\[1\] is NaN: expected a finite number"),
+        (
+            '{"norm_stats": {"actions": {"q99": [1, -Infinity]}}}',
+            r"actions\.q99\[1\] is -inf: expected a finite number",
+        ),
+        ('{"norm_stats": {"actions": {"std": [1e400]}}}', r"actions\.std\[0\] is inf: expected a finite number"),
+        ('{"norm_stats": {"actions": {"std": [1e39]}}}', r"actions\.std\[0\] is 1e\+39: too large for float32"),
+        ('{"norm_stats": {"actions": {"std": [0, -0.1]}}}', r"actions\.std\[1\] is -0\.1: expected 0 or more"),
+        ('{"actions": {"q01": [0, 2], "q99": [0, 1]}}', r"actions\.q01\[1\] is 2 and q99\[1\] is 1, below it"),
+        ('{"actions": {"q01": [-3e38], "q99": [3e38]}}', r"q01\[0\] is -3e\+38 and q99\[0\] is 3e\+38, further away"),
     ],
 )
 def test_broken_file(tmp_path: Path, content, message):
     (tmp_path / "norm_stats.json").write_text(content)
     with pytest.raises(ContractError, match=message):
         read_norm_stats(tmp_path)
+
+
+def test_statistics_in_the_state_of_a_case_from_the_field(data: Path):
+    """NaN among the statistics that a user's training wrote."""
+    with pytest.raises(ContractError, match=r"norm_stats\.json: (state|actions)\.\w+\[\d+\] is NaN: expected a finite"):
+        read_norm_stats(data / "norm_nan")
+
+
+def test_dimensions_that_never_moved_are_right(tmp_path: Path):
+    content = {"state": {"mean": [1.0, 1e-40], "std": [0.0, 1e-300], "q01": [1.0, 0.0], "q99": [1.0, 0.0]}}
+    (tmp_path / "norm_stats.json").write_text(json.dumps(content))
+    stats = read_norm_stats(tmp_path)["state"]
+    for kind in ("quantile", "zscore"):
+        for epsilon in ("openpi", "lerobot"):
+            assert np.isfinite(unnormalize([0.5, -0.5], stats, kind, epsilon)).all()
+            assert np.isfinite(normalize([1.0, 0.0], stats, kind, epsilon)).all()
+
+
+def test_an_error_names_the_statistic_as_its_file_does():
+    names, fields = {"q01": "min", "q99": "max"}, {"q01": np.array([0.0, 1.0]), "q99": np.array([1.0, np.nan])}
+    with pytest.raises(
+        CheckpointError, match=r"^state\.safetensors: action\.max\[1\] is NaN: expected a finite number"
+    ):
+        checked_stats(fields, "state.safetensors: action", names, CheckpointError)
+    with pytest.raises(ContractError, match=r"norm stats: q99\[1\] is NaN"):
+        NormStats(**fields)
 
 
 def test_missing_file(tmp_path: Path):

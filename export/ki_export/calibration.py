@@ -1,7 +1,7 @@
 """Observations over which an export measures how large a model's tensors become: recorded ones, or varied made-up ones.
 
-Recorded are episodes as `record_episode` writes them (`replay:` files), which pass through the policy's own input
-pipeline, or a model's inputs as `ki-parity --inputs` reads them.
+Recorded are episodes (`ki_edge.episode_file`, the `replay:` files), which pass through the policy's own input pipeline,
+or a model's inputs as `ki-parity --inputs` reads them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.config import Pi05Config
-from ki_edge.errors import DatasetError, KiEdgeError, PromptError, RobotError
+from ki_edge.episode_file import RecordedEpisode, read_headers
+from ki_edge.episodes import EpisodeView
+from ki_edge.errors import DatasetError, KiEdgeError, PromptError
 from ki_edge.images import LOWEST, METHODS, model_pictures
 from ki_edge.transforms import InputPipeline, ModelInputs, pad_last
-from ki_runtime.robots.replay import ReplayRobot
 
 from .policies import PolicyFiles
 from .recorded import PROMPTS, read_arrays, recorded_pictures
@@ -64,38 +65,39 @@ def calibration(
         return Calibration(f"built-in: {len(made)} synthetic observations", made)
     paths = sorted(recorded.glob("*.npz")) if recorded.is_dir() else [recorded]
     if not paths:
-        raise DatasetError(f"--calibrate {recorded}: no .npz file in this folder: record episodes, or name one")
+        raise DatasetError(f"--calibrate: {recorded}: no .npz file in this folder: record episodes, or name one")
     share = max(1, RECORDED // len(paths))
     found = [observed for path in paths[:RECORDED] for observed in _recorded(path, config, files, share)]
     if not found:
-        raise DatasetError(f"--calibrate {recorded}: no usable observation: it holds none")
+        raise DatasetError(f"--calibrate: {recorded}: no usable observation: it holds none")
     return Calibration(f"recorded: {len(found)} observations of {len(paths)} files in {recorded.name}", tuple(found))
 
 
 def _recorded(path: Path, config: Pi05Config, files: PolicyFiles | None, count: int) -> list[Observed]:
-    arrays = read_arrays(path)
     rng = np.random.default_rng(0)
-    if any(name.startswith("image/") for name in arrays):
-        return list(_model_inputs(path, arrays, config, count, rng))
+    try:
+        if any(name.startswith("image/") for name in read_headers(path)):
+            return list(_model_inputs(path, read_arrays(path), config, count, rng))
+        return _episode(path, config, files, count, rng)
+    except DatasetError as error:
+        raise DatasetError(f"--calibrate: {error}") from None
+    except KiEdgeError as error:
+        raise DatasetError(f"--calibrate: {path}: no usable observation: {error}") from None
+
+
+def _episode(
+    path: Path, config: Pi05Config, files: PolicyFiles | None, count: int, rng: np.random.Generator
+) -> list[Observed]:
+    """Observations of a recorded episode, evenly over its steps, as the policy's own pipeline makes them."""
+    episode = RecordedEpisode.open(path)
     if files is None:
         raise DatasetError(
             f"{path}: an episode needs the policy's contract to become model inputs: "
             "calibrate a --model-only export with recorded model inputs, or without --calibrate"
         )
-    pipeline = InputPipeline(files.contract, files.stats, files.tokenizer)
-    try:
-        robot = ReplayRobot(path)
-        steps = np.unique(np.linspace(0, len(robot.recorded) - 1, count).astype(int)).tolist()
-        found = []
-        for step in range(len(robot.recorded)):
-            if step in steps:
-                found.append(_observed(pipeline(robot.observe()), config, rng))
-            robot.act(robot.recorded[step])
-    except RobotError as error:
-        raise DatasetError(f"--calibrate: {error}") from None
-    except KiEdgeError as error:
-        raise DatasetError(f"--calibrate {path}: no usable observation: {error}") from None
-    return found
+    pipeline, view = InputPipeline(files.contract, files.stats, files.tokenizer), EpisodeView(episode, files.contract)
+    steps = np.unique(np.linspace(0, len(view) - 1, count).astype(int)).tolist()
+    return [_observed(pipeline(view.observation(step)), config, rng) for step in steps]
 
 
 def _model_inputs(
@@ -105,7 +107,7 @@ def _model_inputs(
     cameras = [name.removeprefix("image/") for name in arrays if name.startswith("image/")]
     names = next((pair for pair in PROMPTS if set(pair) <= set(arrays)), PROMPTS[-1])
     if reason := _unfit(arrays, cameras, names, config):
-        raise DatasetError(f"--calibrate {path}: no usable observation: {reason}")
+        raise DatasetError(f"{path}: no usable observation: {reason}")
     tokens, mask = (arrays[name] for name in names)
     for row in range(min(count, len(tokens))):
         present = [camera for camera in cameras if arrays[f"image_mask/{camera}"][row]] or cameras[:1]

@@ -30,7 +30,7 @@ from .passes.quantize import quantize
 from .passes.stored import keep_stored_types
 from .policies import PolicyFiles, PolicyRequest, decode_vocabulary, read_policy
 from .provenance import Hashes, hash_files, provenance, tool_versions
-from .sixteen_bits import Lowered, Request, lower_models
+from .sixteen_bits import Lowered, Request, lower_models, observations
 from .tracing import quiet, trace_all
 from .weights import ONNX_TYPES, WEIGHTS, Rows, Weights, attach, place_weights, sources
 
@@ -89,6 +89,8 @@ def _policy(checkpoint: Checkpoint, request: PolicyRequest) -> PolicyFiles:
 def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOptions, say: Say) -> Plan:
     config = checkpoint.config
     vocabulary = decode_vocabulary(config, files, full=options.full_vocabulary)
+    # an unfit recording is told before minutes of tracing
+    observed = observations(checkpoint, files, options.calibrate) if options.sixteen else None
     with _stage(say, "traced the graphs"):
         models = trace_all(config, vocabulary, options.opset)
     if options.precision == "int8":
@@ -96,9 +98,9 @@ def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOpti
             for model in models.values():
                 quantize(model, choose(config))
     lowered = None
-    if options.sixteen:
-        request = Request(str(options.precision), options.calibrate, options.keep_fp32, options.sensitivity)
-        lowered = lower_models(checkpoint, files, models, vocabulary, request, say)
+    if observed is not None:
+        request = Request(str(options.precision), observed, options.keep_fp32, options.sensitivity)
+        lowered = lower_models(checkpoint, models, vocabulary, request, say)
     if options.attention == "fused":
         with quiet():
             fused = sum(fuse_attention(model) for model in models.values())

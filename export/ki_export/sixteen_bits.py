@@ -29,13 +29,13 @@ FEW = 3
 
 @dataclass(frozen=True)
 class Request:
-    """`precision`: "fp16" or "bf16"; `calibrate`: recorded observations; `keep`: patterns of sites to keep float32.
+    """`precision`: "fp16" or "bf16"; `observed`: for the ranges; `keep`: patterns of sites to keep float32.
 
     `sensitivity`: measure what each layer costs.
     """
 
     precision: str
-    calibrate: Path | None = None
+    observed: Calibration
     keep: tuple[str, ...] = ()
     sensitivity: bool = False
 
@@ -62,7 +62,6 @@ class Lowered:
 
 def lower_models(
     checkpoint: Checkpoint,
-    files: PolicyFiles | None,
     models: Mapping[str, ir.Model],
     vocabulary: DecodeVocabulary,
     request: Request,
@@ -70,11 +69,11 @@ def lower_models(
 ) -> Lowered:
     """Rewrite traced float32 graphs to 16-bit products.
 
-    ArgumentError, DatasetError or ExportError if patterns, calibration or ranges do not allow it.
+    ArgumentError or ExportError if patterns or ranges do not allow it.
     """
     decide(request.precision, None, models, request.keep)  # a wrong pattern is told before minutes of measuring
     origins = {name: sources(model, vocabulary) for name, model in models.items()}
-    observed = _observations(checkpoint, files, request)
+    observed = request.observed
     found = None
     if request.precision == "fp16":
         found = audit(checkpoint, models, origins, vocabulary, observed, say)
@@ -94,10 +93,11 @@ def lower_models(
     return Lowered(decision, found, stored, tuple(costs))
 
 
-def _observations(checkpoint: Checkpoint, files: PolicyFiles | None, request: Request) -> Calibration:
+def observations(checkpoint: Checkpoint, files: PolicyFiles | None, recorded: Path | None) -> Calibration:
+    """What the ranges of a checkpoint are measured on. DatasetError if a recording does not fit."""
     size = sum(tensor.elements for tensor in checkpoint.source.tensors.values())
     count = FEW if size > LARGE else SYNTHETIC
-    return calibration(checkpoint.config, files, request.calibrate, synthetic=count)
+    return calibration(checkpoint.config, files, recorded, synthetic=count)
 
 
 def _tell(decision: Decision, say: Callable[[str], object]) -> None:

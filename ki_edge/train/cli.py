@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ HELP = {
 
 
 def build_parser() -> Parser:
-    """The command line; defaults come from TrainSettings."""
+    """The command line; what is not given comes from TrainSettings, or from the run that is resumed."""
     from .loop import TrainSettings
 
     parser = Parser(prog="ki-train", description="Train a π0.5 policy with knowledge insulation.")
@@ -41,16 +41,20 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--init", type=Path, metavar="CHECKPOINT", help="start from these weights instead of random ones"
     )
-    parser.add_argument("--resume", action="store_true", help="go on where the run in OUT stopped")
+    parser.add_argument("--resume", action="store_true", help="go on where the run in OUT stopped, with its settings")
     parser.add_argument("--fresh", action="store_true", help="start over although OUT holds a run")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
-    parser.add_argument("--no-insulation", action="store_true", help="plain π0.5: no stop-gradient, no token losses")
-    parser.add_argument("--float32", action="store_true", help="matrix products in float32 instead of bfloat16")
+    parser.add_argument(
+        "--no-insulation", action="store_true", default=None, help="plain π0.5: no stop-gradient, no token losses"
+    )
+    parser.add_argument(
+        "--float32", action="store_true", default=None, help="matrix products in float32 instead of bfloat16"
+    )
     for field in fields(TrainSettings):
         if field.name in HELP:
             kind: Any = {"int": int, "float": float}[str(field.type)]
             flag = "--" + field.name.replace("_", "-")
-            parser.add_argument(flag, type=kind, default=field.default, help=f"{HELP[field.name]} (%(default)s)")
+            parser.add_argument(flag, type=kind, help=f"{HELP[field.name]} ({field.default})")
     return parser
 
 
@@ -60,12 +64,13 @@ def train(arguments: argparse.Namespace) -> int:
 
     from .loop import TrainSettings
     from .plot import plot_losses
-    from .run import open_trainer
+    from .run import open_trainer, recorded_settings
 
-    chosen = {name: getattr(arguments, name) for name in HELP}
-    plain = arguments.no_insulation
-    settings = TrainSettings(**chosen, knowledge_insulation=not plain, bfloat16=not arguments.float32)
+    given: dict[str, Any] = {name: value for name in HELP if (value := getattr(arguments, name)) is not None}
+    switches = {"knowledge_insulation": arguments.no_insulation, "bfloat16": arguments.float32}
+    given |= {name: False for name, off in switches.items() if off}
     config, out = PRESETS[arguments.preset], arguments.out
+    settings = replace(recorded_settings(out) if arguments.resume else TrainSettings(), **given)
     trainer = open_trainer(
         arguments.demonstrations, out, config, settings,
         init=arguments.init,

@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -19,14 +19,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import ArgumentError, DatasetError
+from ..errors import ArgumentError, CheckpointError, DatasetError
 from ..model import Observation, Pi05
 from ..model.checkpoint import save_checkpoint, write_safetensors
+from ..reading import parse_json
 from ..safetensors_index import SafetensorsIndex
 from .centering import CenteredPatches
+from .facts import Facts, check_same
 from .recipe import Examples, Recipe, Tokens
 
 STATE_FILE, LOG_FILE = "state.safetensors", "log.jsonl"
+FACTS = "run"  # of the state file's metadata
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,10 @@ class TrainSettings:
 class Trainer:
     """One run in the folder `out`: checkpoint (the moving average), training state, log."""
 
-    def __init__(self, model: Pi05, examples: Examples, recipe: Recipe, settings: TrainSettings, out: Path) -> None:
+    def __init__(
+        self, model: Pi05, examples: Examples, recipe: Recipe, settings: TrainSettings, out: Path, facts: Facts
+    ) -> None:
+        self.facts = facts
         self.model, self.examples, self.recipe, self.settings, self.out = model.train(), examples, recipe, settings, out
         self.points = _points(examples, settings)
         self.average = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -88,8 +94,13 @@ class Trainer:
     # ------------------------------------------------------------------ steps
 
     def run(self) -> Iterator[dict[str, float]]:
-        """Train to the last step; yields a record every `log_every` steps, saves every `save_every`."""
+        """Train to the last step; yields a record every `log_every` steps, saves every `save_every`.
+
+        A run that is finished already writes its checkpoint again, which may not have been reached before.
+        """
         settings, started, since = self.settings, time.perf_counter(), self.step
+        if self.step >= settings.steps:
+            self.save_checkpoint()
         with self.log_path.open("a", encoding="utf-8") as log:
             while self.step < settings.steps:
                 terms = self.train_step()
@@ -158,9 +169,8 @@ class Trainer:
             for name in ("exp_avg", "exp_avg_sq"):
                 if parameter in self.optimizer.state:
                     state[f"optimizer.{index}.{name}"] = self.optimizer.state[parameter][name]
-        folder = self.out / "training"
-        counter = {"step": str(self.step), "settings": json.dumps(asdict(self.settings))}
-        write_safetensors(state, folder / STATE_FILE, counter)
+        facts = {"step": str(self.step), FACTS: json.dumps(self.facts)}
+        write_safetensors(state, self.out / "training" / STATE_FILE, facts)
         self.save_checkpoint()
 
     def save_checkpoint(self) -> None:
@@ -174,25 +184,42 @@ class Trainer:
         save_checkpoint(averaged, self.out)
 
     def resume(self) -> bool:
-        """Continue from the saved training state, if there is one; False if not."""
+        """Continue from the saved training state, if there is one; False if not.
+
+        ArgumentError names the settings or demonstrations that are not those of the run.
+        """
         path = self.out / "training" / STATE_FILE
         if not path.is_file():
             return False
-        counter, state = SafetensorsIndex(path).metadata, load_file(path)
+        step, recorded = read_facts(path)
+        check_same(recorded, self.facts, self.out)
+        state = load_file(path)
         for name, value in self.model.state_dict().items():
-            saved = state.get(f"model.{name}")
-            if saved is None or saved.shape != value.shape:
-                raise ArgumentError(
-                    f"{path}: its '{name}' does not fit this model: it is of another preset or other demonstrations"
-                )
+            for saved in (state.get(f"model.{name}"), state.get(f"average.{name}")):
+                if saved is None or saved.shape != value.shape:
+                    raise CheckpointError(f"{path}: its '{name}' does not fit this model: the file was changed")
         self.model.load_state_dict({n[6:]: t for n, t in state.items() if n.startswith("model.")})
         self.average = {n[8:]: t for n, t in state.items() if n.startswith("average.")}
-        self.step = int(counter["step"])
+        self.step = step
         for index, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
             if f"optimizer.{index}.exp_avg" in state:
                 moments = {name: state[f"optimizer.{index}.{name}"] for name in ("exp_avg", "exp_avg_sq")}
                 self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
         return True
+
+
+def read_facts(path: Path) -> tuple[int, Facts]:
+    """The step of a training state, and what its run is made of. CheckpointError if it does not tell."""
+    metadata = SafetensorsIndex(path).metadata
+    step, text = metadata.get("step", ""), metadata.get(FACTS)
+    if text is None or not (step.isascii() and step.isdigit() and len(step) < 16):
+        raise CheckpointError(
+            f"{path} does not say what its run was made of: start over with --fresh, or from its weights with --init"
+        )
+    facts = parse_json(text.encode(), str(path), CheckpointError)
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{path}: the facts of its run are no object")
+    return int(step), facts
 
 
 def _points(examples: Examples, settings: TrainSettings) -> int:

@@ -7,8 +7,10 @@ and, above them, the FAST ids.
 from __future__ import annotations
 
 import io
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import numpy.typing as npt
@@ -79,13 +81,36 @@ class Recipe:
         return FastIds(self.contract.fast.id_offset, self.contract.fast.size)
 
     def save_assets(self, folder: Path) -> None:
-        """Write contract.json and assets/ into a checkpoint folder."""
-        assets = folder / "assets"
-        assets.mkdir(parents=True, exist_ok=True)
-        write_file(assets / "tokenizer.model", self.tokenizer_model, CheckpointError)
-        write_norm_stats(assets / "norm_stats.json", self.stats)
-        self.codec.save(assets / "fast")
-        self.contract.save(folder / "contract.json")
+        """Write contract.json and assets/ into a checkpoint folder, each file whole.
+
+        If the folder holds others, its weights are not of this run: they are removed first, so that there is never a
+        checkpoint with the weights of one run and the statistics of another.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".assets-", dir=folder) as made:
+            staging = Path(made)
+            (staging / "assets").mkdir()
+            write_file(staging / "assets" / "tokenizer.model", self.tokenizer_model, CheckpointError)
+            write_norm_stats(staging / "assets" / "norm_stats.json", self.stats)
+            self.codec.save(staging / "assets" / "fast")
+            self.contract.save(staging / "contract.json")
+            files = [path.relative_to(staging) for path in sorted(staging.rglob("*")) if path.is_file()]
+            if any(not _same(staging / name, folder / name) for name in files):
+                (folder / "model.safetensors").unlink(missing_ok=True)
+            for name in files:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                publish(staging / name, folder / name)
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Let a finished file replace another at once, when it is on the disk: not even a power cut leaves half of it."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(target)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.is_file() and one.read_bytes() == other.read_bytes()
 
 
 @dataclass(frozen=True)

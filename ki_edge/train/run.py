@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..config import Pi05Config
-from ..errors import ArgumentError
+from ..errors import ArgumentError, CheckpointError
 from ..model import Checkpoint
 from .centering import CenteredPatches, mean_picture
 from .demonstrations import Demonstrations
+from .facts import Facts, as_json, digest_weights, gather
 from .initialization import from_scratch
-from .loop import STATE_FILE, Trainer, TrainSettings
+from .loop import STATE_FILE, Trainer, TrainSettings, read_facts
 from .recipe import Examples, Recipe
 
 CENTER_FRAMES = 2000
+NOTHING = "{out} holds no training run to resume: leave --resume out to start one"
 
 
 def open_trainer(
@@ -33,7 +36,8 @@ def open_trainer(
     """A Trainer ready to run. Everything that is fitted to the data is fitted again on resume: it is deterministic.
 
     `init`: checkpoint folder whose weights the run starts from; without one they are random.
-    ArgumentError if `out` holds a run and neither `resume` nor `fresh` was asked for, or nothing to resume.
+    ArgumentError if `out` holds a run and neither `resume` nor `fresh` was asked for, nothing to resume, or a run with
+    other settings, another model or other demonstrations (save_every and log_every may change).
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -44,23 +48,40 @@ def open_trainer(
     if exists and not (resume or fresh):
         raise ArgumentError(f"{out} holds a training run: go on with --resume, or start over with --fresh")
     if resume and not exists:
-        raise ArgumentError(f"{out} holds no training run to resume: leave --resume out to start one")
+        raise ArgumentError(NOTHING.format(out=out))
     if threads:
         torch.set_num_threads(threads)
     data = Demonstrations.open(demonstrations)
     recipe = Recipe.fit(data, config)
     model = from_scratch(recipe.config, seed=settings.seed, knowledge_insulation=settings.knowledge_insulation)
     center = mean_picture(torch.from_numpy(np.array(data.images[:CENTER_FRAMES])))
+    start: Facts | None = None
     if init is not None:
-        model.load_state_dict(CenteredPatches.unfold(_initial_state(Path(init), recipe.config), center))
+        state = _initial_state(Path(init), recipe.config)
+        start = digest_weights(state)
+        model.load_state_dict(CenteredPatches.unfold(state, center))
     CenteredPatches.install(model, center)
-    trainer = Trainer(model, Examples.encode(data, recipe), recipe, settings, out)
+    facts = as_json(gather(data, recipe.config, asdict(settings), start))
+    trainer = Trainer(model, Examples.encode(data, recipe), recipe, settings, out, facts)
     if resume:
         trainer.resume()
     else:
         for stale in (trainer.log_path, out / "training" / STATE_FILE):
             stale.unlink(missing_ok=True)
     return trainer
+
+
+def recorded_settings(out: str | Path) -> TrainSettings:
+    """The settings of the run in `out`. ArgumentError if there is none, CheckpointError if its state is damaged."""
+    path = Path(out) / "training" / STATE_FILE
+    if not path.is_file():
+        raise ArgumentError(NOTHING.format(out=out))
+    _, facts = read_facts(path)
+    given = {name.removeprefix("settings."): value for name, value in facts.items() if name.startswith("settings.")}
+    names = {field.name: type(field.default) for field in fields(TrainSettings)}
+    if given.keys() != names.keys() or any(type(given[name]) is not kind for name, kind in names.items()):
+        raise CheckpointError(f"{path}: its settings are not those that this version knows: start over with --fresh")
+    return TrainSettings(**given)
 
 
 def _initial_state(folder: Path, config: Pi05Config) -> dict[str, torch.Tensor]:

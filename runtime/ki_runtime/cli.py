@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from contextlib import ExitStack, suppress
 
-from ki_edge.commands import INTERRUPTED, Parser, run_command, tell
+from ki_edge.commands import Parser, run_command, tell
 
 from .backends import NAMES
+from .interrupts import Interrupts
 from .loop import ControlLoop, LoopOptions, Watcher
 from .recorder import Recorder
-from .robots import Robot, open_robot
+from .robots import open_robot
 from .telemetry import Episode
 
 
 class Progress(Watcher):
-    """A bar over the episodes with the successes so far."""
+    """A bar over the episodes with the successes so far. A terminal that is gone does not stop the robot."""
 
     def __init__(self, episodes: int) -> None:
         from tqdm import tqdm
@@ -30,14 +32,16 @@ class Progress(Watcher):
         if episode.success is not None:
             self._successes += episode.success
             self._bar.set_postfix_str(f"success {self._successes}/{index + 1}", refresh=False)
-        self._bar.update()
+        with suppress(OSError):
+            self._bar.update()
 
     def close(self) -> None:
-        self._bar.close()
+        with suppress(OSError):
+            self._bar.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0; 2 for an error, which is one line on stderr; 130 after Ctrl-C."""
+    """Exit status: 0; 2 for an error, which is one line on stderr; 128 + n after signal n (130 for Ctrl-C)."""
     options = _parser().parse_args(arguments)
     return run_command("ki-run", lambda: _run(options), "nothing was run")
 
@@ -57,27 +61,33 @@ def _run(options: argparse.Namespace) -> int:
     policy = Policy.load(
         options.bundle, options.backend, threads=options.threads, verify=options.digest or options.verify, say=tell
     )
-    robot: Robot = open_robot(options.robot)
-    try:
-        loop = ControlLoop(policy, robot, loop_options)  # refuses what does not fit before anything is written
-        recorder = Recorder(options.record) if options.record else None
+    with Interrupts() as interrupts, interrupts.held(), ExitStack() as opened:
+        robot = open_robot(options.robot)
+        opened.callback(robot.close)
+        loop = ControlLoop(policy, robot, loop_options, interrupts=interrupts)
+        recorder = Recorder(options.record) if options.record else None  # nothing was written before
         loop.watch(Progress(options.episodes), *([recorder] if recorder else []))
+        opened.pop_all()  # from here on the loop closes the robot
+        status = 0
         try:
-            report, status = loop.run(), 0
-        except KeyboardInterrupt:
-            report, status = loop.report(interrupted=True), INTERRUPTED
-    finally:
-        robot.close()
-    notes = recorder.notes if recorder else []
-    _print(options, report.to_json(), [*report.lines(), *notes])
+            loop.run()
+        except KeyboardInterrupt as stop:
+            status = 128 + int(getattr(stop, "signum", signal.SIGINT))
+        except Exception:
+            with suppress(OSError):
+                _print(options, loop, recorder, interrupted=True)
+            raise
+        _print(options, loop, recorder, interrupted=status != 0)
     return status
 
 
-def _print(options: argparse.Namespace, report: dict[str, Any], lines: list[str]) -> None:
+def _print(options: argparse.Namespace, loop: ControlLoop, recorder: Recorder | None, *, interrupted: bool) -> None:
+    report = loop.report(interrupted=interrupted)
     if options.json:
-        print(json.dumps({"bundle": options.bundle, "robot": options.robot, "seed": options.seed, **report}, indent=1))
+        facts = {"bundle": options.bundle, "robot": options.robot, "seed": options.seed, **report.to_json()}
+        print(json.dumps(facts, indent=1))
         return
-    for line in lines:
+    for line in (*report.lines(), *(recorder.notes if recorder else ())):
         print(line)
     if options.record:
         print(f"recorded      {options.record}")

@@ -3,12 +3,15 @@
 Seeds: episode i resets the robot with seed + i, and its n-th inference starts from `episode_noise(seed + i, n, ...)`.
 Whoever evaluates the same policy elsewhere (PyTorch, another backend) with the same loop or the same two rules gives it
 the same scenes and the same noise.
+
+However a run ends (by itself, by an error, by SIGINT, SIGTERM or SIGHUP), the robot is closed first and once, then
+every watcher.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,14 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge import flow
+from ki_edge.commands import tell
 from ki_edge.contract import PolicyContract
 from ki_edge.errors import ArgumentError, RobotError
 
+from .guard import F32, Guard
+from .interrupts import Interrupts
 from .robots.base import EpisodeStatus, Robot
 from .robots.replay import ReplayRobot
 from .telemetry import Episode, LatencyLog, RunReport
-
-F32 = npt.NDArray[np.float32]
 
 
 class Actor(Protocol):
@@ -35,7 +39,7 @@ class Actor(Protocol):
     def infer(
         self, observation: Mapping[str, Any], *, noise: npt.ArrayLike | None = None, num_steps: int | None = None
     ) -> Mapping[str, Any]:
-        """{"actions": [H, a] in robot units, "timing": milliseconds by stage}."""
+        """{"actions": [H, a] in robot units, "timing": milliseconds by stage, if they are known}."""
 
 
 class Watcher:
@@ -54,7 +58,7 @@ class Watcher:
         """The episode is over."""
 
     def close(self) -> None:
-        """The run is over, by itself, by an error or by Ctrl-C."""
+        """The run is over, by itself, by an error or by a signal; the robot is closed already."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class LoopOptions:
     prompt: str | None = None  # instead of the robot's own
     max_steps: int | None = None  # of an episode; None: until the robot says that it is over
     max_hz: float | None = None  # actions a second at most; None: as fast as the robot takes them
+    close_robot: bool = True  # at the end of `run`; False: the caller goes on with the robot, and closes it
 
     def __post_init__(self) -> None:
         for name in ("episodes", "execute", "max_steps"):
@@ -90,14 +95,23 @@ def episode_noise(seed: int, index: int, shape: Sequence[int]) -> F32:
 class ControlLoop:
     """Runs a policy on a robot, blocking: the robot waits during inference.
 
-    ArgumentError if `execute` exceeds the policy's horizon, RobotError if the robot's actions are not the policy's.
+    `interrupts`: those of the program, if it has some; `say` is told of errors while closing that come after another.
+    ArgumentError if `execute` exceeds the policy's horizon, RobotError if the robot does not fit the policy.
     """
 
     def __init__(
-        self, policy: Actor, robot: Robot, options: LoopOptions | None = None, watchers: Sequence[Watcher] = ()
+        self,
+        policy: Actor,
+        robot: Robot,
+        options: LoopOptions | None = None,
+        watchers: Sequence[Watcher] = (),
+        *,
+        interrupts: Interrupts | None = None,
+        say: Callable[[str], object] = tell,
     ) -> None:
         self._policy, self._robot, self._watchers = policy, robot, list(watchers)
         self._options = options or LoopOptions()
+        self._interrupts, self._say = interrupts or Interrupts(), say
         contract = policy.contract
         self._execute = self._options.execute or contract.execute
         if self._execute > contract.action_horizon:
@@ -110,23 +124,38 @@ class ControlLoop:
                 f"{robot.name} is commanded by ({', '.join(taken)}), but the policy gives ({', '.join(given)}): "
                 "use a policy trained for this robot"
             )
+        if hasattr(robot, "fit"):
+            robot.fit(contract)
+        self._guard = Guard(contract, self._execute)
         self._noise_shape = (contract.action_horizon, contract.model_action_dim)
         self._latencies = LatencyLog()
         self._episodes: list[Episode] = []
         self._due = 0.0  # when the next action may be applied, by time.perf_counter
+        self._closed = False
 
     def watch(self, *watchers: Watcher) -> None:
         """Tell these too what happens, from the next episode on."""
         self._watchers.extend(watchers)
 
     def run(self) -> RunReport:
-        """All episodes. Errors of the policy or the robot end the run; `report` keeps the episodes before them."""
-        try:
-            for index in range(self._options.episodes):
-                self._run_episode(index, self._options.seed + index)
-        finally:
-            for watcher in self._watchers:
-                watcher.close()
+        """All episodes, then the robot and the watchers are closed.
+
+        Errors of the policy, the robot or a watcher end the run, as do signals (`Interrupted`, a KeyboardInterrupt);
+        `report` keeps the episodes before them. RobotError for a second run after the robot was closed.
+        """
+        if self._closed:
+            raise RobotError("this loop has run and closed its robot: open the robot again, and make a new loop")
+        with self._interrupts, self._interrupts.held():
+            error: BaseException | None = None
+            try:
+                for index in range(self._options.episodes):
+                    self._run_episode(index, self._options.seed + index)
+            except BaseException as stopped:
+                error = stopped
+                raise
+            finally:
+                with self._interrupts.finishing():
+                    self._close(error)
         return self.report()
 
     def report(self, *, interrupted: bool = False) -> RunReport:
@@ -134,6 +163,24 @@ class ControlLoop:
         steps, seconds = (sum(getattr(e, name) for e in self._episodes) for name in ("steps", "seconds"))
         rate = steps / seconds if seconds > 0 else 0.0
         return RunReport(tuple(self._episodes), self._latencies.summary(), rate, interrupted)
+
+    def _close(self, error: BaseException | None) -> None:
+        """The robot, then the watchers, each once. The first error comes out, those after it are told."""
+        closing: list[Callable[[], None]] = [watcher.close for watcher in self._watchers]
+        if self._options.close_robot:
+            self._closed = True
+            closing.insert(0, self._robot.close)
+        first = None
+        for close in closing:
+            try:
+                close()
+            except BaseException as failure:
+                if error is None and first is None:
+                    first = failure
+                else:
+                    self._say(f"and while closing: {type(failure).__name__}: {' '.join(str(failure).split())}")
+        if first is not None:
+            raise first
 
     def _run_episode(self, index: int, seed: int) -> None:
         robot = self._robot
@@ -168,27 +215,30 @@ class ControlLoop:
         limit = self._options.max_steps
         return status.done or (limit is not None and status.steps >= limit)
 
-    def _infer(self, seed: int, index: int, step: int) -> Iterator[F32]:
-        """The actions to execute now, f32 [a] each."""
+    def _infer(self, seed: int, index: int, step: int) -> F32:
+        """The actions to execute now, f32 [execute, a]; the whole chunk was checked."""
         start = time.perf_counter_ns()
         observation = self._robot.observe()
         if self._options.prompt is not None:
             observation = {**observation, "prompt": self._options.prompt}
         observed = time.perf_counter_ns()
         noise = episode_noise(seed, index, self._noise_shape)
-        result = dict(self._policy.infer(observation, noise=noise, num_steps=self._options.num_steps))
-        result["timing"] = {"observe_ms": (observed - start) / 1e6, **result["timing"]}
-        self._latencies.add(result["timing"])
+        with self._interrupts.released():
+            result = self._policy.infer(observation, noise=noise, num_steps=self._options.num_steps)
+        actions = self._guard.admit(result)
+        timing = {"observe_ms": (observed - start) / 1e6, **(result.get("timing") or {})}
+        self._latencies.add(timing)
         for watcher in self._watchers:
-            watcher.inferred(step, observation, result)
-        return iter(np.asarray(result["actions"], np.float32)[: self._execute])
+            watcher.inferred(step, observation, {**result, "timing": timing})
+        return actions[: self._execute]
 
     def _act(self, step: int, action: F32) -> None:
         start = time.perf_counter()
-        if self._options.max_hz is not None:
-            time.sleep(max(0.0, self._due - start))
-            start = time.perf_counter()
-            self._due = start + 1.0 / self._options.max_hz
+        with self._interrupts.released():
+            if self._options.max_hz is not None:
+                time.sleep(max(0.0, self._due - start))
+                start = time.perf_counter()
+                self._due = start + 1.0 / self._options.max_hz
         self._robot.act(action)
         self._latencies.add({"act_ms": 1e3 * (time.perf_counter() - start)})
         for watcher in self._watchers:

@@ -13,16 +13,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.bundle import Bundle
+from ki_edge.commands import tell
 from ki_edge.config import Pi05Config
 from ki_edge.contract import PolicyContract
-from ki_edge.errors import ArgumentError, BackendError, BundleError
+from ki_edge.errors import ArgumentError, BundleError
 from ki_edge.fast import FastCodec, FastIds
 from ki_edge.normalize import NormStats, read_norm_stats
 from ki_edge.prompt import PromptTokenizer
 from ki_edge.transforms import InputPipeline, ModelInputs, OutputPipeline, pad_last
 
 from .decode import TOKENIZER
+from .guard import finite_actions
 from .sampler import Sampler
+from .training_range import TrainingRange
 
 NORM_STATS = "assets/norm_stats.json"
 Float64 = npt.NDArray[np.float64]
@@ -39,15 +42,19 @@ class PolicyAssets:
 
 
 class Policy:
-    """Observation -> actions. The form of observations is the contract's, see `ki_edge.transforms`."""
+    """Observation -> actions. The form of observations is the contract's, see `ki_edge.transforms`.
 
-    def __init__(self, sampler: Sampler, assets: PolicyAssets) -> None:
+    `say` is told once if a state is far outside the training range.
+    """
+
+    def __init__(self, sampler: Sampler, assets: PolicyAssets, say: Callable[[str], object] = tell) -> None:
         self.sampler = sampler
         self.contract = assets.contract
         self.tokenizer = assets.tokenizer
         self._fast_folder = assets.fast_folder
         self._inputs = InputPipeline(assets.contract, assets.stats, assets.tokenizer)
         self._outputs = OutputPipeline(assets.contract, assets.stats)
+        self._range = TrainingRange(assets.contract, assets.stats, say)
 
     @classmethod
     def load(
@@ -64,7 +71,7 @@ class Policy:
         BundleError names what is missing if the bundle holds the model alone.
         """
         sampler = Sampler.open(bundle, backend, threads=threads, verify=verify, say=say)
-        return cls(sampler, read_assets(sampler.bundle))
+        return cls(sampler, read_assets(sampler.bundle), say or tell)
 
     def infer(
         self,
@@ -77,10 +84,11 @@ class Policy:
         """{"actions": float64 [H, action_dim] in robot units, "timing": milliseconds by stage}.
 
         `noise` f32 [H, A] or [1, H, A], or drawn from `seed`. ObservationError for an observation that does not fit
-        the contract, ArgumentError for other arguments, BackendError if the model's actions are not finite.
+        the contract, ArgumentError for other arguments, BackendError if an action is not finite in float32.
         """
         clock = _Stopwatch()
         inputs = self._inputs(observation)
+        self._range.look(inputs.raw_state)
         clock.lap("preprocess_ms")
         if noise is not None and np.ndim(noise) == 2:
             noise = np.asarray(noise)[None]
@@ -89,7 +97,8 @@ class Policy:
             *_batch(inputs), state=state, noise=noise, seed=seed, num_steps=num_steps
         )[0]
         clock.lap("model_ms")
-        robot_actions = _finite(self._outputs(actions, inputs.raw_state))
+        robot_actions = self._outputs(actions, inputs.raw_state)
+        finite_actions(robot_actions, self.contract.action_names)
         clock.lap("postprocess_ms")
         return {"actions": robot_actions, "timing": self._timing(clock, "denoise")}
 
@@ -104,6 +113,7 @@ class Policy:
             raise ArgumentError("this policy has no FAST head: its contract has no 'fast'; use infer")
         clock = _Stopwatch()
         inputs = self._inputs(observation)
+        self._range.look(inputs.raw_state)
         clock.lap("preprocess_ms")
         forced = self.tokenizer.action_ids
         limit = max(1, contract.max_tokens - len(forced))
@@ -111,7 +121,8 @@ class Policy:
         clock.lap("model_ms")
         actions, problem = self._decode(tokens, FastIds(contract.id_offset, contract.size))
         if actions is not None:
-            actions = _finite(self._outputs(actions, inputs.raw_state))
+            actions = self._outputs(actions, inputs.raw_state)
+            finite_actions(actions, self.contract.action_names)
         clock.lap("postprocess_ms")
         return {"actions": actions, "tokens": tokens, "problem": problem, "timing": self._timing(clock, "fast")}
 
@@ -190,16 +201,6 @@ def _batch(inputs: ModelInputs) -> tuple[npt.NDArray[Any], ...]:
 def _state(inputs: ModelInputs, config: Pi05Config) -> npt.NDArray[np.float32] | None:
     """The state as a tensor f32 [1, A] for a π0; a π0.5 has it in its prompt."""
     return pad_last(inputs.state, config.action_dim).astype(np.float32)[None] if config.has_state else None
-
-
-def _finite(actions: Float64) -> Float64:
-    if not np.isfinite(actions).all():
-        bad = int((~np.isfinite(actions)).sum())
-        raise BackendError(
-            f"the model gave {bad} of {actions.size} actions that are NaN or infinite; nothing is sent to the robot. "
-            "Check the bundle with ki-parity; a low precision may overflow"
-        )
-    return actions
 
 
 class _Stopwatch:

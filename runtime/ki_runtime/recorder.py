@@ -4,6 +4,8 @@ steps.jsonl           one object a line: {"event": "episode" | "inference" | "st
 episode_000.mp4       the robot's film (GIF without imageio-ffmpeg), at its control rate
 actions_000.png       executed actions; for a replay, with the recorded ones
 latency.png           every latency of an inference by stage
+
+A run that is stopped leaves the same files, up to where it was.
 """
 
 from __future__ import annotations
@@ -20,14 +22,32 @@ from ki_edge.errors import RobotError
 
 from . import plots
 from .film import Film, open_film
-from .loop import F32, Watcher
+from .guard import F32
+from .loop import Watcher
 from .robots.base import Robot
 from .robots.replay import ReplayRobot
 from .telemetry import Episode
 
+LOG = "steps.jsonl"
+
+
+def check_folder(folder: str | Path) -> None:
+    """RobotError unless a run can be recorded into `folder`: a new or an empty one (hidden files do not count)."""
+    path = Path(folder)
+    try:
+        there = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise RobotError(f"cannot record into {path}: {error.strerror}; choose another folder") from error
+    if LOG in there:
+        raise RobotError(f"{path} holds a recording already ({LOG}); choose another folder, or move that one away")
+    if there:
+        raise RobotError(f"{path} is not empty ({there[0]} is in it): record into a new or an empty folder")
+
 
 class Recorder(Watcher):
-    """Writes into `folder`, which is made if it does not exist. RobotError if it cannot be written.
+    """Writes into `folder`, a new or empty one. RobotError if it is neither, or cannot be written.
 
     `notes`: lines for the user, such as what could not be drawn. `films`: episodes that are filmed, from the first.
     """
@@ -37,21 +57,25 @@ class Recorder(Watcher):
         self.notes: list[str] = []
         self._films = films
         self._film: Film | None = None
+        self._index, self._seed = 0, 0
         self._actions: list[F32] = []
         self._inferences: list[int] = []
         self._timings: dict[str, list[float]] = {}
-        self._robot: Robot | None = None
+        self._recorded: F32 | None = None  # what a replay is compared with
+        check_folder(folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._log: TextIO = (self.folder / "steps.jsonl").open("w", encoding="utf-8")
+            # a line at a time, so that nothing is lost with the process; never over another run's
+            self._log: TextIO = (self.folder / LOG).open("x", encoding="utf-8", buffering=1)
         except OSError as error:
             raise RobotError(f"cannot record into {self.folder}: {error.strerror}; choose another folder") from error
         if not plots.can_plot():
             self.notes.append(plots.MISSING)
 
     def episode_started(self, index: int, seed: int, robot: Robot) -> None:
-        self._robot, self._actions, self._inferences = robot, [], []
-        self._write("episode", index=index, seed=seed, robot=robot.name)
+        self._index, self._seed, self._actions, self._inferences = index, seed, [], []
+        self._recorded = robot.recorded if isinstance(robot, ReplayRobot) else None
+        self._write("episode", {"index": index, "seed": seed, "robot": robot.name})
         if index < self._films:
             self._film = open_film(self.folder / f"episode_{index:03d}", robot.control_hz)
             self._add_frame(robot)
@@ -60,42 +84,56 @@ class Recorder(Watcher):
         self._inferences.append(step)
         for stage, milliseconds in result["timing"].items():
             self._timings.setdefault(stage, []).append(milliseconds)
-        seen = {key: np.asarray(observation[key]).tolist() for key in ("state", "prompt") if key in observation}
-        self._write("inference", step=step, **seen, timing=result["timing"], actions=_rounded(result["actions"]))
+        seen = {str(key): value for key, given in observation.items() if (value := _small(given)) is not None}
+        facts = {"step": step, "timing": result["timing"], "actions": _rounded(result["actions"])}
+        self._write("inference", {**seen, **facts})
 
     def stepped(self, step: int, action: F32, robot: Robot) -> None:
         self._actions.append(action)
-        self._write("step", step=step, action=_rounded(action))
+        self._write("step", {"step": step, "action": _rounded(action)})
         self._add_frame(robot)
 
     def episode_ended(self, index: int, episode: Episode) -> None:
-        self._write("end", **asdict(episode))
-        self._close_film()
-        if plots.can_plot() and self._actions:
-            robot = self._robot
-            recorded = robot.recorded if isinstance(robot, ReplayRobot) else None
-            title = f"Episode {index}, seed {episode.seed}"
-            path = self.folder / f"actions_{index:03d}.png"
-            plots.plot_actions(path, np.stack(self._actions), self._inferences, recorded, title)
+        self._write("end", asdict(episode))
+        self._finish_episode()
 
     def close(self) -> None:
-        self._close_film()
-        self._log.close()
-        if plots.can_plot() and self._timings:
-            plots.plot_latency(self.folder / "latency.png", self._timings)
+        """Finish the film and the plots, also those of an episode that was stopped."""
+        try:
+            self._finish_episode()
+        finally:
+            self._log.close()
+            if plots.can_plot() and self._timings:
+                plots.plot_latency(self.folder / "latency.png", self._timings)
+
+    def _finish_episode(self) -> None:
+        film, self._film = self._film, None
+        actions, self._actions = self._actions, []
+        try:
+            if film is not None:
+                film.close()
+        finally:
+            if plots.can_plot() and actions:
+                path = self.folder / f"actions_{self._index:03d}.png"
+                title = f"Episode {self._index}, seed {self._seed}"
+                plots.plot_actions(path, np.stack(actions), self._inferences, self._recorded, title)
 
     def _add_frame(self, robot: Robot) -> None:
         frame = robot.frame() if self._film is not None else None
         if self._film is not None and frame is not None:
             self._film.add(frame)
 
-    def _close_film(self) -> None:
-        if self._film is not None:
-            self._film.close()
-            self._film = None
+    def _write(self, event: str, fields: Mapping[str, Any]) -> None:
+        self._log.write(json.dumps({"event": event} | {**fields, "event": event}) + "\n")
 
-    def _write(self, event: str, **fields: Any) -> None:
-        self._log.write(json.dumps({"event": event, **fields}) + "\n")
+
+def _small(given: object) -> object:
+    """What the log keeps of an observation's entry: text and short lists of numbers, not pictures; None for others."""
+    try:
+        array = np.asarray(given)
+    except (TypeError, ValueError):  # a tensor on a device, a ragged list
+        return None
+    return array.tolist() if array.ndim < 2 and array.dtype.kind in "biufU" else None
 
 
 def _rounded(actions: Any) -> Any:

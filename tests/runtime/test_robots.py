@@ -313,7 +313,7 @@ def bad_files(content):
     yield {k: v for k, v in good.items() if "/" not in k}, "images/<camera> is missing"
     yield good | {"state": good["state"][:4]}, r"state is float32 \[4, 3\], expected float32 \[T, n\] with T = 5"
     yield good | {"state": np.ones((5, 3), np.int64)}, r"state is int64 \[5, 3\]"
-    yield good | {"state": nan}, "state holds values that are not finite"
+    yield good | {"state": nan}, r"state\[0\]\[0\] is nan, which is not finite"
     yield good | {"images/left": good["images/left"].astype(np.float32)}, r"expected uint8 \[5, h, w, 3\]"
     yield good | {"prompt": np.array(3)}, "expected one string"
     yield good | {"actions": np.array([{}], object)}, "actions is object"

@@ -34,9 +34,13 @@ def test_a_run_and_its_continuation(pictures, tmp_path, capsys):
         assert plot.size == (960, 540)
     assert ki_train(pictures, "-o", out, *SHORT) == 2
     assert "go on with --resume" in capsys.readouterr().err
-    assert ki_train(pictures, "-o", out, *SHORT[2:], "--steps", "3", "--resume") == 0
+    assert ki_train(pictures, "-o", out, "--steps", "3", "--batch", "8", "--resume") == 2
+    assert "steps: the run has 2, now 3; batch: the run has 4, now 8. Resume with what" in capsys.readouterr().err
+    (out / "model.safetensors").unlink()  # killed before its last checkpoint
+    assert ki_train(pictures, "-o", out, "--resume", "--log-every", "7") == 0  # with the settings of the run
+    assert Checkpoint.open(out).config.vision.image_size == 96
     log = [json.loads(line)["step"] for line in (out / "training" / "log.jsonl").read_text().splitlines()]
-    assert log == [1, 2, 3]
+    assert log == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -188,21 +188,6 @@ def test_nothing_to_resume(train):
         train("run", resume=True)
 
 
-def test_a_run_of_another_model_is_not_resumed(train, record, small_config, demonstrations, tmp_path):
-    train("run")
-    deeper = replace(small_config, vision=replace(small_config.vision, mlp_dim=20))
-    with pytest.raises(ArgumentError, match=r"'vision.*mlp.*' does not fit this model: it is of another preset or"):
-        open_trainer(demonstrations, tmp_path / "run", deeper, QUICK, resume=True)
-
-
-def test_a_damaged_state_is_not_resumed(train, tmp_path):
-    train("run")
-    state = tmp_path / "run" / "training" / "state.safetensors"
-    state.write_bytes(state.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match="is truncated"):
-        train("run", resume=True)
-
-
 # ---------------------------------------------------------------------- starting from a checkpoint
 
 

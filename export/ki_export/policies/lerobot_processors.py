@@ -16,7 +16,7 @@ import numpy as np
 
 from ki_edge.checkpoints.formats import read_json
 from ki_edge.errors import CheckpointError
-from ki_edge.normalize import NormStats
+from ki_edge.normalize import NormStats, checked_stats
 from ki_edge.safetensors_index import SafetensorsIndex
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
@@ -131,7 +131,8 @@ class Normalizer:
             if f"{feature}.{name}" not in index:
                 return None
             found[field] = index.array(f"{feature}.{name}").astype(np.float64)
-        return NormStats(**found)
+        where = f"{self.processor.folder / self.step.state_file}: {feature}"
+        return checked_stats(found, where, dict(zip(FIELDS[kind], names, strict=True)), CheckpointError)
 
     @property
     def sha256(self) -> str:

@@ -23,7 +23,8 @@ class Robot(Protocol):
     """A robot, real or simulated. All calls come from the thread that opened it.
 
     A robot may also have `action_names`, what each dimension of an action commands: a loop then refuses a policy whose
-    contract names them otherwise.
+    contract names them otherwise. One with a method `fit(contract)` is told by the loop whose policy will drive it,
+    before the first episode.
     """
 
     name: str
@@ -33,7 +34,9 @@ class Robot(Protocol):
         """Start a new episode; where the start is drawn at random, the same seed gives the same one."""
 
     def observe(self) -> dict[str, Any]:
-        """{"images": {camera: RGB u8 [h, w, 3]}, "state": f32 [s], "prompt": str}, in robot units."""
+        """An observation in the form of the policy's contract, in robot units; of a generic one
+        {"images": {camera: RGB u8 [h, w, 3]}, "state": f32 [s], "prompt": str}.
+        """
 
     def act(self, action: NDArray[np.float32]) -> None:
         """Apply one action f32 [a], robot units, for one control period. RobotError if it is not finite."""
@@ -45,16 +48,20 @@ class Robot(Protocol):
         """A picture for a film, RGB u8 [h, w, 3]; None where the robot has none."""
 
     def close(self) -> None:
-        """Release the robot."""
+        """Release the robot. A loop calls this once, however its run ends."""
 
 
 def checked_action(action: ArrayLike, size: int, robot: str) -> NDArray[np.float32]:
-    """`action` as f32 [size]; RobotError where its shape is another or a value is not finite."""
-    values = np.asarray(action, np.float32)
-    if values.shape != (size,):
-        raise RobotError(f"{robot}: an action has the shape {values.shape}, expected ({size},)")
+    """`action` as f32 [size]; RobotError where its shape is another or a value is not finite in float32."""
+    given = np.asarray(action)
+    if given.shape != (size,):
+        raise RobotError(f"{robot}: an action has the shape {given.shape}, expected ({size},)")
+    if given.dtype.kind not in "fiu":
+        raise RobotError(f"{robot}: an action is an array of {given.dtype}, expected numbers")
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = given.astype(np.float32)
     if not np.isfinite(values).all():
-        raise RobotError(f"{robot}: the action {values.tolist()} is not finite; it was not applied")
+        raise RobotError(f"{robot}: the action {given.tolist()} is not finite in float32; it was not applied")
     return values
 
 

@@ -117,14 +117,15 @@ class FetchScene:
         data.site_xpos[site] = point
 
     def step(self, setpoint: NDArray[np.float32]) -> None:
-        """Follow one set-point f32 [4] for one control period (40 ms)."""
+        """Follow one set-point f32 [4] for one control period (40 ms). RobotError if it is not finite."""
         self._read(self._env.step(self.track(setpoint))[0])
 
     def track(self, setpoint: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The environment's action f32 [4] in [-1, 1] that brings the gripper towards a set-point."""
-        action = np.array(setpoint, np.float32)
-        action[:3] = TRACKING_GAIN * (setpoint[:3] - self._gripper)
-        return np.clip(action, -1.0, 1.0)
+        """The environment's action f32 [4] in [-1, 1] that brings the gripper towards a set-point; finite."""
+        checked_action(setpoint, len(ACTION_NAMES), "FetchReach-v4")
+        action = np.array(setpoint, np.float64)
+        action[:3] = TRACKING_GAIN * (action[:3] - self._gripper)
+        return checked_action(np.clip(action, -1.0, 1.0), len(ACTION_NAMES), "FetchReach-v4")  # clip keeps NaN
 
     def plan(self, horizon: int) -> NDArray[np.float32]:
         """The scripted expert's next set-points f32 [horizon, 4]: to the target along each axis, then there."""

@@ -1,12 +1,9 @@
 """A recorded episode as a robot: `replay:FILE` shows its observations and keeps the actions predicted for them.
 
-The file is an .npz: "images/<camera>" u8 [T, h, w, 3] for each camera, "state" f32 [T, s], "actions" f32 [T, a] and
-"prompt", a string. Nothing in it is unpickled.
+The file is described in `ki_edge.episode_file`; `record_episode` writes one.
 """
 
 import os
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,32 +11,47 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_edge.errors import RobotError
+from ki_edge.contract import PolicyContract
+from ki_edge.episode_file import RecordedEpisode, header_fault, value_fault
+from ki_edge.episodes import EpisodeView
+from ki_edge.errors import DatasetError, RobotError
 from ki_runtime.robots.base import EpisodeStatus, checked_action
 
-MAX_BYTES = 4 << 30  # all arrays of a file together, uncompressed
-MAX_PROMPT = 4096  # characters
-# What zipfile and numpy raise for a damaged, encrypted or foreign archive.
-UNREADABLE = (OSError, ValueError, EOFError, KeyError, SyntaxError, RuntimeError, zipfile.BadZipFile, zlib.error)
-_npy: Any = np.lib.format  # some of its functions carry no types in numpy 1
-_CURE = "record it again with ki_runtime.robots.replay.record_episode"
+CONTROL_HZ = 25.0  # of a recording for which nobody says it
 
 
 class ReplayRobot:
     """Open loop: `act` stores the predicted action and moves on to the next recorded step.
 
-    Attributes: `recorded` f32 [T, a], the actions in the file; `predicted` f32 [T, a], NaN where none was given yet.
+    Observations are generic until `fit` names a contract. Attributes: `recorded` f32 [T, a], the actions in the file;
+    `predicted` f32 [T, a], NaN where none was given yet. RobotError if the file is unfit.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, prompt: str | None = None, control_hz: float = 25.0) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        prompt: str | None = None,
+        control_hz: float | None = None,
+    ) -> None:
         self.name = f"replay:{os.fspath(path)}"
-        self.control_hz = control_hz
-        arrays = _load(Path(path))
-        self._images = {name.partition("/")[2]: array for name, array in arrays.items() if name.startswith("images/")}
-        self._state = arrays["state"].astype(np.float32)
-        self._prompt = str(arrays["prompt"]) if prompt is None else prompt
-        self.recorded = arrays["actions"].astype(np.float32)
+        self.control_hz = control_hz or CONTROL_HZ
+        self._hz_given, self._prompt = control_hz is not None, prompt
+        try:
+            self._view = EpisodeView(RecordedEpisode.open(path))
+        except DatasetError as error:
+            raise RobotError(str(error)) from None
+        self.recorded = self._view.episode.actions
         self.reset()
+
+    def fit(self, contract: PolicyContract) -> None:
+        """Give observations in the form of this contract from now on. RobotError if the recording lacks a part."""
+        try:
+            self._view = EpisodeView(self._view.episode, contract)
+        except DatasetError as error:
+            raise RobotError(str(error)) from None
+        if contract.control_hz is not None and not self._hz_given:
+            self.control_hz = contract.control_hz
 
     def reset(self, seed: int | None = None) -> None:
         """Back to the first step; forgets the predictions. The seed changes nothing."""
@@ -48,9 +60,7 @@ class ReplayRobot:
 
     def observe(self) -> dict[str, Any]:
         """The recorded observation of the present step; after the end, that of the last one."""
-        t = min(self._step, len(self.recorded) - 1)
-        images = {camera: pictures[t].copy() for camera, pictures in self._images.items()}
-        return {"images": images, "state": self._state[t].copy(), "prompt": self._prompt}
+        return self._view.observation(self._shown, self._prompt)
 
     def act(self, action: NDArray[np.float32]) -> None:
         """Store the action f32 [a] as the prediction of the present step."""
@@ -66,13 +76,16 @@ class ReplayRobot:
 
     def frame(self) -> NDArray[np.uint8] | None:
         """The recorded pictures side by side where all are equally high, else the first one."""
-        images: dict[str, NDArray[np.uint8]] = self.observe()["images"]
-        pictures = [images[camera] for camera in sorted(images)]
+        pictures = self._view.pictures(self._shown)
         same = len({picture.shape[0] for picture in pictures}) == 1
         return np.concatenate(pictures, axis=1) if same else pictures[0]
 
     def close(self) -> None:
         """Nothing to release."""
+
+    @property
+    def _shown(self) -> int:
+        return min(self._step, len(self.recorded) - 1)
 
 
 def record_episode(
@@ -90,7 +103,7 @@ def record_episode(
     arrays: dict[str, NDArray[Any]] = {f"images/{camera}": np.asarray(value) for camera, value in images.items()}
     arrays |= {"state": np.asarray(state), "actions": np.asarray(actions), "prompt": np.array(prompt)}
     target = Path(path)
-    fault = _fault({name: (array.shape, array.dtype) for name, array in arrays.items()}) or _value_fault(arrays)
+    fault = header_fault({name: (array.shape, array.dtype) for name, array in arrays.items()}) or value_fault(arrays)
     if fault:
         raise RobotError(f"cannot record {target}: {fault}")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -98,66 +111,3 @@ def record_episode(
     with temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
     temporary.replace(target)
-
-
-Header = tuple[tuple[int, ...], "np.dtype[Any]"]
-
-
-def _load(path: Path) -> dict[str, NDArray[Any]]:
-    """The file's arrays; their headers are checked before any of their data is read."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            headers = {entry.filename.removesuffix(".npy"): _header(archive, entry) for entry in archive.infolist()}
-        fault = _fault(headers)
-        if fault:
-            raise RobotError(f"{path}: {fault}; {_CURE}")
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in headers}
-    except FileNotFoundError as error:
-        raise RobotError(f"{path}: no such file; expected an .npz written by record_episode") from error
-    except UNREADABLE as error:
-        raise RobotError(f"{path}: not a readable episode ({error}); {_CURE}") from error
-    fault = _value_fault(arrays)
-    if fault:
-        raise RobotError(f"{path}: {fault}; {_CURE}")
-    return arrays
-
-
-def _header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Header:
-    """Shape and dtype of one array, without its data."""
-    with archive.open(entry) as file:
-        version = _npy.read_magic(file)
-        shape, _, dtype = (_npy.read_array_header_1_0 if version == (1, 0) else _npy.read_array_header_2_0)(file)
-    return tuple(shape), dtype
-
-
-def _fault(headers: Mapping[str, Header]) -> str:
-    """What is wrong with the names, shapes and dtypes of an episode; "" if nothing."""
-    missing = [name for name in ("state", "actions", "prompt") if name not in headers]
-    cameras = [name for name in headers if name.startswith("images/") and len(name) > 7]
-    if missing or not cameras:
-        return f"{', '.join(missing or ['images/<camera>'])} is missing, found {sorted(headers)}"
-    size = sum(int(np.prod(shape, dtype=object)) * dtype.itemsize for shape, dtype in headers.values())
-    if size > MAX_BYTES:
-        return f"{size} bytes of arrays, at most {MAX_BYTES} are read"
-    shape, dtype = headers["prompt"]
-    if shape != () or dtype.kind != "U" or dtype.itemsize > 4 * MAX_PROMPT:
-        return f"prompt is {dtype} {list(shape)}, expected one string of up to {MAX_PROMPT} characters"
-    steps = headers["actions"][0][0] if headers["actions"][0] else 0
-    for name in ("actions", "state"):
-        shape, dtype = headers[name]
-        if len(shape) != 2 or dtype.kind != "f" or shape[0] != steps or 0 in shape:
-            return f"{name} is {dtype} {list(shape)}, expected float32 [T, n] with T = {steps} (of actions) and not 0"
-    for name in cameras:
-        shape, dtype = headers[name]
-        if len(shape) != 4 or dtype != np.uint8 or shape[0] != steps or shape[3] != 3 or 0 in shape:
-            return f"{name} is {dtype} {list(shape)}, expected uint8 [{steps}, h, w, 3]"
-    return ""
-
-
-def _value_fault(arrays: Mapping[str, NDArray[Any]]) -> str:
-    """The first array of numbers with a value that is not finite; "" if none."""
-    for name in ("state", "actions"):
-        if not np.isfinite(arrays[name]).all():
-            return f"{name} holds values that are not finite"
-    return ""

@@ -1,0 +1,69 @@
+"""A robot that counts and a policy that is a formula: what tests of the loop drive."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from ki_edge.contract import generic
+from ki_edge.errors import BackendError
+from ki_runtime.robots import EpisodeStatus
+
+HORIZON, DIM = 5, 2
+
+
+class CountingRobot:
+    """Over after 7 steps; successful at step 3 in every episode, and at the end where the seed is even."""
+
+    name, control_hz = "counting", 20.0
+
+    def __init__(self):
+        self.log = []
+        self.closed = 0  # how often
+
+    def reset(self, seed=None):
+        self.log.append(("reset", seed))
+        self.seed, self.steps = seed, 0
+
+    def observe(self):
+        self.log.append(("observe", self.steps))
+        return {"images": {}, "state": np.full(2, self.steps, np.float32), "prompt": "own prompt"}
+
+    def act(self, action):
+        assert action.dtype == np.float32
+        self.log.append(("act", action.tolist()))
+        self.steps += 1
+
+    def status(self):
+        success = self.steps == 3 or (self.steps >= 7 and self.seed % 2 == 0)
+        return EpisodeStatus(self.steps >= 7, success, self.steps)
+
+    def frame(self):
+        return np.full((18, 33, 3), self.steps * 30, np.uint8)
+
+    def close(self):
+        self.closed += 1
+
+
+class FormulaPolicy:
+    """The h-th action is [state, h]; keeps what it was asked."""
+
+    contract = generic(["cam"], state_dim=2, action_dim=DIM, action_horizon=HORIZON, execute=3, model_action_dim=4)
+
+    def __init__(self):
+        self.asked = []
+
+    def infer(self, observation, *, noise=None, num_steps=None):
+        self.asked.append(SimpleNamespace(observation=observation, noise=noise, num_steps=num_steps))
+        actions = np.stack([np.full(HORIZON, observation["state"][0]), np.arange(HORIZON)], axis=1)
+        return {"actions": actions, "timing": {"prefix_ms": 2.0, "denoise_ms": 1.0, "total_ms": 3.0}}
+
+
+class Failing(FormulaPolicy):
+    """Fails at its fourth inference."""
+
+    error = BackendError("broken")
+
+    def infer(self, observation, **options):
+        if len(self.asked) == 3:
+            raise self.error
+        return super().infer(observation, **options)

@@ -1,0 +1,151 @@
+"""The command ki-run, and what importing the runtime loads."""
+
+import ast
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from ki_edge.commands import tell
+from ki_runtime import backends, cli
+
+from .fake_robot import CountingRobot, Failing, FormulaPolicy
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*arguments, policy=, robot=) -> (exit status, stdout, stderr) of ki-run over the two above."""
+
+    def run(*arguments, policy=None, robot=None):
+        loaded = []
+
+        def load(*positional, **options):
+            loaded.append((*positional, options))
+            return policy or FormulaPolicy()
+
+        monkeypatch.setattr("ki_runtime.policy.Policy.load", load)
+        monkeypatch.setattr(cli, "open_robot", lambda name: robot or CountingRobot())
+        status = cli.main(["some/bundle", "--robot", "gym:FetchReach-v4", *arguments])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(status=status, out=out, err=err, loaded=loaded)
+
+    return run
+
+
+def test_run_prints_a_report(run):
+    robot = CountingRobot()
+    result = run("--episodes", "4", "--backend", "ort", "--threads", "2", "--verify", robot=robot)
+    assert result.status == 0 and robot.closed
+    assert "50.0 % at the end" in result.out and "100.0 % at any step" in result.out
+    assert "prefix" in result.out and "control rate" in result.out and "torch loaded" in result.out
+    assert result.loaded == [("some/bundle", "ort", {"threads": 2, "verify": True, "say": tell})]
+
+
+def test_run_prints_json(run, tmp_path):
+    result = run("--episodes", "2", "--seed", "3", "--json", "--record", str(tmp_path))
+    report = json.loads(result.out)
+    assert report["seed"] == 3 and [episode["seed"] for episode in report["episodes"]] == [3, 4]
+    assert report["success_rate"] == 0.5 and "denoise_ms" in report["latency_ms"] and "torch_loaded" in report
+    assert (tmp_path / "steps.jsonl").exists()
+
+
+def test_an_error_is_one_line(run):
+    robot = CountingRobot()
+    result = run("--episodes", "2", policy=Failing(), robot=robot)
+    assert result.status == 2 and robot.closed
+    assert result.err.splitlines()[-1] == "ki-run: error: broken" and "Traceback" not in result.err
+
+
+def test_options_are_checked_before_anything_is_loaded(run):
+    for option, name in (("--episodes", "episodes"), ("--num-steps", "num_steps")):
+        result = run(option, "0")
+        assert result.status == 2 and result.loaded == [] and f"error: {name} 0" in result.err
+        assert len(result.err.splitlines()) == 1
+
+
+def test_interrupt(run, tmp_path):
+    class Interrupted(Failing):
+        error = KeyboardInterrupt()
+
+    robot = CountingRobot()
+    result = run("--episodes", "5", "--record", str(tmp_path), policy=Interrupted(), robot=robot)
+    assert result.status == 130 and robot.closed
+    assert "episodes      1 (interrupted)" in result.out and "Traceback" not in result.err
+    assert (tmp_path / "steps.jsonl").read_text().count('"end"') == 1
+
+
+def test_interrupt_while_loading(monkeypatch, capsys):
+    def load(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ki_runtime.policy.Policy.load", load)
+    assert cli.main(["bundle", "--robot", "gym:FetchReach-v4"]) == 130
+    assert capsys.readouterr().err == "ki-run: interrupted; nothing was run\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--robot", "gym:FetchReach-v4"], "no bundle at"),
+        (["--robot", "gym:FetchReach-v4", "--backend", "abacus"], "no backend 'abacus'; there are: auto, trt"),
+    ],
+)
+def test_missing_bundle_and_unknown_backend(capsys, tmp_path, arguments, message):
+    assert cli.main([str(tmp_path / "none"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ki-run: error: ") and message in error and len(error.splitlines()) == 1
+
+
+def test_unknown_robot(capsys, monkeypatch):
+    monkeypatch.setattr("ki_runtime.policy.Policy.load", lambda *_, **__: FormulaPolicy())
+    assert cli.main(["bundle", "--robot", "gym:Unknown-v0"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ki-run: error: unknown robot 'gym:Unknown-v0'") and len(error.splitlines()) == 1
+
+
+def test_a_disk_that_fails_is_one_line(run):
+    class Full(Failing):
+        error = OSError(28, "No space left on device")
+
+    robot = CountingRobot()
+    result = run("--episodes", "2", policy=Full(), robot=robot)
+    assert result.status == 2 and robot.closed
+    assert result.err.splitlines()[-1] == "ki-run: error: [Errno 28] No space left on device"
+
+
+def test_help_names_every_backend(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in backends.NAMES)
+
+
+# ---------------------------------------------------------------- what is imported
+
+
+def loaded_after(code):
+    """Names of the top-level modules that a fresh interpreter has after running `code`."""
+    script = f"{code}\nimport sys; print(sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(ast.literal_eval(result.stdout.splitlines()[-1]))
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    assert not loaded_after("import ki_runtime") & {"numpy", "PIL", "onnxruntime", "torch"}
+
+
+def test_the_runtime_never_needs_torch_or_the_exporter():
+    heavy = {"torch", "onnx", "ki_export", "PIL", "matplotlib", "tokenizers", "sentencepiece", "imageio", "gymnasium"}
+    modules = "loop, policy, sampler, recorder, cli, decode, plots, film"
+    assert not loaded_after(f"from ki_runtime import {modules}") & {*heavy, "onnxruntime"}
+    assert not loaded_after("import ki_runtime.ort_session") & heavy
+
+
+def test_every_public_name_is_there():
+    import ki_runtime
+
+    assert all(getattr(ki_runtime, name).__name__ == name for name in ki_runtime.__all__)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = ki_runtime.nothing
