@@ -7,29 +7,26 @@ inputs of the next without waiting. A sequence of runs is recorded as one CUDA g
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 from ki_edge import graphs
 from ki_edge.bundle import Bundle
-from ki_edge.errors import BackendError, DeviceError
+from ki_edge.errors import BackendError
 from ki_edge.graphs import GraphSpec
 
 from ..backends import GraphOpener, SessionOptions
-from ..session import Binding, Bucket, Buffer, Sequential, Session
 from . import engines as stored
 from .api import Api
-from .buffers import DeviceBuffer, Gpu, owned
+from .bindings import TensorRTSession
+from .buffers import Gpu
 from .build import ensure_engines, rebuild
-from .contexts import Context, EngineContexts, Scratch, Shapes
-from .cuda import Cuda, Recording
+from .contexts import Scratch
+from .cuda import Cuda
 from .engines import Engines
-from .profiles import PROMPT_BUCKET
 from .requirements import check_precision
 
-CACHE_BUCKET = 64  # places in a FAST cache
 ELEMENT_TYPES = {"uint8": "UINT8", "bool": "BOOL", "int32": "INT32", "float32": "FLOAT"}
 
 
@@ -123,108 +120,6 @@ class Connection:
     def _log(self, severity: str, message: str) -> None:
         if severity == "error":
             self._problem = " ".join(message.split())
-
-
-class TensorRTSession(Session):
-    """One engine. Its contexts live as long as the bindings that use them."""
-
-    def __init__(
-        self, connection: Connection, spec: GraphSpec, sizes: Mapping[str, int], engine: Any, path: Path
-    ) -> None:
-        super().__init__(spec, sizes)
-        self._connection, self._gpu = connection, connection.gpu
-        self._contexts = EngineContexts(
-            connection.api, self._gpu, engine, connection.scratch, path.with_suffix(".kernels"), self._failure
-        )
-        self._open: WeakValueDictionary[Shapes, Context] = WeakValueDictionary()
-        self._records = connection.options.record is not False
-        if spec.name == graphs.PREFIX.name:
-            self.prompt_bucket = Bucket(PROMPT_BUCKET, self._contexts.limit("prompt_tokens", 1))
-        if spec.name == graphs.FAST_DECODE.name:
-            self.cache_bucket = Bucket(CACHE_BUCKET, self._contexts.limit("cache_mask", 1))
-
-    def allocate(self, shape: Sequence[int], dtype: str) -> Buffer:
-        return self._gpu.allocate(shape, dtype)
-
-    def sequence(self, bindings: Sequence[Binding]) -> Binding:
-        return Recorded(self, bindings)
-
-    def record(self, bindings: Sequence[Binding]) -> Recording | None:
-        """The bindings as one CUDA graph; None if they cannot be recorded, which is said once."""
-        chain = Sequential(bindings)
-        try:
-            if not all(binding.recordable for binding in bindings if isinstance(binding, TensorRTBinding)):
-                raise BackendError("the engine cannot be recorded")
-            return self._gpu.cuda.record(self._gpu.stream, chain.run)
-        except DeviceError:
-            raise
-        except BackendError as error:
-            if self._records:
-                self._connection.options.say(f"graph {self.spec.name} runs without CUDA graphs, slower: {error}")
-            self._records = False
-            return None
-        finally:
-            self._contexts.keep_kernels()
-
-    def keep_kernels(self) -> None:
-        """Write down the kernels that were finished on this GPU, for the next start."""
-        self._contexts.keep_kernels()
-
-    @property
-    def records(self) -> bool:
-        return self._records
-
-    def _bind(self, buffers: Mapping[str, Buffer]) -> Binding:
-        tensors = {name: owned(buffer, self._gpu) for name, buffer in buffers.items()}
-        inputs, outputs = ({t.name: tensors[t.name].shape for t in part} for part in (self.inputs, self.outputs))
-        shapes = tuple(inputs.items())
-        context = self._open.get(shapes)
-        if context is None:
-            context = self._open[shapes] = self._contexts.open(inputs, outputs)
-        return TensorRTBinding(context, tensors)
-
-    def _failure(self, what: str) -> BackendError:
-        return self._connection.failure(f"graph {self.spec.name}: {what}")
-
-
-class TensorRTBinding:
-    """An engine with memory for every tensor."""
-
-    def __init__(self, context: Context, buffers: Mapping[str, DeviceBuffer]) -> None:
-        self._context = context
-        self._buffers = buffers  # kept alive
-        self._addresses = {name: buffer.address for name, buffer in buffers.items()}
-
-    @property
-    def recordable(self) -> bool:
-        return self._context.recordable()
-
-    def run(self) -> None:
-        self._context.enqueue(self._addresses)
-
-
-class Recorded:
-    """Bindings that run one by one the first time, which settles their shapes, and as one CUDA graph from then on.
-
-    Where nothing is recorded they run one by one forever.
-    """
-
-    def __init__(self, session: TensorRTSession, bindings: Sequence[Binding]) -> None:
-        self._session, self._bindings = session, tuple(bindings)
-        self._recording: Recording | None = None
-        self._settled = False
-
-    def run(self) -> None:
-        if self._recording is not None:
-            self._recording.launch()
-            return
-        for binding in self._bindings:
-            binding.run()
-        if self._session.records:
-            self._recording = self._session.record(self._bindings)
-        elif not self._settled:
-            self._session.keep_kernels()
-        self._settled = True
 
 
 def check_signature(path: Path, spec: GraphSpec, engine: Any, sizes: Mapping[str, int]) -> None:
