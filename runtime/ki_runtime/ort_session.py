@@ -25,7 +25,7 @@ from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_edge.graphs import Dim, GraphSpec, TensorSpec
 
 from .backends import GraphOpener, SessionOptions
-from .session import Binding, Buffer, HostBuffer, Session
+from .session import Binding, Buffer, HostBuffer, Session, first_line
 
 ELEMENT_TYPES = {"uint8": "uint8", "bool": "bool", "int32": "int32", "float32": "float"}
 ERRORS_ONLY = 3
@@ -179,8 +179,3 @@ def _ort_value(buffer: Buffer) -> Any:
 def onnxruntime() -> Any:
     """The engine; imported when the first session is opened, so that this module can be imported without it."""
     return import_module("onnxruntime")
-
-
-def first_line(error: Exception) -> str:
-    """What the engine says, without the trace that follows."""
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -36,11 +36,13 @@ class Machine:
         for spec in graphs.GRAPHS:
             (bundle.path / f"{spec.name}.engine").write_text(spec.name)
         files = SimpleNamespace(
-            path=lambda name: bundle.path / f"{name}.engine", identity=SimpleNamespace(lean="lean" in quirks)
+            path=lambda name: bundle.path / f"{name}.engine",
+            folder=bundle.path,
+            identity=SimpleNamespace(lean="lean" in quirks),
         )
         self.gpu = Gpu(Cuda(self.cuda))
         self.connection = Connection(
-            self.trt.api(), self.gpu, files, bundle, SessionOptions(say=self.lines.append, **options), rebuild
+            self.trt.api(), self.gpu, lambda graph: files, bundle, SessionOptions(say=self.lines.append, **options), rebuild
         )
 
     def sampler(self):

@@ -12,8 +12,10 @@ from ki_edge.bundle import Bundle
 from ki_edge.contract import generic
 from ki_edge.errors import BackendError
 from ki_runtime.trt.api import Api
-from ki_runtime.trt.engines import Device, EngineFile, Engines, Identity, find, identify, look
+from ki_runtime.trt.device import Device
+from ki_runtime.trt.engines import ACTING, EngineFile, Engines, Identity, default_graphs, identify
 from ki_runtime.trt.profiles import Profile, profiles
+from ki_runtime.trt.selection import EngineSet, find, look
 
 ORIN = Device("Orin", (8, 7), 16 << 30)
 ADA = Device("NVIDIA GeForce RTX 4090", (8, 9))
@@ -28,7 +30,7 @@ def publish():
     """publish(bundle, api, device, capabilities, **identity fields) -> Engines with random bytes."""
 
     def make(bundle, used=None, device=ORIN, capabilities=None, graphs=None, **changes):
-        identity = identify(bundle, used or api(), device.name, capabilities or [device.capability], graphs=graphs)
+        identity = identify(bundle, used or api(), device, capabilities or [device.capability], graphs=graphs)
         identity = replace(identity, **changes)
         folder = bundle.path / "engines" / identity.key
         folder.mkdir(parents=True)
@@ -55,7 +57,7 @@ def test_engines_that_fit_are_found(make_bundle, publish) -> None:
 
 
 def test_the_key_depends_on_every_fact(make_bundle) -> None:
-    identity = identify(make_bundle(), api(), "Orin", [(8, 7)])
+    identity = identify(make_bundle(), api(), ORIN, [(8, 7)])
     other = {**identity.profiles, "denoise": (Profile({"x_t": ((1, 5, 6), (1, 5, 6), (2, 5, 6))}),)}
     changes = {
         "weights": "0" * 64,
@@ -67,6 +69,8 @@ def test_the_key_depends_on_every_fact(make_bundle) -> None:
         "flavour": "tensorrt_rtx",
         "version": "10.3.1",
         "lean": True,
+        "multiprocessors": 14,
+        "memory": 32,
     }
     assert set(changes) == set(Identity.__dataclass_fields__)
     keys = [replace(identity, **{name: value}).key for name, value in changes.items()]

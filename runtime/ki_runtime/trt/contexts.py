@@ -20,6 +20,7 @@ from typing import Any
 
 from ki_edge.errors import BackendError, KiEdgeError
 
+from ..session import first_line
 from .api import Api
 from .buffers import Gpu
 from .cuda import Memory
@@ -37,7 +38,7 @@ def refusing(failure: Failure, what: str) -> Iterator[None]:
     except KiEdgeError:
         raise
     except Exception as error:
-        raise failure(f"{what}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise failure(f"{what}: {first_line(error)}") from error
 
 
 class Scratch:

@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 
 from ki_edge.errors import BackendError, DeviceError, DeviceMemoryError
 
-from .cuda_errors import ABSENT, LOST, NO_DRIVER, OUT_OF_MEMORY, SUCCESS, one_line, raised
-from .engines import Device
+from ..session import first_line
+from .cuda_errors import ABSENT, LOST, NO_DRIVER, OUT_OF_MEMORY, SUCCESS, raised
+from .device import Device
 
 MODULES = ("cuda.bindings.runtime", "cuda.cudart")  # of cuda-python from 12.6.1 on, and before
 DEVICE = 0
@@ -85,6 +86,7 @@ class Cuda:
             capability=(self._attribute("ComputeCapabilityMajor"), self._attribute("ComputeCapabilityMinor")),
             memory=int(properties.totalGlobalMem),
             shared=bool(self._attribute("Integrated")),
+            multiprocessors=self._attribute("MultiProcessorCount"),
         )
 
     def driver(self) -> str | None:
@@ -262,5 +264,5 @@ def _import() -> Any:
         except Exception as error:  # a library that it wants is missing, or is another than it was built for
             broken = broken or error
     if broken is not None:
-        raise BackendError(f"cuda-python cannot be imported ({one_line(broken)}): pip install --upgrade cuda-python")
+        raise BackendError(f"cuda-python cannot be imported ({first_line(broken)}): pip install --upgrade cuda-python")
     raise BackendError("cuda-python is not installed: pip install cuda-python (of the driver's CUDA version)")

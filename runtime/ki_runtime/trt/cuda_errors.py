@@ -6,6 +6,8 @@ import re
 
 from ki_edge.errors import BackendError
 
+from ..session import first_line
+
 NO_DRIVER = "no NVIDIA driver on this machine"
 SUCCESS, OUT_OF_MEMORY = 0, 2
 # Initialisation, stub library, driver too old, devices unavailable, no device, system not ready, versions of driver and
@@ -22,14 +24,9 @@ def raised(what: str, error: Exception) -> BackendError:
     and at later ones 'Function "cuInit" not found'.
     """
     if re.search(r'libcuda\.so|Function "cu\w+" not found', str(error)):
-        return BackendError(f"{NO_DRIVER}: {one_line(error)}")
+        return BackendError(f"{NO_DRIVER}: {first_line(error)}")
     if isinstance(error, AttributeError):
         return BackendError(
             f"cuda-python has no {what}: pip install --upgrade cuda-python (of the driver's CUDA version)"
         )
-    return BackendError(f"CUDA failed in {what}: {type(error).__name__}: {one_line(error)}")
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, in one line of bounded length."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return BackendError(f"CUDA failed in {what}: {type(error).__name__}: {first_line(error)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,15 @@ from ki_edge.errors import BackendError
 from ki_edge.graphs import GraphSpec
 
 from ..backends import GraphOpener, SessionOptions
-from . import engines as stored
 from .api import Api
 from .bindings import TensorRTSession
 from .buffers import Gpu
 from .build import ensure_engines, rebuild
-from .contexts import Scratch
+from .contexts import Scratch, refusing
 from .cuda import Cuda
-from .engines import Engines
+from .engines import ACTING, Engines
 from .requirements import check_precision
+from .selection import find
 
 ELEMENT_TYPES = {"uint8": "UINT8", "bool": "BOOL", "int32": "INT32", "float32": "FLOAT"}
 
@@ -38,32 +39,45 @@ def obstacle(bundle: Bundle | None, package: str) -> str | None:
         if bundle is not None:
             check_precision(bundle.manifest.precision, [device.capability])
             if not api.can_build:
-                stored.find(bundle, api, device)
+                find(bundle, api, device, trust=True)  # whether they are to be trusted is asked when they are loaded
     except BackendError as error:
         return str(error)
     return None
 
 
 def connect(bundle: Bundle, package: str, options: SessionOptions) -> GraphOpener:
-    """What opens a bundle's graphs. Engines that do not exist yet are built now, if this TensorRT can."""
+    """What opens a bundle's graphs. Engines that are missing are built if `options.build` says so.
+
+    BackendError with the command that builds them if it does not, or if this TensorRT cannot.
+    """
     cuda, api = Cuda.load(), Api.load(package)
     device = cuda.device()
-    engines = ensure_engines(bundle, api, device, options.say, verify=options.verify)
-    again = (lambda broken: rebuild(bundle, api, device, broken, options.say)) if api.can_build else None
+    fitting = partial(find, bundle, api, device, verify=options.verify, trust=options.trust)
+    if options.build:
+        acting = ensure_engines(bundle, api, device, options.say, verify=options.verify, trust=options.trust)
+    else:
+        acting = fitting(ACTING)
+
+    def engines(graph: str) -> Engines:
+        return acting.of[graph] if graph in acting.of else fitting((graph,)).of[graph]
+
+    can = options.build and api.can_build
+    again = (lambda broken: rebuild(bundle, api, device, broken, options.say)) if can else None
     return Connection(api, Gpu(cuda), engines, bundle, options, again).open
 
 
 class Connection:
     """What the sessions of one bundle share: the stream, TensorRT's runtime, scratch memory, the engines' files.
 
-    `rebuild`: builds engines that do not load again; it is asked once.
+    `engines(graph)`: where that graph's engine is; BackendError if there is none. `rebuild`: builds engines that do not
+    load again; it is asked once.
     """
 
     def __init__(
         self,
         api: Api,
         gpu: Gpu,
-        engines: Engines,
+        engines: Callable[[str], Engines],
         bundle: Bundle,
         options: SessionOptions,
         rebuild: Callable[[Engines], Engines] | None = None,
@@ -71,24 +85,27 @@ class Connection:
         self.api, self.gpu, self.options = api, gpu, options
         self.scratch = Scratch(gpu)
         self._engines, self._rebuild = engines, rebuild
+        self._rebuilt: dict[Path, Engines] = {}  # the folder of engines that did not load -> those in their place
         self._sizes = graphs.sizes(bundle.manifest.config, len(bundle.manifest.vocabulary.ids))
         self._problem = ""  # the last error that TensorRT logged
         self._logger = api.logger(self._log)
-        self._runtime = api.runtime(self._logger, lean=engines.identity.lean)
+        self._runtimes: dict[bool, Any] = {}  # whether it takes code of the host's
 
     def open(self, graph: GraphSpec) -> TensorRTSession:
         """Load one graph's engine.
 
         BackendError if the engine does not load or is not of this graph, DeviceMemoryError if the GPU has no room.
         """
-        path = self._engines.path(graph.name)
-        engine = self._load(path)
+        engines = self._engines(graph.name)
+        engines = self._rebuilt.get(engines.folder, engines)
+        path = engines.path(graph.name)
+        engine = self._load(path, lean=engines.identity.lean)
         if engine is None and self._rebuild is not None:
             again, self._rebuild = self._rebuild, None
             self.options.say(f"{self.failure(f'cannot load {path}')}; building it again")
-            self._engines = again(self._engines)
-            path = self._engines.path(graph.name)
-            engine = self._load(path)
+            made = self._rebuilt[engines.folder] = again(engines)
+            path = made.path(graph.name)
+            engine = self._load(path, lean=made.identity.lean)
         if engine is None:
             raise self.failure(f"cannot load {path}; build it again")
         check_signature(path, graph, engine, self._sizes)
@@ -103,12 +120,12 @@ class Connection:
         logged, self._problem = self._problem, ""
         return BackendError(f"{self.api.title}: {what}{f': {logged}' if logged else ''}")
 
-    def _load(self, path: Path) -> Any:
+    def _load(self, path: Path, *, lean: bool) -> Any:
         """The engine, None if TensorRT refuses it though there is room."""
         try:
             size = path.stat().st_size
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                engine = self._runtime.deserialize_cuda_engine(content)
+                engine = self._deserialize(content, lean)
         except (OSError, ValueError) as error:  # ValueError: an empty file
             raise BackendError(f"cannot read {path} ({error}); build it again") from error
         if engine is None:
@@ -116,6 +133,17 @@ class Connection:
             if free < size:
                 raise self.gpu.cuda.full(size)
         return engine
+
+    def _deserialize(self, content: mmap.mmap, lean: bool) -> Any:
+        """The engine, None if TensorRT refuses it, by a word or by an exception."""
+        with refusing(self.failure, "no runtime"):
+            if lean not in self._runtimes:
+                self._runtimes[lean] = self.api.runtime(self._logger, lean=lean)
+        try:
+            return self._runtimes[lean].deserialize_cuda_engine(content)
+        except Exception as error:
+            self._log("error", str(error) or type(error).__name__)
+            return None
 
     def _log(self, severity: str, message: str) -> None:
         if severity == "error":
