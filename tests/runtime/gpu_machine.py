@@ -42,7 +42,12 @@ class Machine:
         )
         self.gpu = Gpu(Cuda(self.cuda))
         self.connection = Connection(
-            self.trt.api(), self.gpu, lambda graph: files, bundle, SessionOptions(say=self.lines.append, **options), rebuild
+            self.trt.api(),
+            self.gpu,
+            lambda graph: files,
+            bundle,
+            SessionOptions(say=self.lines.append, **options),
+            rebuild,
         )
 
     def sampler(self):

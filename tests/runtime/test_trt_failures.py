@@ -13,6 +13,7 @@ from ki_runtime.session import HostBuffer
 from ki_runtime.trt.buffers import Gpu
 from ki_runtime.trt.session import Connection
 
+from .fake_gpu import FakeContext
 from .gpu_machine import CLOSE, Machine, noise
 
 
@@ -130,8 +131,46 @@ def test_no_room_for_a_context(machine, batch):
 
 
 def test_only_engines_for_the_lean_runtime_are_trusted_with_code(make_bundle):
-    assert not hasattr(Machine(make_bundle()).trt.runtime, "engine_host_code_allowed")
-    assert Machine(make_bundle("lean"), {"lean": True}).trt.runtime.engine_host_code_allowed is True
+    for name, quirks in {"plain": {}, "lean": {"lean": True}}.items():
+        machine = Machine(make_bundle(name), quirks)
+        machine.sampler()
+        assert getattr(machine.trt.runtime, "engine_host_code_allowed", False) is (name == "lean")
+
+
+def test_whatever_tensorrt_raises_is_typed(make_bundle, batch):
+    """Its bindings raise where no object can be made, or a text or a number is none."""
+
+    def fail(*_):
+        raise TypeError("factory function returned nullptr\nand a signature")
+
+    bundle, inputs = make_bundle(), batch([[True]], [[3, 4]])
+    machine = Machine(bundle)
+    machine.trt.Runtime = fail
+    with pytest.raises(BackendError, match=r"^TensorRT 10\.3\.0: no runtime: factory function returned nullptr$"):
+        machine.sampler()
+    machine = Machine(bundle)
+    machine.trt.load = fail
+    with pytest.raises(BackendError, match=r"cannot load .*prefix\.engine; build it again: factory function"):
+        machine.sampler()
+    for name in ("create_execution_context", "get_tensor_profile_shape"):
+        machine = Machine(bundle)
+        sampler = machine.sampler()
+        setattr(sampler._prefix._session._contexts._engine, name, fail)
+        with pytest.raises(
+            BackendError, match=r"graph prefix: no execution context: factory function returned nullptr$"
+        ):
+            sampler.sample_actions(*inputs, noise=noise())
+    for name, what in {
+        "infer_shapes": "its shapes are not known",
+        "set_input_shape": "no execution context",
+        "set_tensor_address": "running it",
+        "execute_async_v3": "running it",
+    }.items():
+        machine = Machine(bundle)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(FakeContext, name, fail)
+            with pytest.raises(BackendError, match=f"graph prefix: {what}: factory function returned nullptr$"):
+                machine.sampler().sample_actions(*inputs, noise=noise())
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 
+from ki_edge import graphs
 from ki_edge.errors import BackendError
 from ki_runtime.backends import SessionOptions
 from ki_runtime.trt import bindings, contexts, session
 from ki_runtime.trt.cuda import Cuda
+from ki_runtime.trt.device import Device
+from ki_runtime.trt.engines import ACTING, FAST
 from ki_runtime.trt.session import obstacle
 
 from .fake_cuda import FakeCuda
+from .published import publish
 
 
 @pytest.fixture
@@ -47,15 +51,56 @@ def test_the_lean_runtime_needs_engines(here, make_bundle, monkeypatch):
 def test_verifying_reaches_the_engines(here, make_bundle, monkeypatch, verify):
     asked = []
 
-    def ensure(*arguments, verify):
-        asked.append(verify)
+    def ensure(*arguments, verify, trust):
+        asked.append((verify, trust))
         raise BackendError("enough")
 
     here()
-    monkeypatch.setattr(session, "ensure_engines", ensure)
-    with pytest.raises(BackendError, match="enough"):
-        session.connect(make_bundle(), "tensorrt", SessionOptions(verify=verify))
-    assert asked == [verify]
+    for build, name in ((True, "ensure_engines"), (False, "find")):
+        monkeypatch.setattr(session, name, ensure)
+        with pytest.raises(BackendError, match="enough"):
+            session.connect(make_bundle(name), "tensorrt", SessionOptions(verify=verify, trust=verify, build=build))
+    assert asked == [(verify, verify)] * 2
+
+
+def test_nothing_is_built_unasked(here, make_bundle, monkeypatch):
+    here(name="tensorrt", version_text="10.3.0", is_rtx=False, is_lean=False, version=(10, 3))
+    monkeypatch.setattr(session, "ensure_engines", None)
+    monkeypatch.setattr(session, "rebuild", None)
+    bundle = make_bundle()
+    with pytest.raises(BackendError) as error:
+        session.connect(bundle, "tensorrt", SessionOptions())
+    assert str(error.value) == (
+        f"{bundle.path} has no TensorRT engines; build them here: ki-export --build {bundle.path}, or open it with "
+        "build=True"
+    )
+
+
+def test_fast_without_an_engine_is_one_line(here, make_bundle, monkeypatch):
+    """The others come from their folder, and are not asked for again."""
+    here(
+        name="tensorrt",
+        version_text="10.3.0",
+        is_rtx=False,
+        is_lean=False,
+        version=(10, 3),
+        logger=lambda sink: None,
+        title="TensorRT",
+    )
+    bundle = make_bundle()
+    made = publish(bundle, device=Device("Orin", (8, 7)), graphs=ACTING)
+    loaded = []
+    monkeypatch.setattr(session.Connection, "_load", lambda self, path, lean: loaded.append(path))
+    open_graph = session.connect(bundle, "tensorrt", SessionOptions())
+    for spec in (graphs.PREFIX, graphs.DENOISE):
+        with pytest.raises(BackendError, match="cannot load"):  # only reached
+            open_graph(spec)
+    assert loaded == [made.path(name) for name in ACTING]
+    with pytest.raises(BackendError, match=r"has no TensorRT engine of fast_decode; .* --graphs fast_decode$"):
+        open_graph(graphs.FAST_DECODE)
+    publish(bundle, device=Device("Orin", (8, 7)), graphs=(FAST,))  # built meanwhile
+    with pytest.raises(BackendError, match=r"cannot load .*fast_decode"):
+        open_graph(graphs.FAST_DECODE)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from .contexts import Scratch, refusing
 from .cuda import Cuda
 from .engines import ACTING, Engines
 from .requirements import check_precision
-from .selection import find
+from .selection import EngineSet, find
 
 ELEMENT_TYPES = {"uint8": "UINT8", "bool": "BOOL", "int32": "INT32", "float32": "FLOAT"}
 
@@ -56,7 +56,7 @@ def connect(bundle: Bundle, package: str, options: SessionOptions) -> GraphOpene
     if options.build:
         acting = ensure_engines(bundle, api, device, options.say, verify=options.verify, trust=options.trust)
     else:
-        acting = fitting(ACTING)
+        acting = _without_building(fitting, api)
 
     def engines(graph: str) -> Engines:
         return acting.of[graph] if graph in acting.of else fitting((graph,)).of[graph]
@@ -64,6 +64,16 @@ def connect(bundle: Bundle, package: str, options: SessionOptions) -> GraphOpene
     can = options.build and api.can_build
     again = (lambda broken: rebuild(bundle, api, device, broken, options.say)) if can else None
     return Connection(api, Gpu(cuda), engines, bundle, options, again).open
+
+
+def _without_building(fitting: Callable[..., EngineSet], api: Api) -> EngineSet:
+    """The engines that act; BackendError with all that can be done where there are none."""
+    try:
+        return fitting(ACTING)
+    except BackendError as error:
+        if not api.can_build:
+            raise
+        raise BackendError(f"{error}, or open it with build=True") from None
 
 
 class Connection:
