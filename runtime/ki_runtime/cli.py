@@ -54,10 +54,19 @@ def _run(options: argparse.Namespace) -> int:
         max_steps=options.max_steps,
         max_hz=options.max_hz,
     )
-    policy = Policy.load(options.bundle, options.backend, threads=options.threads, verify=options.verify, say=tell)
+    policy = Policy.load(
+        options.bundle,
+        options.backend,
+        threads=options.threads,
+        verify=options.verify,
+        build=True,
+        trust_engines=options.trust_engines,
+        say=tell,
+    )
     robot: Robot = open_robot(options.robot)
     try:
         loop = ControlLoop(policy, robot, loop_options)  # refuses what does not fit before anything is written
+        policy.warm_up(prompt=options.prompt, num_steps=options.num_steps)  # before anything moves
         recorder = Recorder(options.record) if options.record else None
         loop.watch(Progress(options.episodes), *([recorder] if recorder else []))
         try:
@@ -100,6 +109,7 @@ def _parser() -> Parser:
     add("--max-hz", type=float, metavar="HZ", help="actions a second at most; default: as fast as the robot takes them")
     add("--record", metavar="DIR", help="keep films, steps.jsonl and plots in this folder")
     add("--json", action="store_true", help="print the report as JSON")
+    add("--trust-engines", action="store_true", help="load engines with code of the host's that were built elsewhere")
     add("--verify", action="store_true", help="check the bundle's hashes before running")
     return parser
 

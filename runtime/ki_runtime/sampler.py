@@ -22,7 +22,8 @@ from .backends import Backend, SessionOptions, check_name, connect
 from .decode import Choices, FastStage, check_decoding, choices_of
 from .denoise import DenoiseStage, runtime_weights
 from .prefix import PrefixStage, prepare_inputs, prepare_state
-from .session import Session
+from .room import Stage, within_memory
+from .session import Bucket, Session
 
 F32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
@@ -82,18 +83,25 @@ class Sampler:
         *,
         threads: int | None = None,
         verify: bool = False,
+        build: bool = False,
+        trust_engines: bool = False,
         say: Callable[[str], object] | None = None,
     ) -> Sampler:
         """Open a bundle folder, or take an opened one.
 
-        `threads`: CPU threads of a graph; `verify`: check all hashes; `say`: told which backend was taken and why, and
+        `threads`: CPU threads of a graph; `verify`: check all hashes; `build`: build TensorRT engines that are missing,
+        which takes minutes to tens of minutes; `trust_engines`: also load engines for the lean runtime that were not
+        built here, which run code that they bring; `say`: told which backend was taken and why, and
         how the building of engines comes along; None: to stderr, and the backend only if it is slow for this bundle or
         another that is installed was passed over. BundleError for a damaged bundle, BackendError for a backend that is
-        missing or refuses a graph.
+        missing or refuses a graph, or whose engines are missing and are not to be built: it says the command.
         """
         check_name(backend)
         opened = bundle if isinstance(bundle, Bundle) and not verify else Bundle.open(_folder(bundle), verify=verify)
-        precision, options = opened.manifest.precision, SessionOptions(threads, say=say or tell, verify=verify)
+        precision, options = (
+            opened.manifest.precision,
+            SessionOptions(threads, say=say or tell, verify=verify, build=build, trust=trust_engines),
+        )
         connection = connect(opened, backend, options, graphs.specs(opened.manifest.config)[:2])
         if say is not None or connection.backend.surprising(precision):
             options.say(connection.backend.describe(precision))
@@ -103,6 +111,11 @@ class Sampler:
     def config(self) -> Pi05Config:
         """The model's geometry."""
         return self._config
+
+    @property
+    def prompt_bucket(self) -> Bucket:
+        """The lengths that prompts are padded to."""
+        return self._prefix.prompt_bucket
 
     @property
     def num_steps(self) -> int:
@@ -132,12 +145,17 @@ class Sampler:
         once = prepare_state(state, inputs.batch, self._config)
         steps = self._steps(num_steps)
         x = self._noise(noise, seed, inputs.batch)
-        with self._lock:
+
+        def run() -> F32:
             start = time.perf_counter_ns()
             prefix = self._prefix.run(inputs)
             middle = time.perf_counter_ns()
             actions = self._denoise.run(prefix, x, steps, once)
             self.timing = StageTimes(prefix=middle - start, denoise=time.perf_counter_ns() - middle)
+            return actions
+
+        with self._lock:
+            actions = within_memory(self._stages, run)
         self._check_finite(actions)
         return actions
 
@@ -159,14 +177,18 @@ class Sampler:
         """
         inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
         check_decoding(max_tokens, forced, self._config.vocab_size)
-        with self._lock:
+
+        def run() -> Int64:
             choices, stage = self._choices_of(constrained), self._fast_stage()
             start = time.perf_counter_ns()
             prefix = self._prefix.run(inputs)
             middle = time.perf_counter_ns()
             tokens = stage.run(prefix, inputs, choices, max_tokens, forced)
             self.timing = StageTimes(prefix=middle - start, fast=time.perf_counter_ns() - middle)
-        return tokens
+            return tokens
+
+        with self._lock:
+            return within_memory(self._stages, run)
 
     def trace(
         self,
@@ -185,12 +207,16 @@ class Sampler:
         once = prepare_state(state, inputs.batch, self._config)
         steps = self._steps(num_steps)
         x = self._noise(noise, seed, inputs.batch)
-        with self._lock:
+
+        def run() -> Trace:
             prefix = self._prefix.run(inputs)
             states = self._denoise.states(prefix, x, steps, once)
             kept = inputs.columns.size  # a padded prompt has masked tokens behind them
             k, v, mask = prefix.k.read(), prefix.v.read(), prefix.mask.read()
             return Trace(k[..., :kept, :], v[..., :kept, :], mask[:, :kept], inputs.columns, states)
+
+        with self._lock:
+            return within_memory(self._stages, run)
 
     def _noise(self, noise: npt.ArrayLike | None, seed: int | None, batch: int) -> F32:
         shape = (batch, self._config.action_horizon, self._config.action_dim)
@@ -224,6 +250,9 @@ class Sampler:
         if constrained not in self._choices:
             self._choices[constrained] = choices_of(self.bundle, constrained)
         return self._choices[constrained]
+
+    def _stages(self) -> tuple[Stage, ...]:
+        return (self._prefix, self._denoise) if self._fast is None else (self._fast, self._prefix, self._denoise)
 
     def _fast_stage(self) -> FastStage:
         if self._fast is None:

@@ -1,6 +1,7 @@
 """A GPU without a GPU: TensorRT's runtime over the fake engine, on the fake CUDA of `fake_cuda`."""
 
 import enum
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,8 +24,8 @@ class FakeTensorRT:
 
     `quirks` {what: value}: "outputs" {tensor: shape} that the engine gives instead, "execute" None or False in turn,
     "memory" bytes of scratch, "capturable", "drop" a tensor that the engines lack, "dtype" {tensor: name}, "rtx",
-    "context" False: none is made. "late": plans keep their addresses in host memory that recorded nodes read, so a
-    replay uses those that its context has at that time.
+    "context" False: none is made, "persistent" bytes that each context takes of its own. "late": plans keep their
+    addresses in host memory that recorded nodes read, so a replay uses those that its context has at that time.
 
     In every mode a context that was recorded must never be touched again.
     """
@@ -104,8 +105,11 @@ class FakeTrtEngine:
             assert choice.cuda_graph_strategy.name == "DISABLED"
             choice.cache.content += b"k"  # compiled for this context
         assert strategy is self.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self.module.cuda.free < self.module.quirks.get("persistent", 0):
+            return None
         context = FakeContext(self)
-        self.module.contexts.append((self.spec.name, context))
+        if "persistent" not in self.module.quirks:  # else it must be able to go
+            self.module.contexts.append((self.spec.name, context))
         return context
 
 
@@ -127,6 +131,10 @@ class FakeContext:
         self.shapes, self.addresses, self.scratch, self.profile = {}, {}, None, None
         self.settled = False  # an enqueue after the last change of a shape
         self.recorded = 0  # enqueues within a stream capture
+        own = self.module.quirks.get("persistent", 0)
+        if own:
+            _, address = self.cuda.cudaMalloc(own)
+            weakref.finalize(self, self.cuda.blocks.pop, address)
         if "capturable" in self.module.quirks:
             self.is_stream_capturable = lambda stream: self.module.quirks["capturable"]
 
