@@ -125,7 +125,7 @@ def build(work: Path, capabilities: str) -> None:
     for kind in (FLOAT16, BFLOAT16):
         start = time.perf_counter()
         engines = build_bundle(work / kind, "trt-rtx", capabilities, BuildOptions(force=True), note)
-        size = sum(path.stat().st_size for path in engines.folder.glob("*.engine"))
+        size = sum(engines.path(graph).stat().st_size for graph in engines.of)
         print(f"{kind}: compiled for {capabilities} in {time.perf_counter() - start:.0f} s, {size / 1e9:.2f} GB")
 
 

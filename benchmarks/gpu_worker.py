@@ -36,7 +36,7 @@ class BundleSide:
             load_cuda_libraries()
         from ki_runtime.sampler import Sampler
 
-        self._sampler = Sampler.open(path, backend)
+        self._sampler = Sampler.open(path, backend, build=True)
         self.config = self._sampler.config
 
     def run(self, observation: Observation, steps: int) -> tuple[np.ndarray, dict[str, float]]:

@@ -51,6 +51,10 @@ class FastContract:
     max_tokens: int = 256
     folder: str = "fast"
 
+    def room(self, forced: int) -> int:
+        """How many tokens are sampled at most behind so many that are given."""
+        return max(1, self.max_tokens - forced)
+
 
 @dataclass(frozen=True)
 class PolicyContract:

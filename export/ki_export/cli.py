@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from ki_edge.commands import Parser, run_command, tell
 from ki_edge.contract import PRESETS
 from ki_edge.errors import ArgumentError
+from ki_edge.graphs import GRAPHS
 
 if TYPE_CHECKING:
     from ki_edge.bundle import Bundle
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from .policies import PolicyRequest
 
 NAME = "ki-export"
-FOR_ENGINES = ("build", "target", "compute_capability", "ignore_memory", "lean", "force")  # arguments of --build
+FOR_ENGINES = ("build", "target", "compute_capability", "ignore_memory", "lean", "graphs", "force")  # of --build
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,10 +48,12 @@ def _build(arguments: argparse.Namespace) -> int:
 def _build_engines(arguments: argparse.Namespace, bundle: Path, target: str) -> None:
     from ki_runtime.trt.build import BuildOptions, build_bundle
 
-    options = BuildOptions(ignore_memory=arguments.ignore_memory, force=arguments.force, lean=arguments.lean)
+    options = BuildOptions(
+        graphs=arguments.graphs, ignore_memory=arguments.ignore_memory, force=arguments.force, lean=arguments.lean
+    )
     capabilities = arguments.compute_capability
     engines = build_bundle(bundle, target, capabilities, options, lambda line: tell(f"{NAME}: {line}"))
-    tell(f"{NAME}: engines in {engines.folder}")
+    tell(f"{NAME}: engines in {', '.join(map(str, engines.folders))}")
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -63,6 +66,8 @@ def _export(arguments: argparse.Namespace) -> int:
         raise ArgumentError("--json goes with --inspect")
     target = arguments.target or "ort"
     ahead = _ahead_of_time(arguments, target)
+    if arguments.graphs is not None and not ahead:
+        raise ArgumentError("--graphs says which engines are built: it goes with --build or --compute-capability")
     from .exporter import export
     from .options import ExportOptions
 
@@ -100,7 +105,7 @@ def _ahead_of_time(arguments: argparse.Namespace, target: str) -> bool:
         return False
     if target != "trt-rtx":
         raise ArgumentError(f"--compute-capability is for --target trt-rtx: engines of {target} are built on their GPU")
-    from ki_runtime.trt.build import check_ahead
+    from ki_runtime.trt.targets import check_ahead
 
     check_ahead(
         arguments.compute_capability, {"bf16": "bfloat16", "fp32": "float32"}.get(arguments.precision, "float16")
@@ -112,8 +117,8 @@ def _gpu_ready(target: str) -> bool:
     """Whether engines can be built and run on this machine."""
     from ki_edge.errors import BackendError
     from ki_runtime.trt.api import Api
-    from ki_runtime.trt.build import MODULES
     from ki_runtime.trt.cuda import current_device
+    from ki_runtime.trt.targets import MODULES
 
     try:
         can_build = Api.load(MODULES[target]).can_build
@@ -208,8 +213,22 @@ def _add_engines(group: argparse._ArgumentGroup) -> None:
         help="trt-rtx: compile for these GPUs, such as 8.6,12.0, here and now",
     )
     add("--attention", default="decomposed", help="decomposed, or fused: one operator of TensorRT 10.14 (%(default)s)")
+    add(
+        "--graphs",
+        type=_graph_names,
+        metavar="NAME,...",
+        help="build these of prefix, denoise, fast_decode; default: the first two, and the last if the policy has FAST",
+    )
     add("--lean", action="store_true", help="with --build: engines that TensorRT's lean runtime loads too")
     add("--ignore-memory", action="store_true", help="build even if the estimate says that memory will not do")
+
+
+def _graph_names(text: str) -> tuple[str, ...]:
+    known = [spec.name for spec in GRAPHS]
+    names = tuple(part.strip() for part in text.split(","))
+    if not set(names) <= set(known):
+        raise argparse.ArgumentTypeError(f"'{text}': expected some of {','.join(known)}")
+    return names
 
 
 def _add_source(group: argparse._ArgumentGroup) -> None:

@@ -19,10 +19,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ki_edge.bundle import Bundle
-from ki_edge.errors import BackendError
+from ki_edge.errors import BackendError, KiEdgeError
 from ki_edge.graphs import GraphSpec
 
-from .session import Session
+from .session import Session, first_line
 
 GraphOpener = Callable[[GraphSpec], Session]
 
@@ -57,7 +57,9 @@ class SessionOptions:
     `threads`: CPU threads of one graph; None leaves it to the engine. `prepack`: keep weights in memory in the engine's
     own form rather than in the mapped file; None decides by graph and precision (see `ort_session`). `record`: record
     runs as CUDA graphs and replay them; None leaves it to the backend. `say`: told what takes long or went wrong.
-    `verify`: check the hashes of what a backend keeps beside the bundle's own files.
+    `verify`: check the hashes of what a backend keeps beside the bundle's own files. `build`: build engines that are
+    missing, which takes minutes; else they are an error that says how. `trust`: load engines with code of the host's
+    that were not built on this machine.
     """
 
     threads: int | None = None
@@ -65,6 +67,8 @@ class SessionOptions:
     record: bool | None = None
     say: Callable[[str], object] = silent
     verify: bool = False
+    build: bool = False
+    trust: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Backend:
     @property
     def package(self) -> str | None:
         """The package that it uses; None if none is installed."""
-        return next((name for name in self.packages if find_spec(name) is not None), None)
+        return next(filter(_installed, self.packages), None)
 
     def obstacle(self, bundle: Bundle | None) -> str | None:
         """Why it cannot run this bundle (or, for None, any) on this machine; None if it can."""
@@ -94,33 +98,43 @@ class Backend:
             return NotInstalled(f"no {' or '.join(self.packages)} package")
         try:
             found: str | None = import_module(self.module).obstacle(bundle, self.package)
+        except KiEdgeError:
+            raise
         except ImportError as error:
-            return f"cannot be imported ({error})"
+            return f"cannot be imported ({first_line(error)})"
+        except Exception as error:  # an engine's own: no reason not to take another
+            return f"failed ({type(error).__name__}: {first_line(error)})"
         return found
 
     def connect(self, bundle: Bundle, options: SessionOptions) -> GraphOpener:
-        """What opens a bundle's graphs; it and what it opens raise BackendError for what cannot be imported."""
-        with self._importing():
+        """What opens a bundle's graphs; whatever the engine raises is then a BackendError of one line."""
+        with self._failing():
             opened: GraphOpener = import_module(self.module).connect(bundle, self.package, options)
 
         def open_graph(graph: GraphSpec) -> Session:
-            with self._importing():
+            with self._failing():
                 return opened(graph)
 
         return open_graph
 
     def setting(self, bundle: Bundle, names: Sequence[str]) -> Setting:
         """What computes the graphs of these names here. BackendError if their engines do not exist."""
-        with self._importing():
+        with self._failing():
             found: Setting = import_module(self.module).setting(bundle, self.package, names)
         return Setting({"backend": self.name, **found.facts}, found.folder)
 
     @contextmanager
-    def _importing(self) -> Iterator[None]:
+    def _failing(self) -> Iterator[None]:
         try:
             yield
+        except KiEdgeError:
+            raise
         except ImportError as error:
-            raise BackendError(f"backend '{self.name}' cannot be imported: {error}; {self.install}") from error
+            raise BackendError(
+                f"backend '{self.name}' cannot be imported: {first_line(error)}; {self.install}"
+            ) from error
+        except Exception as error:
+            raise BackendError(f"backend '{self.name}': {type(error).__name__}: {first_line(error)}") from error
 
     def describe(self, precision: str) -> str:
         """One line: what runs, why nothing faster does, and whether the bundle is slow there."""
@@ -239,6 +253,13 @@ def open_session(bundle: Bundle, graph: GraphSpec, backend: Backend, options: Se
     says.
     """
     return backend.connect(bundle, options)(graph)
+
+
+def _installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):  # ValueError: a module in sys.modules without a spec
+        return False
 
 
 def check_name(name: str) -> None:

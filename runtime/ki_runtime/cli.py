@@ -59,12 +59,19 @@ def _run(options: argparse.Namespace) -> int:
         max_hz=options.max_hz,
     )
     policy = Policy.load(
-        options.bundle, options.backend, threads=options.threads, verify=options.digest or options.verify, say=tell
+        options.bundle,
+        options.backend,
+        threads=options.threads,
+        verify=options.digest or options.verify,
+        build=True,
+        trust_engines=options.trust_engines,
+        say=tell,
     )
     with Interrupts() as interrupts, interrupts.held(), ExitStack() as opened:
         robot = open_robot(options.robot)
         opened.callback(robot.close)
         loop = ControlLoop(policy, robot, loop_options, interrupts=interrupts)
+        policy.warm_up(prompt=options.prompt, num_steps=options.num_steps)  # before anything moves
         recorder = Recorder(options.record) if options.record else None  # nothing was written before
         loop.watch(Progress(options.episodes), *([recorder] if recorder else []))
         opened.pop_all()  # from here on the loop closes the robot
@@ -112,6 +119,7 @@ def _parser() -> Parser:
     add("--max-hz", type=float, metavar="HZ", help="actions a second at most; default: as fast as the robot takes them")
     add("--record", metavar="DIR", help="keep films, steps.jsonl and plots in this folder")
     add("--json", action="store_true", help="print the report as JSON")
+    add("--trust-engines", action="store_true", help="load engines with code of the host's that were built elsewhere")
     add("--verify", action="store_true", help="check the bundle's hashes before running")
     add(
         "--digest",

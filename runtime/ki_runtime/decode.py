@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ki_edge.bundle import Bundle
 from ki_edge.contract import PolicyContract
-from ki_edge.errors import ArgumentError, BackendError
+from ki_edge.errors import ArgumentError, BackendError, DeviceMemoryError
 from ki_edge.prompt import PromptTokenizer
 
 from .prefix import Bool, Int32, Prefix, PrefixInputs
@@ -58,7 +58,7 @@ class FastStage:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._forget()
+        self.forget()
 
     def run(
         self, prefix: Prefix, inputs: PrefixInputs, choices: Choices, max_tokens: int, forced: Sequence[int]
@@ -66,11 +66,20 @@ class FastStage:
         """Token ids i64 [B, n], n <= max_tokens; rows end at EOS and are padded with it."""
         try:
             return self._run(prefix, inputs, choices, max_tokens, forced)
+        except DeviceMemoryError:
+            raise  # the caller may make room and try again
         except BackendError:
-            self._forget()
+            self.forget()
             raise
 
-    def _forget(self) -> None:
+    def drop_oldest(self) -> bool:
+        """Let go of the cache that was not used for longest."""
+        if len(self._caches) < 2:
+            return False
+        self._caches.popitem(last=False)
+        return True
+
+    def forget(self) -> None:
         """Let go of all memory: NaN left in a cache by a failed run would reach later ones through 0 * NaN."""
         self._storage = Storage(self._session)
         self._caches: OrderedDict[tuple[int, int], _Cache] = OrderedDict()

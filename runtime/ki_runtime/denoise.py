@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ki_edge import flow
 from ki_edge.bundle import Bundle
 from ki_edge.config import Pi05Config
-from ki_edge.errors import BackendError, BundleError
+from ki_edge.errors import BackendError, BundleError, DeviceMemoryError
 
 from .prefix import Prefix
 from .session import Binding, Buffer, Session, Storage
@@ -65,7 +65,7 @@ class DenoiseStage:
     def __init__(self, session: Session, tensor: TensorReader, config: Pi05Config, convention: str) -> None:
         self._session = session
         self._tensor, self._config, self._convention = tensor, config, convention
-        self._forget()
+        self.forget()
 
     def run(self, prefix: Prefix, noise: F32, num_steps: int, once: Mapping[str, F32]) -> F32:
         """Actions f32 [B, H, A], in the model's space, from noise of that shape."""
@@ -74,12 +74,32 @@ class DenoiseStage:
             loop.start(noise, once)
             loop.whole.run()
             return loop.x(num_steps).read()
+        except DeviceMemoryError:
+            raise  # the caller may make room and try again
         except BackendError:
-            self._forget()
+            self.forget()
             raise
+
+    def drop_oldest(self) -> bool:
+        """Let go of the step count that was not used for longest, and of the loops with it."""
+        if len(self._clocks) < 2:
+            return False
+        stale, _ = self._clocks.popitem(last=False)
+        for loops in self._loops.values():
+            loops.pop(stale, None)
+        return True
 
     def states(self, prefix: Prefix, noise: F32, num_steps: int, once: Mapping[str, F32]) -> F32:
         """x before every step and after the last, f32 [steps + 1, B, H, A]."""
+        try:
+            return self._states(prefix, noise, num_steps, once)
+        except DeviceMemoryError:
+            raise
+        except BackendError:
+            self.forget()
+            raise
+
+    def _states(self, prefix: Prefix, noise: F32, num_steps: int, once: Mapping[str, F32]) -> F32:
         loop = self._loop(prefix, num_steps)
         loop.start(noise, once)
         states = [loop.x(0).read()]
@@ -88,7 +108,7 @@ class DenoiseStage:
             states.append(loop.x(i + 1).read())
         return np.stack(states)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Let go of all memory: nothing of a failed run is left for later ones."""
         self._storage = Storage(self._session)
         self._clocks: OrderedDict[int, Clock] = OrderedDict()

@@ -25,8 +25,8 @@ from ki_edge.errors import BackendError, DeviceMemoryError
 from ki_edge.graphs import GraphSpec
 
 from .backends import GraphOpener, NotInstalled, SessionOptions, Setting
-from .ort_session import check_signature, first_line, onnxruntime
-from .session import Binding, Bucket, Buffer, Session
+from .ort_session import check_signature, onnxruntime
+from .session import Binding, Bucket, Buffer, Session, first_line
 from .trt.buffers import DeviceBuffer, Gpu, owned
 from .trt.cuda import Cuda
 from .trt.facts import gpu_facts

@@ -26,7 +26,7 @@ from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_edge.graphs import Dim, GraphSpec, TensorSpec
 
 from .backends import GraphOpener, SessionOptions, Setting
-from .session import Binding, Buffer, HostBuffer, Session
+from .session import Binding, Buffer, HostBuffer, Session, first_line
 
 ELEMENT_TYPES = {"uint8": "uint8", "bool": "bool", "int32": "int32", "float32": "float"}
 ERRORS_ONLY = 3
@@ -208,8 +208,3 @@ def onnxruntime() -> Any:
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     return import_module("onnxruntime")
-
-
-def first_line(error: Exception) -> str:
-    """What the engine says, without the trace that follows."""
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -26,6 +26,7 @@ from .decode import TOKENIZER
 from .guard import finite_actions
 from .sampler import Sampler
 from .training_range import TrainingRange
+from .warming import Prepared, warm_up
 
 NORM_STATS = "assets/norm_stats.json"
 Float64 = npt.NDArray[np.float64]
@@ -64,13 +65,17 @@ class Policy:
         *,
         threads: int | None = None,
         verify: bool | str = False,
+        build: bool = False,
+        trust_engines: bool = False,
         say: Callable[[str], object] | None = None,
     ) -> Policy:
         """Open a bundle as a policy. Arguments and errors as of `Sampler.open`.
 
         BundleError names what is missing if the bundle holds the model alone.
         """
-        sampler = Sampler.open(bundle, backend, threads=threads, verify=verify, say=say)
+        sampler = Sampler.open(
+            bundle, backend, threads=threads, verify=verify, build=build, trust_engines=trust_engines, say=say
+        )
         return cls(sampler, read_assets(sampler.bundle), say or tell)
 
     def infer(
@@ -116,7 +121,7 @@ class Policy:
         self._range.look(inputs.raw_state)
         clock.lap("preprocess_ms")
         forced = self.tokenizer.action_ids
-        limit = max(1, contract.max_tokens - len(forced))
+        limit = contract.room(len(forced))
         tokens = self.sampler.sample_fast_tokens(*_batch(inputs), max_tokens=limit, forced=forced)[0]
         clock.lap("model_ms")
         actions, problem = self._decode(tokens, FastIds(contract.id_offset, contract.size))
@@ -125,6 +130,17 @@ class Policy:
             finite_actions(actions, self.contract.action_names)
         clock.lap("postprocess_ms")
         return {"actions": actions, "tokens": tokens, "problem": problem, "timing": self._timing(clock, "fast")}
+
+    def warm_up(self, *, prompt: str | None = None, num_steps: int | None = None, fast: bool = False) -> Prepared:
+        """Prepare what the contract makes likely, so that the first `infer` allocates, compiles and records nothing.
+
+        That is the cameras that must and those that may be there, prompts as long as `prompt` (None: the contract's
+        default prompt, or lengths around a usual one) with its state, and `num_steps` (None: the bundle's). `fast`:
+        `infer_fast` too. Gives what was prepared. Errors as of `infer`; ArgumentError for `fast` without FAST.
+        """
+        if fast and self.contract.fast is None:
+            raise ArgumentError("this policy has no FAST head: its contract has no 'fast'; warm up without fast=True")
+        return warm_up(self.sampler, self.contract, self.tokenizer, prompt=prompt, num_steps=num_steps, fast=fast)
 
     @cached_property
     def codec(self) -> FastCodec:

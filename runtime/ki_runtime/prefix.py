@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.config import Pi05Config
-from ki_edge.errors import ArgumentError, BackendError
+from ki_edge.errors import ArgumentError, BackendError, DeviceMemoryError
 from ki_edge.images import HIGHEST, LOWEST
 
-from .session import Binding, Buffer, Session, Storage
+from .session import Binding, Bucket, Buffer, Session, Storage
 
 Bool = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
@@ -161,7 +161,12 @@ class PrefixStage:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._forget()
+        self.forget()
+
+    @property
+    def prompt_bucket(self) -> Bucket:
+        """The lengths that prompts are padded to."""
+        return self._session.prompt_bucket
 
     def run(self, inputs: PrefixInputs) -> Prefix:
         """Write the inputs, run the graph; the result stays on the device."""
@@ -177,12 +182,21 @@ class PrefixStage:
             for name, buffer in plan.inputs.items():
                 buffer.write(_padded(getattr(inputs, name), buffer.shape))
             choose(plan).run()
+        except DeviceMemoryError:
+            raise  # the caller may make room and try again
         except BackendError:
-            self._forget()
+            self.forget()
             raise
         return plan.prefix
 
-    def _forget(self) -> None:
+    def drop_oldest(self) -> bool:
+        """Let go of the plan that was not used for longest, and with it of what others bound to its K/V."""
+        if len(self._plans) < 2:
+            return False
+        self._plans.popitem(last=False)
+        return True
+
+    def forget(self) -> None:
         """Let go of all memory: nothing of a failed run is left for later ones."""
         self._storage = Storage(self._session)
         self._plans: OrderedDict[tuple[int, int, int], _Plan] = OrderedDict()

@@ -23,7 +23,8 @@ from .decode import Choices, FastStage, check_decoding, choices_of
 from .denoise import DenoiseStage, runtime_weights
 from .prefix import PrefixStage, prepare_inputs, prepare_state
 from .proof import Prover
-from .session import Session
+from .room import Stage, within_memory
+from .session import Bucket, Session
 from .verdict import ACTIONS, FAST
 
 F32 = npt.NDArray[np.float32]
@@ -86,15 +87,21 @@ class Sampler:
         *,
         threads: int | None = None,
         verify: bool | str = False,
+        build: bool = False,
+        trust_engines: bool = False,
         say: Callable[[str], object] | None = None,
     ) -> Sampler:
         """Open a bundle folder, or take an opened one.
 
         `threads`: CPU threads of a graph; `verify`: check all hashes, and as text also that the bundle has this digest,
-        the one that its export printed; `say`: told which backend was taken and why, and how building and proving
-        engines come along; None: to stderr, and the backend only if it is slow for this bundle, nothing proves it, or
-        another that is installed was passed over. BundleError for a damaged bundle, BackendError for a backend that is
-        missing, refuses a graph, or does not reproduce the bundle's witness.
+        the one that its export printed; `build`: build TensorRT engines that are missing, which takes minutes to tens
+        of minutes; `trust_engines`: also load engines for the lean runtime that were not built here, which run code
+        that they bring; `say`: told which backend was taken and why, and how building and proving engines come along;
+        None: to stderr, and the backend only if it is slow for this bundle, nothing proves it, or another that is
+        installed was passed over.
+
+        BundleError for a damaged bundle; BackendError for a backend that is missing, refuses a graph, does not
+        reproduce the bundle's witness, or whose engines are missing and are not to be built: it says the command.
         """
         check_name(backend)
         opened = (
@@ -102,10 +109,11 @@ class Sampler:
             if isinstance(bundle, Bundle) and not verify
             else Bundle.open(_folder(bundle), verify=verify, say=say or tell)
         )
-        precision, options = opened.manifest.precision, SessionOptions(threads, say=say or tell, verify=bool(verify))
+        options = SessionOptions(threads, say=say or tell, verify=bool(verify), build=build, trust=trust_engines)
         first = graphs.specs(opened.manifest.config)[:2]
         sampler = cls._proven(opened, connect(opened, backend, options, first), options)
         chosen = sampler.backend
+        precision = opened.manifest.precision
         if chosen is not None and (say is not None or chosen.surprising(precision)):
             options.say(chosen.describe(precision))
         opened.check_unchanged()
@@ -132,6 +140,11 @@ class Sampler:
     def config(self) -> Pi05Config:
         """The model's geometry."""
         return self._config
+
+    @property
+    def prompt_bucket(self) -> Bucket:
+        """The lengths that prompts are padded to."""
+        return self._prefix.prompt_bucket
 
     @property
     def num_steps(self) -> int:
@@ -162,12 +175,17 @@ class Sampler:
         once = prepare_state(state, inputs.batch, self._config)
         steps = self._steps(num_steps)
         x = self._noise(noise, seed, inputs.batch)
-        with self._lock:
+
+        def run() -> F32:
             start = time.perf_counter_ns()
             prefix = self._prefix.run(inputs)
             middle = time.perf_counter_ns()
             actions = self._denoise.run(prefix, x, steps, once)
             self.timing = StageTimes(prefix=middle - start, denoise=time.perf_counter_ns() - middle)
+            return actions
+
+        with self._lock:
+            actions = within_memory(self._stages, run)
         self._check_finite(actions)
         return actions
 
@@ -189,17 +207,19 @@ class Sampler:
         """
         inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
         check_decoding(max_tokens, forced, self._config.vocab_size)
-        with self._lock:
-            choices = self._choices_of(constrained)
         self._prove_fast()
-        with self._lock:
-            stage = self._fast_stage()
+
+        def run() -> Int64:
+            choices, stage = self._choices_of(constrained), self._fast_stage()
             start = time.perf_counter_ns()
             prefix = self._prefix.run(inputs)
             middle = time.perf_counter_ns()
             tokens = stage.run(prefix, inputs, choices, max_tokens, forced)
             self.timing = StageTimes(prefix=middle - start, fast=time.perf_counter_ns() - middle)
-        return tokens
+            return tokens
+
+        with self._lock:
+            return within_memory(self._stages, run)
 
     def prepare_fast(self) -> None:
         """Open the FAST graph now rather than at its first use. BackendError if it cannot be opened."""
@@ -223,12 +243,16 @@ class Sampler:
         once = prepare_state(state, inputs.batch, self._config)
         steps = self._steps(num_steps)
         x = self._noise(noise, seed, inputs.batch)
-        with self._lock:
+
+        def run() -> Trace:
             prefix = self._prefix.run_eagerly(inputs)
             states = self._denoise.states(prefix, x, steps, once)
             kept = inputs.columns.size  # a padded prompt has masked tokens behind them
             k, v, mask = prefix.k.read(), prefix.v.read(), prefix.mask.read()
             return Trace(k[..., :kept, :], v[..., :kept, :], mask[:, :kept], inputs.columns, states)
+
+        with self._lock:
+            return within_memory(self._stages, run)
 
     def _noise(self, noise: npt.ArrayLike | None, seed: int | None, batch: int) -> F32:
         shape = (batch, self._config.action_horizon, self._config.action_dim)
@@ -274,6 +298,9 @@ class Sampler:
                 except BaseException:
                     self._unproven = prover
                     raise
+
+    def _stages(self) -> tuple[Stage, ...]:
+        return (self._prefix, self._denoise) if self._fast is None else (self._fast, self._prefix, self._denoise)
 
     def _fast_stage(self) -> FastStage:
         if self._fast is None:

@@ -152,6 +152,11 @@ def match_shape(graph: str, tensor: TensorSpec, buffer: Buffer, symbols: dict[st
         raise ArgumentError(f"graph {graph}: '{tensor.name}' is {buffer.dtype}{list(buffer.shape)}, expected {wanted}")
 
 
+def first_line(error: BaseException) -> str:
+    """What an engine says, without the trace that follows, of bounded length."""
+    return str(error).strip().split("\n", 1)[0].strip()[:300] or type(error).__name__
+
+
 def check_write(array: Array, buffer: Buffer) -> None:
     """ArgumentError unless the array has the buffer's shape and dtype."""
     if array.shape != buffer.shape or array.dtype != buffer.dtype:

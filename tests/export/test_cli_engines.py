@@ -1,6 +1,7 @@
 """ki-export and TensorRT: engines ahead of time, and one line for what cannot be done here."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,24 @@ def test_engines_are_compiled_ahead_of_time(checkpoint, tmp_path, capsys, attent
     assert status == 0, lines
     (folder,) = (path for path in (out / "engines").iterdir() if path.is_dir())
     facts = json.loads((folder / "engine.json").read_text())
-    assert {path.stem for path in folder.glob("*.engine")} == {"prefix", "denoise", "fast_decode"}
-    assert {path.stem for path in folder.glob("*.log")} == {"prefix", "denoise", "fast_decode"}
+    built = {"prefix", "denoise"}  # its contract has no FAST
+    assert {path.stem for path in folder.glob("*.engine")} == {path.stem for path in folder.glob("*.log")} == built
     assert facts["identity"]["precision"] == "float16"
     assert lines[-1] == f"ki-export: engines in {folder}"
     Bundle.open(out, verify=True)  # engines lie beside what the manifest lists
+
+
+def test_graphs_are_built_by_name(bundle, tmp_path, capsys):
+    rtx()
+    own = shutil.copytree(bundle.path, tmp_path / "bundle")
+    flags = ["--target", "trt-rtx", "--compute-capability", "8.6"]
+    status, lines = run(capsys, "--build", own, *flags, "--graphs", "fast_decode")
+    assert status == 0, lines
+    status, lines = run(capsys, "--build", own, *flags, "--graphs", "denoise, fast_decode")
+    assert status == 0, lines
+    folders = {path.name: {engine.stem for engine in path.glob("*.engine")} for path in (own / "engines").iterdir()}
+    assert sorted(map(sorted, folders.values())) == [["denoise"], ["fast_decode"]]
+    assert lines[-1].count(str(own / "engines")) == 2 and any("engines are there already" in line for line in lines)
 
 
 @no_gpu
@@ -84,6 +98,8 @@ def test_building_where_nothing_can_be_built_is_one_line(bundle, capsys, target,
             ["x", "-o", "b", "--target", "trt-rtx", "--compute-capability", "7.5", "--precision", "bf16"],
             "bfloat16 needs compute capability 8.0 or newer, not 7.5",
         ),
+        (["--build", "y", "--graphs", "prefix,suffix"], "'prefix,suffix': expected some of prefix,denoise,fast_decode"),
+        (["x", "-o", "b", "--graphs", "prefix"], "it goes with --build or --compute-capability"),
         (["x", "-o", "b", "--attention", "flash"], "attention 'flash': expected decomposed or fused"),
     ],
 )

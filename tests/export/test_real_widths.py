@@ -62,11 +62,11 @@ def test_float16_holds_the_bars_at_real_widths(hot):
 
 def test_all_graphs_compile_at_real_widths(hot):
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx-cu13 is not installed (x86 Linux only)")
-    from ki_runtime.trt.build import build_bundle
+    from ki_runtime.trt.build import BuildOptions, build_bundle
 
     _, bundle = hot
-    engines = build_bundle(bundle.path, "trt-rtx", "8.6,12.0")
-    sizes = {path.stem: path.stat().st_size for path in engines.folder.glob("*.engine")}
+    engines = build_bundle(bundle.path, "trt-rtx", "8.6,12.0", BuildOptions(graphs=tuple(bundle.manifest.graphs)))
+    sizes = {graph: engines.path(graph).stat().st_size for graph in engines.of}
     weights = bundle.weights().path.stat().st_size
     assert set(sizes) == {"prefix", "denoise", "fast_decode"}
     assert 0.7 * weights < sizes["prefix"] < weights  # once for both targets, and not in float32

@@ -16,14 +16,17 @@ from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
 from ki_runtime.trt import build as building
-from ki_runtime.trt import compiling, memory, publishing
+from ki_runtime.trt import compiling, memory, publishing, targets, trust
 from ki_runtime.trt.api import Api, parse_capabilities
 from ki_runtime.trt.build import BuildOptions, build, build_bundle, ensure_engines, rebuild
-from ki_runtime.trt.engines import Device, Engines, find
+from ki_runtime.trt.device import Device
+from ki_runtime.trt.engines import ACTING, FAST, Engines
 from ki_runtime.trt.graph_file import GraphFile, read_graph
 from ki_runtime.trt.requirements import check_graph, check_precision
+from ki_runtime.trt.selection import EngineSet, find, look
 
 AHEAD = BuildOptions(capabilities=((8, 6), (12, 0)))
+ALL = replace(AHEAD, graphs=(*ACTING, FAST))
 AMPERE, ADA = Device("NVIDIA GeForce RTX 3090", (8, 6), 24 << 30), Device("NVIDIA L4", (8, 9), 24 << 30)
 PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -46,7 +49,7 @@ def compiled(bundle, checkpoint, rtx, tmp_path_factory):
             else:
                 options = ExportOptions(target="trt", precision=PRECISIONS[precision], verify=False)
                 own = export(checkpoint, path, options)
-            done[precision] = own, build(own, rtx, None, AHEAD, said.append), said
+            done[precision] = own, build(own, rtx, None, ALL, said.append), said
         return done[precision]
 
     return compile_once
@@ -61,26 +64,34 @@ def own(bundle, tmp_path):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_all_graphs_compile_for_ampere_and_blackwell(precision, compiled) -> None:
     bundle, engines, said = compiled(precision)
-    assert engines.folder == bundle.path / "engines" / engines.identity.key
-    assert {path.name for path in engines.folder.iterdir()} == {
-        "engine.json",
-        *(f"{graph}.{kind}" for graph in ("prefix", "denoise", "fast_decode") for kind in ("engine", "log")),
-    }
-    for graph, facts in engines.files.items():
-        path = engines.path(graph)
-        assert (path.stat().st_size, sha256(path)) == (facts.size, facts.sha256)
-        assert facts.size > facts.weights > 0
-        assert f"{graph}.onnx" in (engines.folder / f"{graph}.log").read_text()
-    assert engines.identity.precision == bundle.manifest.precision == precision
-    assert said[0].startswith("compiling prefix, denoise, fast_decode with TensorRT-RTX ")
-    assert "for compute capability 8.6, 12.0: less than a minute" in said[0]
-    assert [line.split(":")[0] for line in said[1:]] == ["compiled prefix", "compiled denoise", "compiled fast_decode"]
+    assert list(engines.of) == [*ACTING, FAST]
+    for names in (ACTING, (FAST,)):
+        found = engines.of[names[0]]
+        assert found.folder == bundle.path / "engines" / found.identity.key
+        assert {path.name for path in found.folder.iterdir()} == {
+            "engine.json",
+            *(f"{graph}.{kind}" for graph in names for kind in ("engine", "log")),
+        }
+        for graph, facts in found.files.items():
+            path = engines.path(graph)
+            assert (path.stat().st_size, sha256(path)) == (facts.size, facts.sha256)
+            assert facts.size > facts.weights > 0
+            assert f"{graph}.onnx" in (found.folder / f"{graph}.log").read_text()
+        assert found.identity.precision == bundle.manifest.precision == precision
+    assert [line.split(":")[0].split(" with ")[0] for line in said] == [
+        "compiling prefix, denoise",
+        "compiled prefix",
+        "compiled denoise",
+        "compiling fast_decode",
+        "compiled fast_decode",
+    ]
+    assert "with TensorRT-RTX " in said[0] and "for compute capability 8.6, 12.0: less than a minute" in said[0]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_compiled_engines_are_found_on_their_gpus_only(precision, compiled, rtx) -> None:
     bundle, engines, _ = compiled(precision)
-    assert find(bundle, rtx, AMPERE, verify=True) == engines
+    assert find(bundle, rtx, AMPERE, list(engines.of), verify=True) == engines
     with pytest.raises(BackendError, match=r"compute capability 8\.6, 12\.0, this is NVIDIA L4 \(8\.9\)"):
         find(bundle, rtx, ADA)
 
@@ -90,7 +101,7 @@ def test_profiles_are_those_of_the_parsed_network(compiled, rtx) -> None:
     bundle, engines, _ = compiled("float32")
     logger = rtx.logger(lambda *_: None)
     builder = rtx.module.Builder(logger)
-    for graph, (profile,) in engines.profiles.items():
+    for graph, (profile,) in {name: found.profiles[name] for name, found in engines.of.items()}.items():
         network = rtx.network(builder)
         parser = rtx.module.OnnxParser(network, logger)
         assert parser.parse_from_file(str(bundle.graph(graph)))
@@ -104,20 +115,21 @@ def test_profiles_are_those_of_the_parsed_network(compiled, rtx) -> None:
 def test_what_is_there_is_not_built_again(compiled, rtx) -> None:
     bundle, engines, _ = compiled("float32")
     said = []
-    assert build(bundle, rtx, None, AHEAD, said.append) == engines
-    assert said == [f"{engines.folder}: engines are there already"]
-    assert ensure_engines(bundle, rtx, AMPERE, said.append) == engines
-    assert len(said) == 1
+    assert build(bundle, rtx, None, ALL, said.append) == engines
+    assert said == [f"{folder}: engines are there already" for folder in engines.folders]
+    assert ensure_engines(bundle, rtx, AMPERE, said.append).folders == engines.folders[:1]
+    assert len(said) == 2
 
 
 def test_first_start_says_why_and_builds(compiled, rtx, tmp_path) -> None:
     bundle, engines, _ = compiled("float32")
     own = Bundle.open(shutil.copytree(bundle.path, tmp_path / "bundle"))
-    (own.path / "engines" / engines.folder.name / "denoise.engine").write_bytes(b"cut")
+    (own.path / "engines" / engines.folders[0].name / "denoise.engine").write_bytes(b"cut")
     said = []
     made = ensure_engines(own, rtx, AMPERE, said.append)
-    assert "denoise.engine has 3 bytes" in said[0] and said[-1].startswith("compiled fast_decode: ")
-    assert made.identity.capabilities == ((8, 6),) and made.identity.device is None
+    assert "denoise.engine has 3 bytes" in said[0] and said[-1].startswith("compiled denoise: ")
+    identity = made.of["denoise"].identity
+    assert identity.capabilities == ((8, 6),) and identity.device is identity.multiprocessors is None
     assert find(own, rtx, AMPERE) == made
 
 
@@ -126,12 +138,12 @@ def test_a_damaged_engine_is_built_again(own, rtx) -> None:
     first = build(own, rtx, None, options)
     first.path("denoise").write_bytes(b"cut")
     second = build(own, rtx, None, options)
-    assert second.folder == first.folder and not second.damage(verify=True)
-    assert [path.name for path in (own.path / "engines").iterdir()] == [first.folder.name]
+    assert second.folders == first.folders and not second.of["denoise"].damage(verify=True)
+    assert list((own.path / "engines").iterdir()) == [*first.folders]
 
 
 def test_engines_that_have_changed_are_built_again_when_verified(own, rtx) -> None:
-    options = BuildOptions(capabilities=((8, 6),), graphs=("denoise",))
+    options = BuildOptions(capabilities=((8, 6),), graphs=ACTING)
     path = build(own, rtx, None, options).path("denoise")
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -143,13 +155,15 @@ def test_engines_that_have_changed_are_built_again_when_verified(own, rtx) -> No
 
 def test_a_damaged_record_is_built_again(own, rtx) -> None:
     options = BuildOptions(capabilities=((8, 6),), graphs=("denoise",))
-    record = build(own, rtx, None, options).folder / "engine.json"
+    record = build(own, rtx, None, options).folders[0] / "engine.json"
     record.write_text("[" * 200_000)
-    assert build(own, rtx, None, options).folder == record.parent and not Engines.read(record.parent).damage()
+    assert build(own, rtx, None, options).folders == (record.parent,) and not Engines.read(record.parent).damage()
 
 
 def test_engines_that_do_not_load_are_replaced(own, rtx) -> None:
-    made = build(own, rtx, None, BuildOptions(capabilities=((8, 6), (12, 0)), graphs=("denoise",)))
+    options = BuildOptions(capabilities=((8, 6), (12, 0)), graphs=("denoise",), batch=2)
+    made = build(own, rtx, None, options).of["denoise"]
+    assert made.identity.batch == 2
     made.path("denoise").write_bytes(b"x" * made.files["denoise"].size)
     again = rebuild(own, rtx, AMPERE, made)
     assert again.identity == made.identity and not again.damage(verify=True)
@@ -160,9 +174,73 @@ def test_engines_that_do_not_load_are_replaced(own, rtx) -> None:
 
 def test_the_command(own) -> None:
     engines = build_bundle(own.path, "trt-rtx", "8.6", BuildOptions(graphs=("denoise",)))
-    assert engines.identity.capabilities == ((8, 6),)
+    assert engines.of["denoise"].identity.capabilities == ((8, 6),)
     with pytest.raises(ArgumentError, match="target 'ort': engines are built for trt, trt-rtx"):
         build_bundle(own.path, "ort")
+
+
+class TestFast:
+    """fast_decode, which doubles the weights, costs nobody the engines that act."""
+
+    def test_it_is_built_on_request_only(self, own, rtx) -> None:
+        own.manifest.contract["fast"] = None
+        assert list(build(own, rtx, None, AHEAD).of) == [*ACTING]
+        engines = build(own, rtx, None, replace(AHEAD, graphs=(FAST,)))
+        assert list(engines.of) == [FAST]
+        assert find(own, rtx, AMPERE, (FAST,)) == engines
+
+    @pytest.mark.parametrize("asked", [False, True])
+    def test_its_failure_leaves_the_others(self, asked, own, rtx, monkeypatch) -> None:
+        def fail(api, graph, *rest):
+            if graph.stem == FAST:
+                raise BackendError("the builder has no memory")
+            return compile_graph(api, graph, *rest)
+
+        compile_graph, said = building.compile_graph, []
+        monkeypatch.setattr(building, "compile_graph", fail)
+        assert own.manifest.contract["fast"] is not None
+        message = "the builder has no memory; the engines of prefix, denoise are built and act without it"
+        if asked:
+            with pytest.raises(BackendError, match=f"^{message}$"):
+                build(own, rtx, None, ALL)
+        else:
+            assert list(build(own, rtx, None, AHEAD, said.append).of) == [*ACTING]
+            assert said[-1] == f"no engine of fast_decode: {message}"
+        assert isinstance(look(own, rtx, AMPERE), EngineSet)
+        assert len(list((own.path / "engines").iterdir())) == 1
+        monkeypatch.setattr(building, "compile_graph", compile_graph)
+        assert list(build(own, rtx, None, AHEAD).of) == [*ACTING, FAST]  # nothing of the failure is remembered
+
+    def test_its_unreadable_graph_leaves_the_others(self, own, rtx, monkeypatch) -> None:
+        own.graph(FAST).write_bytes(b"not a graph")
+        said = []
+        assert list(build(own, rtx, None, AHEAD, said.append).of) == [*ACTING]
+        assert "not a readable ONNX graph" in said[-1]
+
+
+def test_what_the_compiler_raises_is_typed(own, rtx, monkeypatch) -> None:
+    def fail(*_):
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(Api, "network", fail)
+    with pytest.raises(BackendError, match=r"cannot compile graph denoise: TypeError: pybind11"):
+        build(own, rtx, None, replace(AHEAD, graphs=("denoise",)))
+    assert list((own.path / "engines").iterdir()) == []
+
+
+def test_engines_for_the_lean_runtime_are_remembered(own, rtx, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    config = Api.config
+    monkeypatch.setattr(Api, "config", lambda self, *given, lean: config(self, *given))  # RTX has no such engines
+    monkeypatch.setattr(building, "capabilities_of", lambda *_, **__: ((8, 6),))
+    said = []
+    options = BuildOptions(graphs=("denoise",), lean=True)
+    made = build(own, rtx, AMPERE, options, said.append).of["denoise"]
+    assert made.identity.lean and trust.built_here(made.files["denoise"].sha256) and len(said) == 2
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
+    build(own, rtx, AMPERE, replace(options, force=True), said.append)
+    assert "it cannot be written down that these engines were built here" in said[-1]
 
 
 class TestInterrupted:
@@ -190,7 +268,7 @@ class TestInterrupted:
             signal.signal(signal.SIGINT, as_found)
         assert len(steps) < 100  # of several hundred
         assert {path: sha256(path) for path in own.path.rglob("*") if path.is_file()} == before
-        assert [path.name for path in (own.path / "engines").iterdir()] == [engines.folder.name]
+        assert {path.name for path in (own.path / "engines").iterdir()} == {path.name for path in engines.folders}
 
     def test_a_full_disk_is_the_backends_failure(self, own, rtx, monkeypatch) -> None:
         def full(*_):
@@ -276,7 +354,7 @@ class TestRefused:
         def absent():
             raise BackendError("no NVIDIA driver")
 
-        monkeypatch.setattr(building, "import_module", lambda _: SimpleNamespace(current_device=absent))
+        monkeypatch.setattr(targets, "import_module", lambda _: SimpleNamespace(current_device=absent))
         monkeypatch.setattr(Api, "load", lambda _: Api(None, name, (10, 3), "10.3.0"))
         with pytest.raises(BackendError, match="no NVIDIA driver; run ki-export --build BUNDLE on the robot") as error:
             build_bundle(own.path, "trt")

@@ -140,6 +140,14 @@ def fake_sampler(make_bundle):
 
 
 @pytest.fixture
+def machine(make_bundle):
+    """A GPU and TensorRT, both fake, with a bundle and its engines."""
+    from .gpu_machine import Machine
+
+    return Machine(make_bundle())
+
+
+@pytest.fixture
 def batch():
     """batch(cameras=[[True, ...], ...], prompts=[[ids], ...], length) -> a sampler's four inputs, random pixels."""
 

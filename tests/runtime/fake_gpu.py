@@ -1,167 +1,18 @@
-"""A GPU without a GPU: cuda-python's runtime functions over host memory, and TensorRT's runtime over the fake engine.
+"""A GPU without a GPU: TensorRT's runtime over the fake engine, on the fake CUDA of `fake_cuda`."""
 
-Nothing that is put on a stream happens before somebody waits for it, so a test sees every missing wait and every
-staging that is reused too early. Names of enumerations are cuda-python's own.
-"""
-
-import ctypes
 import enum
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
-from cuda.bindings import runtime as real
 
 from ki_edge import graphs
 from ki_runtime.trt.api import Api
 
 from .conftest import CONFIG
+from .fake_cuda import FakeCuda, array_at, real
 
-SUCCESS = real.cudaError_t.cudaSuccess
-UNSUPPORTED, INVALIDATED = 900, 901  # of stream capture
-
-
-def array_at(address, shape, dtype):
-    count = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_uint8 * count).from_address(address), np.uint8).view(dtype).reshape(shape)
-
-
-class FakeCuda:
-    """What the runtime calls of `cuda.bindings.runtime`. `fail` {function: status} makes one call fail."""
-
-    def __init__(self, memory=1 << 30):
-        self.memory, self.blocks = memory, {}
-        self.fail, self.calls = {}, []
-        self.queue, self.capturing, self.invalid = [], None, False
-        self.graphs = self.execs = self.launches = 0
-        self.capability, self.name, self.shared = (8, 7), b"Orin\0\0", 1
-
-    def __getattr__(self, name):
-        function = self.__class__.__dict__.get(f"do_{name}")
-        if function is None:
-            return getattr(real, name)
-
-        def call(*arguments):
-            self.calls.append(name)
-            status = self.fail.pop(name, 0)
-            values = (None,) if status else function(self, *arguments)
-            if isinstance(values, int):
-                status, values = values, (None,)
-            return (real.cudaError_t(status), *values)
-
-        return call
-
-    @property
-    def free(self):
-        return self.memory - sum(block.nbytes for block in self.blocks.values())
-
-    def enqueue(self, work):
-        (self.queue if self.capturing is None else self.capturing).append(work)
-
-    def flush(self):
-        while self.queue:
-            self.queue.pop(0)()
-
-    def forbidden(self):
-        """Whether a call that a stream capture does not allow is made during one, which spoils it."""
-        self.invalid |= self.capturing is not None
-        return self.capturing is not None
-
-    # ---- what cuda-python has
-
-    def do_cudaGetDeviceCount(self):
-        return (1,)
-
-    def do_cudaGetDeviceProperties(self, device):
-        return (SimpleNamespace(name=self.name, totalGlobalMem=self.memory),)
-
-    def do_cudaDeviceGetAttribute(self, attribute, device):
-        return (self.shared if "Integrated" in attribute.name else self.capability["Minor" in attribute.name],)
-
-    def do_cudaDriverGetVersion(self):
-        return (12060,)
-
-    def do_cudaRuntimeGetVersion(self):
-        return (12060,)
-
-    def do_cudaMemGetInfo(self):
-        return self.free, self.memory
-
-    def do_cudaMalloc(self, size):
-        if self.forbidden():
-            return UNSUPPORTED
-        if size > self.free:
-            return 2
-        block = np.full(size, 0xAB, np.uint8)
-        self.blocks[block.ctypes.data] = block
-        return (block.ctypes.data,)
-
-    do_cudaMallocHost = do_cudaMalloc
-
-    def do_cudaFree(self, address):
-        if self.forbidden():
-            return UNSUPPORTED
-        self.flush()
-        del self.blocks[address]
-        return ()
-
-    do_cudaFreeHost = do_cudaFree
-
-    def do_cudaStreamCreateWithFlags(self, flags):
-        return (77,)
-
-    def do_cudaStreamDestroy(self, stream):
-        return ()
-
-    def do_cudaGetLastError(self):
-        return ()
-
-    def do_cudaStreamSynchronize(self, stream):
-        if self.forbidden():
-            return UNSUPPORTED
-        self.flush()
-        return ()
-
-    def do_cudaMemsetAsync(self, address, value, size, stream):
-        self.enqueue(lambda: ctypes.memset(address, value, size))
-        return ()
-
-    def do_cudaMemcpyAsync(self, to, source, size, kind, stream):
-        self.enqueue(lambda: ctypes.memmove(to, source, size))
-        return ()
-
-    def do_cudaMemcpy2DAsync(self, to, to_pitch, source, pitch, width, rows, kind, stream):
-        assert width <= min(to_pitch, pitch)
-        for row in range(rows):
-            self.do_cudaMemcpyAsync(to + row * to_pitch, source + row * pitch, width, kind, stream)
-        return ()
-
-    def do_cudaStreamBeginCapture(self, stream, mode):
-        self.capturing, self.invalid = [], False
-        return ()
-
-    def do_cudaStreamEndCapture(self, stream):
-        work, self.capturing = self.capturing, None
-        if work is None or self.invalid:
-            return INVALIDATED
-        self.graphs += 1
-        return (work,)
-
-    def do_cudaGraphInstantiate(self, graph, flags):
-        self.execs += 1
-        return (list(graph),)
-
-    def do_cudaGraphLaunch(self, graph, stream):
-        self.launches += 1
-        self.queue.extend(graph)
-        return ()
-
-    def do_cudaGraphDestroy(self, graph):
-        self.graphs -= 1
-        return ()
-
-    def do_cudaGraphExecDestroy(self, graph):
-        self.execs -= 1
-        return ()
+__all__ = ["FakeCuda", "FakeTensorRT", "real"]
 
 
 class Severity(enum.Enum):
@@ -173,7 +24,10 @@ class FakeTensorRT:
 
     `quirks` {what: value}: "outputs" {tensor: shape} that the engine gives instead, "execute" None or False in turn,
     "memory" bytes of scratch, "capturable", "drop" a tensor that the engines lack, "dtype" {tensor: name}, "rtx",
-    "context" False: none is made.
+    "context" False: none is made, "persistent" bytes that each context takes of its own. "late": plans keep their
+    addresses in host memory that recorded nodes read, so a replay uses those that its context has at that time.
+
+    In every mode a context that was recorded must never be touched again.
     """
 
     __version__ = "10.3.0"
@@ -251,8 +105,11 @@ class FakeTrtEngine:
             assert choice.cuda_graph_strategy.name == "DISABLED"
             choice.cache.content += b"k"  # compiled for this context
         assert strategy is self.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self.module.cuda.free < self.module.quirks.get("persistent", 0):
+            return None
         context = FakeContext(self)
-        self.module.contexts.append((self.spec.name, context))
+        if "persistent" not in self.module.quirks:  # else it must be able to go
+            self.module.contexts.append((self.spec.name, context))
         return context
 
 
@@ -273,6 +130,11 @@ class FakeContext:
         self.engine, self.module, self.cuda = engine, engine.module, engine.module.cuda
         self.shapes, self.addresses, self.scratch, self.profile = {}, {}, None, None
         self.settled = False  # an enqueue after the last change of a shape
+        self.recorded = 0  # enqueues within a stream capture
+        own = self.module.quirks.get("persistent", 0)
+        if own:
+            _, address = self.cuda.cudaMalloc(own)
+            weakref.finalize(self, self.cuda.blocks.pop, address)
         if "capturable" in self.module.quirks:
             self.is_stream_capturable = lambda stream: self.module.quirks["capturable"]
 
@@ -306,6 +168,7 @@ class FakeContext:
         return self.module.quirks.get("outputs", {}).get(name, shape)
 
     def set_tensor_address(self, name, address):
+        assert self.module.quirks.get("late") or not self.recorded, "another address in a recorded context"
         self.addresses[name] = address
         return True
 
@@ -314,8 +177,13 @@ class FakeContext:
         if self.module.quirks.get("execute") is False or (self.cuda.capturing is not None and not self.settled):
             self.engine.logger.log(Severity.ERROR, "enqueueV3: something\n is wrong")
             return False
+        late = self.module.quirks.get("late")
+        assert late or not self.recorded, "a recorded context is used again"
         self.settled = True
+        self.recorded += self.cuda.capturing is not None
         spec, symbols, addresses = self.engine.spec, self.symbols(), dict(self.addresses)
+        if late and self.cuda.capturing is not None:
+            addresses = self.addresses  # as they are when the replay runs
         self.cuda.enqueue(lambda: compute(self.module.engine, spec, symbols, addresses))
         return True
 

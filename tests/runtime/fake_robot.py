@@ -52,6 +52,9 @@ class FormulaPolicy:
     def __init__(self):
         self.asked = []
 
+    def warm_up(self, **given):
+        self.warmed = given
+
     def infer(self, observation, *, noise=None, num_steps=None):
         self.asked.append(SimpleNamespace(observation=observation, noise=noise, num_steps=num_steps))
         actions = np.stack([np.full(HORIZON, observation["state"][0]), np.arange(HORIZON)], axis=1)

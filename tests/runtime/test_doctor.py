@@ -15,6 +15,7 @@ from ki_runtime.doctor.checkup import examine
 from ki_runtime.doctor.host import Host
 from ki_runtime.doctor.memory import needs
 from ki_runtime.trt.api import Api
+from ki_runtime.trt.device import Device
 from ki_runtime.trt.engines import EngineFile, Engines, identify
 from ki_runtime.trt.graph_file import GraphFile, read_graph
 
@@ -49,7 +50,7 @@ class Driver:
         size._obj.value = self.memory
 
     def cuDeviceGetAttribute(self, number, which, device):
-        number._obj.value = {75: self.capability[0], 76: self.capability[1], 18: self.shared}[which]
+        number._obj.value = {75: self.capability[0], 76: self.capability[1], 18: self.shared, 16: 8}[which]
 
     def cuDriverGetVersion(self, number):
         number._obj.value = self.cuda
@@ -322,7 +323,7 @@ def graphs(monkeypatch):
 
 def put_engines(bundle, version="10.3.0", device="Orin", capability=ORIN, size=4):
     """Engines that were built by a TensorRT of this version for this GPU."""
-    identity = identify(bundle, Api(None, "tensorrt", (10, 3), version), device, [capability])
+    identity = identify(bundle, Api(None, "tensorrt", (10, 3), version), Device(device, capability), [capability])
     folder = bundle.path / "engines" / identity.key
     folder.mkdir(parents=True)
     files = {name: EngineFile(f"{name}.engine", 4, "", 4, 1.0) for name in bundle.manifest.graphs}

@@ -33,7 +33,7 @@ def pair(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu") / "bundle"
     shutil.copytree(request.getfixturevalue("fetch_bundle"), folder)  # engines are built into it
     bundle = Bundle.open(folder)
-    return Sampler.open(bundle, request.param.name, say=print), Sampler.open(bundle, "ort")
+    return Sampler.open(bundle, request.param.name, build=True, say=print), Sampler.open(bundle, "ort")
 
 
 def test_parity(pair):

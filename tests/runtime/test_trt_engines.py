@@ -1,61 +1,33 @@
 """Engines on disk: the key, and the reason for everything that must not be loaded."""
 
 import json
-import re
-from contextlib import nullcontext
 from dataclasses import replace
-from hashlib import sha256
 
 import pytest
 
 from ki_edge.bundle import Bundle
 from ki_edge.contract import generic
 from ki_edge.errors import BackendError
-from ki_runtime.trt.api import Api
-from ki_runtime.trt.engines import Device, EngineFile, Engines, Identity, find, identify, look
+from ki_runtime.trt.device import Device
+from ki_runtime.trt.engines import ACTING, Engines, Identity, identify
 from ki_runtime.trt.profiles import Profile, profiles
+from ki_runtime.trt.selection import EngineSet, find, look
 
-ORIN = Device("Orin", (8, 7), 16 << 30)
-ADA = Device("NVIDIA GeForce RTX 4090", (8, 9))
-
-
-def api(name="tensorrt", version="10.3.0"):
-    return Api(None, name, tuple(map(int, version.split("."))), version)
+from .published import ADA, ORIN, api, publish
 
 
-@pytest.fixture
-def publish():
-    """publish(bundle, api, device, capabilities, **identity fields) -> Engines with random bytes."""
-
-    def make(bundle, used=None, device=ORIN, capabilities=None, graphs=None, **changes):
-        identity = identify(bundle, used or api(), device.name, capabilities or [device.capability], graphs=graphs)
-        identity = replace(identity, **changes)
-        folder = bundle.path / "engines" / identity.key
-        folder.mkdir(parents=True)
-        files = {}
-        for graph in identity.graphs:
-            content = f"engine of {graph} in {identity.key}".encode()
-            (folder / f"{graph}.engine").write_bytes(content)
-            files[graph] = EngineFile(f"{graph}.engine", len(content), sha256(content).hexdigest(), 10, 1.5)
-        engines = Engines(folder, identity, files)
-        engines.write()
-        return engines
-
-    return make
-
-
-def test_engines_that_fit_are_found(make_bundle, publish) -> None:
+def test_engines_that_fit_are_found(make_bundle) -> None:
     bundle = make_bundle()
     made = publish(bundle)
     found = find(bundle, api(), ORIN, verify=True)
-    assert found == made
+    assert found == EngineSet(dict.fromkeys(ACTING, made)) and found.folders == (made.folder,)
     assert found.path("denoise").read_bytes() == f"engine of denoise in {made.identity.key}".encode()
-    assert found.profiles == profiles(bundle)
+    assert made.profiles == profiles(bundle)
     assert Bundle.open(bundle.path, verify=True).path == bundle.path  # engines are no part of the sealed bundle
 
 
 def test_the_key_depends_on_every_fact(make_bundle) -> None:
-    identity = identify(make_bundle(), api(), "Orin", [(8, 7)])
+    identity = identify(make_bundle(), api(), ORIN, [(8, 7)])
     other = {**identity.profiles, "denoise": (Profile({"x_t": ((1, 5, 6), (1, 5, 6), (2, 5, 6))}),)}
     changes = {
         "weights": "0" * 64,
@@ -67,6 +39,8 @@ def test_the_key_depends_on_every_fact(make_bundle) -> None:
         "flavour": "tensorrt_rtx",
         "version": "10.3.1",
         "lean": True,
+        "multiprocessors": 14,
+        "memory": 32,
     }
     assert set(changes) == set(Identity.__dataclass_fields__)
     keys = [replace(identity, **{name: value}).key for name, value in changes.items()]
@@ -95,7 +69,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_foreign_and_stale_engines_are_refused_with_the_reason(case, make_bundle, publish) -> None:
+def test_foreign_and_stale_engines_are_refused_with_the_reason(case, make_bundle) -> None:
     changes, installed, device, reason = REFUSED[case]
     bundle = make_bundle()
     publish(bundle, **changes)
@@ -105,17 +79,17 @@ def test_foreign_and_stale_engines_are_refused_with_the_reason(case, make_bundle
     assert str(error.value).endswith(f"; build them here: ki-export --build {bundle.path}{target}")
 
 
-def test_a_changed_graph_is_named(make_bundle, publish) -> None:
+def test_a_changed_graph_is_named(make_bundle) -> None:
     bundle = make_bundle()
     digest = bundle.manifest.files["denoise.onnx"]["sha256"]
     publish(bundle, graphs=("denoise",))
-    assert find(bundle, api(), ORIN).identity.graphs == {"denoise": digest}
+    assert find(bundle, api(), ORIN, ("denoise",)).of["denoise"].identity.graphs == {"denoise": digest}
     bundle.manifest.files["denoise.onnx"]["sha256"] = "1" * 64
     with pytest.raises(BackendError, match="graph denoise has changed since"):
-        find(bundle, api(), ORIN)
+        find(bundle, api(), ORIN, ("denoise",))
 
 
-def test_a_contract_with_more_cameras_needs_other_engines(make_bundle, publish) -> None:
+def test_a_contract_with_more_cameras_needs_other_engines(make_bundle) -> None:
     fields = {"state_dim": 2, "action_dim": 2, "action_horizon": 5, "model_action_dim": 6}
     one, two = (generic(names, **fields).to_json() for names in (["a"], ["a", "b"]))
     narrow, wide = make_bundle("narrow", contract=one), make_bundle("wide", contract=two)
@@ -125,52 +99,17 @@ def test_a_contract_with_more_cameras_needs_other_engines(make_bundle, publish) 
     (narrow.path / "engines").rename(swapped)
     (wide.path / "engines").rename(narrow.path / "engines")
     swapped.rename(wide.path / "engines")
-    assert isinstance(look(narrow, api(), ORIN), Engines)  # two cameras allowed, one needed
+    assert isinstance(look(narrow, api(), ORIN), EngineSet)  # two cameras allowed, one needed
     with pytest.raises(BackendError, match="graph prefix was built for other shapes than the contract has"):
         find(wide, api(), ORIN)
 
 
-def test_rtx_engines_fit_any_gpu_of_their_capabilities(make_bundle, publish) -> None:
+def test_rtx_engines_fit_any_gpu_of_their_capabilities(make_bundle) -> None:
     bundle, rtx = make_bundle(), api("tensorrt_rtx", "1.7.1")
     publish(bundle, rtx, ADA, [(8, 6), (12, 0)])
-    assert find(bundle, rtx, Device("NVIDIA GeForce RTX 3090", (8, 6))).identity.device is None
+    assert find(bundle, rtx, Device("NVIDIA GeForce RTX 3090", (8, 6))).of["prefix"].identity.device is None
     with pytest.raises(BackendError, match=r"compute capability 8\.6, 12\.0, this is NVIDIA GeForce RTX 4090 \(8\.9\)"):
         find(bundle, rtx, ADA)
-
-
-@pytest.mark.parametrize(
-    ("lean", "version", "fits"),
-    [(True, "10.3.0", True), (True, "10.9.1", True), (True, "11.4.0", False), (False, "10.3.0", False)],
-)
-def test_the_lean_runtime_needs_engines_made_for_it(lean, version, fits, make_bundle, publish) -> None:
-    bundle = make_bundle()
-    publish(bundle, lean=lean)
-    found = look(bundle, api("tensorrt_lean", version), ORIN)
-    assert isinstance(found, Engines) is fits
-    why = r"of 11\.x" if lean else "without --lean"
-    assert fits or re.search(why, found)
-    with (
-        nullcontext() if fits else pytest.raises(BackendError, match=r"build them: ki-export --build \S+ --lean \(run")
-    ):
-        find(bundle, api("tensorrt_lean", version), ORIN)
-
-
-def test_engines_for_the_lean_runtime_are_always_verified(make_bundle, publish) -> None:
-    bundle = make_bundle()
-    path = publish(bundle, lean=True).path("prefix")
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-    for used in (api(), api("tensorrt_lean")):
-        assert "prefix.engine has changed" in look(bundle, used, ORIN)
-
-
-def test_each_runtime_takes_the_engines_made_for_it(make_bundle, publish) -> None:
-    bundle, later = make_bundle(), set()
-    for name in ("Orin", "Thor", "A", "B", "C", "D", "E", "F"):
-        device = Device(name, (8, 7))
-        made = {lean: publish(bundle, device=device, lean=lean) for lean in (False, True)}
-        assert look(bundle, api(), device) == made[False] and look(bundle, api("tensorrt_lean"), device) == made[True]
-        later.add(made[True].folder.name > made[False].folder.name)
-    assert later == {False, True}  # not by the order of their names
 
 
 def test_no_engines(make_bundle) -> None:
@@ -179,7 +118,7 @@ def test_no_engines(make_bundle) -> None:
         find(bundle, api(), ORIN)
 
 
-def test_truncated_missing_and_changed_engines(make_bundle, publish) -> None:
+def test_truncated_missing_and_changed_engines(make_bundle) -> None:
     bundle = make_bundle()
     path = publish(bundle).path("prefix")
     whole = path.read_bytes()
@@ -199,9 +138,9 @@ def test_truncated_missing_and_changed_engines(make_bundle, publish) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"[]", b"{", b'{"schema": 1}', b'{"schema": 7}', b'{"schema": 1, "graphs": {"prefix": {}}, "identity": {}}'],
+    [b"", b"[]", b"{", b'{"schema": 2}', b'{"schema": 7}', b'{"schema": 2, "graphs": {"prefix": {}}, "identity": {}}'],
 )
-def test_a_damaged_record_is_refused(content, make_bundle, publish) -> None:
+def test_a_damaged_record_is_refused(content, make_bundle) -> None:
     bundle = make_bundle()
     (publish(bundle).folder / "engine.json").write_bytes(content)
     with pytest.raises(BackendError, match=r"engine\.json (is damaged and cannot be read|has schema 7)"):
@@ -232,7 +171,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_a_malformed_record_is_damaged(case, make_bundle, publish) -> None:
+def test_a_malformed_record_is_damaged(case, make_bundle) -> None:
     bundle = make_bundle()
     record = publish(bundle).folder / "engine.json"
     content = json.loads(record.read_text())
@@ -245,14 +184,14 @@ def test_a_malformed_record_is_damaged(case, make_bundle, publish) -> None:
         Engines.read(record.parent)
 
 
-def test_a_folder_under_another_name_is_refused(make_bundle, publish) -> None:
+def test_a_folder_under_another_name_is_refused(make_bundle) -> None:
     bundle = make_bundle()
     folder = publish(bundle).folder
     folder.rename(folder.with_name("0123456789abcdef"))
     assert "its key is another" in look(bundle, api(), ORIN)
 
 
-def test_a_record_cannot_point_outside(make_bundle, publish) -> None:
+def test_a_record_cannot_point_outside(make_bundle) -> None:
     bundle = make_bundle()
     record = publish(bundle).folder / "engine.json"
     content = json.loads(record.read_text())
@@ -262,26 +201,14 @@ def test_a_record_cannot_point_outside(make_bundle, publish) -> None:
         find(bundle, api(), ORIN)
 
 
-def test_of_several_the_fitting_one_with_most_graphs(make_bundle, publish) -> None:
-    bundle = make_bundle()
-    publish(bundle, device=ADA)
-    publish(bundle, graphs=("prefix", "denoise"))
-    everything = publish(bundle)
-    assert find(bundle, api(), ORIN) == everything
-    everything.path("prefix").unlink()
-    partial = find(bundle, api(), ORIN)
-    with pytest.raises(BackendError, match="built without fast_decode, only prefix, denoise"):
-        partial.path("fast_decode")
-
-
-def test_a_build_that_is_under_way_is_not_seen(make_bundle, publish) -> None:
+def test_a_build_that_is_under_way_is_not_seen(make_bundle) -> None:
     bundle = make_bundle()
     folder = publish(bundle).folder
     folder.rename(folder.with_name(f".{folder.name}.partial-1"))
     assert "has no TensorRT engines" in look(bundle, api(), ORIN)
 
 
-def test_the_nearest_of_several_refused_is_explained(make_bundle, publish) -> None:
+def test_the_nearest_of_several_refused_is_explained(make_bundle) -> None:
     bundle = make_bundle()
     publish(bundle, device=ADA, weights="0" * 64, precision="float16")
     publish(bundle, api(version="10.4.0"))

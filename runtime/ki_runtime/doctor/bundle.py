@@ -10,10 +10,12 @@ from ki_edge.bundle import Bundle
 from ki_edge.errors import BackendError, BundleError, KiEdgeError
 
 from ..trt.api import Api
-from ..trt.engines import Device, Engines, build_command, look
+from ..trt.device import Device
+from ..trt.engines import ACTING, FAST, default_graphs
 from ..trt.graph_file import GraphFile, read_graph
 from ..trt.memory import OVERHEAD, needed
 from ..trt.requirements import check_graph
+from ..trt.selection import EngineSet, build_command, look
 from .finding import Finding
 from .gpu import Gpu
 from .host import Host
@@ -93,9 +95,17 @@ def check_room(need: Needs, gpu: Gpu | None, memory: Memory | None) -> Finding |
 
 def check_engines(host: Host, contents: Contents, api: Api, gpu: Gpu, memory: Memory | None) -> tuple[Fit, Finding]:
     """Do the bundle's engines fit this GPU and this TensorRT, and if not, can they be built here."""
-    found = look(contents.bundle, api, Device(gpu.name, gpu.capability, gpu.memory, gpu.shared))
-    if isinstance(found, Engines):
-        return Fit(True, True), Finding("ok", ENGINES, f"{api.title}: {found.folder.name} fits")
+    device = Device(gpu.name, gpu.capability, gpu.memory, gpu.shared, gpu.multiprocessors)
+    found = look(contents.bundle, api, device)
+    if isinstance(found, EngineSet):
+        which = f"{api.title}: {', '.join(folder.name for folder in found.folders)} fits"
+        if FAST not in default_graphs(contents.bundle):
+            return Fit(True, True), Finding("ok", ENGINES, which)
+        fast = look(contents.bundle, api, device, (FAST,))
+        if isinstance(fast, EngineSet):
+            return Fit(True, True), Finding("ok", ENGINES, f"{which}, and for FAST {fast.folders[0].name}")
+        command = build_command(contents.bundle, api, (FAST,))
+        return Fit(True, True), Finding("warning", ENGINES, f"{which}; FAST: {fast}", command)
     obstacle = _obstacle(host, contents, api, gpu, memory)
     if obstacle is not None:
         why, fix = obstacle
@@ -111,11 +121,11 @@ def _obstacle(host: Host, contents: Contents, api: Api, gpu: Gpu, memory: Memory
     if api.is_rtx and gpu.capability not in api.capabilities:
         return f"{api.title} does not compile for {gpu.sm}", "use TensorRT"
     try:
-        for name, graph in contents.graphs.items():
-            check_graph(api, name, graph)
+        for name in ACTING:
+            check_graph(api, name, contents.graphs[name])
     except BackendError as error:
         return str(error), "upgrade TensorRT, or export again as the message says"
-    sizes = [graph.weight_bytes for graph in contents.graphs.values()]
+    sizes = [contents.graphs[name].weight_bytes for name in ACTING]  # what else is built may fail
     disk, free = sum(sizes) + int(OVERHEAD), host.free_bytes(folder)
     if disk > free:
         return f"engines need {disk / 1e9:.1f} GB of disk", f"free {(disk - free) / 1e9:.1f} GB at {folder}"

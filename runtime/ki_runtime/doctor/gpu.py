@@ -10,7 +10,7 @@ from typing import Any
 from .finding import Finding
 from .host import Host
 
-MAJOR, MINOR, INTEGRATED = 75, 76, 18  # of enum CUdevice_attribute
+MULTIPROCESSORS, INTEGRATED, MAJOR, MINOR = 16, 18, 75, 76  # of enum CUdevice_attribute
 NAME_BYTES = 256
 NO_DEVICE = 100
 CAUSES = {  # of enum CUresult: what it means, and what helps
@@ -36,6 +36,7 @@ class Gpu:
     shared: bool
     cuda: tuple[int, int] | None
     driver: str | None
+    multiprocessors: int | None = None
 
     @property
     def sm(self) -> str:
@@ -87,9 +88,10 @@ def _ask(library: Any, driver: str | None) -> Gpu:
         return number.value
 
     capability, shared = (attribute(MAJOR), attribute(MINOR)), bool(attribute(INTEGRATED))
+    multiprocessors = attribute(MULTIPROCESSORS) or None
     library.cuDriverGetVersion(ctypes.byref(number))
     cuda = (number.value // 1000, number.value % 1000 // 10)
-    return Gpu(name.value.decode(errors="replace"), capability, size.value, shared, cuda, driver)
+    return Gpu(name.value.decode(errors="replace"), capability, size.value, shared, cuda, driver, multiprocessors)
 
 
 def _driver_version(host: Host) -> str | None:

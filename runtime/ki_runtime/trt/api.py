@@ -20,6 +20,8 @@ from typing import Any
 
 from ki_edge.errors import ArgumentError, BackendError
 
+from ..session import first_line
+
 OLDEST = {"tensorrt": (10, 3), "tensorrt_rtx": (1, 7), "tensorrt_lean": (10, 3)}
 STRONG_TYPING_ONLY = (11,)
 Capability = tuple[int, int]
@@ -53,9 +55,9 @@ class Api:
             raise ArgumentError(f"TensorRT module {name!r}: expected one of {', '.join(TITLES)}")
         try:
             module = import_module(name)
-        except (ImportError, OSError) as error:
-            raise BackendError(f"{TITLES[name]} cannot be imported ({error}): {INSTALL[name]}") from error
-        text = str(module.__version__)
+            text = str(module.__version__)  # a mere folder of that name has none
+        except Exception as error:  # also RuntimeError, of stubs that find no libraries
+            raise BackendError(f"{TITLES[name]} cannot be imported ({first_line(error)}): {INSTALL[name]}") from error
         api = cls(module, name, tuple(int(part) for part in re.findall(r"\d+", text)[:4]), text)
         if api.version < OLDEST[name]:
             oldest = ".".join(map(str, OLDEST[name]))

@@ -1,8 +1,9 @@
-"""Bundle to engines: on the robot at first start, with `ki-export --build`, or ahead of time with TensorRT-RTX.
+"""Bundle to engines: with `ki-export --build`, by ki-run at its first start, or ahead of time with TensorRT-RTX.
 
-All three graphs are compiled by default, each into an engine of its own: TensorRT has no weights shared between
-engines, so fast_decode, whose transformer is the prefix's, holds them a second time on disk, and on the device from
-its first use on. Leave it out with `graphs` where nobody decodes FAST tokens.
+Each graph becomes an engine of its own. TensorRT shares no weights between engines, so fast_decode, whose transformer
+is the prefix's, holds them a second time on disk, and on the device from its first use on. It is built where the
+contract has FAST, or where somebody asks for it, and after the engines that act, in a folder of its own: what goes
+wrong with it costs nobody the others.
 """
 
 from __future__ import annotations
@@ -10,34 +11,36 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ki_edge.bundle import Bundle
-from ki_edge.errors import ArgumentError, BackendError
+from ki_edge.errors import ArgumentError, BackendError, KiEdgeError
 from ki_edge.publishing import publishing
 
 from .api import Api, Capability, describe_capabilities, parse_capabilities
 from .compiling import Settings, compile_graph
-from .engines import FOLDER, RECORD, Device, Engines, build_command, identify, look
+from .device import Device
+from .engines import ACTING, FOLDER, RECORD, Engines, default_graphs, identify
 from .graph_file import GraphFile, read_graph
 from .identity import EngineFile, Identity
 from .memory import check_disk, check_memory, check_size, estimate
 from .profiles import profiles
 from .requirements import check_graph, check_precision
+from .selection import EngineSet, build_command, look
+from .targets import MODULES, capabilities_of, this_device
+from .trust import remember
 
 Say = Callable[[str], object]
-MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
 
 
 @dataclass(frozen=True)
 class BuildOptions:
     """How to build. `capabilities`: compile ahead of time for these GPUs (TensorRT-RTX only), not for this machine's.
 
-    `graphs`: which ones, None for all; `batch`: most observations at once; `workspace`: bytes that one layer may take
-    while it runs; `lean`: engines that the lean runtime loads too; `ignore_memory`: build though the estimate says that
-    memory will not do; `force`: build again what is there already.
+    `graphs`: which ones, None for `default_graphs`; `batch`: most observations at once; `workspace`: bytes that one
+    layer may take while it runs; `lean`: engines that the lean runtime loads too; `ignore_memory`: build though the
+    estimate says that memory will not do; `force`: build again what is there already.
     """
 
     capabilities: tuple[Capability, ...] = ()
@@ -55,7 +58,7 @@ def build_bundle(
     compute_capability: str | None = None,
     options: BuildOptions | None = None,
     say: Say = lambda _: None,
-) -> Engines:
+) -> EngineSet:
     """What `ki-export --build` does. `target` "trt" or "trt-rtx"; `compute_capability` such as "8.6,12.0", for RTX.
 
     Errors as of `build`, and ArgumentError for a target or capability that does not exist.
@@ -64,30 +67,20 @@ def build_bundle(
         raise ArgumentError(f"target {target!r}: engines are built for {', '.join(MODULES)}")
     options = options or BuildOptions()
     if compute_capability is not None:
-        options = BuildOptions(**{**options.__dict__, "capabilities": parse_capabilities(compute_capability)})
+        options = replace(options, capabilities=parse_capabilities(compute_capability))
     bundle, api = Bundle.open(path), Api.load(MODULES[target])
-    return build(bundle, api, None if options.capabilities else _device(api), options, say)
-
-
-def check_ahead(compute_capability: str, precision: str) -> None:
-    """Before an export: whether TensorRT-RTX can compile for this list. `precision` as manifests call it.
-
-    ArgumentError or BackendError as `build_bundle` would raise them.
-    """
-    api, wanted = Api.load(MODULES["trt-rtx"]), parse_capabilities(compute_capability)
-    _check_known(api, wanted)
-    check_precision(precision, wanted)
+    return build(bundle, api, None if options.capabilities else this_device(api), options, say)
 
 
 def ensure_engines(
-    bundle: Bundle, api: Api, device: Device, say: Say = lambda _: None, *, verify: bool = False
-) -> Engines:
-    """The engines that fit this machine, built if there are none (with a bar on a terminal, and lines to `say`).
+    bundle: Bundle, api: Api, device: Device, say: Say = lambda _: None, *, verify: bool = False, trust: bool = False
+) -> EngineSet:
+    """The engines that act and fit this machine, built if they are missing (with a bar on a terminal, lines to `say`).
 
-    `verify`: engines whose hashes differ do not fit. BackendError if they cannot be built here.
+    Arguments as of `look`. BackendError if they cannot be built here.
     """
-    found = look(bundle, api, device, verify=verify)
-    if isinstance(found, Engines):
+    found = look(bundle, api, device, verify=verify, trust=trust)
+    if isinstance(found, EngineSet):
         return found
     if not api.can_build:
         raise BackendError(f"{found}, and {api.title} cannot build any: {build_command(bundle, api)}")
@@ -102,11 +95,11 @@ def rebuild(bundle: Bundle, api: Api, device: Device, broken: Engines, say: Say 
     """
     options = BuildOptions(
         capabilities=broken.identity.capabilities if api.is_rtx else (),
-        graphs=tuple(broken.identity.graphs),
+        batch=broken.identity.batch,
         lean=broken.identity.lean,
         force=True,
     )
-    made = build(bundle, api, device, options, say)
+    made = _build_folder(bundle, api, device, options, tuple(broken.identity.graphs), say)
     if made.folder != broken.folder:
         shutil.rmtree(broken.folder, ignore_errors=True)
     return made
@@ -118,26 +111,42 @@ def build(
     device: Device | None,
     options: BuildOptions | None = None,
     say: Say = lambda _: None,
-) -> Engines:
-    """Compile a bundle's graphs and publish the engines in it, all or nothing.
+) -> EngineSet:
+    """Compile a bundle's graphs and publish the engines in it: first those that act, then fast_decode.
 
     `device`: this machine's GPU, None to compile ahead of time. `say` gets a line for the plan and for each graph.
     BackendError in one line if anything the build needs is missing, too old or too small, or if the builder fails;
-    nothing is left of a failed or interrupted build.
+    nothing is left of a folder that failed or was interrupted, those before it stay. A fast_decode that nobody asked
+    for by name and that cannot be built is a line to `say`.
     """
     options = options or BuildOptions()
-    capabilities = _capabilities(api, device, options)
+    wanted = _graphs(bundle, options)
+    groups = [tuple(name for name in wanted if (name in ACTING) is acting) for acting in (True, False)]
+    made: dict[str, Engines] = {}
+    for names in filter(None, groups):
+        try:
+            engines = _build_folder(bundle, api, device, options, names, say)
+        except KiEdgeError as error:
+            if not made:
+                raise
+            there = f"the engines of {', '.join(made)} are built and act without it"
+            if options.graphs is not None:
+                raise BackendError(f"{error}; {there}") from error
+            say(f"no engine of {', '.join(names)}: {error}; {there}")
+            break
+        made |= dict.fromkeys(names, engines)
+    return EngineSet(made)
+
+
+def _build_folder(
+    bundle: Bundle, api: Api, device: Device | None, options: BuildOptions, names: tuple[str, ...], say: Say
+) -> Engines:
+    """Compile these graphs into one folder, all or nothing, unless they are there."""
+    capabilities = capabilities_of(api, device, options.capabilities, lean=options.lean)
     check_precision(bundle.manifest.precision, capabilities)
-    graphs = {name: read_graph(bundle.graph(name)) for name in _graphs(bundle, options)}
-    identity = identify(
-        bundle,
-        api,
-        device.name if device is not None else None,
-        capabilities,
-        profiles=profiles(bundle, options.batch),
-        graphs=tuple(graphs),
-        lean=options.lean,
-    )
+    graphs = {name: read_graph(bundle.graph(name)) for name in names}
+    shapes = profiles(bundle, options.batch)
+    identity = identify(bundle, api, device, capabilities, profiles=shapes, graphs=names, lean=options.lean)
     folder = bundle.path / FOLDER / identity.key
     existing = None if options.force else _existing(folder)
     if existing is not None:
@@ -151,7 +160,19 @@ def build(
         check_disk(partial, sum(graph.weight_bytes for graph in graphs.values()))
         _announce(api, identity, graphs, device, say)
         _compile(bundle, api, identity, graphs, options, partial, say)
-    return Engines.read(folder)
+    made = Engines.read(folder)
+    if options.lean:
+        _remember(made, say)
+    return made
+
+
+def _remember(made: Engines, say: Say) -> None:
+    """That these engines, which bring code of the host's, are ours."""
+    try:
+        for facts in made.files.values():
+            remember(facts.sha256)
+    except (OSError, RuntimeError) as error:
+        say(f"it cannot be written down that these engines were built here ({error}): they need --trust-engines")
 
 
 def _compile(
@@ -180,37 +201,9 @@ def _announce(api: Api, identity: Identity, graphs: dict[str, GraphFile], device
     say(f"compiling {', '.join(graphs)} with {api.title} for {where}: {cost}")
 
 
-def _capabilities(api: Api, device: Device | None, options: BuildOptions) -> tuple[Capability, ...]:
-    """What to compile for, or BackendError saying why this TensorRT cannot."""
-    if not api.can_build:
-        raise BackendError(f"{api.title} only runs engines: build them with tensorrt or tensorrt_rtx")
-    if options.capabilities and not api.is_rtx:
-        raise BackendError(
-            "TensorRT builds only on the GPU that will run the engines: run ki-export --build there, or compile ahead "
-            "of time with --target trt-rtx --compute-capability"
-        )
-    if not options.capabilities and device is None:
-        raise BackendError(f"no NVIDIA GPU or driver here: {_elsewhere(api)}")
-    if options.lean and api.is_rtx:
-        raise BackendError("the lean runtime loads engines of TensorRT, not of TensorRT-RTX")
-    wanted = options.capabilities or ((device.capability,) if device is not None else ())
-    if api.is_rtx:
-        _check_known(api, wanted)
-    return wanted
-
-
-def _check_known(api: Api, wanted: tuple[Capability, ...]) -> None:
-    unknown = [capability for capability in wanted if capability not in api.capabilities]
-    if unknown:
-        raise BackendError(
-            f"{api.title} cannot compile for compute capability {describe_capabilities(unknown)}, only for "
-            f"{describe_capabilities(api.capabilities)}"
-        )
-
-
 def _graphs(bundle: Bundle, options: BuildOptions) -> tuple[str, ...]:
     known = tuple(bundle.manifest.graphs)
-    wanted = known if options.graphs is None else options.graphs
+    wanted = default_graphs(bundle) if options.graphs is None else tuple(dict.fromkeys(options.graphs))
     for name in wanted:
         if name not in known:
             raise ArgumentError(f"no graph {name!r} in {bundle.path}, only {', '.join(known)}")
@@ -233,19 +226,6 @@ def _check_replaceable(folder: Path) -> None:
 
 
 def _timings(folder: Path, identity: Identity) -> Path:
-    name = re.sub(r"[^a-z0-9.]+", "-", f"{identity.device} {identity.flavour} {identity.version}".lower())
+    gpu = f"{identity.device} {identity.multiprocessors} {identity.memory}"
+    name = re.sub(r"[^a-z0-9.]+", "-", f"{gpu} {identity.flavour} {identity.version}".lower())
     return folder / f"{name}.timings"
-
-
-def _device(api: Api) -> Device:
-    """This machine's GPU; BackendError where there is none, and what can be done."""
-    try:
-        device: Device = import_module("ki_runtime.trt.cuda").current_device()
-    except BackendError as error:
-        raise BackendError(f"{error}; {_elsewhere(api)}") from error
-    return device
-
-
-def _elsewhere(api: Api) -> str:
-    ahead = ", or name the GPU to compile for: --compute-capability 8.6" if api.is_rtx else ""
-    return f"run ki-export --build BUNDLE on the robot{ahead}"

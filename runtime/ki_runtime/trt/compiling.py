@@ -13,9 +13,10 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from ki_edge.errors import BackendError
+from ki_edge.errors import BackendError, KiEdgeError
 from ki_edge.writing import reason, write_file, writing
 
+from ..session import first_line
 from .api import Api, Capability
 from .profiles import Profile
 
@@ -47,6 +48,19 @@ def compile_graph(
     BackendError in one line: the node that cannot be imported, or what the builder says. KeyboardInterrupt once the
     builder has stopped after Ctrl-C. Whatever was written is then the caller's to remove.
     """
+    try:
+        return _compile(api, graph, profiles, engine, log, settings)
+    except (KiEdgeError, OSError):
+        raise
+    except Exception as error:  # of the builder's bindings: no GPU, no memory, a missing library
+        raise BackendError(
+            f"{api.title} cannot compile graph {graph.stem}: {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def _compile(
+    api: Api, graph: Path, profiles: Sequence[Profile], engine: Path, log: Path, settings: Settings
+) -> Compiled:
     start = time.perf_counter()
     with log.open("w", encoding="utf-8") as lines:
         notes = _Notes(lines)

@@ -1,25 +1,44 @@
 """Execution contexts of one engine: each fixed to the shapes of one set of buffers, all sharing one scratch memory.
 
-A CUDA graph that was recorded from a context must not outlive a change of the context's shapes, so every set of shapes
-has a context of its own. Their scratch memory is given to them: since they run one after another, they share it.
+A context keeps its shapes, because a change of shapes rebuilds its state. What is recorded into a CUDA graph has a
+context of its own for every run in it, which is never used again: a plan may keep addresses in host memory that a
+recorded node reads, so every replay would use those that its context was given last. NVIDIA's rule is one context for
+each recorded graph; a graph of ten runs over ten sets of addresses needs ten. Eager runs give TensorRT their addresses
+anew each time, so those of one shape share a context.
+
+Scratch memory is given to the contexts rather than taken by each. All of them run on one stream, one after another,
+recorded or not, so they share it; whoever was given a piece keeps it alive, and it never moves.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ki_edge.errors import BackendError
+from ki_edge.errors import BackendError, KiEdgeError
 
+from ..session import first_line
 from .api import Api
 from .buffers import Gpu
 from .cuda import Memory
 
 Shape = tuple[int, ...]
 Shapes = tuple[tuple[str, Shape], ...]
+Failure = Callable[[str], BackendError]
+
+
+@contextmanager
+def refusing(failure: Failure, what: str) -> Iterator[None]:
+    """Whatever TensorRT's bindings raise within becomes `failure(what)` with its reason."""
+    try:
+        yield
+    except KiEdgeError:
+        raise
+    except Exception as error:
+        raise failure(f"{what}: {first_line(error)}") from error
 
 
 class Scratch:
@@ -39,25 +58,25 @@ class Scratch:
 class EngineContexts:
     """Makes contexts of one engine. `failure(what)` gives the error of a call that the engine refused."""
 
-    def __init__(
-        self, api: Api, gpu: Gpu, engine: Any, scratch: Scratch, kernels: Path, failure: Callable[[str], BackendError]
-    ) -> None:
+    def __init__(self, api: Api, gpu: Gpu, engine: Any, scratch: Scratch, kernels: Path, failure: Failure) -> None:
         self._api, self._gpu, self._engine, self._scratch = api, gpu, engine, scratch
         self._failure = failure
         self._kernels = _Kernels(engine, kernels) if api.is_rtx else None
 
     def open(self, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]) -> Context:
-        """A context for these shapes. BackendError if no profile holds them or the engine gives other outputs."""
+        """A new context for these shapes. BackendError if no profile holds them or the engine gives other outputs."""
+        with refusing(self._failure, "no execution context"):
+            return self._open(inputs, outputs)
+
+    def _open(self, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]) -> Context:
         dynamic = {name: shape for name, shape in inputs.items() if -1 in tuple(self._engine.get_tensor_shape(name))}
         profile = self._profile(dynamic)
         context, memory = self._create(profile)
         for name, shape in dynamic.items():
             if not context.set_input_shape(name, shape):
                 raise self._failure(f"'{name}' {list(shape)}")
-        try:
+        with refusing(self._failure, "its shapes are not known"):
             missing = ", ".join(context.infer_shapes())
-        except RuntimeError as error:
-            missing = str(error)
         if missing:
             raise self._failure(f"its shapes are not known: {missing}")
         for name, shape in outputs.items():
@@ -109,19 +128,20 @@ class EngineContexts:
 class Context:
     """An execution context whose shapes never change."""
 
-    def __init__(self, context: Any, stream: int, scratch: Memory, failure: Callable[[str], BackendError]) -> None:
+    def __init__(self, context: Any, stream: int, scratch: Memory, failure: Failure) -> None:
         self._context, self._stream, self._scratch, self._failure = context, stream, scratch, failure
         self._addresses: dict[str, int] = {}
 
     def enqueue(self, addresses: Mapping[str, int]) -> None:
         """Put one run over these tensors on the stream."""
-        for name, address in addresses.items():
-            if self._addresses.get(name) != address:
-                if not self._context.set_tensor_address(name, address):
-                    raise self._failure(f"the address of '{name}'")
-                self._addresses[name] = address
-        if not self._context.execute_async_v3(self._stream):
-            raise self._failure("running it")
+        with refusing(self._failure, "running it"):
+            for name, address in addresses.items():
+                if self._addresses.get(name) != address:
+                    if not self._context.set_tensor_address(name, address):
+                        raise self._failure(f"the address of '{name}'")
+                    self._addresses[name] = address
+            if not self._context.execute_async_v3(self._stream):
+                raise self._failure("running it")
 
     def recordable(self) -> bool:
         """Whether its runs can be recorded; engines that cannot tell are tried."""

@@ -13,12 +13,16 @@ from .api import Capability
 from .profiles import Profile
 
 FILE_NAME = re.compile(r"\w[\w.-]{0,99}")
+BATCHED = {"images", "x_t", "tokens"}  # inputs of the graphs whose first axis is the batch
 Profiles = Mapping[str, Sequence[Profile]]
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Everything that engines depend on. `device` None: any GPU of these compute capabilities (TensorRT-RTX)."""
+    """Everything that engines depend on. `device` None: any GPU of these compute capabilities (TensorRT-RTX).
+
+    `multiprocessors` and `memory` (GiB, see `Device.memory_class`) tell boards of one name apart; None: not known, any.
+    """
 
     weights: str  # sha256
     graphs: Mapping[str, str]  # graph -> sha256
@@ -29,11 +33,21 @@ class Identity:
     flavour: str  # module name
     version: str
     lean: bool = False  # also runs in the lean runtime
+    multiprocessors: int | None = None
+    memory: int | None = None
 
     @property
     def key(self) -> str:
         """Name of the folder: 16 hexadecimal digits."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def batch(self) -> int:
+        """Observations at once that the engines take at most."""
+        ends = [
+            profile[name][2] for found in self.profiles.values() for profile in found for name in BATCHED & {*profile}
+        ]
+        return max((shape[0] for shape in ends), default=1)
 
     def to_json(self) -> dict[str, Any]:
         """JSON form; `from_json` reads it back."""
@@ -48,7 +62,7 @@ class Identity:
         capabilities = tuple((int(major), int(minor)) for major, minor in content["capabilities"])
         found = cls(**{**content, "profiles": shapes, "capabilities": capabilities})
         _check(found, weights=str, graphs=dict, precision=str, device=(str, type(None)), flavour=str, version=str)
-        _check(found, lean=bool)
+        _check(found, lean=bool, multiprocessors=(int, type(None)), memory=(int, type(None)))
         if not all(isinstance(digest, str) for digest in found.graphs.values()):
             raise TypeError("a hash in 'graphs' is no text")
         return found

@@ -17,7 +17,7 @@ from pathlib import Path
 from ki_edge.errors import BackendError
 
 from .api import Api
-from .engines import Device
+from .device import Device
 
 GB = 1e9
 BASE = 0.25 * GB
