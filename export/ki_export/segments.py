@@ -18,7 +18,7 @@ from ki_edge import graphs
 from ki_edge.bundle import Bundle
 from ki_edge.errors import BackendError
 from ki_edge.graphs import GraphSpec
-from ki_runtime.ort_session import check_signature, onnxruntime
+from ki_runtime.ort_session import check_signature, cpu_options, onnxruntime
 from ki_runtime.session import Binding, Buffer, HostBuffer, Session
 
 from .cutting import Segment, cut
@@ -60,10 +60,7 @@ class SegmentPool:
 def load(model: onnx.ModelProto, folder: Path, *, optimized: bool = True) -> Any:
     """An engine session of a model in memory whose weights are files in `folder`, mapped as the runtime maps them."""
     ort = onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    options = cpu_options(packed=False)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

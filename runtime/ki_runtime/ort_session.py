@@ -156,14 +156,23 @@ def _engine_options(options: SessionOptions, layout: WeightLayout) -> Any:
     threads = options.threads
     if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
         raise ArgumentError(f"threads {threads!r}: expected a positive integer, or None for the engine's choice")
-    engine = onnxruntime().SessionOptions()
+    engine = cpu_options(packed=layout.packed)
     engine.intra_op_num_threads = threads or 0
+    engine.enable_mem_pattern = engine.enable_cpu_mem_arena = not layout.widened
+    return engine
+
+
+def cpu_options(*, packed: bool) -> Any:
+    """The engine's options that every session on a CPU has, whoever opens it: products of bytes are exact everywhere.
+
+    `packed`: whether weights are kept in memory in the engine's own form.
+    """
+    engine = onnxruntime().SessionOptions()
     engine.inter_op_num_threads = 1
     engine.log_severity_level = ERRORS_ONLY
-    engine.add_session_config_entry("session.disable_prepacking", "0" if layout.packed else "1")
+    engine.add_session_config_entry("session.disable_prepacking", "0" if packed else "1")
     if not _multiplies_bytes_exactly():
         engine.add_session_config_entry("session.x64quantprecision", "1")
-    engine.enable_mem_pattern = engine.enable_cpu_mem_arena = not layout.widened
     return engine
 
 

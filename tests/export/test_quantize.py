@@ -13,6 +13,7 @@ from ki_export.exporter import export
 from ki_export.int8 import choose, quantize_weight
 from ki_export.options import ExportOptions
 from ki_export.passes.quantize import Int8Weight, quantize
+from ki_runtime.ort_session import cpu_options
 from ki_runtime.sampler import Sampler
 
 from .conftest import CONFIG
@@ -43,8 +44,7 @@ def session(model, weights, **values):
     model.graph.name = "tested"
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options = cpu_options(packed=True)
     return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ki_runtime.ort_session import onnxruntime
+from ki_runtime.ort_session import cpu_options, onnxruntime
 
 from .rounds import Contender, Samples
 from .work import INT8, Product, Work
@@ -100,9 +100,8 @@ class PeakContenders:
 def gemm_run(product: Product, threads: int, prepacked: bool) -> RunOnce:
     """A one-node graph of this product, bound to its memory."""
     ort: Any = onnxruntime()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.add_session_config_entry("session.disable_prepacking", "0" if prepacked else "1")
+    options = cpu_options(packed=prepacked)
+    options.intra_op_num_threads = threads
     model, x, y = _model(product)
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
