@@ -18,22 +18,26 @@ BLOCKS = 8
 
 @dataclass(frozen=True)
 class Case:
-    """`cameras` present of three and `tokens` of the prompt's 200 places."""
+    """`cameras` present of three and `tokens` of the prompt's 200 places.
+
+    `batch` rows at once: every second one has the last cameras instead of the first, and half of the tokens.
+    """
 
     cameras: int
     tokens: int
     steps: int
     seed: int = 0
+    batch: int = 1
 
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """As openpi pads it, zeros where nothing is; noise f32 [1, H, A]; state f32 [1, A] for a π0, else None."""
+    """As openpi pads it, zeros where nothing is; noise f32 [B, H, A]; state f32 [B, A] for a π0, else None."""
 
-    images: Array  # [1, N, h, w, 3] of the type of the model's pictures
-    camera_mask: Array  # bool [1, N]
-    prompt_tokens: Array  # i32 [1, T]
-    prompt_mask: Array  # bool [1, T]
+    images: Array  # [B, N, h, w, 3] of the type of the model's pictures
+    camera_mask: Array  # bool [B, N]
+    prompt_tokens: Array  # i32 [B, T]
+    prompt_mask: Array  # bool [B, T]
     state: Array | None
     noise: Array
 
@@ -43,7 +47,7 @@ class Observation:
         return self.images, self.camera_mask, self.prompt_tokens, self.prompt_mask
 
     def trimmed(self) -> Observation:
-        """Without what is absent."""
+        """Without what is absent; of one row."""
         present, tokens = self.camera_mask[0], self.prompt_mask[0]
         return Observation(
             self.images[:, present],
@@ -58,14 +62,16 @@ class Observation:
 def draw(config: Pi05Config, case: Case) -> Observation:
     """Coloured blocks under noise, and any tokens."""
     rng, size = np.random.default_rng(case.seed), config.vision.image_size
-    present = np.arange(SLOTS)[None] < case.cameras
-    prompt = np.arange(PADDED)[None] < case.tokens
+    rows = np.arange(case.batch)[:, None]
+    slots = np.where(rows % 2, np.arange(SLOTS)[::-1], np.arange(SLOTS))
+    present = slots < case.cameras
+    prompt = np.arange(PADDED)[None] < np.where(rows % 2, -(-case.tokens // 2), case.tokens)
     cells = -(-size // BLOCKS)
-    blocks = rng.integers(0, 256, (1, SLOTS, BLOCKS, BLOCKS, 3)).repeat(cells, axis=2).repeat(cells, axis=3)
-    pictures = np.clip(blocks[:, :, :size, :size] + rng.integers(-40, 41, (1, SLOTS, size, size, 3)), 0, 255)
-    tokens = rng.integers(3, config.vocab_size, (1, PADDED)) * prompt
-    shape = (1, config.action_horizon, config.action_dim)
-    state = rng.standard_normal((1, config.action_dim), np.float32) if config.has_state else None
+    blocks = rng.integers(0, 256, (case.batch, SLOTS, BLOCKS, BLOCKS, 3)).repeat(cells, axis=2).repeat(cells, axis=3)
+    pictures = np.clip(blocks[:, :, :size, :size] + rng.integers(-40, 41, (case.batch, SLOTS, size, size, 3)), 0, 255)
+    tokens = rng.integers(3, config.vocab_size, (case.batch, PADDED)) * prompt
+    shape = (case.batch, config.action_horizon, config.action_dim)
+    state = rng.standard_normal((case.batch, config.action_dim), np.float32) if config.has_state else None
     images = model_pictures(np.asarray(pictures * present[:, :, None, None, None], np.uint8), config.pictures)
     noise = rng.standard_normal(shape, np.float32)
     return Observation(images, present, tokens.astype(np.int32), prompt, state, noise)

@@ -61,8 +61,12 @@ def _stages(times: Mapping[int, Sequence[float]]) -> dict[str, float]:
 def parity(
     model: str, reference: Contender, others: Sequence[Contender], observations: int, folder: Path
 ) -> list[dict[str, Any]]:
-    """Distances of each contender's actions from the reference's; one or two cameras, prompts of several lengths."""
-    cases = [Case(1 + seed % 3, 5 + 17 * seed % 195, STEPS, seed) for seed in range(observations)]
+    """Distances of each contender's actions from the reference's; one to three cameras, prompts of several lengths.
+
+    Where all contenders take it, every second case has two observations at once, with other cameras absent in each.
+    """
+    most = min(int(each.facts.get("batch", 1)) for each in others)
+    cases = [Case(1 + seed % 3, 5 + 17 * seed % 195, STEPS, seed, 1 + seed % most) for seed in range(observations)]
     expected = [_actions(reference, case, folder) for case in cases]
     return [_row(model, other.name, [_actions(other, case, folder) for case in cases], expected) for other in others]
 
@@ -75,7 +79,8 @@ def _actions(contender: Contender, case: Case, folder: Path) -> np.ndarray:
 
 
 def _row(model: str, name: str, given: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> dict[str, Any]:
-    a, b = (np.stack(side).reshape(len(given), -1) for side in (given, expected))
+    a, b = (np.concatenate(side) for side in (given, expected))  # [rows, H, A]
+    a, b = a.reshape(len(a), -1), b.reshape(len(b), -1)
     cosines = (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-30)
     return {
         "model": model,
@@ -83,5 +88,5 @@ def _row(model: str, name: str, given: Sequence[np.ndarray], expected: Sequence[
         "cosine": float(cosines.min()),
         "max_abs": float(np.abs(a - b).max()),
         "relative_l2": float(np.linalg.norm(a - b) / np.linalg.norm(b)),
-        "observations": len(given),
+        "observations": len(a),
     }

@@ -21,6 +21,7 @@ PRECISIONS, BACKENDS = ("fp16", "bf16", "fp32"), ("ort-cuda", "trt", "trt-rtx")
 TINY = ROOT / "examples" / "fetch" / "checkpoint"  # of a rehearsal
 MANY_CORES = 8  # from which on exports run side by side
 SMALL, FULL = 2, 18  # layers
+SMALL_BATCH = 2  # observations at once in the parity of the small model
 RESERVE_S = 60.0  # kept for the rounds while contenders are opened
 OPEN_S = {"ort-cuda": 120.0, "trt": 300.0, "trt-rtx": 150.0, "eager": 90.0, "compile": 240.0}
 
@@ -112,7 +113,9 @@ class Benchmark:
 
     def _bundle_contender(self, model: str, precision: str, backend: str) -> tuple[str, dict[str, Any]]:
         path = self.folder / f"{model}-{precision}"
-        return f"bundle {precision}, {backend}", {"kind": "bundle", "path": str(path), "backend": backend}
+        batch = SMALL_BATCH if model == "small" else 1  # engines for more than one row are another, slower build
+        facts = {"kind": "bundle", "path": str(path), "backend": backend, "batch": batch}
+        return f"bundle {precision}, {backend}", facts
 
     # ------------------------------------------------------------------ steps
 

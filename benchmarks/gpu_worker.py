@@ -31,9 +31,13 @@ from gpu_inputs import Case, Observation, draw  # noqa: E402
 class BundleSide:
     """A bundle on one backend."""
 
-    def __init__(self, path: Path, backend: str) -> None:
+    def __init__(self, path: Path, backend: str, batch: int) -> None:
         if backend == "ort-cuda":
             load_cuda_libraries()
+        if batch > 1 and backend in ("trt", "trt-rtx"):
+            from ki_runtime.trt.build import BuildOptions, build_bundle
+
+            build_bundle(path, backend, options=BuildOptions(batch=batch))
         from ki_runtime.sampler import Sampler
 
         self._sampler = Sampler.open(path, backend, build=True)
@@ -59,7 +63,7 @@ def load_cuda_libraries() -> None:
 def open_contender(contender: Mapping[str, Any]) -> Any:
     """The contender of a request, ready to run."""
     if contender["kind"] == "bundle":
-        return BundleSide(Path(contender["path"]), contender["backend"])
+        return BundleSide(Path(contender["path"]), contender["backend"], contender.get("batch", 1))
     from gpu_torch import TorchSide
 
     mode, padded = contender.get("mode"), bool(contender.get("padded"))

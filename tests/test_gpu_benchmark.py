@@ -73,7 +73,7 @@ def test_rehearsal(fetch_bundle, tmp_path):
     assert {state for state, _ in states.values()} == {"done"}, states
     small = recorded["results"]["parity small"]
     assert [row["contender"] for row in small] == ["bundle fp32, ort"]
-    assert small[0]["max_abs"] < 2e-5 and small[0]["observations"] == 2
+    assert small[0]["max_abs"] < 2e-5 and small[0]["observations"] == 3  # the second case has two rows
     measured = recorded["results"]["latency, 2 cameras, 30 tokens"]["contenders"]
     assert set(measured) == {
         "bundle fp32, ort", "PyTorch bfloat16, eager", "PyTorch bfloat16, eager, padded as openpi does"
@@ -185,6 +185,31 @@ def test_observations_are_the_same_everywhere(modules):
     kept = first.trimmed()
     assert kept.images.shape == (1, 2, 224, 224, 3) and kept.prompt_tokens.shape == (1, 30)
     assert kept.camera_mask.all() and kept.prompt_mask.all() and not first.images[:, 2].any()
+
+
+def test_two_observations_at_once_have_other_cameras_and_prompts(modules):
+    from gpu_inputs import Case, draw
+
+    found = draw(PI05, Case(2, 31, 10, seed=3, batch=2))
+    assert found.camera_mask.tolist() == [[True, True, False], [False, True, True]]
+    assert found.prompt_mask.sum(axis=1).tolist() == [31, 16] and found.prompt_mask[:, 0].all()
+    assert not found.images[0, 2].any() and not found.images[1, 0].any() and found.images[1, 2].any()
+    assert found.images.shape == (2, 3, 224, 224, 3) and found.noise.shape[0] == 2
+
+
+@pytest.mark.parametrize(("batch", "rows"), [(1, 4), (2, 6)])
+def test_parity_has_two_at_once_where_contenders_take_it(modules, tmp_path, batch, rows):
+    import gpu_measure
+    import numpy as np
+
+    class Fake:
+        name, facts = "fake", {"batch": batch}
+
+        def ask(self, request, limit):
+            np.save(request["save"], np.ones((request["case"]["batch"], 5, 4), np.float32))
+
+    (row,) = gpu_measure.parity("small", Fake(), [Fake()], 4, tmp_path)
+    assert row["observations"] == rows and row["max_abs"] == 0 and row["cosine"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("padded", [True, False])

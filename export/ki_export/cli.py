@@ -49,7 +49,10 @@ def _build_engines(arguments: argparse.Namespace, bundle: Path, target: str) -> 
     from ki_runtime.trt.build import BuildOptions, build_bundle
 
     options = BuildOptions(
-        graphs=arguments.graphs, ignore_memory=arguments.ignore_memory, force=arguments.force, lean=arguments.lean
+        graphs=_graph_names(arguments.graphs),
+        ignore_memory=arguments.ignore_memory,
+        force=arguments.force,
+        lean=arguments.lean,
     )
     capabilities = arguments.compute_capability
     engines = build_bundle(bundle, target, capabilities, options, lambda line: tell(f"{NAME}: {line}"))
@@ -66,7 +69,7 @@ def _export(arguments: argparse.Namespace) -> int:
         raise ArgumentError("--json goes with --inspect")
     target = arguments.target or "ort"
     ahead = _ahead_of_time(arguments, target)
-    if arguments.graphs is not None and not ahead:
+    if _graph_names(arguments.graphs) is not None and not ahead:
         raise ArgumentError("--graphs says which engines are built: it goes with --build or --compute-capability")
     from .exporter import export
     from .options import ExportOptions
@@ -111,6 +114,16 @@ def _ahead_of_time(arguments: argparse.Namespace, target: str) -> bool:
         arguments.compute_capability, {"bf16": "bfloat16", "fp32": "float32"}.get(arguments.precision, "float16")
     )
     return True
+
+
+def _graph_names(text: str | None) -> tuple[str, ...] | None:
+    """The graphs of --graphs; ArgumentError for one that no bundle has."""
+    if text is None:
+        return None
+    known, names = [spec.name for spec in GRAPHS], tuple(part.strip() for part in text.split(","))
+    if not set(names) <= set(known):
+        raise ArgumentError(f"--graphs {text!r}: expected some of {','.join(known)}")
+    return names
 
 
 def _gpu_ready(target: str) -> bool:
@@ -215,20 +228,11 @@ def _add_engines(group: argparse._ArgumentGroup) -> None:
     add("--attention", default="decomposed", help="decomposed, or fused: one operator of TensorRT 10.14 (%(default)s)")
     add(
         "--graphs",
-        type=_graph_names,
         metavar="NAME,...",
         help="build these of prefix, denoise, fast_decode; default: the first two, and the last if the policy has FAST",
     )
     add("--lean", action="store_true", help="with --build: engines that TensorRT's lean runtime loads too")
     add("--ignore-memory", action="store_true", help="build even if the estimate says that memory will not do")
-
-
-def _graph_names(text: str) -> tuple[str, ...]:
-    known = [spec.name for spec in GRAPHS]
-    names = tuple(part.strip() for part in text.split(","))
-    if not set(names) <= set(known):
-        raise argparse.ArgumentTypeError(f"'{text}': expected some of {','.join(known)}")
-    return names
 
 
 def _add_source(group: argparse._ArgumentGroup) -> None:

@@ -125,6 +125,36 @@ def test_a_module_that_cannot_be_imported(monkeypatch, make_bundle):
         open_session(make_bundle(), graphs.DENOISE, BACKENDS[-1], SessionOptions())
 
 
+@pytest.mark.parametrize("error", [RuntimeError("Failed to dlopen x\nand more"), OSError("libx"), AttributeError("y")])
+@pytest.mark.parametrize("where", ["obstacle", "connect", "open"])
+def test_whatever_an_engine_raises_passes_it_over(monkeypatch, make_bundle, error, where):
+    def fail(*_):
+        raise error
+
+    engine = FakeEngine(make_bundle().manifest.vocabulary.ids)
+    parts = {"obstacle": lambda *_: None, "connect": lambda *_: fail if where == "open" else engine.open}
+    if where in parts:
+        parts[where] = fail
+    modules = {"ki_runtime.trt.session": SimpleNamespace(**parts)}
+    working = SimpleNamespace(obstacle=lambda *_: None, connect=lambda *_: engine.open)
+    monkeypatch.setattr(backends, "find_spec", lambda name: name)
+    monkeypatch.setattr(backends, "import_module", lambda name: modules.get(name, working))
+    monkeypatch.setattr(backends, "BACKENDS", (BACKENDS[0], BACKENDS[-1]))
+    sampler = Sampler.open(make_bundle("other"), say=lambda line: None)
+    why = dict(sampler.backend.passed)["trt"]
+    assert sampler.backend.name == "ort" and type(error).__name__ in why and "\n" not in why and "more" not in why
+    with pytest.raises(BackendError, match=type(error).__name__):
+        Sampler.open(make_bundle("named"), "trt")
+
+
+def test_a_module_without_a_spec_is_not_installed(monkeypatch):
+    def fail(name):
+        raise ValueError(f"{name}.__spec__ is None")
+
+    monkeypatch.setattr(backends, "find_spec", fail)
+    assert all(isinstance(backend.obstacle(None), NotInstalled) for backend in BACKENDS)
+
+
 @pytest.mark.parametrize("where", ["connect", "open"])
 def test_an_engine_that_cannot_be_imported_when_it_is_opened(monkeypatch, make_bundle, where):
     def fail(*_):

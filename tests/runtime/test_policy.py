@@ -259,5 +259,8 @@ def test_load(make_bundle, assets, monkeypatch):
 
     monkeypatch.setattr(policy_module.Sampler, "open", open_sampler)
     bundle = make_bundle(assets=assets, contract=contract().to_json())
-    assert Policy.load(bundle, "ort", threads=2, verify=True, say=print).contract == contract()
-    assert seen == {"bundle": bundle, "backend": "ort", "threads": 2, "verify": True, "say": print}
+    given = {"threads": 2, "verify": True, "build": True, "trust_engines": True, "say": print}
+    assert Policy.load(bundle, "ort", **given).contract == contract()
+    assert seen == {"bundle": bundle, "backend": "ort", **given}
+    Policy.load(bundle)
+    assert not seen["build"] and not seen["trust_engines"]  # minutes, and code of others, are asked for
