@@ -19,7 +19,7 @@ from ki_edge import graphs
 from ki_edge.bundle import Bundle
 from ki_edge.errors import BackendError
 from ki_edge.graphs import GraphSpec
-from ki_runtime.ort_session import check_signature
+from ki_runtime.ort_session import add_bytes_exactly, check_signature
 from ki_runtime.session import Binding, Buffer, HostBuffer, Session
 
 from .cutting import Segment, cut
@@ -64,6 +64,7 @@ def load(model: onnx.ModelProto, folder: Path, *, optimized: bool = True) -> Any
     options.log_severity_level = 3
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.disable_prepacking", "1")
+    add_bytes_exactly(options)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
