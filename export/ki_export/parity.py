@@ -12,7 +12,7 @@ from ki_edge.contract import PolicyContract
 from ki_edge.errors import ArgumentError, ParityError
 from ki_edge.model import Checkpoint
 from ki_edge.prompt import PromptTokenizer
-from ki_edge.witness import WITNESS
+from ki_edge.witness import WITNESS, read_witness
 from ki_runtime.backends import choose_backend
 
 from .arithmetic.session import SIXTEEN_BITS
@@ -63,7 +63,9 @@ def prove(writer: BundleWriter, bundle: Bundle, checkpoint: Checkpoint, say: Say
     peak = peak_memory()
     memory = "" if peak is None else f", peak memory {peak / 1e9:.1f} GB"
     say(f"verified, model {comparison.method} ({time.perf_counter() - start:.1f} s{memory})")
-    return writer.seal(replace(bundle.manifest, parity=verdict))
+    sealed = writer.seal(replace(bundle.manifest, parity=verdict))
+    read_witness(sealed)  # what a robot would refuse is never published
+    return sealed
 
 
 def compare_with_checkpoint(

@@ -171,20 +171,19 @@ def cpu_options(*, packed: bool) -> Any:
     engine.inter_op_num_threads = 1
     engine.log_severity_level = ERRORS_ONLY
     engine.add_session_config_entry("session.disable_prepacking", "0" if packed else "1")
-    if not _multiplies_bytes_exactly():
-        engine.add_session_config_entry("session.x64quantprecision", "1")
+    _add_bytes_exactly(engine)
     return engine
 
 
-def _multiplies_bytes_exactly() -> bool:
-    """Whether this CPU adds products of bytes in 32 bits (VNNI, AMX).
+def _add_bytes_exactly(engine: Any) -> None:
+    """Set an engine's options so that products of bytes are added in 32 bits, on a CPU that does not anyway.
 
-    Without, x86 adds pairs in 16 bits, which overflow; the engine has a way around that, which is several times slower
-    and which it would take on every CPU if told to.
+    CPUs with VNNI or AMX do. Other x86 adds pairs in 16 bits, which overflow; the engine has a way around that, which
+    is several times slower and which it would take on every CPU if told to.
     """
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return True
-    return bool({"avx512_vnni", "avx_vnni", "amx_int8"} & set(_cpu_info("flags").split()))
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    if x86 and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(_cpu_info("flags").split()):
+        engine.add_session_config_entry("session.x64quantprecision", "1")
 
 
 def processor() -> str:

@@ -34,7 +34,7 @@ tracing.trace = trace
 if moment == "graphs":
     exporter.check = lambda path: halt()
 elif moment == "proof":
-    parity.compare_with_checkpoint = lambda *arguments: halt()
+    parity.compare_with_checkpoint = lambda *arguments, **more: halt()
 else:
     rename = publishing._rename
     def rename_once(*arguments):

@@ -40,7 +40,21 @@ def test_run_prints_a_report(run):
     assert result.status == 0 and robot.closed
     assert "50.0 % at the end" in result.out and "100.0 % at any step" in result.out
     assert "prefix" in result.out and "control rate" in result.out and "torch loaded" in result.out
-    assert result.loaded == [("some/bundle", "ort", {"threads": 2, "verify": True, "say": tell})]
+    given = {"threads": 2, "verify": True, "build": True, "trust_engines": False, "say": tell}
+    assert result.loaded == [("some/bundle", "ort", given)]
+
+
+def test_run_warms_up_before_the_robot_moves(run):
+    robot, policy = CountingRobot(), FormulaPolicy()
+
+    def fail(**given):
+        assert given == {"prompt": "fold", "num_steps": 3} and not robot.log
+        raise BackendError("no room")
+
+    policy.warm_up = fail
+    result = run("--prompt", "fold", "--num-steps", "3", "--trust-engines", robot=robot, policy=policy)
+    assert result.status == 2 and robot.closed and not [event for event, _ in robot.log if event == "act"]
+    assert result.loaded[0][-1]["trust_engines"] is True
 
 
 def test_run_prints_json(run, tmp_path):
