@@ -6,17 +6,17 @@ The weights are never loaded to write a bundle, only to prove it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from ki_edge import flow, graphs
-from ki_edge.bundle import Bundle, BundleWriter, DecodeVocabulary, Manifest, write_bundle
+from ki_edge.bundle import Bundle, BundleWriter, DecodeVocabulary, Manifest, sha256, write_bundle
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import CheckpointError, ExportError
 from ki_edge.writing import writing
@@ -48,6 +48,7 @@ class Plan:
     models: Mapping[str, ir.Model]
     origins: Mapping[str, Mapping[str, Rows]]
     lowered: Lowered | None = None
+    ctime_ns: int = 0  # of the checkpoint's first file, before anything of it was read
 
     @property
     def used(self) -> set[str]:
@@ -70,8 +71,9 @@ def export(
     if files is not None:
         opened = opened.with_pictures(files.contract.pictures)
     with write_bundle(output, force=options.force) as writer, ThreadPoolExecutor(1) as hasher:
+        ctime_ns = opened.source.files[0].stat().st_ctime_ns
         hashes = hasher.submit(hash_files, opened.source.files)
-        plan = _plan(opened, files, options, say)
+        plan = replace(_plan(opened, files, options, say), ctime_ns=ctime_ns)
         with _stage(say, "wrote graphs and weights"):
             bundle = _write(writer, plan, options, hashes)
         if options.verify:
@@ -137,18 +139,26 @@ def _write(writer: BundleWriter, plan: Plan, options: ExportOptions, hashes: Fut
         plan.lowered.write(writer.folder)
     read = hashes.result()
     plan.checkpoint.check_unchanged()
-    writer.remember(weights.index.path, _weights_hash(weights, read, plan.checkpoint.source.files))
+    writer.remember(weights.index.path, _weights_hash(weights, plan, read))
     return writer.seal(_manifest(plan, options, weights, read))
 
 
-def _weights_hash(weights: Weights, read: Hashes, files: Sequence[Path]) -> str:
-    """Of the weights file; CheckpointError if what was copied is not what was hashed for the provenance."""
-    if weights.how in ("packed", "converted"):
-        assert weights.sha256 is not None
+def _weights_hash(weights: Weights, plan: Plan, read: Hashes) -> str:
+    """Of the weights file. CheckpointError if what was copied is not what was hashed for the provenance.
+
+    Both read the same file, at different times. A write between them sets the time of its last change, which nobody can
+    set back; so does a new link to it, so the copy decides then.
+    """
+    if weights.sha256 is not None:
         return weights.sha256
-    if weights.sha256 not in (None, read[files[0]]):
-        raise CheckpointError(f"{files[0]} changed while it was read: wait until it is complete and start again")
-    return read[files[0]]
+    file = plan.checkpoint.source.files[0]
+    if (
+        weights.how != "linked"
+        and file.stat().st_ctime_ns != plan.ctime_ns
+        and sha256(weights.index.path) != read[file]
+    ):
+        raise CheckpointError(f"{file} changed while it was read: wait until it is complete and start again")
+    return read[file]
 
 
 def _opsets(plan: Plan) -> str:

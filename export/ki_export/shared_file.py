@@ -20,16 +20,17 @@ FICLONE = 0x40049409  # of linux/fs.h
 NO_REFLINK = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM, errno.EBADF)
 
 
-def own_file(source: Path, path: Path) -> tuple[str, str | None]:
-    """Put a file's bytes at a new path: ("reflinked", None) or ("copied", its sha256). ExportError if it cannot be."""
+def own_file(source: Path, path: Path) -> str:
+    """Put a file's bytes at a new path: "reflinked" or "copied". ExportError if it cannot be."""
     source = source.resolve()
     if reflink(source, path):
-        return "reflinked", None
-    return "copied", copy_file(source, path)
+        return "reflinked"
+    copy_file(source, path)
+    return "copied"
 
 
-def link_file(source: Path, path: Path) -> None:
-    """A hard link. ExportError where the file system has none, or `path` is on another one."""
+def link_file(source: Path, path: Path) -> str:
+    """A hard link: "linked". ExportError where the file system has none, or `path` is on another one."""
     source = source.resolve()
     try:
         os.link(source, path)
@@ -37,6 +38,7 @@ def link_file(source: Path, path: Path) -> None:
         raise ExportError(
             f"cannot link {source} to {path}: {reason(error)}; leave --link out, and the bundle gets a copy"
         ) from error
+    return "linked"
 
 
 def reflink(source: Path, path: Path) -> bool:

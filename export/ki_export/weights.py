@@ -62,7 +62,7 @@ class Rows:
 class Weights:
     """The written file. `names`: checkpoint key -> name in the file.
 
-    `how`: reflinked, copied, linked, packed or converted. `sha256` of the file, None where it was not read.
+    `how`: reflinked, copied, linked, packed or converted. `sha256` of a file that was written tensor by tensor.
     """
 
     index: SafetensorsIndex
@@ -105,8 +105,8 @@ def place_weights(
     if names is not None:
         check_finite(checkpoint.source, keys)
         file = checkpoint.source.files[0]
-        how, digest = _link(file, path) if link else own_file(file, path)
-        return Weights(SafetensorsIndex(path), names, how, digest)
+        how = link_file(file, path) if link else own_file(file, path)
+        return Weights(SafetensorsIndex(path), names, how)
     if link:
         raise ExportError(
             f"{checkpoint.path}: --link needs one safetensors file with every weight in the type that the graphs take "
@@ -206,8 +206,3 @@ def _in_file_order(source: TensorSource, keys: Iterable[str]) -> list[str]:
         return ("", order[base], kind) if place is None else (place.index.path.name, place.offset, kind)
 
     return sorted(keys, key=position)
-
-
-def _link(source: Path, path: Path) -> tuple[str, None]:
-    link_file(source, path)
-    return "linked", None

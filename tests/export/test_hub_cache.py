@@ -8,7 +8,7 @@ import pytest
 
 from ki_edge.bundle import Bundle
 from ki_export.parity_cli import main as parity
-from ki_runtime.policy import Policy
+from ki_runtime.sampler import Sampler
 
 
 @pytest.fixture
@@ -28,16 +28,15 @@ def cached(bundle, tmp_path):
 
 
 def test_it_acts_as_the_one_that_was_uploaded(bundle, cached, checkpoint, capsys):
-    rng = np.random.default_rng(0)
-    pictures = {name: rng.integers(0, 256, (14, 14, 3), dtype=np.uint8) for name in ("left", "right")}
-    observation = {"images": pictures, "state": np.zeros(2, np.float32), "prompt": "open the drawer"}
-    actions = []
+    pictures = np.random.default_rng(0).integers(0, 256, (1, 2, 14, 14, 3), dtype=np.uint8)
+    inputs = pictures, np.ones((1, 2), bool), np.arange(2, 9, dtype=np.int32)[None], np.ones((1, 7), bool)
+    actions, tokens = [], []
     for path in (bundle.path, cached):
-        policy = Policy.load(path, "ort", threads=1, verify=True)
-        fast = policy.infer_fast(observation)
-        actions.append((policy.infer(observation, seed=0)["actions"], fast["tokens"]))
-    np.testing.assert_array_equal(actions[0][0], actions[1][0])
-    np.testing.assert_array_equal(actions[0][1], actions[1][1])
+        sampler = Sampler.open(path, "ort", threads=1, verify=True)
+        actions.append(sampler.sample_actions(*inputs, seed=0))
+        tokens.append(sampler.sample_fast_tokens(*inputs, max_tokens=5)[0])
+    np.testing.assert_array_equal(*actions)
+    np.testing.assert_array_equal(*tokens)
     assert parity([str(cached), "--checkpoint", str(checkpoint)]) == 0, capsys.readouterr().err
 
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ki_edge.bundle import Bundle
+from ki_edge.bundle import Bundle, sha256
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import ArgumentError, BundleError, CheckpointError, ExportError
 from ki_export import exporter, finite, shared_file
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
-from ki_export.weights import Form, Weights, place_weights
+from ki_export.weights import Form, place_weights
 from ki_runtime.sampler import Sampler
 
 WEIGHTS, MODEL = "weights.safetensors", "model.safetensors"
@@ -81,7 +81,7 @@ def test_a_file_system_with_reflinks(copied, tmp_path, monkeypatch):
 def test_a_file_system_without_reflinks_gets_a_copy(copied, tmp_path, monkeypatch, number):
     monkeypatch.setattr(fcntl, "ioctl", lambda *_: fail(number))
     placed = place(copied, tmp_path)
-    assert placed.how == "copied" and placed.sha256 is not None
+    assert placed.how == "copied"
     assert placed.index.path.read_bytes() == (copied / MODEL).read_bytes()
 
 
@@ -128,13 +128,31 @@ def test_a_real_reflink(copied, reflinking):
 
 
 def test_a_copy_that_is_not_what_was_hashed(copied, tmp_path, monkeypatch):
-    def other(*arguments, **options):
-        placed = place_weights(*arguments, **options)
-        return Weights(placed.index, placed.names, "copied", "0" * 64)
+    """Another checkpoint is copied over it with the old time, as cp -p and rsync do, before it is copied."""
 
-    monkeypatch.setattr(exporter, "place_weights", other)
+    def late(*arguments, **options):
+        before = (copied / MODEL).stat()
+        with (copied / MODEL).open("r+b") as file:
+            file.seek(-4, os.SEEK_END)
+            file.write(b"\0\0\0\1")
+        os.utime(copied / MODEL, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return place_weights(*arguments, **options)
+
+    monkeypatch.setattr(exporter, "place_weights", late)
+    monkeypatch.setattr(exporter, "hash_files", lambda files: {files[0]: sha256(files[0])})
     with pytest.raises(CheckpointError, match="changed while it was read"):
         export(copied, tmp_path / "bundle", ExportOptions(verify=False, model_only=True))
+
+
+def test_a_link_that_is_made_to_the_checkpoint_meanwhile_is_no_change(copied, tmp_path, monkeypatch):
+    """Such as that of an export with --link beside this one."""
+
+    def late(*arguments, **options):
+        os.link(copied / MODEL, tmp_path / "link")
+        return place_weights(*arguments, **options)
+
+    monkeypatch.setattr(exporter, "place_weights", late)
+    export(copied, tmp_path / "bundle", ExportOptions(verify=False, model_only=True))
 
 
 # ---------------------------------------------------------------------- --link

@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -13,10 +15,11 @@ from onnx import TensorProto, helper
 
 from ki_edge.bundle import Bundle, sha256
 from ki_edge.errors import ArgumentError, BackendError, BundleError
+from ki_edge.staging import staging
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
 from ki_runtime.trt import build as building
-from ki_runtime.trt import compiling, memory, publishing, targets, trust
+from ki_runtime.trt import compiling, memory, targets, trust
 from ki_runtime.trt.api import Api, parse_capabilities
 from ki_runtime.trt.build import BuildOptions, build, build_bundle, ensure_engines, rebuild
 from ki_runtime.trt.device import Device
@@ -275,7 +278,7 @@ class TestInterrupted:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(compiling._Output, "write", full)
-        with pytest.raises(BackendError, match=r"engines could not be built in .*: .*No space left on device"):
+        with pytest.raises(BackendError, match=r"cannot write \S+/prefix\.engine: No space left on device"):
             build(own, rtx, None, AHEAD)
         assert list((own.path / "engines").iterdir()) == []
 
@@ -286,15 +289,30 @@ class TestInterrupted:
         assert list((own.path / "engines").iterdir()) == []
 
     def test_what_a_killed_build_left_is_swept(self, own, rtx) -> None:
-        here, dead, living = publishing.place(), 999999999, os.getppid()
-        names = [f"{here}-{dead}", f"{here}-{dead}-old", f"{here}-{living}", f"robot-{dead}", f"{dead}"]
-        folders = [own.path / "engines" / f".0123456789abcdef.partial-{name}" for name in (*names, "robot-1")]
-        for folder in folders:
-            folder.mkdir(parents=True)
-            (folder / "prefix.engine").write_bytes(b"half")
-        os.utime(folders[-1], (time.time() - 90_000,) * 2)  # more than a day old
-        build(own, rtx, None, BuildOptions(capabilities=((8, 6),), graphs=("denoise",)))
-        assert [folder.exists() for folder in folders] == [False, False, True, True, True, False]
+        """And nothing else: no folder without its lock file, and none whose process lives."""
+        engines = own.path / "engines"
+        engines.mkdir()
+        foreign = engines / ".0123456789abcdef.partial-77"
+        foreign.mkdir()
+        (foreign / "prefix.engine").write_bytes(b"somebody's")
+        script = "import os, signal, sys; from pathlib import Path; from ki_edge.staging import staging\n"
+        script += "with staging(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+        subprocess.run([sys.executable, "-c", script, str(engines / "0123456789abcdef")], check=False)
+        assert len(list(engines.iterdir())) == 3
+        with staging(engines / "fedcba9876543210") as living:
+            built = build(own, rtx, None, BuildOptions(capabilities=((8, 6),), graphs=("denoise",)))
+            assert living.folder.is_dir()
+        left = {path.name for path in engines.iterdir() if not path.name.endswith(".timings")}
+        assert left == {foreign.name, built.folder.name}
+
+    def test_a_foreign_folder_in_the_engines_place_is_not_replaced(self, own, rtx) -> None:
+        options = BuildOptions(capabilities=((8, 6),), graphs=("denoise",))
+        folder = build(own, rtx, None, options).folder
+        (folder / "engine.json").unlink()
+        before = {path: sha256(path) for path in own.path.rglob("*") if path.is_file()}
+        with pytest.raises(BackendError, match=r"exists and has no engine\.json, so it holds no engines"):
+            build(own, rtx, None, options)
+        assert {path: sha256(path) for path in own.path.rglob("*") if path.is_file()} == before
 
 
 class TestRefused:
@@ -346,7 +364,7 @@ class TestRefused:
 
     def test_a_bundle_that_cannot_be_written_to(self, own, rtx) -> None:
         (own.path / "engines").write_bytes(b"")
-        with pytest.raises(BackendError, match=r"cannot write engines into .*engines .* copy the bundle elsewhere"):
+        with pytest.raises(BackendError, match=r"could not be written: File exists \(\S+engines\)"):
             build(own, rtx, None, AHEAD)
 
     @pytest.mark.parametrize("name", ["tensorrt_rtx", "tensorrt"])

@@ -108,7 +108,7 @@ def make_bundle(tmp_path):
         with write_bundle(tmp_path / name) as writer:
             save_file({f"model.{key}": value for key, value in weights.items()}, writer.folder / "weights.safetensors")
             for spec in graphs.GRAPHS:
-                (writer.folder / f"{spec.name}.onnx").write_bytes(b"")
+                (writer.folder / f"{spec.name}.onnx").write_bytes(b"\x08\x0a")  # a model of IR version 10, empty
             for path, content in (assets or {}).items():
                 (writer.folder / path).parent.mkdir(parents=True, exist_ok=True)
                 (writer.folder / path).write_bytes(content)
