@@ -1,6 +1,7 @@
 """What a run leaves in a folder: steps, films, plots; and folders that are refused."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -164,3 +165,12 @@ def test_a_film_that_cannot_be_written_says_why(tmp_path):
     one.add(np.zeros((16, 16, 3), np.uint8))
     with pytest.raises(RobotError, match=r"the film .*film\.mp4 could not be finished: ffmpeg: .*No such file"):
         one.close()
+
+
+def test_ffmpeg_does_not_hear_what_the_terminal_sends(tmp_path):
+    """It leads a session of its own: Ctrl-C reaches a terminal's foreground group alone."""
+    pytest.importorskip("imageio_ffmpeg")
+    one = film.Mp4Film(tmp_path / "film.mp4", 20.0)
+    one.add(np.zeros((16, 16, 3), np.uint8))
+    assert os.getsid(one._ffmpeg.pid) == one._ffmpeg.pid != os.getsid(0)
+    one.close()
