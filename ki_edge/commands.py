@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -55,10 +56,14 @@ def _flush() -> None:
 def _output_is_gone() -> bool:
     """Whether nobody reads standard output any more; the interpreter then flushes what is left to nowhere."""
     try:
-        _flush()
-    except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-        return True
-    return False
+        descriptor = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # no output at all, or one of a test
+        return False
+    watch = select.poll()
+    watch.register(descriptor, select.POLLOUT)
+    if not any(events & (select.POLLERR | select.POLLHUP) for _, events in watch.poll(0)):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+    return True

@@ -167,7 +167,7 @@ def checked_stats(
             if isinstance(item, bool) or not isinstance(item, int | float):
                 raise error(f"{where}.{name}[{at}] is {str(item)[:40]!r}: expected a number")
         arrays[field] = np.array(value, np.float64)
-    if fault := _fault(arrays, names):
+    if fault := _fault(arrays, names) or _order_fault(arrays, names):
         raise error(f"{where}.{fault}")
     return NormStats(**arrays)
 
@@ -229,7 +229,16 @@ def _fault(fields: Mapping[str, Float64], names: Mapping[str, str] | None = None
         return f"all fields must have one length, got {sizes}"
     if "std" in fields and (bad := np.flatnonzero(fields["std"] < 0)).size:
         return f"{called['std']}[{bad[0]}] is {_shown(fields['std'][bad[0]])}: expected 0 or more"
-    if "q01" in fields and "q99" in fields:
+    return ""
+
+
+def _order_fault(fields: Mapping[str, Float64], names: Mapping[str, str]) -> str:
+    """The first q99 below its q01; "" if none.
+
+    LeRobot's q10 and q90 are used as they are: recordings of it have them crossed where a number hardly moved.
+    """
+    called = {field: names.get(field, field) for field in fields}
+    if "q01" in fields and "q99" in fields and called["q01"] != "q10":
         width = fields["q99"] - fields["q01"]
         if (bad := np.flatnonzero((width < 0) | (width > LARGEST))).size:
             low, high = (_shown(fields[field][bad[0]]) for field in ("q01", "q99"))

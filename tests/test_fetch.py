@@ -1,8 +1,10 @@
 """The whole path on the shipped policy: export, proof, and the simulated arm reaching its targets without torch."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -50,9 +52,7 @@ def test_bundle_and_checkpoint_give_the_same_actions(policy: Policy, reference: 
 def test_arm_reaches_unseen_targets(policy: Policy, reference: ReferencePolicy) -> None:
     rates = []
     for actor in (policy, reference):
-        arm = open_robot(ROBOT)
-        rates.append(ControlLoop(actor, arm, UNSEEN).run().success_rate)
-        arm.close()
+        rates.append(ControlLoop(actor, open_robot(ROBOT), UNSEEN).run().success_rate)
     assert rates[0] is not None and rates[0] >= 0.9
     assert abs(rates[0] - rates[1]) <= 0.1  # float noise of 1e-6 may decide one episode that ends at 5 cm
 
@@ -82,3 +82,26 @@ def test_ki_run_without_torch(fetch_bundle: Path, tmp_path: Path) -> None:
     assert len(report["episodes"]) == 2
     assert (tmp_path / "run" / "steps.jsonl").is_file()
     assert [*(tmp_path / "run").glob("*.mp4"), *(tmp_path / "run").glob("*.gif")]
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_stopped_ki_run_leaves_a_film(fetch_bundle: Path, tmp_path: Path, name: str) -> None:
+    """The real command on the simulator, stopped by a signal to it alone."""
+    program = pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe()
+    allow = f"import signal; signal.signal(signal.{name}, signal.SIG_DFL); "  # tests may run where it is ignored
+    start = "signal.signal(signal.SIGINT, signal.default_int_handler); import sys; from ki_runtime.cli import main; "
+    command = [sys.executable, "-c", f"{allow}{start}sys.exit(main())", str(fetch_bundle), "--robot", ROBOT]
+    command += ["--episodes", "1000", "--record", str(tmp_path / "run")]
+    log, film = tmp_path / "run" / "steps.jsonl", tmp_path / "run" / "episode_000.mp4"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not log.exists() or log.read_text().count('"event": "step"') < 5:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.send_signal(getattr(signal, name))
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 128 + getattr(signal, name) and "Traceback" not in err, err
+    assert "(interrupted)" in out and f"recorded      {tmp_path / 'run'}" in out
+    decoded = [program, "-v", "error", "-xerror", "-i", str(film), "-f", "framemd5", "-"]
+    found = subprocess.run(decoded, capture_output=True, text=True, timeout=120, check=False)
+    assert found.returncode == 0 and not found.stderr
+    assert sum(not line.startswith("#") for line in found.stdout.splitlines()) >= 6

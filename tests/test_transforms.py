@@ -209,6 +209,7 @@ def test_default_prompt():
         (plain(state=["a", "b", "c"]), "state: expected numbers"),
         (plain(state=[0.0, np.nan, 0.0]), "state holds NaN or infinity"),
         (plain(state=[0.0, np.inf, 0.0]), "state holds NaN or infinity"),
+        (plain(state=[0.0, 1e300, 0.0]), "state holds numbers that are too large for float32"),
     ],
 )
 def test_bad_observation(pipelines, observation, message):
@@ -272,3 +273,15 @@ def test_statistics_and_tokenizer_must_fit(tokenizer_model, stats):
         InputPipeline(contract, stats["aloha"], PromptTokenizer(tokenizer_model, "ki", 200))
     with pytest.raises(ContractError, match="tokenizer's"):
         InputPipeline(contract, stats["aloha"], PromptTokenizer(tokenizer_model, "pi05", 48))
+
+
+@pytest.mark.parametrize("epsilon", ["openpi", "lerobot"])
+def test_a_state_that_overflows_when_it_is_normalised_is_refused(tokenizer_model, epsilon):
+    """It would be an infinity in the prompt's bins, and in the state of a π0."""
+    contract = replace(PLAIN, normalization="quantile", normalization_epsilon=epsilon)
+    still = NormStats(q01=[0.0, 1.0, 0.0], q99=[1.0, 1.0, 1.0])
+    tokenizer = PromptTokenizer(tokenizer_model, contract.prompt_format, contract.max_token_len)
+    pipeline = InputPipeline(contract, {"state": still}, tokenizer)
+    with pytest.raises(ObservationError, match=r"number 1 of the state is 3e\+38, which normalised is too large"):
+        pipeline(plain(state=[0.5, 3e38, 0.5]))
+    assert np.isfinite(pipeline(plain(state=[0.5, 1.1, 0.5])).state).all()

@@ -65,7 +65,9 @@ def main() -> int:
     parser.add_argument("--execute", type=int, default=None, help="actions of a chunk before the next inference")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    options = LoopOptions(episodes=arguments.episodes, seed=arguments.seed, execute=arguments.execute)
+    options = LoopOptions(
+        episodes=arguments.episodes, seed=arguments.seed, execute=arguments.execute, close_robot=False
+    )
     try:
         results = [evaluate(path, arguments.robot, options) for path in arguments.policy]
     except KiEdgeError as error:

@@ -5,11 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import ki_export.exporter
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.config import TINY
 from ki_edge.errors import DatasetError
 from ki_edge.prompt import PromptTokenizer
 from ki_export.calibration import Calibration, calibration
+from ki_export.exporter import export
+from ki_export.options import ExportOptions
 from ki_export.policies import PolicyRequest, read_policy
 from ki_export.rehearsal import _prefix_feed
 from ki_runtime.robots.replay import record_episode
@@ -120,3 +123,40 @@ def test_padding_behind_a_prompt_is_audited_too():
     feed = _prefix_feed(observed)
     assert feed["prompt_mask"].sum() == observed.prompt_tokens.size < feed["prompt_tokens"].numel()
     assert not feed["prompt_tokens"][~feed["prompt_mask"]].any()
+
+
+@pytest.mark.parametrize("names", [("images/", "state"), ("", "observation/state")])
+def test_an_episode_of_a_libero_robot_calibrates_its_policy(policy, tmp_path, names):
+    """In the form of the policy's contract, whatever the recording calls things."""
+    config, files = policy
+    keys = ("observation/image", "observation/wrist_image")
+    cameras = tuple(replace(camera, key=key) for camera, key in zip(files.contract.cameras, keys, strict=True))
+    files = replace(files, contract=replace(files.contract, robot="libero", cameras=cameras))
+    rng = np.random.default_rng(0)
+    numbers = rng.uniform(-1, 1, (6, 2)).astype(np.float32)
+    pictures = {f"{names[0]}{key}": rng.integers(0, 256, (6, 14, 14, 3), dtype=np.uint8) for key in keys}
+    np.savez(tmp_path / "a.npz", **pictures, **{names[1]: numbers}, actions=numbers, prompt=np.array("go"))
+    found = calibration(config, files, tmp_path / "a.npz")
+    assert len(found.observations) == 6
+    np.testing.assert_array_equal(found.observations[2].images[0, 1], pictures[f"{names[0]}{keys[1]}"][2])
+    np.savez(tmp_path / "b.npz", **{names[1]: numbers}, actions=numbers, prompt=np.array("go"))
+    with pytest.raises(
+        DatasetError, match=r"^--calibrate: .*b\.npz: images/<camera> is missing, found actions float32"
+    ):
+        calibration(config, files, tmp_path / "b.npz")
+
+
+@pytest.mark.parametrize("content", [b"hello", b""])
+def test_an_unfit_recording_is_told_before_anything_is_traced(checkpoint, tmp_path, monkeypatch, content):
+    def traced(*_):
+        raise AssertionError("tracing began")
+
+    monkeypatch.setattr(ki_export.exporter, "trace_all", traced)
+    (tmp_path / "bad.npz").write_bytes(content)
+    options = ExportOptions(target="trt", precision="fp16", calibrate=tmp_path / "bad.npz")
+    with pytest.raises(DatasetError, match=r"^--calibrate: .*bad\.npz: not a readable episode"):
+        export(str(checkpoint), tmp_path / "bundle", options)
+    assert not (tmp_path / "bundle").exists()
+    options = replace(options, calibrate=tmp_path / "none.npz")
+    with pytest.raises(DatasetError, match=r"^--calibrate: .*none\.npz: no such file"):
+        export(str(checkpoint), tmp_path / "bundle", options)

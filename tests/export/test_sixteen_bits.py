@@ -190,7 +190,7 @@ def test_sensitivity_tells_every_layer_apart(hot, tmp_path):
         (["--calibrate", "x.npz"], "--calibrate, --keep-fp32 and --sensitivity are for"),
         (["--target", "trt", "--precision", "bf16", "--calibrate", "x.npz"], "--calibrate has no effect with bf16"),
         (["--target", "trt", "--keep-fp32", "nothing.*"], "--keep-fp32 'nothing.*' fits no matrix product"),
-        (["--target", "trt", "--calibrate", "missing.npz"], "no such file: missing.npz"),
+        (["--target", "trt", "--calibrate", "missing.npz"], "missing.npz: no such file"),
         (["--precision", "fp8"], "precision 'fp8': expected one of fp32, fp16, bf16, int8"),
         (["--target", "tensorrt"], "target 'tensorrt': expected one of ort, trt, trt-rtx"),
     ],

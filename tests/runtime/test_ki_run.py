@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from ki_edge.commands import tell
+from ki_edge.errors import BackendError
 from ki_runtime import backends, cli
 
 from .fake_robot import CountingRobot, Failing, FormulaPolicy

@@ -1,17 +1,18 @@
 """What a run leaves in a folder: steps, films, plots; and folders that are refused."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
-from ki_edge.errors import ArgumentError, RobotError
+from ki_edge.errors import ArgumentError, BackendError, RobotError
 from ki_runtime import film, plots
 from ki_runtime.loop import ControlLoop, LoopOptions
 from ki_runtime.recorder import Recorder
 from ki_runtime.robots.replay import ReplayRobot, record_episode
 
-from .fake_robot import HORIZON, CountingRobot, FormulaPolicy
+from .fake_robot import HORIZON, CountingRobot, Failing, FormulaPolicy
 
 
 def record(folder, robot=None, **options):
@@ -118,3 +119,58 @@ def test_replay_compares_with_the_recording(recording, tmp_path, monkeypatch):
     (_, actions, inferences, recorded, _) = drawn[0]
     np.testing.assert_allclose(recorded - actions, 0.25)
     assert inferences == [0, 3, 6]
+
+
+def test_a_second_recording_never_touches_the_first(tmp_path):
+    record(tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    with pytest.raises(RobotError, match=r"run holds a recording already \(steps\.jsonl\); choose another folder"):
+        Recorder(tmp_path / "run")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path):
+    (tmp_path / "episode_000.mp4").write_text("a film of somebody else's")
+    with pytest.raises(RobotError, match=r"is not empty \(episode_000\.mp4 is in it\): record into a new or an empty"):
+        Recorder(tmp_path)
+    (tmp_path / "episode_000.mp4").unlink()
+    (tmp_path / ".hidden").write_text("")
+    Recorder(tmp_path).close()
+
+
+def test_an_episode_that_is_stopped_is_kept(tmp_path):
+    """Film, actions and latencies up to where it was."""
+    pytest.importorskip("matplotlib")
+    with pytest.raises(BackendError):
+        ControlLoop(Failing(), CountingRobot(), LoopOptions(episodes=2, execute=2), [Recorder(tmp_path)]).run()
+    assert {"actions_000.png", "latency.png", "steps.jsonl"} <= {path.name for path in tmp_path.iterdir()}
+    assert len(list(tmp_path.glob("episode_000.*"))) == 1
+    assert [json.loads(line)["event"] for line in (tmp_path / "steps.jsonl").read_text().splitlines()][-1] == "step"
+
+
+def test_the_state_is_logged_whatever_its_key(tmp_path):
+    robot = CountingRobot()
+    seen = {"observation/joint_position": np.ones(2, np.float32), "observation/image": np.zeros((4, 4, 3), np.uint8)}
+    robot.observe = lambda: {**seen, "state": [1, 2], "prompt": "p", "images": {"cam": seen["observation/image"]}}
+    recorder = Recorder(tmp_path)
+    ControlLoop(FormulaPolicy(), robot, watchers=[recorder]).run()
+    line = json.loads((tmp_path / "steps.jsonl").read_text().splitlines()[1])
+    kept = {"event", "observation/joint_position", "state", "prompt", "step", "timing", "actions"}
+    assert line.keys() == kept and line["observation/joint_position"] == [1.0, 1.0]
+
+
+def test_a_film_that_cannot_be_written_says_why(tmp_path):
+    pytest.importorskip("imageio_ffmpeg")
+    one = film.open_film(tmp_path / "none" / "film", 20.0)
+    one.add(np.zeros((16, 16, 3), np.uint8))
+    with pytest.raises(RobotError, match=r"the film .*film\.mp4 could not be finished: ffmpeg: .*No such file"):
+        one.close()
+
+
+def test_ffmpeg_does_not_hear_what_the_terminal_sends(tmp_path):
+    """It leads a session of its own: Ctrl-C reaches a terminal's foreground group alone."""
+    pytest.importorskip("imageio_ffmpeg")
+    one = film.Mp4Film(tmp_path / "film.mp4", 20.0)
+    one.add(np.zeros((16, 16, 3), np.uint8))
+    assert os.getsid(one._ffmpeg.pid) == one._ffmpeg.pid != os.getsid(0)
+    one.close()

@@ -349,3 +349,17 @@ def test_a_huge_recording_is_refused_by_its_header(tmp_path):
             archive.writestr(f"{name}.npy", small.getvalue())
     with pytest.raises(RobotError, match="bytes of arrays, at most"):
         open_robot(f"replay:{tmp_path / 'huge.npz'}")
+
+
+def test_the_simulation_is_never_stepped_with_what_is_not_finite(scene):
+    """Clipping keeps NaN, so the set-point is checked, and what is made of it."""
+    scene.reset(0)
+    before = scene.state
+    for bad in (np.nan, np.inf, 1e300):
+        with pytest.raises(RobotError, match="not finite"):
+            scene.step(np.array([1.3, bad, 0.5, 0.0]))
+    assert np.array_equal(scene.state, before)
+    assert np.isfinite(scene.track(np.full(4, 3e38, np.float32))).all()
+    scene._gripper[0] = np.nan
+    with pytest.raises(RobotError, match="not finite"):
+        scene.step(np.zeros(4, np.float32))

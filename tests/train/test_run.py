@@ -195,13 +195,14 @@ def test_starting_from_a_checkpoint(train, tmp_path):
     """The run begins as the checkpoint, although its mean picture is now taken out."""
     train("first")
     trainer, _ = train("second", stop=0, init=tmp_path / "first")
-    observation = first_frames(trainer)
-    noise = torch.zeros(3, 4, 4)
-    expected = Pi05.from_checkpoint(tmp_path / "first").sample_actions(observation, noise=noise)
-    assert CenteredPatches.center_of(trainer.model) is not None
-    torch.testing.assert_close(
-        trainer.model.eval().sample_actions(observation, noise=noise), expected, rtol=0, atol=1e-4
-    )
+    start, model = Pi05.from_checkpoint(tmp_path / "first"), trainer.model.eval()
+    assert CenteredPatches.center_of(model) is not None
+    pixels = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    # what the folded embedding loses in float32; the network behind it may make a thousand times more of it
+    torch.testing.assert_close(model.vision(pixels), start.vision(pixels), rtol=0, atol=1e-5)
+    before = start.state_dict()
+    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert moved == ["vision.embeddings.position_embedding.weight"]
 
 
 def test_starting_from_another_geometry(train, small_config, demonstrations, tmp_path):

@@ -73,6 +73,7 @@ class FetchScene:
         self._mujoco, self._env, self.step_limit = _open_env()
         self._renderer = self._open_renderer(PICTURE_SIZE)
         self._film: Any = None
+        self._closed = False
         self._target_site = self._model.site("target0").id
         self.control_hz = float(round(1.0 / self._env.dt))
         self.home = np.array(self._env.initial_gripper_xpos, np.float64)
@@ -149,11 +150,14 @@ class FetchScene:
         return self._render(self._film, FILM_CAMERA)
 
     def close(self) -> None:
-        """Free the renderers and the simulation."""
-        for renderer in (self._renderer, self._film):
+        """Free the renderers and the simulation; a second time does nothing."""
+        renderers, self._renderer, self._film = (self._renderer, self._film), None, None
+        for renderer in renderers:
             if renderer is not None:
                 renderer.close()
-        self._env.close()
+        if not self._closed:
+            self._closed = True
+            self._env.close()
 
     @property
     def _model(self) -> Any:
