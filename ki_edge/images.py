@@ -161,13 +161,15 @@ def _interpolate(image: npt.NDArray[Any], new_h: int, new_w: int) -> Float32:
         image = image.astype(np.float32)
     # indices are valid; "clip" spares numpy a buffer
     above, below = (np.take(image.reshape(h, 3 * w), at, 0, mode="clip") for at in np.split(rows.places, 2))
-    few = 4 * new_w < w  # of the columns: then choose them first, else as floats, which numpy picks faster
+    few = 2 * new_w < w  # of the columns are used: then they are chosen first, while they are bytes
     if few:
         above, below = (np.take(part, columns.places, 1, mode="clip") for part in (above, below))
     mixed = _between(above, below, rows.share[:, None])
-    if not few:
-        mixed = np.take(mixed, columns.places, 1, mode="clip")
-    out = _between(mixed[:, : 3 * new_w], mixed[:, 3 * new_w :], columns.share)  # [new_h, 3 new_w]
+    if few:
+        left, right = np.split(mixed, 2, axis=1)
+    else:
+        left, right = (np.take(mixed, at, 1, mode="clip") for at in np.split(columns.places, 2))
+    out = _between(left, right, columns.share)  # [new_h, 3 new_w]
     out *= np.float32(2 / 255 if image.dtype == np.uint8 else 2)
     out -= np.float32(1)
     return out.reshape(new_h, new_w, 3)
