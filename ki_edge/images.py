@@ -154,13 +154,22 @@ def _inside(canvas: npt.NDArray[Any], new_h: int, new_w: int) -> npt.NDArray[Any
 
 
 def _interpolate(image: npt.NDArray[Any], new_h: int, new_w: int) -> Float32:
-    """[h, w, 3] to float32 [new_h, new_w, 3], mapped to [-1, 1]: rows first, and of them only those that are used."""
+    """[h, w, 3] to float32 [new_h, new_w, 3], mapped to [-1, 1]. Only pixels that are used become floats."""
     h, w = image.shape[:2]
     rows, columns = _axis(h, new_h, 1), _axis(w, new_w, 3)
     if image.dtype not in (np.uint8, np.float32):
         image = image.astype(np.float32)
-    mixed = _mix(image.reshape(h, 3 * w), rows, axis=0)  # [new_h, 3w]
-    out = _mix(mixed, columns, axis=1)  # [new_h, 3 new_w]
+    # indices are valid; "clip" spares numpy a buffer
+    above, below = (np.take(image.reshape(h, 3 * w), at, 0, mode="clip") for at in np.split(rows.places, 2))
+    few = 2 * new_w < w  # of the columns are used: then they are chosen first, while they are bytes
+    if few:
+        above, below = (np.take(part, columns.places, 1, mode="clip") for part in (above, below))
+    mixed = _between(above, below, rows.share[:, None])
+    if few:
+        left, right = np.split(mixed, 2, axis=1)
+    else:
+        left, right = (np.take(mixed, at, 1, mode="clip") for at in np.split(columns.places, 2))
+    out = _between(left, right, columns.share)  # [new_h, 3 new_w]
     out *= np.float32(2 / 255 if image.dtype == np.uint8 else 2)
     out -= np.float32(1)
     return out.reshape(new_h, new_w, 3)
@@ -168,10 +177,9 @@ def _interpolate(image: npt.NDArray[Any], new_h: int, new_w: int) -> Float32:
 
 @dataclass(frozen=True, eq=False)
 class _Axis:
-    """Where the numbers of a resized axis are: between `below` and `above`, `share` of the way."""
+    """Where the numbers of a resized axis are: `share` of the way between the first half of `places` and the second."""
 
-    below: Int64
-    above: Int64
+    places: Int64
     share: Float32
 
 
@@ -183,29 +191,22 @@ def _axis(old: int, new: int, channels: int) -> _Axis:
     """
     scale = float(np.float32(old) / np.float32(new))
     centres = np.maximum((np.arange(new) + 0.5) * scale - 0.5, 0).astype(np.float32)
-    below = np.minimum(centres.astype(np.int64), old - 1)
-    above, share = np.minimum(below + 1, old - 1), (centres - below).astype(np.float32)
-    below, above = ((channels * at[:, None] + np.arange(channels)).ravel() for at in (below, above))
-    plan = _Axis(below, above, np.repeat(share, channels))
-    for array in vars(plan).values():
-        array.flags.writeable = False  # threads share it
-    return plan
+    first = np.minimum(centres.astype(np.int64), old - 1)
+    pixels = np.concatenate([first, np.minimum(first + 1, old - 1)])
+    places = (channels * pixels[:, None] + np.arange(channels)).ravel()
+    share = np.repeat((centres - first).astype(np.float32), channels)
+    places.flags.writeable = share.flags.writeable = False  # threads share them
+    return _Axis(places, share)
 
 
-def _mix(pixels: npt.NDArray[Any], plan: _Axis, axis: int) -> Float32:
-    """Linear interpolation of one axis of a matrix, float32."""
-    share = plan.share[:, None] if axis == 0 else plan.share
-    mixed, above = _taken(pixels, plan.below, axis), _taken(pixels, plan.above, axis)
-    above -= mixed
-    above *= share
-    mixed += above
-    return mixed
-
-
-def _taken(pixels: npt.NDArray[Any], at: Int64, axis: int) -> Float32:
-    """Rows or columns, a copy. The places are valid; "clip" spares numpy a buffer."""
-    taken: Float32 = np.take(pixels, at, axis, mode="clip").astype(np.float32, copy=False)
-    return taken
+def _between(first: npt.NDArray[Any], second: npt.NDArray[Any], share: Float32) -> Float32:
+    """first + share * (second - first) in float32, in memory of its own."""
+    out: Float32 = second.astype(np.float32)
+    start = first.astype(np.float32, copy=False)
+    out -= start
+    out *= share
+    out += start
+    return out
 
 
 def _to_unit(image: npt.NDArray[Any]) -> Float32:
