@@ -19,6 +19,8 @@ from typing import Any
 
 from .config import Pi05Config
 from .errors import BundleError, CheckpointError
+from .manifest_fields import check_fields
+from .reading import read_json
 from .safetensors_index import SafetensorsIndex
 
 SCHEMA = 1
@@ -75,7 +77,7 @@ class Manifest:
         size = self.config.vocab_size
         fits = 0 <= first < first + count <= size and all(type(i) is int and 0 <= i < size for i in extra)
         if not fits:
-            raise BundleError(f"manifest: 'decode_vocabulary' {v} is not within the model's {size} tokens")
+            raise BundleError(f"manifest: 'decode_vocabulary' {v!r:.200} is not within the model's {size} tokens")
         return DecodeVocabulary(first, count, tuple(extra))
 
 
@@ -130,29 +132,21 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(
             f"{path.parent} has no {MANIFEST}: not a bundle, or its export was interrupted; export it again"
         )
-    if path.stat().st_size > MAX_MANIFEST:
-        raise BundleError(f"{path}: {path.stat().st_size} bytes, more than a manifest can be ({MAX_MANIFEST})")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
+    data = read_json(path, BundleError, MAX_MANIFEST)
+    if not isinstance(data, dict) or type(data.get("schema")) is not int:
         raise BundleError(f"{path}: no integer 'schema' in it, so it is not a bundle's manifest")
     if data["schema"] != SCHEMA:
         newer = "newer; upgrade ki-edge" if data["schema"] > SCHEMA else "older; export the checkpoint again"
         raise BundleError(f"{path}: schema {data['schema']} where this version reads {SCHEMA}: the bundle is {newer}")
     known = {f.name: f for f in fields(Manifest)}
     if set(data) != set(known):
-        raise BundleError(f"{path}: missing {sorted(set(known) - set(data))}, unknown {sorted(set(data) - set(known))}")
+        missing, unknown = sorted(set(known) - set(data)), sorted(set(data) - set(known))
+        raise BundleError(f"{path}: missing {missing}, unknown {unknown!r:.200}")
     for name in known:
         wanted = (str,) if name == "precision" else (int,) if name == "schema" else (dict,)
         if not isinstance(data[name], wanted) and not (name == "contract" and data[name] is None):
             raise BundleError(f"{path}: '{name}' must be {wanted[0].__name__}, not {type(data[name]).__name__}")
-    for name, facts in data["files"].items():
-        if not isinstance(facts, dict) or not isinstance(facts.get("size"), int):
-            raise BundleError(f"{path}: files['{name}'] needs an integer size and a sha256")
-    if not all(isinstance(graph, dict) for graph in data["graphs"].values()):
-        raise BundleError(f"{path}: every entry of 'graphs' must be an object")
+    check_fields(path, data)
     return Manifest(**data)
 
 

@@ -14,6 +14,7 @@ from ki_edge.errors import ContractError
 from ki_edge.images import Resize
 from ki_edge.normalize import EpsilonStyle, NormalizationKind
 from ki_edge.prompt import STATE_FORMATS, PromptFormat
+from ki_edge.reading import read_json
 
 RobotKind = Literal["generic", "droid", "libero", "aloha"]
 TimeConvention = Literal["openpi", "lerobot"]
@@ -150,11 +151,7 @@ class PolicyContract:
     @classmethod
     def load(cls, path: str | Path) -> "PolicyContract":
         """Read a file that `save` wrote. Raises ContractError."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ContractError(f"cannot read a policy contract from {path}: {error}") from error
-        return cls.from_json(content)
+        return cls.from_json(read_json(Path(path), ContractError))
 
 
 def make_mask(*runs: int) -> tuple[bool, ...]:

@@ -20,12 +20,16 @@ import numpy.typing as npt
 
 from ki_edge.errors import ArgumentError, ContractError
 from ki_edge.prompt import Int32, PromptTokenizer
+from ki_edge.reading import read_file, read_object
 
 Float64 = npt.NDArray[np.float64]
 SURROGATES = 0xD800  # chr() from here on is no valid text
 REPLACEMENT = "\ufffd"  # what the byte-level decoder gives for broken UTF-8
 MAX_TOKEN_LENGTH = 10_000
 MIN_FREQUENCY = 2
+MAX_COEFFICIENT = SURROGATES  # of the DCT, quantised
+MAX_SCALE = 1_000_000
+MAX_TOKENIZER = 32_000_000  # bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,18 +155,25 @@ class FastCodec:
         from tokenizers import Tokenizer
 
         folder = Path(folder)
+        config = read_object(folder / "processor_config.json", ContractError)
+        scale, min_token = (config.get(name) for name in ("scale", "min_token"))
+        if type(min_token) is not int or abs(min_token) > MAX_COEFFICIENT:
+            raise ContractError(
+                f"{folder / 'processor_config.json'}: 'min_token' is {min_token!r:.40}, expected an integer within "
+                f"{MAX_COEFFICIENT} of 0"
+            )
+        if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale <= MAX_SCALE:
+            raise ContractError(
+                f"{folder / 'processor_config.json'}: 'scale' is {scale!r:.40}, expected a number above 0, up to "
+                f"{MAX_SCALE}"
+            )
+        path = folder / "tokenizer.json"
+        content = read_file(path, MAX_TOKENIZER, ContractError)
         try:
-            config = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
-            scale, min_token = float(config["scale"]), int(config["min_token"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ContractError(f"no FAST codec in {folder}: processor_config.json: {error!r}") from error
-        try:
-            tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            tokenizer = Tokenizer.from_str(content.decode("utf-8-sig"))
         except Exception as error:  # the library raises bare Exception
-            raise ContractError(f"no FAST codec in {folder}: tokenizer.json: {error!r}") from error
-        if not (math.isfinite(scale) and scale > 0):
-            raise ContractError(f"FAST codec in {folder}: scale must be positive, got {scale}")
-        return cls(tokenizer, scale, min_token)
+            raise ContractError(f"{path} is no tokenizer that can be read: {error}") from None
+        return cls(tokenizer, float(scale), min_token)
 
     def save(self, folder: str | Path) -> None:
         """Write the folder in the published layout (processor_config.json, tokenizer.json and its two companions)."""

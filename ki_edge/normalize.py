@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.errors import ContractError, DatasetError
+from ki_edge.reading import read_json
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
@@ -146,10 +147,7 @@ def read_norm_stats(path: str | Path) -> dict[str, NormStats]:
     """
     path = Path(path)
     path = path / "norm_stats.json" if path.is_dir() else path
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ContractError(f"norm stats: cannot read {path}: {error}") from error
+    content = read_json(path, ContractError)
     content = content.get("norm_stats", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not content:
         raise ContractError(f'norm stats: {path} must hold {{"norm_stats": {{"state": ..., "actions": ...}}}}')

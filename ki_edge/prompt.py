@@ -18,10 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.errors import ArgumentError, ContractError, ObservationError, PromptError
+from ki_edge.reading import read_file
 
 Int32 = npt.NDArray[np.int32]
 PromptFormat = Literal["pi0", "pi05", "ki", "lerobot_pi0"]
 STATE_FORMATS: tuple[PromptFormat, ...] = ("pi05", "ki")
+MAX_MODEL = 64_000_000  # bytes of a tokenizer.model; PaliGemma's takes 4,264,023
 BIN_EDGES = np.linspace(-1.0, 1.0, 257)[:-1]
 
 
@@ -146,15 +148,15 @@ class PromptTokenizer:
 def _load(model: str | Path | bytes) -> Any:
     import sentencepiece
 
-    content = model if isinstance(model, bytes) else b""
+    content = model if isinstance(model, bytes) else read_file(Path(model), MAX_MODEL, ContractError)
     try:
-        if not isinstance(model, bytes):
-            content = Path(model).read_bytes()
         processor = sentencepiece.SentencePieceProcessor()
         processor.LoadFromSerializedProto(content)
-    except (OSError, RuntimeError) as error:
+    except RuntimeError as error:
         where = "the given bytes" if isinstance(model, bytes) else str(model)
-        raise ContractError(f"cannot read a SentencePiece model from {where}: {error}") from error
+        raise ContractError(
+            f"{where}: no SentencePiece model ({' '.join(str(error).split())}): copy tokenizer.model again"
+        ) from None
     return processor
 
 

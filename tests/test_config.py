@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from ki_edge.config import PI05, TINY, GemmaConfig, Pi05Config, VisionConfig
+from ki_edge.config import LIMITS, PI05, TINY, GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.errors import CheckpointError
 
 
@@ -87,3 +87,22 @@ def test_heads_must_divide():
     for heads, shared in ((0, 1), (4, 0), (4, 3)):
         with pytest.raises(CheckpointError, match=f"{heads} query heads cannot share {shared} K/V heads"):
             GemmaConfig(width=8, depth=1, mlp_dim=8, num_heads=heads, num_kv_heads=shared, head_dim=4)
+
+
+@pytest.mark.parametrize("part", ["vision", "backbone", "expert", "model"])
+def test_no_size_is_believed_however_large(part):
+    """Nothing is computed from them before: a depth of 10^18 would be counted through."""
+    for name, most in LIMITS.items():
+        data = TINY.to_dict()
+        target = data if part == "model" else data[part]
+        if name not in target:
+            continue
+        for value in (most + 1, 10**18, 2.0, True, "8", None, [8]):
+            target[name] = value
+            with pytest.raises(CheckpointError, match=rf"geometry '{part}\.{name}'"):
+                Pi05Config.from_dict(data)
+
+
+def test_pictures_of_too_many_patches():
+    with pytest.raises(CheckpointError, match="16777216 patches of a picture, at most 65536"):
+        VisionConfig(width=16, depth=1, mlp_dim=8, num_heads=2, patch_size=1, image_size=4096)

@@ -153,7 +153,7 @@ def test_load_refuses(tmp_path, codec):
         FastCodec.load(tmp_path)
     codec.save(tmp_path)
     (tmp_path / "processor_config.json").write_text('{"scale": 0, "min_token": -4}')
-    with pytest.raises(ContractError, match="scale must be positive"):
+    with pytest.raises(ContractError, match="'scale' is 0, expected a number above 0"):
         FastCodec.load(tmp_path)
 
 

@@ -101,11 +101,11 @@ def test_file_round_trip(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "cannot read"),
+        ("{", "not valid JSON"),
         ("{}", "must hold"),
         ('{"norm_stats": {"state": 3}}', "state must be an object"),
         ('{"norm_stats": {"state": {"mean": [1], "std": [1, 2]}}}', "one length"),
-        ('{"norm_stats": {"state": {"mean": [NaN]}}}', "finite"),
+        ('{"norm_stats": {"state": {"mean": [NaN]}}}', "NaN is no number"),
         ('{"norm_stats": {"state": {"mean": ["a"]}}}', "state"),
     ],
 )

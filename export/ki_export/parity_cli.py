@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ki_edge.commands import Parser, run_command, tell
+from ki_edge.commands import Parser, printable, run_command, show, tell
 
 if TYPE_CHECKING:
     from .comparison import Comparison
@@ -38,7 +38,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         comparison = compare_with_checkpoint(bundle, checkpoint, lambda line: tell(f"ki-parity: {line}"))
     else:
         comparison = compare_with_recording(bundle, arguments.outputs, arguments.inputs)
-    sys.stdout.write(table(comparison))
+    show(table(comparison).rstrip("\n").split("\n"))
     if arguments.report is not None:
         arguments.report.mkdir(parents=True, exist_ok=True)
         write_report(arguments.report, comparison, report_facts(bundle), read_ranges(bundle.path))
@@ -58,7 +58,7 @@ def table(comparison: Comparison) -> str:
         m = max((comparison.measurements[at] for at in places), key=lambda m: m.severity)
         verdict = "" if m.passed else "  FAILED"
         lines.append(f"{graph:12} {tensor:12} {m.error:9.2e} {m.limit:9.1e}  {m.metric}{verdict}")
-    lines.append(f"{len(comparison.measurements)} comparisons with {comparison.reference}")
+    lines.append(f"{len(comparison.measurements)} comparisons with {printable(comparison.reference)}")
     return "\n".join(lines) + "\n"
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ki_edge.commands import INTERRUPTED, Parser, run_command, tell
+from ki_edge.commands import INTERRUPTED, Parser, run_command, show, show_json, tell
 
 from .backends import NAMES
 from .loop import ControlLoop, LoopOptions, Watcher
@@ -73,14 +72,13 @@ def _run(options: argparse.Namespace) -> int:
 
 def _print(options: argparse.Namespace, report: dict[str, Any], lines: list[str]) -> None:
     if options.json:
-        print(json.dumps({"bundle": options.bundle, "robot": options.robot, "seed": options.seed, **report}, indent=1))
+        show_json({"bundle": options.bundle, "robot": options.robot, "seed": options.seed, **report})
         return
-    for line in lines:
-        print(line)
     if options.record:
-        print(f"recorded      {options.record}")
+        lines = [*lines, f"recorded      {options.record}"]
     elif options.robot.startswith("replay:"):
-        print("add --record DIR to plot the predicted actions against the recorded ones")
+        lines = [*lines, "add --record DIR to plot the predicted actions against the recorded ones"]
+    show(lines)
 
 
 def _parser() -> Parser:

@@ -262,7 +262,7 @@ def test_another_model_is_named_by_its_keys(folder):
         (b"\xff\xfe", "is not valid JSON"),
         (b"[" * 100_000, "is not valid JSON"),
         (b"[]", "expected a JSON object"),
-        (b" " * 16_000_001, "more than such a file can be"),
+        (b" " * 16_000_001, "more than such a file can have"),
         (b"{}", "has neither 'action_horizon' nor 'chunk_size'"),
     ],
 )

@@ -394,7 +394,7 @@ def test_a_decode_vocabulary_that_the_model_does_not_have(make_bundle, changes):
         Sampler.open(bundle)
 
 
-@pytest.mark.parametrize("runtime", [None, {}, {"time_mlp_in.weight": "nowhere"}])
+@pytest.mark.parametrize("runtime", [{}, {"time_mlp_in.weight": "nowhere"}])
 def test_missing_runtime_weights(fake_sampler, make_bundle, runtime):
     with pytest.raises(BundleError, match="time modulation"):
         fake_sampler(make_bundle(weights={"file": "weights.safetensors", "runtime": runtime}))

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ki_edge.commands import Parser, run_command, tell
+from ki_edge.commands import Parser, run_command, show, show_json, tell
 from ki_edge.errors import BackendError
 
 from .options import CAMERAS, DTYPES, PROMPT_TOKENS, BenchOptions
@@ -45,9 +45,12 @@ def _bench(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         cure = "export" if error.name == "torch" else "bench"
         raise BackendError(f"the package {error.name} is not installed: pip install 'ki-edge[{cure}]'") from None
-    text = json.dumps(report.to_json(), indent=1)
-    print(text if arguments.json else "\n".join(lines(report)), flush=True)
+    if arguments.json:
+        show_json(report.to_json())
+    else:
+        show(lines(report))
     if picture is not None:
+        text = json.dumps(report.to_json(), indent=1)
         picture.write_bytes(draw(report))
         picture.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
         tell(f"ki-bench: wrote {picture} and {picture.with_suffix('.json')}")
