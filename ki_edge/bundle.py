@@ -91,8 +91,14 @@ class Bundle:
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = False) -> Bundle:
         """Open and check a bundle folder; `verify` also compares every file with its recorded sha256."""
+        if not isinstance(path, str | os.PathLike):
+            raise BundleError(f"a bundle is given by its folder, got {type(path).__name__}")
         folder = Path(path)
-        if not folder.is_dir():
+        try:
+            there = folder.is_dir()
+        except OSError as error:  # such as a name that is too long
+            raise BundleError(f"no bundle at {str(folder)[:200]}: {error.strerror}") from None
+        if not there:
             raise BundleError(f"no bundle at {folder}: expected a folder written by ki-export")
         bundle = cls(folder, read_manifest(folder / MANIFEST))
         for name, facts in bundle.manifest.files.items():

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from ki_edge.contract_fields import check_fields
 from ki_edge.errors import ContractError
 from ki_edge.images import Resize
 from ki_edge.normalize import EpsilonStyle, NormalizationKind
@@ -98,6 +99,7 @@ class PolicyContract:
         return (self.normalization_of("state"), self.normalization_of("actions")) != ("none", "none")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         dims = ("state_dim", "action_dim", "model_action_dim")
         for name in (*dims, "action_horizon", "execute", "max_token_len", "num_steps"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
@@ -248,26 +250,29 @@ def _read(kind: Any, value: object, where: str) -> object:
         inner = next(choice for choice in choices if choice is not type(None))
         return None if value is None else _read(inner, value, where)
     if origin is Literal:
-        _require(value in choices, f"{where}: expected one of {', '.join(choices)}, got {value!r}")
+        _require(
+            isinstance(value, str) and value in choices,
+            f"{where}: expected one of {', '.join(choices)}, got {value!r:.60}",
+        )
         return value
     if origin is tuple:
         if not isinstance(value, list):
-            raise ContractError(f"policy contract: {where}: expected a list, got {value!r}")
+            raise ContractError(f"policy contract: {where}: expected a list, got {value!r:.60}")
         kinds = choices[:1] * len(value) if choices[-1] is Ellipsis else choices
-        _require(len(kinds) == len(value), f"{where}: expected {len(kinds)} values, got {value!r}")
+        _require(len(kinds) == len(value), f"{where}: expected {len(kinds)} values, got {value!r:.60}")
         items = enumerate(zip(kinds, value, strict=True))
         return tuple(_read(inner, item, f"{where}[{at}]") for at, (inner, item) in items)
     if kind is float and type(value) is int:
         value = float(value)
-    _require(type(value) is kind, f"{where}: expected {kind.__name__}, got {value!r}")
+    _require(type(value) is kind, f"{where}: expected {kind.__name__}, got {value!r:.60}")
     return value
 
 
 def _read_dataclass(kind: Any, value: object, where: str) -> Any:
     if not isinstance(value, dict):
-        raise ContractError(f"policy contract: {where}: expected an object, got {value!r}")
+        raise ContractError(f"policy contract: {where}: expected an object, got {value!r:.60}")
     kinds = get_type_hints(kind)
     unknown, missing = sorted(value.keys() - kinds.keys()), sorted(kinds.keys() - value.keys())
-    _require(not unknown, f"{where}: unknown key {', '.join(unknown)}; was it written by a newer version?")
+    _require(not unknown, f"{where}: unknown key {', '.join(unknown)[:200]}; was it written by a newer version?")
     _require(not missing, f"{where}: missing key {', '.join(missing)}")
     return kind(**{name: _read(inner, value[name], f"{where}.{name}") for name, inner in kinds.items()})

@@ -13,8 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from ki_edge.arguments import array_of
 from ki_edge.errors import ArgumentError, ObservationError
 
+MAX_PIXELS = 1 << 26  # of one picture; 8K video has half of it
 UInt8 = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
 Resize = Literal["pil_pad", "torch_pad"]
@@ -34,7 +36,9 @@ def read_image(image: npt.ArrayLike, name: str = "image") -> npt.NDArray[Any]:
     Raises ObservationError that names the camera for any other dtype or shape, and for floats that are not finite or
     leave the range of a byte, such as images in 0..255 or -1..1.
     """
-    array = np.asarray(image)
+    array = array_of(image, name, ObservationError)
+    if array.size > 3 * MAX_PIXELS:
+        raise ObservationError(f"{name}: {list(array.shape)} has more than {MAX_PIXELS} pixels: send a smaller picture")
     if array.ndim != 3 or 3 not in (array.shape[0], array.shape[2]) or array.size == 0:
         raise ObservationError(f"{name}: expected an RGB image [h, w, 3] or [3, h, w], got shape {array.shape}")
     if np.issubdtype(array.dtype, np.floating):

@@ -25,7 +25,8 @@ from typing import Literal, TypeVar, get_args
 import numpy as np
 import numpy.typing as npt
 
-from ki_edge.errors import ContractError, DatasetError
+from ki_edge.arguments import numbers
+from ki_edge.errors import ArgumentError, ContractError, DatasetError
 from ki_edge.reading import read_json
 
 Float32 = npt.NDArray[np.float32]
@@ -58,7 +59,7 @@ class NormStats:
             value = getattr(self, name)
             if value is None:
                 continue
-            array = np.array(value, dtype=np.float64)
+            array = numbers(value, f"norm stats: {name}", ContractError).copy()
             if array.ndim != 1 or not np.isfinite(array).all():
                 raise ContractError(f"norm stats: {name} must be a list of finite numbers, got shape {array.shape}")
             array.setflags(write=False)
@@ -80,7 +81,7 @@ def compute_stats(x: npt.ArrayLike) -> NormStats:
     openpi estimates its quantiles from a running histogram of 5000 bins; here they are exact (linear interpolation).
     Raises DatasetError on empty or non-finite data.
     """
-    array = np.asarray(x, dtype=np.float64)
+    array = numbers(x, "data of statistics", DatasetError)
     if array.ndim < 2 or array.size == 0:
         raise DatasetError(f"statistics need data of shape [n, d] with n and d at least 1, got {array.shape}")
     rows = array.reshape(-1, array.shape[-1])
@@ -97,8 +98,8 @@ def normalize(x: npt.ArrayLike, stats: NormStats, kind: NormalizationKind, epsil
     `x` float [..., d]; statistics longer than d are truncated to d. Returns float64 [..., d].
     Raises ContractError if the statistics are shorter than d or lack the two fields that `kind` needs.
     """
-    x = np.asarray(x, dtype=np.float64)
-    _check(kind, epsilon)
+    x = _features(x, "x")
+    _check(stats, kind, epsilon)
     if kind == "none":
         return x.copy()
     d = x.shape[-1]
@@ -121,8 +122,8 @@ def unnormalize(
     treats them as mean 0, std 1, so they are multiplied by 1 + 1e-6. Statistics longer than D are truncated.
     Returns float64 [..., D]. Raises ContractError if the statistics lack the two fields that `kind` needs.
     """
-    y = np.asarray(y, dtype=np.float64)
-    _check(kind, epsilon)
+    y = _features(y, "y")
+    _check(stats, kind, epsilon)
     if kind == "none":
         return y.copy()
     low, high = _fields(stats, kind)
@@ -172,11 +173,20 @@ def _parse(fields: object, where: str) -> NormStats:
         raise ContractError(f"norm stats: {where}: {error}") from error
 
 
-def _check(kind: str, epsilon: str) -> None:
+def _features(value: npt.ArrayLike, name: str) -> Float64:
+    array = numbers(value, name)
+    if array.ndim < 1:
+        raise ArgumentError(f"{name}: expected numbers [..., d], got a single one")
+    return array
+
+
+def _check(stats: NormStats, kind: str, epsilon: str) -> None:
+    if not isinstance(stats, NormStats):
+        raise ContractError(f"norm stats: expected NormStats, got {type(stats).__name__}")
     if kind not in get_args(NormalizationKind):
-        raise ContractError(f"unknown normalization {kind!r}, expected one of {get_args(NormalizationKind)}")
+        raise ContractError(f"unknown normalization {kind!r:.60}, expected one of {get_args(NormalizationKind)}")
     if epsilon not in get_args(EpsilonStyle):
-        raise ContractError(f"unknown epsilon style {epsilon!r}, expected one of {get_args(EpsilonStyle)}")
+        raise ContractError(f"unknown epsilon style {epsilon!r:.60}, expected one of {get_args(EpsilonStyle)}")
 
 
 def _fields(stats: NormStats, kind: NormalizationKind) -> tuple[Float64, Float64]:

@@ -14,12 +14,14 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 
+from ki_edge.arguments import count
 from ki_edge.bundle import Bundle
 from ki_edge.errors import BackendError
 from ki_edge.graphs import GraphSpec
 
 from .session import Session
 
+MAX_THREADS = 4096
 GraphOpener = Callable[[GraphSpec], Session]
 
 
@@ -46,6 +48,10 @@ class SessionOptions:
     record: bool | None = None
     say: Callable[[str], object] = silent
     verify: bool = False
+
+    def __post_init__(self) -> None:
+        if self.threads is not None:
+            count(self.threads, "threads", MAX_THREADS)
 
 
 @dataclass(frozen=True)
@@ -187,8 +193,8 @@ def open_session(bundle: Bundle, graph: GraphSpec, backend: Backend, options: Se
 
 def check_name(name: str) -> None:
     """BackendError unless there is a backend of this name."""
-    if name not in NAMES:
-        raise BackendError(f"no backend '{name}'; there are: {', '.join(NAMES)}")
+    if not isinstance(name, str) or name not in NAMES:
+        raise BackendError(f"no backend {name!r:.60}; there are: {', '.join(NAMES)}")
 
 
 def _candidates(name: str) -> Iterator[Backend]:

@@ -26,6 +26,7 @@ from .session import Binding, Buffer, Session, Storage
 
 F32 = npt.NDArray[np.float32]
 MAX_TABLES = 4
+FLOATS = ("F32", "BF16", "F16")  # types that the runtime computes a modulation from
 TensorReader = Callable[[str], npt.NDArray[np.floating[Any]]]
 
 
@@ -74,19 +75,23 @@ class DenoiseStage:
             loop.start(noise, once)
             loop.whole.run()
             return loop.x(num_steps).read()
-        except BackendError:
+        except (BackendError, MemoryError):
             self._forget()
             raise
 
     def states(self, prefix: Prefix, noise: F32, num_steps: int, once: Mapping[str, F32]) -> F32:
         """x before every step and after the last, f32 [steps + 1, B, H, A]."""
-        loop = self._loop(prefix, num_steps)
-        loop.start(noise, once)
-        states = [loop.x(0).read()]
-        for i, step in enumerate(loop.steps):
-            step.run()
-            states.append(loop.x(i + 1).read())
-        return np.stack(states)
+        try:
+            loop = self._loop(prefix, num_steps)
+            loop.start(noise, once)
+            states = [loop.x(0).read()]
+            for i, step in enumerate(loop.steps):
+                step.run()
+                states.append(loop.x(i + 1).read())
+            return np.stack(states)
+        except (BackendError, MemoryError):
+            self._forget()
+            raise
 
     def _forget(self) -> None:
         """Let go of all memory: nothing of a failed run is left for later ones."""
@@ -128,7 +133,13 @@ class DenoiseStage:
 
     def _wind(self, num_steps: int) -> Clock:
         times = flow.denoise_times(num_steps, self._convention)
-        table = flow.modulation_table(self._tensor, times, self._config)  # [steps, M, R]
+        with np.errstate(all="ignore"):  # of weights that are not finite, which is told below
+            table = flow.modulation_table(self._tensor, times, self._config)  # [steps, M, R]
+        if not np.isfinite(table).all():
+            raise BackendError(
+                "the time modulation is not finite: the weights of time_mlp or of the expert's norms hold NaN or huge "
+                "values; export the checkpoint again"
+            )
         rows = []
         for row in table:
             rows.append(self._session.allocate(row.shape, "float32"))
@@ -141,7 +152,7 @@ class DenoiseStage:
 def runtime_weights(bundle: Bundle) -> TensorReader:
     """Reader of the checkpoint tensors that the runtime itself computes with, by their checkpoint names.
 
-    BundleError if the manifest does not say where one of them lies.
+    BundleError if the manifest does not say where one of them lies, or what lies there is of another shape or type.
     """
     recorded = bundle.manifest.weights.get("runtime")
     names = recorded if isinstance(recorded, dict) else {}
@@ -152,4 +163,18 @@ def runtime_weights(bundle: Bundle) -> TensorReader:
             f"{bundle.path}: the manifest or the weights file lacks '{missing[0]}' ({len(missing)} such), which the "
             "time modulation needs: export the checkpoint again"
         )
+    expected = flow.modulation_weights(bundle.manifest.config)
+    for name, shape in expected.items():
+        stored = str(names[name])
+        swapped = [other for other in expected if other != name and f".{stored}".endswith(f".{other}")]
+        if swapped:
+            raise BundleError(
+                f"{bundle.path}: the manifest gives '{stored}' as '{name}': they are swapped; export it again"
+            )
+        entry = weights.entries[stored]
+        if entry.shape != shape or entry.dtype not in FLOATS:
+            raise BundleError(
+                f"{weights.path}: '{stored}', which the manifest gives as '{name}', is {entry.dtype} "
+                f"{list(entry.shape)}, expected {list(shape)} in {', '.join(FLOATS)}: export the checkpoint again"
+            )
     return lambda name: weights.array(str(names[name]))

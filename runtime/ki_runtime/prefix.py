@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ki_edge.arguments import array_of
 from ki_edge.config import Pi05Config
 from ki_edge.errors import ArgumentError, BackendError
 
@@ -23,6 +24,8 @@ from .session import Binding, Buffer, Session, Storage
 Bool = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
 MAX_PLANS = 32
+# What one call may ask for: far above every policy, so that a slip does not take all memory.
+MAX_BATCH, MAX_CAMERAS, MAX_PROMPT = 1024, 64, 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +61,8 @@ def prepare_inputs(
 
     ArgumentError says what does not fit. A batch whose cameras are all absent keeps its first one, masked.
     """
-    images, camera_mask = np.asarray(images), np.asarray(camera_mask)
-    tokens, prompt_mask = np.asarray(prompt_tokens), np.asarray(prompt_mask)
+    images, camera_mask = array_of(images, "images"), array_of(camera_mask, "camera_mask")
+    tokens, prompt_mask = array_of(prompt_tokens, "prompt_tokens"), array_of(prompt_mask, "prompt_mask")
     _check_images(images, camera_mask, config.vision.image_size)
     _check_prompt(tokens, prompt_mask, images.shape[0], config.vocab_size)
     cameras = np.asarray(camera_mask.any(axis=0))
@@ -87,7 +90,7 @@ def prepare_state(state: npt.ArrayLike | None, batch: int, config: Pi05Config) -
     shape = (batch, config.action_dim)
     if state is None:
         raise ArgumentError(f"state: missing; this model is a π0, which takes it as float32 {list(shape)}, normalised")
-    given = np.asarray(state)
+    given = array_of(state, "state")
     if given.shape != shape or given.dtype != np.float32:
         raise ArgumentError(f"state: expected float32 {list(shape)}, got {_describe(given)}")
     if not np.isfinite(given).all():
@@ -98,6 +101,11 @@ def prepare_state(state: npt.ArrayLike | None, batch: int, config: Pi05Config) -
 def _check_images(images: npt.NDArray[Any], camera_mask: npt.NDArray[Any], size: int) -> None:
     if images.dtype != np.uint8 or images.ndim != 5 or images.shape[2:] != (size, size, 3) or 0 in images.shape:
         raise ArgumentError(f"images: expected uint8 [B, N, {size}, {size}, 3], got {_describe(images)}")
+    if images.shape[0] > MAX_BATCH or images.shape[1] > MAX_CAMERAS:
+        raise ArgumentError(
+            f"images: {_describe(images)} has {images.shape[0]} observations of {images.shape[1]} cameras, at most "
+            f"{MAX_BATCH} of {MAX_CAMERAS} in one call"
+        )
     if camera_mask.dtype != np.bool_ or camera_mask.shape != images.shape[:2]:
         raise ArgumentError(f"camera_mask: expected bool {list(images.shape[:2])}, got {_describe(camera_mask)}")
 
@@ -105,6 +113,8 @@ def _check_images(images: npt.NDArray[Any], camera_mask: npt.NDArray[Any], size:
 def _check_prompt(tokens: npt.NDArray[Any], mask: npt.NDArray[Any], batch: int, vocab_size: int) -> None:
     if tokens.dtype.kind not in "iu" or tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] == 0:
         raise ArgumentError(f"prompt_tokens: expected integers [{batch}, T], got {_describe(tokens)}")
+    if tokens.shape[1] > MAX_PROMPT:
+        raise ArgumentError(f"prompt_tokens: {tokens.shape[1]} tokens a prompt, at most {MAX_PROMPT}")
     if mask.dtype != np.bool_ or mask.shape != tokens.shape:
         raise ArgumentError(f"prompt_mask: expected bool {list(tokens.shape)}, got {_describe(mask)}")
     if not mask[:, 0].all():
@@ -150,7 +160,7 @@ class PrefixStage:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._forget()
+        self.forget()
 
     def run(self, inputs: PrefixInputs) -> Prefix:
         """Write the inputs, run the graph; the result stays on the device."""
@@ -159,12 +169,12 @@ class PrefixStage:
             for name, buffer in plan.inputs.items():
                 buffer.write(_padded(getattr(inputs, name), buffer.shape))
             plan.binding.run()
-        except BackendError:
-            self._forget()
+        except (BackendError, MemoryError):
+            self.forget()
             raise
         return plan.prefix
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Let go of all memory: nothing of a failed run is left for later ones."""
         self._storage = Storage(self._session)
         self._plans: OrderedDict[tuple[int, int, int], _Plan] = OrderedDict()

@@ -355,7 +355,7 @@ def test_constrained_needs_to_know_the_fast_ids(fake_sampler, make_bundle, batch
         ({"max_tokens": 0}, "max_tokens 0"),
         ({"max_tokens": 1.5}, "max_tokens 1.5"),
         ({"max_tokens": 3, "forced": (1000,)}, "forced id 1000"),
-        ({"max_tokens": 3, "forced": ("a",)}, "forced id 'a'"),
+        ({"max_tokens": 3, "forced": ("a",)}, "forced: expected integers, found 'a'"),
     ],
 )
 def test_decoding_arguments(fake_sampler, batch, arguments, message):

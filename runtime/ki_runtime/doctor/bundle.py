@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ki_edge.bundle import Bundle
-from ki_edge.errors import BackendError, BundleError, KiEdgeError
+from ki_edge.errors import BackendError, KiEdgeError
 
 from ..trt.api import Api
 from ..trt.engines import Device, Engines, build_command, look
@@ -17,7 +17,7 @@ from ..trt.requirements import check_graph
 from .finding import Finding
 from .gpu import Gpu
 from .host import Host
-from .memory import BYTES, Needs, needs
+from .memory import Needs, needs
 from .system import Memory
 
 NAME, ENGINES = "bundle", "engines"
@@ -61,12 +61,9 @@ def check_bundle(folder: Path) -> tuple[Contents | None, Finding]:
 
 
 def read_contents(folder: Path) -> Contents:
-    """Open a bundle; BundleError if it is damaged or of an unknown precision."""
+    """Open a bundle; BundleError if it is damaged."""
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
-    if manifest.precision not in BYTES:
-        known = ", ".join(BYTES)
-        raise BundleError(f"{folder}: precision '{manifest.precision}', known: {known}; upgrade ki-edge")
     graphs = {name: read_graph(bundle.graph(name)) for name in manifest.graphs}
     return Contents(bundle, graphs, needs(manifest.config, len(manifest.vocabulary.ids), manifest.precision))
 
