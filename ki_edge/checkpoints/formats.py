@@ -95,7 +95,9 @@ def _is_orbax(path: Path) -> bool:
 
 def _no_checkpoint(path: Path) -> str:
     """Why a folder is no checkpoint, with the next thing to try."""
-    below = [p for p in sorted(path.glob("*/*")) + sorted(path.glob("*/*/*")) if p.name in (WEIGHTS, "params")]
+    below = [
+        p for p in sorted(path.glob("*/*")) + sorted(path.glob("*/*/*")) if p.name in (WEIGHTS, "params") and p.exists()
+    ]
     if below:
         newest = max(below, key=lambda p: p.stat().st_mtime).parent
         return f"{path} holds no checkpoint itself, but folders that do: give one of them, such as {newest}"

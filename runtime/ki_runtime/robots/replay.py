@@ -5,8 +5,6 @@ The file is an .npz: "images/<camera>" u8 [T, h, w, 3] for each camera, "state" 
 """
 
 import os
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_edge.errors import RobotError
+from ki_edge.npz import Header, read_npz
 from ki_runtime.robots.base import EpisodeStatus, checked_action
 
 MAX_BYTES = 4 << 30  # all arrays of a file together, uncompressed
 MAX_PROMPT = 4096  # characters
-# What zipfile and numpy raise for a damaged, encrypted or foreign archive.
-UNREADABLE = (OSError, ValueError, EOFError, KeyError, SyntaxError, RuntimeError, zipfile.BadZipFile, zlib.error)
-_npy: Any = np.lib.format  # some of its functions carry no types in numpy 1
 _CURE = "record it again with ki_runtime.robots.replay.record_episode"
 
 
@@ -100,35 +96,16 @@ def record_episode(
     temporary.replace(target)
 
 
-Header = tuple[tuple[int, ...], "np.dtype[Any]"]
-
-
 def _load(path: Path) -> dict[str, NDArray[Any]]:
     """The file's arrays; their headers are checked before any of their data is read."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            headers = {entry.filename.removesuffix(".npy"): _header(archive, entry) for entry in archive.infolist()}
-        fault = _fault(headers)
-        if fault:
-            raise RobotError(f"{path}: {fault}; {_CURE}")
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in headers}
-    except FileNotFoundError as error:
-        raise RobotError(f"{path}: no such file; expected an .npz written by record_episode") from error
-    except UNREADABLE as error:
-        raise RobotError(f"{path}: not a readable episode ({error}); {_CURE}") from error
+        arrays = read_npz(path, MAX_BYTES, RobotError, _fault)
+    except RobotError as error:
+        raise RobotError(f"{error}; {_CURE}") from None
     fault = _value_fault(arrays)
     if fault:
         raise RobotError(f"{path}: {fault}; {_CURE}")
     return arrays
-
-
-def _header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Header:
-    """Shape and dtype of one array, without its data."""
-    with archive.open(entry) as file:
-        version = _npy.read_magic(file)
-        shape, _, dtype = (_npy.read_array_header_1_0 if version == (1, 0) else _npy.read_array_header_2_0)(file)
-    return tuple(shape), dtype
 
 
 def _fault(headers: Mapping[str, Header]) -> str:
@@ -137,9 +114,6 @@ def _fault(headers: Mapping[str, Header]) -> str:
     cameras = [name for name in headers if name.startswith("images/") and len(name) > 7]
     if missing or not cameras:
         return f"{', '.join(missing or ['images/<camera>'])} is missing, found {sorted(headers)}"
-    size = sum(int(np.prod(shape, dtype=object)) * dtype.itemsize for shape, dtype in headers.values())
-    if size > MAX_BYTES:
-        return f"{size} bytes of arrays, at most {MAX_BYTES} are read"
     shape, dtype = headers["prompt"]
     if shape != () or dtype.kind != "U" or dtype.itemsize > 4 * MAX_PROMPT:
         return f"prompt is {dtype} {list(shape)}, expected one string of up to {MAX_PROMPT} characters"

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ki_edge.bundle import Bundle, sha256
-from ki_edge.errors import BackendError
+from ki_edge.errors import BackendError, BundleError
+from ki_edge.reading import read_object
 
 from .api import TITLES, Api, Capability, describe_capabilities
 from .identity import EngineFile, Identity, Profiles
@@ -78,7 +79,7 @@ class Engines:
     def read(cls, folder: Path) -> Engines:
         """Read a folder; BackendError if its engine.json is damaged, of another schema or of another folder."""
         try:
-            content = json.loads(_read(folder / RECORD))
+            content = read_object(folder / RECORD, BundleError, MOST_BYTES)
             if content["schema"] != SCHEMA:
                 other = f"{content['schema']!r:.20}"
                 raise BackendError(f"{folder}: {RECORD} has schema {other}, this version reads {SCHEMA}")
@@ -92,14 +93,6 @@ class Engines:
             why = f"{type(error).__name__}: {error}"[:200]
             raise BackendError(f"{folder}: {RECORD} is damaged and cannot be read ({why})") from None
         return found
-
-
-def _read(path: Path) -> bytes:
-    with path.open("rb") as file:
-        content = file.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise ValueError(f"more than {MOST_BYTES} bytes")
-    return content
 
 
 def identify(bundle: Bundle, api: Api, device: str | None, capabilities: Sequence[Capability], **more: Any) -> Identity:
