@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import numpy.typing as npt
 from .errors import ArgumentError, KiEdgeError
 
 Error = type[KiEdgeError]
+MAX_NUMBERS = 1 << 31  # of one array: 16 GB
 MAX_SEED = (1 << 63) - 1
 
 
@@ -29,20 +32,20 @@ def numbers(value: npt.ArrayLike, name: str, error: Error = ArgumentError) -> np
     array = array_of(value, name, error)
     if array.dtype.kind not in "fiu":
         raise error(f"{name}: expected numbers, got {array.dtype} {list(array.shape)}")
+    if array.size > MAX_NUMBERS:
+        raise error(f"{name}: {list(array.shape)} has more than {MAX_NUMBERS} numbers")
     with np.errstate(over="ignore"):
         return array.astype(np.float64, copy=False)
 
 
 def integers(value: Any, name: str, most: int, error: Error = ArgumentError) -> list[int]:
     """The integers of an iterable or an array of one axis, at most `most` of them; `error` for any other value."""
-    try:
-        size = len(value)
-    except TypeError:
-        value = list(value) if hasattr(value, "__next__") or hasattr(value, "__iter__") else None
-        size = -1 if value is None else len(value)
-    if not 0 <= size <= most or isinstance(value, str | bytes):
-        raise error(f"{name}: expected up to {most} integers, got {type(value).__name__}{f' of {size}' * (size > 0)}")
-    found = list(value)
+    axes = value.ndim if isinstance(value, np.ndarray) else 1
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable) or axes != 1:
+        raise error(f"{name}: expected a list of integers, got {type(value).__name__}")
+    found = list(islice(value, most + 1))
+    if len(found) > most:
+        raise error(f"{name}: more than {most} integers")
     for item in found:
         if isinstance(item, bool | np.bool_) or not isinstance(item, int | np.integer):
             raise error(f"{name}: expected integers, found {item!r:.60}")

@@ -219,6 +219,8 @@ def generic(
     cameras: Sequence[str | Camera], *, state_dim: int, action_dim: int, action_horizon: int, **changes: Any
 ) -> PolicyContract:
     """Any robot: `cameras` in the model's order; a plain name is a required camera whose slot and key are that name."""
+    if isinstance(cameras, str) or not isinstance(cameras, Sequence):
+        raise ContractError(f"policy contract: cameras: expected a list of cameras, got {cameras!r:.60}")
     slots = tuple(camera if isinstance(camera, Camera) else Camera(camera, camera) for camera in cameras)
     base = {"state_dim": state_dim, "action_dim": action_dim, "action_horizon": action_horizon}
     return _preset({"robot": "generic", "cameras": slots, **base}, changes)
@@ -233,7 +235,9 @@ def _preset(base: Mapping[str, Any], changes: Mapping[str, Any]) -> PolicyContra
     values = {**base, **changes}
     known = {field.name for field in fields(PolicyContract)}
     _require(values.keys() <= known, f"unknown contract fields {sorted(values.keys() - known)}")
-    return PolicyContract(**{"execute": max(1, values["action_horizon"] // 2), **values})
+    horizon = values["action_horizon"]
+    half = max(1, horizon // 2) if type(horizon) is int else 1  # construction says what is wrong with it
+    return PolicyContract(**{"execute": half, **values})
 
 
 def _require(condition: bool, message: str) -> None:

@@ -78,6 +78,8 @@ class FastCodec:
         `lossy` does what the published codec does without a word: the former become `min_token`, the latter vanish, so
         that the ids decode to another motion or to none. Use it to reproduce that codec, not to train.
         """
+        if not isinstance(lossy, bool | np.bool_):
+            raise ArgumentError(f"lossy {lossy!r:.60}: expected True or False")
         q = self.quantize(actions)
         lowest, highest = int(q.min()), int(q.max())
         if lowest < self.min_token and not lossy:

@@ -183,9 +183,9 @@ def _features(value: npt.ArrayLike, name: str) -> Float64:
 def _check(stats: NormStats, kind: str, epsilon: str) -> None:
     if not isinstance(stats, NormStats):
         raise ContractError(f"norm stats: expected NormStats, got {type(stats).__name__}")
-    if kind not in get_args(NormalizationKind):
+    if not isinstance(kind, str) or kind not in get_args(NormalizationKind):
         raise ContractError(f"unknown normalization {kind!r:.60}, expected one of {get_args(NormalizationKind)}")
-    if epsilon not in get_args(EpsilonStyle):
+    if not isinstance(epsilon, str) or epsilon not in get_args(EpsilonStyle):
         raise ContractError(f"unknown epsilon style {epsilon!r:.60}, expected one of {get_args(EpsilonStyle)}")
 
 

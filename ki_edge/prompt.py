@@ -68,7 +68,7 @@ class PromptTokenizer:
     """
 
     def __init__(self, model: str | Path | bytes, format: PromptFormat, max_token_len: int) -> None:
-        if format not in get_args(PromptFormat):
+        if not isinstance(format, str) or format not in get_args(PromptFormat):
             raise ContractError(f"unknown prompt format {format!r:.60}, expected one of {get_args(PromptFormat)}")
         max_token_len = count(max_token_len, "max_token_len", MAX_LENGTH, ContractError)
         self.format: PromptFormat = format
