@@ -107,7 +107,8 @@ def normalize(x: npt.ArrayLike, stats: NormStats, kind: NormalizationKind, epsil
         raise ContractError(f"norm stats have {stats.dim} dimensions, the data {d}: are they those of this robot?")
     low, high = (field[:d] for field in _fields(stats, kind))
     if epsilon == "lerobot":
-        return _normalize_lerobot(x.astype(np.float32), low.astype(np.float32), high.astype(np.float32), kind)
+        with np.errstate(over="ignore"):  # beyond float32 is infinite there, as it is for LeRobot
+            return _normalize_lerobot(x.astype(np.float32), low.astype(np.float32), high.astype(np.float32), kind)
     if kind == "quantile":
         return np.asarray((x - low) / (high - low + OPENPI_EPSILON) * 2.0 - 1.0)
     return np.asarray((x - low) / (high + OPENPI_EPSILON))

@@ -45,6 +45,7 @@ def pad(ids: npt.ArrayLike, length: int, pad_id: int = 0) -> tuple[Int32, npt.ND
     Raises PromptError if T > length: a cut prompt loses its end, which the model needs.
     """
     count(length, "length", MAX_LENGTH)
+    count(pad_id, "pad_id", (1 << 31) - 1, least=0)
     array = array_of(ids, "ids")
     if array.size == 0:
         array = array.astype(np.int32)

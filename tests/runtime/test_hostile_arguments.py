@@ -135,7 +135,7 @@ def test_prompts(tokenizer_model):
     tokenizer = PromptTokenizer(tokenizer_model, "pi05", 99)
     survives(tokenizer.encode, {"prompt": "go", "state": [0.5]})
     survives(tokenizer.decode, {"ids": [5, 6]})
-    survives(digitize_state, {"state": [0.5]})
+    survives(digitize_state, {"state": [0.5]}, SMALL)
     survives(pad, {"ids": [1], "length": 3, "pad_id": 0})
 
 
