@@ -108,6 +108,6 @@ def _adarms_rows(tensor: Callable[[str], npt.NDArray[np.floating]], embedding: F
 
 
 def _silu(x: F32) -> F32:
-    """x / (1 + e^-x); far below 0, where e^-x leaves float32, it is x e^x to the last bit."""
-    far = np.minimum(x, FAR)
+    """x / (1 + e^-x); far below 0, where e^-x leaves float32, it is x e^x, rounded once."""
+    far = np.minimum(x, FAR).astype(np.float64)
     return np.asarray(np.where(x < FAR, far * np.exp(far), x / (1.0 + np.exp(-np.maximum(x, FAR)))), np.float32)

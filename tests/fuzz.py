@@ -31,7 +31,8 @@ HEADS = ("manifest.json", "config.json", "contract.json", "norm_stats.json")  # 
 LIMIT = 20  # seconds of one case: none takes one
 VALUES = [
     None, True, False, 0, -1, 1, 2**62, 10**30, 1.5, -0.0, 1e308, "", "x", "\x1b[2J", "\u202e", "a\0b",
-    "../../etc/passwd", "/etc/passwd", "x" * 10_000, [], {}, [[]], [1, "a", None], {"a": {"b": []}}, [0] * 10_000, "NaN", "\ud800",
+    "../../etc/passwd", "/etc/passwd", "x" * 10_000, [], {}, [[]], [1, "a", None], {"a": {"b": []}}, [0] * 10_000,
+    "NaN", "\ud800",
 ]  # fmt: skip
 RAW = [
     b"",
@@ -121,7 +122,7 @@ def open_everything(folder):
         for graph in bundle.manifest.graphs:
             read_graph(bundle.graph(graph))
         return
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = Checkpoint.open(folder, default_horizon=10)
     for key in list(checkpoint.source.tensors)[:3]:
         checkpoint.source.rows(key, 0, 1)
     if os.path.lexists(folder / "contract.json"):

@@ -34,9 +34,7 @@ class NamePattern:
     def __init__(self, text: str) -> None:
         if len(text) > MAX_LENGTH:
             raise PatternError(f"longer than {MAX_LENGTH} characters")
-        self._tests: list[
-            tuple[str, frozenset[str], bool]
-        ] = []  # kind, characters, all but them
+        self._tests: list[tuple[str, frozenset[str], bool]] = []  # kind, characters, all but them
         self._next: list[list[int]] = []
         self._text, self._at = text, 0
         first = self._state()
