@@ -25,6 +25,7 @@ Int32 = npt.NDArray[np.int32]
 PromptFormat = Literal["pi0", "pi05", "ki", "lerobot_pi0"]
 STATE_FORMATS: tuple[PromptFormat, ...] = ("pi05", "ki")
 MAX_LENGTH = 1 << 16  # tokens of a prompt
+MAX_IDS = 1 << 20  # to decode
 MAX_CHARACTERS = 100_000  # of a prompt
 MAX_MODEL = 64_000_000  # bytes of a tokenizer.model; PaliGemma's takes 4,264,023
 BIN_EDGES = np.linspace(-1.0, 1.0, 257)[:-1]
@@ -135,11 +136,12 @@ class PromptTokenizer:
 
     def decode(self, ids: npt.ArrayLike) -> str:
         """The text of `ids`, for people to read; special tokens vanish."""
-        flat = array_of(ids, "ids").reshape(-1)
-        known = flat.dtype.kind in "iu" and not ((flat < 0) | (flat >= self.vocab_size)).any()
-        if flat.size and not known:
-            raise ArgumentError(f"ids to decode: expected integers from 0 to {self.vocab_size - 1}, got {flat.dtype}")
-        return str(self._model.decode([int(i) for i in flat]))
+        array = array_of(ids, "ids")
+        known = array.size <= MAX_IDS and array.dtype.kind in "iu"
+        if array.size and not (known and 0 <= array.min() <= array.max() < self.vocab_size):
+            size = f"{array.dtype} {list(array.shape)}"
+            raise ArgumentError(f"ids to decode: expected up to {MAX_IDS} of 0..{self.vocab_size - 1}, got {size}")
+        return str(self._model.decode([int(i) for i in array.reshape(-1)]))
 
     @property
     def action_ids(self) -> tuple[int, ...]:
@@ -157,10 +159,10 @@ class PromptTokenizer:
     def _state(self, state: npt.ArrayLike | None) -> npt.NDArray[np.float64]:
         if state is None:
             raise ObservationError(f'prompt format "{self.format}" contains the state, and none was given')
-        array = numbers(state, "state", ObservationError)
+        array = array_of(state, "state", ObservationError)
         if array.ndim != 1 or array.size == 0:
             raise ObservationError(f"the state in the prompt must be of shape [s], got {array.shape}")
-        return array
+        return numbers(array, "state", ObservationError)
 
 
 def _load(model: str | Path | bytes) -> Any:
