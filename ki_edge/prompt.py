@@ -48,14 +48,12 @@ def pad(ids: npt.ArrayLike, length: int, pad_id: int = 0) -> tuple[Int32, npt.ND
     count(length, "length", MAX_LENGTH)
     count(pad_id, "pad_id", (1 << 31) - 1, least=0)
     array = array_of(ids, "ids")
-    if array.size == 0:
-        array = array.astype(np.int32)
-    if array.dtype.kind not in "iu" or (array.size and (array.min() < -(1 << 31) or array.max() >= 1 << 31)):
-        raise ArgumentError(f"ids to pad: expected integers of 32 bits, got {array.dtype} {list(array.shape)}")
     if array.ndim != 1:
         raise ArgumentError(f"ids to pad must be one-dimensional, got shape {array.shape}")
     if array.size > length:
         raise PromptError(f"{array.size} tokens do not fit into {length}: shorten the prompt or raise the length")
+    if array.size and (array.dtype.kind not in "iu" or array.min() < -(1 << 31) or array.max() >= 1 << 31):
+        raise ArgumentError(f"ids to pad: expected integers of 32 bits, got {array.dtype} {list(array.shape)}")
     tokens = np.full(length, pad_id, dtype=np.int32)
     tokens[: array.size] = array
     return tokens, np.arange(length) < array.size

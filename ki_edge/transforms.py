@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ki_edge.arguments import numbers
+from ki_edge.arguments import array_of, numbers
 from ki_edge.contract import Feature, PolicyContract
 from ki_edge.errors import ArgumentError, ContractError, DatasetError, ObservationError, PromptError
 from ki_edge.images import UInt8, fit_image
@@ -245,9 +245,10 @@ def _given_images(contract: PolicyContract, observation: Mapping[str, Any]) -> M
 def _numbers(observation: Mapping[str, Any], key: str, *shapes: tuple[int, ...]) -> Float64:
     if observation.get(key) is None:
         raise ObservationError(f"{key} is missing; the observation has {_names(observation)}")
-    array = numbers(observation[key], key, ObservationError)
-    if array.shape not in shapes:
-        raise ObservationError(f"{key}: expected shape {' or '.join(map(str, shapes))}, got {array.shape}")
+    given = array_of(observation[key], key, ObservationError)
+    if given.shape not in shapes:
+        raise ObservationError(f"{key}: expected shape {' or '.join(map(str, shapes))}, got {given.shape}")
+    array = numbers(given, key, ObservationError)
     if not np.isfinite(array).all():
         raise ObservationError(f"{key} holds NaN or infinity: {array.tolist()!s:.200}")
     return array
