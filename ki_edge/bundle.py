@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,8 +28,9 @@ from .errors import BundleError, CheckpointError
 from .external_data import check_external_data
 from .linked import RECORD as LINK
 from .linked import check_link, record_link
+from .manifest_fields import check_fields
 from .publishing import publishing
-from .reading import read_file
+from .reading import read_file, read_json
 from .safetensors_index import SafetensorsIndex
 from .writing import write_file
 
@@ -86,7 +88,7 @@ class Manifest:
         size = self.config.vocab_size
         fits = 0 <= first < first + count <= size and all(type(i) is int and 0 <= i < size for i in extra)
         if not fits:
-            raise BundleError(f"manifest: 'decode_vocabulary' {v} is not within the model's {size} tokens")
+            raise BundleError(f"manifest: 'decode_vocabulary' {v!r:.200} is not within the model's {size} tokens")
         return DecodeVocabulary(first, count, tuple(extra))
 
 
@@ -105,6 +107,8 @@ class Bundle:
         `verify` as text: the digest that the bundle must have, as the export printed it. `say` is told when weights
         that are shared with the checkpoint are hashed again. A bundle that is replaced meanwhile is opened anew.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise BundleError(f"a bundle is given by its folder, got {type(path).__name__}")
         folder = Path(path)
         for _ in range(TRIES):
             identity = _identity_of(folder)
@@ -186,29 +190,21 @@ def read_manifest(path: Path) -> Manifest:
         raise BundleError(
             f"{path.parent} has no {MANIFEST}: not a bundle, or its export was interrupted; export it again"
         )
-    if path.stat().st_size > MAX_MANIFEST:
-        raise BundleError(f"{path}: {path.stat().st_size} bytes, more than a manifest can be ({MAX_MANIFEST})")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(data, dict) or not isinstance(data.get("schema"), int):
+    data = read_json(path, BundleError, MAX_MANIFEST)
+    if not isinstance(data, dict) or type(data.get("schema")) is not int:
         raise BundleError(f"{path}: no integer 'schema' in it, so it is not a bundle's manifest")
     if data["schema"] != SCHEMA:
         newer = "newer; upgrade ki-edge" if data["schema"] > SCHEMA else "older; export the checkpoint again"
         raise BundleError(f"{path}: schema {data['schema']} where this version reads {SCHEMA}: the bundle is {newer}")
     known = {f.name: f for f in fields(Manifest)}
     if set(data) != set(known):
-        raise BundleError(f"{path}: missing {sorted(set(known) - set(data))}, unknown {sorted(set(data) - set(known))}")
+        missing, unknown = sorted(set(known) - set(data)), sorted(set(data) - set(known))
+        raise BundleError(f"{path}: missing {missing}, unknown {unknown!r:.200}")
     for name in known:
         wanted = (str,) if name == "precision" else (int,) if name == "schema" else (dict,)
         if not isinstance(data[name], wanted) and not (name == "contract" and data[name] is None):
             raise BundleError(f"{path}: '{name}' must be {wanted[0].__name__}, not {type(data[name]).__name__}")
-    for name, facts in data["files"].items():
-        if not isinstance(facts, dict) or not isinstance(facts.get("size"), int):
-            raise BundleError(f"{path}: files['{name}'] needs an integer size and a sha256")
-    if not all(isinstance(graph, dict) for graph in data["graphs"].values()):
-        raise BundleError(f"{path}: every entry of 'graphs' must be an object")
+    check_fields(path, data)
     return Manifest(**data)
 
 

@@ -12,6 +12,12 @@ from typing import Any, Literal, TypeVar, get_args
 from .errors import CheckpointError
 
 T = TypeVar("T")
+# The largest sizes that are believed: far above every known model, and small enough that nothing huge is computed.
+LIMITS = {
+    "width": 1 << 16, "depth": 1024, "mlp_dim": 1 << 20, "num_heads": 1024, "num_kv_heads": 1024, "head_dim": 4096,
+    "patch_size": 1024, "image_size": 4096, "vocab_size": 1 << 24, "action_dim": 4096, "action_horizon": 4096,
+}  # fmt: skip
+MAX_PATCHES = 1 << 16  # tokens of a picture
 Variant = Literal["pi05", "pi0"]
 Pictures = Literal["uint8", "float32"]  # numpy type of the pictures that a policy's prefix graph takes
 
@@ -28,12 +34,15 @@ class VisionConfig:
     image_size: int
 
     def __post_init__(self) -> None:
+        _check_sizes(self, "vision")
         if self.image_size % self.patch_size:
             raise CheckpointError(
                 f"vision: image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
             )
         if self.num_heads < 1 or self.width % self.num_heads:
             raise CheckpointError(f"vision: width {self.width} cannot be split into {self.num_heads} heads")
+        if self.patches > MAX_PATCHES:
+            raise CheckpointError(f"vision: {self.patches} patches of a picture, at most {MAX_PATCHES} are possible")
 
     @property
     def head_dim(self) -> int:
@@ -57,6 +66,7 @@ class GemmaConfig:
     head_dim: int
 
     def __post_init__(self) -> None:
+        _check_sizes(self, "gemma")
         if self.num_kv_heads < 1 or self.num_heads < 1 or self.num_heads % self.num_kv_heads:
             raise CheckpointError(f"{self.num_heads} query heads cannot share {self.num_kv_heads} K/V heads")
 
@@ -87,10 +97,11 @@ class Pi05Config:
     pictures: Pictures = field(default="uint8", compare=False)
 
     def __post_init__(self) -> None:
+        _check_sizes(self, "model")
         for name, choices in (("variant", get_args(Variant)), ("pictures", get_args(Pictures))):
             if getattr(self, name) not in choices:
                 known, given = ", ".join(choices), getattr(self, name)
-                raise CheckpointError(f"geometry 'model.{name}': expected one of {known}, not {given!r}")
+                raise CheckpointError(f"geometry 'model.{name}': expected one of {known}, not {given!r:.40}")
         for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
             ours, theirs = getattr(self.backbone, name), getattr(self.expert, name)
             if ours != theirs:
@@ -130,12 +141,24 @@ def _build(cls: type[T], data: object, where: str) -> T:
     required = {f.name for f in fields(cls) if f.default is MISSING}  # type: ignore[arg-type]
     missing, unknown = sorted(required - set(data)), sorted(set(data) - set(expected))
     if missing or unknown:
-        raise CheckpointError(f"geometry '{where}': missing {missing}, unknown {unknown}")
-    for name, kind in expected.items():
-        value = data.get(name)
-        if kind == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise CheckpointError(f"geometry '{where}.{name}': expected a positive integer, not {value!r}")
+        raise CheckpointError(f"geometry '{where}': missing {missing}, unknown {unknown!r:.200}")
+    for name in LIMITS.keys() & expected.keys():
+        _check_size(data[name], f"{where}.{name}", LIMITS[name])
     return cls(**data)
+
+
+def _check_sizes(config: VisionConfig | GemmaConfig | Pi05Config, where: str) -> None:
+    for name in LIMITS.keys() & vars(config).keys():
+        value = getattr(config, name)
+        if value != 0 or not name.endswith("_heads"):  # the classes say what no heads mean
+            _check_size(value, f"{where}.{name}", LIMITS[name])
+
+
+def _check_size(value: object, where: str, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(f"geometry '{where}': expected a positive integer, not {value!r:.40}")
+    if value > most:
+        raise CheckpointError(f"geometry '{where}': {value} is more than any model has ({most})")
 
 
 PI05 = Pi05Config(

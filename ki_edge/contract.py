@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ki_edge.config import Pictures
+from ki_edge.contract_fields import check_fields
 from ki_edge.errors import ContractError
 from ki_edge.images import METHODS, Resize
 from ki_edge.normalize import EpsilonStyle, NormalizationKind
 from ki_edge.prompt import STATE_FORMATS, PromptFormat
+from ki_edge.reading import read_json
 from ki_edge.writing import write_file
 
 RobotKind = Literal["generic", "droid", "libero", "aloha"]
@@ -108,6 +110,7 @@ class PolicyContract:
         return (self.normalization_of("state"), self.normalization_of("actions")) != ("none", "none")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         dims = ("state_dim", "action_dim", "model_action_dim")
         for name in (*dims, "action_horizon", "execute", "max_token_len", "num_steps"):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
@@ -161,11 +164,7 @@ class PolicyContract:
     @classmethod
     def load(cls, path: str | Path) -> "PolicyContract":
         """Read a file that `save` wrote. Raises ContractError."""
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ContractError(f"cannot read a policy contract from {path}: {error}") from error
-        return cls.from_json(content)
+        return cls.from_json(read_json(Path(path), ContractError))
 
 
 def make_mask(*runs: int) -> tuple[bool, ...]:
@@ -231,6 +230,8 @@ def generic(
     cameras: Sequence[str | Camera], *, state_dim: int, action_dim: int, action_horizon: int, **changes: Any
 ) -> PolicyContract:
     """Any robot: `cameras` in the model's order; a plain name is a required camera whose slot and key are that name."""
+    if isinstance(cameras, str) or not isinstance(cameras, Sequence):
+        raise ContractError(f"policy contract: cameras: expected a list of cameras, got {cameras!r:.60}")
     slots = tuple(camera if isinstance(camera, Camera) else Camera(camera, camera) for camera in cameras)
     base = {"state_dim": state_dim, "action_dim": action_dim, "action_horizon": action_horizon}
     return _preset({"robot": "generic", "cameras": slots, **base}, changes)
@@ -245,7 +246,9 @@ def _preset(base: Mapping[str, Any], changes: Mapping[str, Any]) -> PolicyContra
     values = {**base, **changes}
     known = {field.name for field in fields(PolicyContract)}
     _require(values.keys() <= known, f"unknown contract fields {sorted(values.keys() - known)}")
-    return PolicyContract(**{"execute": max(1, values["action_horizon"] // 2), **values})
+    horizon = values["action_horizon"]
+    half = max(1, horizon // 2) if type(horizon) is int else 1  # construction says what is wrong with it
+    return PolicyContract(**{"execute": half, **values})
 
 
 def _require(condition: bool, message: str) -> None:
@@ -262,26 +265,29 @@ def _read(kind: Any, value: object, where: str) -> object:
         inner = next(choice for choice in choices if choice is not type(None))
         return None if value is None else _read(inner, value, where)
     if origin is Literal:
-        _require(value in choices, f"{where}: expected one of {', '.join(choices)}, got {value!r}")
+        _require(
+            isinstance(value, str) and value in choices,
+            f"{where}: expected one of {', '.join(choices)}, got {value!r:.60}",
+        )
         return value
     if origin is tuple:
         if not isinstance(value, list):
-            raise ContractError(f"policy contract: {where}: expected a list, got {value!r}")
+            raise ContractError(f"policy contract: {where}: expected a list, got {value!r:.60}")
         kinds = choices[:1] * len(value) if choices[-1] is Ellipsis else choices
-        _require(len(kinds) == len(value), f"{where}: expected {len(kinds)} values, got {value!r}")
+        _require(len(kinds) == len(value), f"{where}: expected {len(kinds)} values, got {value!r:.60}")
         items = enumerate(zip(kinds, value, strict=True))
         return tuple(_read(inner, item, f"{where}[{at}]") for at, (inner, item) in items)
     if kind is float and type(value) is int:
         value = float(value)
-    _require(type(value) is kind, f"{where}: expected {kind.__name__}, got {value!r}")
+    _require(type(value) is kind, f"{where}: expected {kind.__name__}, got {value!r:.60}")
     return value
 
 
 def _read_dataclass(kind: Any, value: object, where: str) -> Any:
     if not isinstance(value, dict):
-        raise ContractError(f"policy contract: {where}: expected an object, got {value!r}")
+        raise ContractError(f"policy contract: {where}: expected an object, got {value!r:.60}")
     kinds = get_type_hints(kind)
     unknown, missing = sorted(value.keys() - kinds.keys()), sorted(kinds.keys() - value.keys())
-    _require(not unknown, f"{where}: unknown key {', '.join(unknown)}; was it written by a newer version?")
+    _require(not unknown, f"{where}: unknown key {', '.join(unknown)[:200]}; was it written by a newer version?")
     _require(not missing, f"{where}: missing key {', '.join(missing)}")
     return kind(**{name: _read(inner, value[name], f"{where}.{name}") for name, inner in kinds.items()})

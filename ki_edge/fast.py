@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ki_edge.arguments import count, integers, numbers
 from ki_edge.errors import ArgumentError, ContractError
 from ki_edge.prompt import Int32, PromptTokenizer
+from ki_edge.reading import read_file, read_object
 from ki_edge.writing import write_file
 
 Float64 = npt.NDArray[np.float64]
@@ -27,6 +29,11 @@ SURROGATES = 0xD800  # chr() from here on is no valid text
 REPLACEMENT = "\ufffd"  # what the byte-level decoder gives for broken UTF-8
 MAX_TOKEN_LENGTH = 10_000
 MIN_FREQUENCY = 2
+MAX_COEFFICIENT = SURROGATES  # of the DCT, quantised
+MAX_SCALE = 1_000_000
+MAX_CHUNK = 4096  # actions, or numbers of an action
+MAX_IDS = 10_000_000
+MAX_TOKENIZER = 32_000_000  # bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +63,14 @@ class FastCodec:
 
     def quantize(self, actions: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Quantised DCT coefficients int64 [T, A] of normalised actions float [T, A]."""
-        x = np.asarray(actions, dtype=np.float64)
+        x = numbers(actions, "actions")
         if x.ndim != 2 or x.size == 0:
             raise ArgumentError(f"FAST encodes one chunk of shape [horizon, action_dim], got {x.shape}")
         if not np.isfinite(x).all():
             raise ArgumentError("FAST cannot encode NaN or infinite actions")
-        return np.around(dct_matrix(x.shape[0]) @ x * self.scale).astype(np.int64)
+        if max(x.shape) > MAX_CHUNK:
+            raise ArgumentError(f"FAST encodes chunks of up to {MAX_CHUNK} actions of as many numbers, got {x.shape}")
+        return _quantized(x, self.scale)
 
     def encode(self, actions: npt.ArrayLike, *, lossy: bool = False) -> list[int]:
         """FAST ids of normalised, unpadded actions float [T, A] (about [-1, 1]).
@@ -70,6 +79,8 @@ class FastCodec:
         `lossy` does what the published codec does without a word: the former become `min_token`, the latter vanish, so
         that the ids decode to another motion or to none. Use it to reproduce that codec, not to train.
         """
+        if not isinstance(lossy, bool | np.bool_):
+            raise ArgumentError(f"lossy {lossy!r:.60}: expected True or False")
         q = self.quantize(actions)
         lowest, highest = int(q.min()), int(q.max())
         if lowest < self.min_token and not lossy:
@@ -93,9 +104,8 @@ class FastCodec:
 
         Each value is within about 0.5 / scale of what was encoded (the quantisation of the DCT).
         """
-        if horizon < 1 or action_dim < 1:
-            raise ArgumentError(f"horizon and action_dim must be at least 1, got {horizon} and {action_dim}")
-        ids = [int(k) for k in ids]
+        horizon, action_dim = count(horizon, "horizon", MAX_CHUNK), count(action_dim, "action_dim", MAX_CHUNK)
+        ids = integers(ids, "FAST ids", MAX_IDS)
         foreign = [k for k in ids if not 0 <= k < self.vocab_size]
         if foreign:
             return FastDecoding(None, 0, f"FAST id {foreign[0]} is outside the codec's 0..{self.vocab_size - 1}")
@@ -121,10 +131,14 @@ class FastCodec:
         """
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-        x = np.asarray(chunks, dtype=np.float64)
-        if x.ndim != 3 or x.size == 0 or not np.isfinite(x).all():
+        x = numbers(chunks, "chunks")
+        if x.ndim != 3 or x.size == 0 or max(x.shape[1:]) > MAX_CHUNK or not np.isfinite(x).all():
             raise ArgumentError(f"FAST is fitted on finite chunks of shape [n, horizon, action_dim], got {x.shape}")
-        q = np.around(dct_matrix(x.shape[1]) @ x * scale).astype(np.int64)  # [N, T, A]
+        if not isinstance(scale, int | float) or not 0 < scale <= MAX_SCALE:
+            raise ArgumentError(f"scale {scale!r:.60}: expected a number above 0, up to {MAX_SCALE}")
+        count(vocab_size, "vocab_size", 1 << 20)
+        count(margin, "margin", SURROGATES, least=0)
+        q = _quantized(x, scale)  # [N, T, A]
         min_token, span = int(q.min()) - margin, int(q.max() - q.min()) + 2 * margin
         if span >= SURROGATES:
             raise ArgumentError(f"DCT coefficients {q.min()}..{q.max()} span too much: are the chunks normalised?")
@@ -152,18 +166,25 @@ class FastCodec:
         from tokenizers import Tokenizer
 
         folder = Path(folder)
+        config = read_object(folder / "processor_config.json", ContractError)
+        scale, min_token = (config.get(name) for name in ("scale", "min_token"))
+        if type(min_token) is not int or abs(min_token) > MAX_COEFFICIENT:
+            raise ContractError(
+                f"{folder / 'processor_config.json'}: 'min_token' is {min_token!r:.40}, expected an integer within "
+                f"{MAX_COEFFICIENT} of 0"
+            )
+        if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale <= MAX_SCALE:
+            raise ContractError(
+                f"{folder / 'processor_config.json'}: 'scale' is {scale!r:.40}, expected a number above 0, up to "
+                f"{MAX_SCALE}"
+            )
+        path = folder / "tokenizer.json"
+        content = read_file(path, MAX_TOKENIZER, ContractError)
         try:
-            config = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
-            scale, min_token = float(config["scale"]), int(config["min_token"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ContractError(f"no FAST codec in {folder}: processor_config.json: {error!r}") from error
-        try:
-            tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            tokenizer = Tokenizer.from_str(content.decode("utf-8-sig"))
         except Exception as error:  # the library raises bare Exception
-            raise ContractError(f"no FAST codec in {folder}: tokenizer.json: {error!r}") from error
-        if not (math.isfinite(scale) and scale > 0):
-            raise ContractError(f"FAST codec in {folder}: scale must be positive, got {scale}")
-        return cls(tokenizer, scale, min_token)
+            raise ContractError(f"{path} is no tokenizer that can be read: {error}") from None
+        return cls(tokenizer, float(scale), min_token)
 
     def save(self, folder: str | Path) -> None:
         """Write the folder in the published layout (processor_config.json, tokenizer.json and its two companions)."""
@@ -215,19 +236,21 @@ class FastIds:
     size: int = 2048
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.offset - self.size + 1 < 0:
+        count(self.size, "FAST ids: size", 1 << 31, ContractError)
+        count(self.offset, "FAST ids: offset", (1 << 31) - 1, ContractError, least=0)
+        if self.offset - self.size + 1 < 0:
             raise ContractError(f"FAST ids: offset {self.offset} and size {self.size} give ids below 0")
 
     def to_model(self, fast_ids: Iterable[int]) -> Int32:
         """Model ids i32 [F] of FAST ids; ArgumentError outside [0, size)."""
-        k = np.array(list(fast_ids), dtype=np.int64)
-        if k.size and not (k.min() >= 0 and k.max() < self.size):
-            raise ArgumentError(f"FAST ids must be in 0..{self.size - 1}, got {k.min()}..{k.max()}")
-        return (self.offset - k).astype(np.int32)
+        ids = integers(fast_ids, "FAST ids", MAX_IDS)
+        if ids and not 0 <= min(ids) <= max(ids) < self.size:
+            raise ArgumentError(f"FAST ids must be in 0..{self.size - 1}, got {min(ids)!s:.30}..{max(ids)!s:.30}")
+        return (self.offset - np.array(ids, np.int64)).astype(np.int32)
 
     def from_model(self, model_ids: Iterable[int]) -> list[int]:
         """FAST ids of model ids; ArgumentError for an id that is none."""
-        return [self._from_model(int(i)) for i in model_ids]
+        return [self._from_model(i) for i in integers(model_ids, "model ids", MAX_IDS)]
 
     def contains(self, model_id: int) -> bool:
         """Whether this id of the model's vocabulary is a FAST id."""
@@ -243,7 +266,7 @@ class FastIds:
 
         Works on ids, never on text. At an id that is neither FAST nor an end it stops and names it as the problem.
         """
-        ids = [int(i) for i in model_ids]
+        ids = integers(model_ids, "model ids", MAX_IDS)
         opening, end = list(tokenizer.action_ids), list(tokenizer.end_ids)
         start = len(opening) if ids[: len(opening)] == opening else 0
         found: list[int] = []
@@ -264,6 +287,15 @@ class FastIds:
         if not self.contains(model_id):
             raise ArgumentError(f"id {model_id} is no FAST id ({self._range})")
         return self.offset - model_id
+
+
+def _quantized(x: Float64, scale: float) -> npt.NDArray[np.int64]:
+    """DCT coefficients int64 [..., T, A] in steps of 1 / scale; ArgumentError for some that no codec spells."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        q = np.around(dct_matrix(x.shape[-2]) @ x * scale)
+    if not np.abs(q).max() < 1 << 31:
+        raise ArgumentError("a DCT coefficient is too large to spell: are the actions normalised?")
+    return q.astype(np.int64)
 
 
 @lru_cache(maxsize=32)

@@ -13,19 +13,20 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from .arguments import count
 from .config import Pi05Config
 from .errors import ArgumentError
 
 F32 = npt.NDArray[np.float32]
 MAX_STEPS = 1000
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
+FAR = np.float32(-80)  # e^80 is 6e34, and 1 + e^80 the same number
 TIME_CONVENTIONS = ("openpi", "lerobot")
 
 
 def check_steps(num_steps: int) -> None:
     """ArgumentError unless 1 <= num_steps <= MAX_STEPS."""
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int | np.integer) or not 1 <= num_steps <= MAX_STEPS:
-        raise ArgumentError(f"num_steps {num_steps!r}: expected an integer from 1 to {MAX_STEPS}")
+    count(num_steps, "num_steps", MAX_STEPS)
 
 
 def denoise_times(num_steps: int, convention: str = "openpi") -> F32:
@@ -67,12 +68,18 @@ def modulation_names(depth: int) -> list[str]:
     return [f"{expert}layers.{i}.{norm}.dense" for i in range(depth) for norm in norms] + [f"{expert}norm.dense"]
 
 
-def modulation_weights(config: Pi05Config) -> list[str]:
-    """All checkpoint tensors that `modulation_table` reads; none for a π0."""
+def modulation_weights(config: Pi05Config) -> dict[str, tuple[int, ...]]:
+    """All checkpoint tensors that `modulation_table` reads, and their shapes; none for a π0."""
     if config.variant == "pi0":
-        return []
-    layers = ["time_mlp_in", "time_mlp_out", *modulation_names(config.expert.depth)]
-    return [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
+        return {}
+    width = config.expert.width
+    rows = {"time_mlp_in": width, "time_mlp_out": width}
+    rows.update(dict.fromkeys(modulation_names(config.expert.depth), 3 * width))
+    return {
+        f"{layer}.{part}": (size, width) if part == "weight" else (size,)
+        for layer, size in rows.items()
+        for part in ("weight", "bias")
+    }
 
 
 def modulation_table(tensor: Callable[[str], npt.NDArray[np.floating]], times: F32, config: Pi05Config) -> F32:
@@ -101,4 +108,6 @@ def _adarms_rows(tensor: Callable[[str], npt.NDArray[np.floating]], embedding: F
 
 
 def _silu(x: F32) -> F32:
-    return np.asarray(x / (1.0 + np.exp(-x)), np.float32)
+    """x / (1 + e^-x); far below 0, where e^-x leaves float32, it is x e^x, rounded once."""
+    far = np.minimum(x, FAR).astype(np.float64)
+    return np.asarray(np.where(x < FAR, far * np.exp(far), x / (1.0 + np.exp(-np.maximum(x, FAR)))), np.float32)

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from ki_edge.arguments import array_of
 from ki_edge.config import Pictures
 from ki_edge.errors import ArgumentError, ObservationError
 
@@ -80,7 +81,7 @@ def read_image(image: npt.ArrayLike, name: str = "image") -> npt.NDArray[Any]:
     dtype, shape or size, and for floats that are not finite or leave the range of a byte, such as images in 0..255 or
     -1..1.
     """
-    array = np.asarray(image)
+    array = array_of(image, name, ObservationError)
     if array.ndim != 3 or 3 not in (array.shape[0], array.shape[2]) or array.size == 0:
         raise ObservationError(f"{name}: expected an RGB image [h, w, 3] or [3, h, w], got shape {array.shape}")
     if max(array.shape) > MAX_SIDE or array.size > 3 * MAX_PIXELS:

@@ -25,7 +25,8 @@ from typing import Literal, TypeVar, get_args
 import numpy as np
 import numpy.typing as npt
 
-from ki_edge.errors import ContractError, DatasetError, KiEdgeError
+from ki_edge.arguments import numbers
+from ki_edge.errors import ArgumentError, ContractError, DatasetError, KiEdgeError
 from ki_edge.reading import parse_json, read_file
 from ki_edge.writing import write_file
 
@@ -59,10 +60,7 @@ class NormStats:
         for name in FIELDS:
             value = getattr(self, name)
             if value is not None:
-                try:
-                    array = np.array(value, dtype=np.float64)
-                except (TypeError, ValueError) as error:
-                    raise ContractError(f"norm stats: {name} must be a list of numbers: {error}") from None
+                array = numbers(value, f"norm stats: {name}", ContractError).copy()
                 array.setflags(write=False)
                 object.__setattr__(self, name, array)
         if fault := _fault({name: getattr(self, name) for name in FIELDS if getattr(self, name) is not None}):
@@ -81,7 +79,7 @@ def compute_stats(x: npt.ArrayLike) -> NormStats:
     openpi estimates its quantiles from a running histogram of 5000 bins; here they are exact (linear interpolation).
     Raises DatasetError on empty or non-finite data.
     """
-    array = np.asarray(x, dtype=np.float64)
+    array = numbers(x, "data of statistics", DatasetError)
     if array.ndim < 2 or array.size == 0:
         raise DatasetError(f"statistics need data of shape [n, d] with n and d at least 1, got {array.shape}")
     rows = array.reshape(-1, array.shape[-1])
@@ -98,8 +96,8 @@ def normalize(x: npt.ArrayLike, stats: NormStats, kind: NormalizationKind, epsil
     `x` float [..., d]; statistics longer than d are truncated to d. Returns float64 [..., d].
     Raises ContractError if the statistics are shorter than d or lack the two fields that `kind` needs.
     """
-    x = np.asarray(x, dtype=np.float64)
-    _check(kind, epsilon)
+    x = _features(x, "x")
+    _check(stats, kind, epsilon)
     if kind == "none":
         return x.copy()
     d = x.shape[-1]
@@ -107,7 +105,8 @@ def normalize(x: npt.ArrayLike, stats: NormStats, kind: NormalizationKind, epsil
         raise ContractError(f"norm stats have {stats.dim} dimensions, the data {d}: are they those of this robot?")
     low, high = (field[:d] for field in _fields(stats, kind))
     if epsilon == "lerobot":
-        return _normalize_lerobot(x.astype(np.float32), low.astype(np.float32), high.astype(np.float32), kind)
+        with np.errstate(over="ignore"):  # beyond float32 is infinite there, as it is for LeRobot
+            return _normalize_lerobot(x.astype(np.float32), low.astype(np.float32), high.astype(np.float32), kind)
     if kind == "quantile":
         return np.asarray((x - low) / (high - low + OPENPI_EPSILON) * 2.0 - 1.0)
     return np.asarray((x - low) / (high + OPENPI_EPSILON))
@@ -122,8 +121,8 @@ def unnormalize(
     treats them as mean 0, std 1, so they are multiplied by 1 + 1e-6. Statistics longer than D are truncated.
     Returns float64 [..., D]. Raises ContractError if the statistics lack the two fields that `kind` needs.
     """
-    y = np.asarray(y, dtype=np.float64)
-    _check(kind, epsilon)
+    y = _features(y, "y")
+    _check(stats, kind, epsilon)
     if kind == "none":
         return y.copy()
     low, high = _fields(stats, kind)
@@ -251,11 +250,20 @@ def _shown(value: np.float64) -> str:
     return "NaN" if np.isnan(value) else f"{value:.6g}"
 
 
-def _check(kind: str, epsilon: str) -> None:
-    if kind not in get_args(NormalizationKind):
-        raise ContractError(f"unknown normalization {kind!r}, expected one of {get_args(NormalizationKind)}")
-    if epsilon not in get_args(EpsilonStyle):
-        raise ContractError(f"unknown epsilon style {epsilon!r}, expected one of {get_args(EpsilonStyle)}")
+def _features(value: npt.ArrayLike, name: str) -> Float64:
+    array = numbers(value, name)
+    if array.ndim < 1:
+        raise ArgumentError(f"{name}: expected numbers [..., d], got a single one")
+    return array
+
+
+def _check(stats: NormStats, kind: str, epsilon: str) -> None:
+    if not isinstance(stats, NormStats):
+        raise ContractError(f"norm stats: expected NormStats, got {type(stats).__name__}")
+    if not isinstance(kind, str) or kind not in get_args(NormalizationKind):
+        raise ContractError(f"unknown normalization {kind!r:.60}, expected one of {get_args(NormalizationKind)}")
+    if not isinstance(epsilon, str) or epsilon not in get_args(EpsilonStyle):
+        raise ContractError(f"unknown epsilon style {epsilon!r:.60}, expected one of {get_args(EpsilonStyle)}")
 
 
 def _fields(stats: NormStats, kind: NormalizationKind) -> tuple[Float64, Float64]:

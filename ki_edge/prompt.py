@@ -17,11 +17,17 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from ki_edge.arguments import array_of, count, numbers
 from ki_edge.errors import ArgumentError, ContractError, ObservationError, PromptError
+from ki_edge.reading import read_file
 
 Int32 = npt.NDArray[np.int32]
 PromptFormat = Literal["pi0", "pi05", "ki", "lerobot_pi0"]
 STATE_FORMATS: tuple[PromptFormat, ...] = ("pi05", "ki")
+MAX_LENGTH = 1 << 16  # tokens of a prompt
+MAX_IDS = 1 << 20  # to decode
+MAX_CHARACTERS = 100_000  # of a prompt
+MAX_MODEL = 64_000_000  # bytes of a tokenizer.model; PaliGemma's takes 4,264,023
 BIN_EDGES = np.linspace(-1.0, 1.0, 257)[:-1]
 
 
@@ -30,7 +36,7 @@ def digitize_state(state: npt.ArrayLike) -> npt.NDArray[np.int64]:
 
     As the model was trained (openpi): x >= 127/128 and NaN give 255, x < -1 gives -1. Nothing is clamped to 0.
     """
-    bins: npt.NDArray[np.int64] = np.digitize(np.asarray(state, dtype=np.float64), BIN_EDGES) - 1
+    bins: npt.NDArray[np.int64] = np.digitize(numbers(state, "state", ObservationError), BIN_EDGES) - 1
     return bins
 
 
@@ -39,11 +45,15 @@ def pad(ids: npt.ArrayLike, length: int, pad_id: int = 0) -> tuple[Int32, npt.ND
 
     Raises PromptError if T > length: a cut prompt loses its end, which the model needs.
     """
-    array = np.asarray(ids, dtype=np.int32)
+    count(length, "length", MAX_LENGTH)
+    count(pad_id, "pad_id", (1 << 31) - 1, least=0)
+    array = array_of(ids, "ids")
     if array.ndim != 1:
         raise ArgumentError(f"ids to pad must be one-dimensional, got shape {array.shape}")
     if array.size > length:
         raise PromptError(f"{array.size} tokens do not fit into {length}: shorten the prompt or raise the length")
+    if array.size and (array.dtype.kind not in "iu" or array.min() < -(1 << 31) or array.max() >= 1 << 31):
+        raise ArgumentError(f"ids to pad: expected integers of 32 bits, got {array.dtype} {list(array.shape)}")
     tokens = np.full(length, pad_id, dtype=np.int32)
     tokens[: array.size] = array
     return tokens, np.arange(length) < array.size
@@ -58,10 +68,9 @@ class PromptTokenizer:
     """
 
     def __init__(self, model: str | Path | bytes, format: PromptFormat, max_token_len: int) -> None:
-        if format not in get_args(PromptFormat):
-            raise ContractError(f"unknown prompt format {format!r}, expected one of {get_args(PromptFormat)}")
-        if max_token_len < 1:
-            raise ContractError(f"max_token_len must be at least 1, got {max_token_len}")
+        if not isinstance(format, str) or format not in get_args(PromptFormat):
+            raise ContractError(f"unknown prompt format {format!r:.60}, expected one of {get_args(PromptFormat)}")
+        max_token_len = count(max_token_len, "max_token_len", MAX_LENGTH, ContractError)
         self.format: PromptFormat = format
         self.max_token_len = max_token_len
         self._model = _load(model)
@@ -85,10 +94,16 @@ class PromptTokenizer:
         """The text that `encode` turns into tokens ("pi0": its final newline, encoded apart, is included)."""
         if not isinstance(prompt, str):
             raise PromptError(f"the prompt must be a str, got {type(prompt).__name__}")
+        if len(prompt) > MAX_CHARACTERS:
+            raise PromptError(f"the prompt has {len(prompt)} characters, at most {MAX_CHARACTERS}: shorten it")
+        if any("\ud800" <= char <= "\udfff" for char in prompt):
+            raise PromptError(f"the prompt {prompt!r:.80} holds halves of characters, which are no text: send Unicode")
         clean = prompt.strip().replace("_", " ")
         clean = clean.lower() if self.format == "ki" else clean.replace("\n", " ")
         if not clean.strip():
-            raise PromptError(f"the prompt is empty (got {prompt!r}): give the task in words, or set a default_prompt")
+            raise PromptError(
+                f"the prompt is empty (got {prompt!r:.80}): give the task in words, or set a default_prompt"
+            )
         if self.format == "lerobot_pi0":
             return prompt.removesuffix("\n") + "\n"
         if self.format == "pi0":
@@ -119,7 +134,12 @@ class PromptTokenizer:
 
     def decode(self, ids: npt.ArrayLike) -> str:
         """The text of `ids`, for people to read; special tokens vanish."""
-        return str(self._model.decode([int(i) for i in np.asarray(ids).reshape(-1)]))
+        array = array_of(ids, "ids")
+        known = array.size <= MAX_IDS and array.dtype.kind in "iu"
+        if array.size and not (known and 0 <= array.min() <= array.max() < self.vocab_size):
+            size = f"{array.dtype} {list(array.shape)}"
+            raise ArgumentError(f"ids to decode: expected up to {MAX_IDS} of 0..{self.vocab_size - 1}, got {size}")
+        return str(self._model.decode([int(i) for i in array.reshape(-1)]))
 
     @property
     def action_ids(self) -> tuple[int, ...]:
@@ -137,24 +157,26 @@ class PromptTokenizer:
     def _state(self, state: npt.ArrayLike | None) -> npt.NDArray[np.float64]:
         if state is None:
             raise ObservationError(f'prompt format "{self.format}" contains the state, and none was given')
-        array = np.asarray(state, dtype=np.float64)
+        array = array_of(state, "state", ObservationError)
         if array.ndim != 1 or array.size == 0:
             raise ObservationError(f"the state in the prompt must be of shape [s], got {array.shape}")
-        return array
+        return numbers(array, "state", ObservationError)
 
 
 def _load(model: str | Path | bytes) -> Any:
     import sentencepiece
 
-    content = model if isinstance(model, bytes) else b""
+    if not isinstance(model, bytes | str | Path):
+        raise ContractError(f"a SentencePiece model is a path or bytes, got {type(model).__name__}")
+    content = model if isinstance(model, bytes) else read_file(Path(model), MAX_MODEL, ContractError)
     try:
-        if not isinstance(model, bytes):
-            content = Path(model).read_bytes()
         processor = sentencepiece.SentencePieceProcessor()
         processor.LoadFromSerializedProto(content)
-    except (OSError, RuntimeError) as error:
+    except RuntimeError as error:
         where = "the given bytes" if isinstance(model, bytes) else str(model)
-        raise ContractError(f"cannot read a SentencePiece model from {where}: {error}") from error
+        raise ContractError(
+            f"{where}: no SentencePiece model ({' '.join(str(error).split())}): copy tokenizer.model again"
+        ) from None
     return processor
 
 

@@ -19,6 +19,7 @@ from .errors import KiEdgeError
 
 MAX_JSON = 16_000_000  # bytes; the largest manifest of a real model takes under a tenth
 MAX_DEPTH = 64  # of nested objects and lists
+MAX_SHOWN = 500  # characters of a path in a message
 LARGEST_INT = 1 << 63
 PIECE = 1 << 20  # bytes read at once
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # an escape of half a character, or of one of a pair
@@ -35,9 +36,9 @@ def read_file(path: Path, most: int, error: Error) -> bytes:
         finally:
             os.close(descriptor)
     except ValueError as problem:  # a NUL in the name, or half a character
-        raise error(f"{str(path)!r} is no file name: {problem}") from None
+        raise error(f"{str(path)[:MAX_SHOWN]!r} is no file name: {problem}") from None
     except OSError as problem:
-        raise error(f"{path} cannot be read: {problem.strerror}") from None
+        raise error(f"{str(path)[:MAX_SHOWN]} cannot be read: {problem.strerror}") from None
     if not regular:
         raise error(f"{path} is no regular file")
     if len(content) > most:

@@ -6,8 +6,8 @@ Format: 8 bytes little-endian header length, JSON header, tensor bytes
 
 from __future__ import annotations
 
-import json
 import math
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import CheckpointError
+from .reading import parse_json
 
-MAX_HEADER = 100_000_000
+MAX_HEADER = 32_000_000  # bytes; a π0.5 with an adapter takes about 200,000
+MAX_AXES = 8
+MAX_NAME = 1000  # characters
+TYPE = re.compile(r"[A-Z][A-Z0-9_]{0,15}")  # how safetensors writes a type, known here or not
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4,
           "I64": 8, "U64": 8, "F64": 8}  # fmt: skip
 _NUMPY = {"BOOL": "?", "U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "F16": "<f2", "I32": "<i4", "U32": "<u4",
@@ -92,10 +96,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
                 f"{path} is truncated: {size} bytes, but the header alone needs {8 + length}; copy it again"
             )
         blob = file.read(length)
-    try:
-        header = json.loads(blob)
-    except (ValueError, RecursionError):
-        header = None
+    header = parse_json(blob, f"{path}: its header", CheckpointError)
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is not a safetensors file: its header is no JSON object")
     metadata = header.pop("__metadata__", None) or {}
@@ -107,14 +108,21 @@ def _read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
 
 
 def _parse_entry(path: Path, name: str, item: Any, base: int, size: int) -> TensorEntry:
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise CheckpointError(f"{path}: {name[:80]!r} is no name of a tensor: the file is damaged")
     try:
         dtype, shape, (begin, end) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
         numbers = (*shape, begin, end)
-        sound = dtype in _BYTES and all(type(n) is int and n >= 0 for n in numbers)
+        sound = len(shape) <= MAX_AXES and all(type(n) is int and n >= 0 for n in numbers)
+        sound = sound and isinstance(dtype, str) and TYPE.fullmatch(dtype) is not None
     except (KeyError, TypeError, ValueError):
         sound = False
     if not sound:
         raise CheckpointError(f"{path}: the header entry of tensor '{name}' is malformed")
+    if dtype not in _BYTES:
+        raise CheckpointError(
+            f"{path}: tensor '{name}' has the type {dtype}, which is not supported: save the model in BF16, F16 or F32"
+        )
     if end - begin != math.prod(shape) * _BYTES[dtype]:
         raise CheckpointError(f"{path}: tensor '{name}' {dtype}{list(shape)} does not fit its {end - begin} bytes")
     if base + end > size:

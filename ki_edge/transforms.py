@@ -12,19 +12,21 @@ Both directions equal openpi's transforms of DROID, LIBERO and ALOHA. Observatio
                 "observation/joint_position": f[7], "observation/gripper_position": f[1] or f[], "prompt": str}
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ki_edge.arguments import array_of, numbers
 from ki_edge.contract import Feature, PolicyContract
 from ki_edge.errors import ArgumentError, ContractError, DatasetError, ObservationError, PromptError
 from ki_edge.images import METHODS, Float32, UInt8, fit_image
 from ki_edge.normalize import LARGEST, Float64, NormStats, normalize, unnormalize
 from ki_edge.prompt import Int32, PromptTokenizer
 
+MOST_NAMES, MOST_CHARACTERS = 20, 100  # in a message
 # Cameras that a robot may send although no model uses them.
 UNUSED_CAMERAS = frozenset({
     "cam_low",
@@ -82,6 +84,8 @@ class InputPipeline:
 
     def __call__(self, observation: Mapping[str, Any]) -> ModelInputs:
         """Model inputs of one observation. ObservationError names the key that is missing or wrong."""
+        if not isinstance(observation, Mapping):
+            raise ObservationError(f"an observation is a dict, got {type(observation).__name__}")
         contract = self.contract
         raw_state = read_state(contract, observation)
         if contract.adapt_to_pi:
@@ -103,7 +107,7 @@ class InputPipeline:
         """An observation with its actions float [H, action_dim] in robot units. DatasetError if they do not fit."""
         contract = self.contract
         inputs = self(observation)
-        target = np.array(actions, dtype=np.float64)
+        target = numbers(actions, "actions", DatasetError).copy()
         shape = (contract.action_horizon, contract.action_dim)
         if target.shape != shape or not np.isfinite(target).all():
             finite = "" if np.isfinite(target).all() else " with NaN or infinity"
@@ -132,7 +136,7 @@ class OutputPipeline:
         `raw_state` [s] is `ModelInputs.raw_state` of the observation that they answer.
         """
         contract = self.contract
-        given, state = np.asarray(actions), np.asarray(raw_state, dtype=np.float64)
+        given, state = numbers(actions, "actions"), numbers(raw_state, "raw_state")
         if given.ndim != 2 or given.shape[1] not in (contract.model_action_dim, contract.action_dim):
             widths = f"{contract.model_action_dim} or {contract.action_dim}"
             raise ArgumentError(f"model actions must be of shape [H, {widths}], got {given.shape}")
@@ -175,9 +179,9 @@ def read_images(
     """(images [N, h, w, 3], camera_mask bool [N]) of the contract's slots, resized; images are `contract.pictures`."""
     given = _given_images(contract, observation)
     expected = [camera.key for camera in contract.cameras if camera.key is not None]
-    unknown = sorted(given.keys() - set(expected) - UNUSED_CAMERAS)
+    unknown = given.keys() - set(expected) - UNUSED_CAMERAS
     if unknown:
-        raise ObservationError(f"unknown camera {', '.join(unknown)}; the contract has {', '.join(expected)}")
+        raise ObservationError(f"unknown camera {_names(unknown)}; the contract has {', '.join(expected)}")
     height, width = contract.image_size
     method = METHODS[contract.resize]
     images = np.full((len(contract.cameras), height, width, 3), method.absent, method.pictures)
@@ -241,7 +245,7 @@ def _stats(contract: PolicyContract, stats: Mapping[str, NormStats], name: Featu
 
 def _given_images(contract: PolicyContract, observation: Mapping[str, Any]) -> Mapping[str, Any]:
     if contract.robot in ("droid", "libero"):
-        return {key: value for key, value in observation.items() if "image" in key}
+        return {key: value for key, value in observation.items() if isinstance(key, str) and "image" in key}
     images = observation.get("images")
     if not isinstance(images, Mapping):
         raise ObservationError(f'"images" must map camera names to images; the observation has {_names(observation)}')
@@ -251,18 +255,18 @@ def _given_images(contract: PolicyContract, observation: Mapping[str, Any]) -> M
 def _numbers(observation: Mapping[str, Any], key: str, *shapes: tuple[int, ...]) -> Float64:
     if observation.get(key) is None:
         raise ObservationError(f"{key} is missing; the observation has {_names(observation)}")
-    array = np.asarray(observation[key])
-    if not (np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)):
-        raise ObservationError(f"{key}: expected numbers, got dtype {array.dtype}")
-    if array.shape not in shapes:
-        raise ObservationError(f"{key}: expected shape {' or '.join(map(str, shapes))}, got {array.shape}")
+    given = array_of(observation[key], key, ObservationError)
+    if given.shape not in shapes:
+        raise ObservationError(f"{key}: expected shape {' or '.join(map(str, shapes))}, got {given.shape}")
+    array = numbers(given, key, ObservationError)
     if not np.isfinite(array).all():
-        raise ObservationError(f"{key} holds NaN or infinity: {array.tolist()}")
-    values = array.astype(np.float64)
-    if (np.abs(values) > LARGEST).any():
-        raise ObservationError(f"{key} holds numbers that are too large for float32: {array.tolist()}")
-    return values
+        raise ObservationError(f"{key} holds NaN or infinity: {array.tolist()!s:.200}")
+    if (np.abs(array) > LARGEST).any():
+        raise ObservationError(f"{key} holds numbers that are too large for float32: {array.tolist()!s:.200}")
+    return array
 
 
-def _names(mapping: Mapping[str, Any]) -> str:
-    return ", ".join(sorted(map(str, mapping))) or "nothing"
+def _names(mapping: Iterable[Any]) -> str:
+    names = sorted(str(name)[:MOST_CHARACTERS] for name in mapping)
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return (", ".join(names[:MOST_NAMES]) or "nothing") + more

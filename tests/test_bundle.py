@@ -211,7 +211,7 @@ def test_changed_size_and_missing_file(write, name):
         (b"{}", "no integer 'schema'"),
         (b'{"schema": "1"}', "no integer 'schema'"),
         (b'{"schema": 1}', r"missing \['contract', .*\], unknown \[\]"),
-        (b" " * 16_000_001, "more than a manifest can be"),
+        (b" " * 16_000_001, "more than such a file can have"),
     ],
 )
 def test_bad_manifest(write, content, message):
@@ -242,6 +242,24 @@ def test_other_schema(write, schema, message):
         ({"model": None}, "'model' must be dict, not NoneType"),
         ({"contract": 3}, "'contract' must be dict"),
         ({"precision": 32}, "'precision' must be str, not int"),
+        ({"precision": "fp4"}, "precision 'fp4', known are float32, float16, bfloat16, int8: upgrade"),
+        ({"precision": "float32\x1b[2J"}, r"precision 'float32\\x1b\[2J', known are"),
+        ({"schema": True}, "no integer 'schema'"),
+        ({"graphs": {"prefix": {"file": "prefix.onnx"}, "x" * 9000: {}}}, "expected prefix, denoise, fast_decode"),
+        ({"graphs": {}}, "expected prefix, denoise, fast_decode"),
+        ({"graphs": {"prefix": {"file": "prefix.onnx", "inputs": 3}}}, "needs its inputs in a list or an object"),
+        ({"weights": {"file": "weights.safetensors", "runtime": []}}, r"'weights\.runtime' must be an object"),
+        ({"weights": {"file": "weights.safetensors", "runtime": {"a": 3}}}, "expected names of tensors"),
+        ({"weights": {"file": "weights.safetensors", "runtime": {"a": "b\x07"}}}, "expected names of tensors"),
+        ({"tools": {"torch": 2}}, r"tools\['torch'\] is no text"),
+        ({"parity": {"verified": "yes"}}, r"'parity\.verified' must be true or false"),
+        ({"decode_vocabulary": {"first": 1, "count": 1, "extra": [1] * 100_001}}, "has 100001 tokens, at most"),
+        ({"files": {"prefix.onnx": {"size": True, "sha256": "0" * 64}}}, "needs an integer size"),
+        ({"files": {"prefix.onnx": {"size": -1, "sha256": "0" * 64}}}, "needs an integer size"),
+        ({"files": {"a\x1b[2J": {"size": 1, "sha256": "0" * 64}}}, "no name of a file"),
+        ({"files": {"a" * 5000: {"size": 1, "sha256": "0" * 64}}}, "no name of a file"),
+        ({"files": {name: {"size": 1, "sha256": "0" * 64} for name in ("a", "A")}}, "are one file on some disks"),
+        ({"files": {str(i): {} for i in range(10_001)}}, "10001 entries, at most 10000"),
         ({"files": {"prefix.onnx": {}}}, r"files\['prefix\.onnx'\] needs an integer size"),
         ({"files": {"prefix.onnx": 3}}, r"files\['prefix\.onnx'\] needs"),
     ],
@@ -252,10 +270,11 @@ def test_wrong_fields(write, changes, message):
     refused(path, message)
 
 
-def test_missing_hash_is_a_wrong_hash(write):
+@pytest.mark.parametrize("digest", [None, "", "0" * 63, "G" * 64, 5, ["0" * 64]])
+def test_a_hash_that_is_none(write, digest):
     path = write()
-    edit(path, lambda data: data["files"]["prefix.onnx"].pop("sha256"))
-    refused(path, "'prefix.onnx' has changed", verify=hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest())
+    edit(path, lambda data: data["files"]["prefix.onnx"].update(sha256=digest))
+    refused(path, r"files\['prefix\.onnx'\] needs a sha256 of 64")
 
 
 @pytest.mark.parametrize(
@@ -264,7 +283,7 @@ def test_missing_hash_is_a_wrong_hash(write):
 def test_paths_that_leave_the_bundle(write, tmp_path, name):
     (tmp_path / "secret").write_bytes(b"x")
     path = write()
-    edit(path, lambda data: data["files"].update({name: {"size": 1, "sha256": ""}}))
+    edit(path, lambda data: data["files"].update({name: {"size": 1, "sha256": "0" * 64}}))
     refused(path, "which leaves the bundle; do not use this bundle")
 
 

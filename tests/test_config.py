@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from ki_edge.config import PI05, TINY, GemmaConfig, Pi05Config, VisionConfig
+from ki_edge.config import LIMITS, PI05, TINY, GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.errors import CheckpointError
 from ki_edge.graphs import specs
 
@@ -99,3 +99,22 @@ def test_pictures_are_bytes_unless_it_says_floats():
     assert specs(TINY)[0].tensor("images").dtype == "uint8"
     with pytest.raises(CheckpointError, match=r"model\.pictures': expected one of uint8, float32, not 'float16'"):
         Pi05Config.from_dict({**old, "pictures": "float16"})
+
+
+@pytest.mark.parametrize("part", ["vision", "backbone", "expert", "model"])
+def test_no_size_is_believed_however_large(part):
+    """Nothing is computed from them before: a depth of 10^18 would be counted through."""
+    for name, most in LIMITS.items():
+        data = TINY.to_dict()
+        target = data if part == "model" else data[part]
+        if name not in target:
+            continue
+        for value in (most + 1, 10**18, 2.0, True, "8", None, [8]):
+            target[name] = value
+            with pytest.raises(CheckpointError, match=rf"geometry '{part}\.{name}'"):
+                Pi05Config.from_dict(data)
+
+
+def test_pictures_of_too_many_patches():
+    with pytest.raises(CheckpointError, match="16777216 patches of a picture, at most 65536"):
+        VisionConfig(width=16, depth=1, mlp_dim=8, num_heads=2, patch_size=1, image_size=4096)

@@ -73,7 +73,7 @@ def test_golden_malformed(codec, golden):
 def test_decode_problems(codec):
     assert codec.decode([3, 512], 16, 8).problem == "FAST id 512 is outside the codec's 0..511"
     assert codec.decode([-1], 16, 8).problem == "FAST id -1 is outside the codec's 0..511"
-    with pytest.raises(ArgumentError, match="at least 1"):
+    with pytest.raises(ArgumentError, match="expected an integer from 1"):
         codec.decode([], 0, 8)
 
 
@@ -153,7 +153,7 @@ def test_load_refuses(tmp_path, codec):
         FastCodec.load(tmp_path)
     codec.save(tmp_path)
     (tmp_path / "processor_config.json").write_text('{"scale": 0, "min_token": -4}')
-    with pytest.raises(ContractError, match="scale must be positive"):
+    with pytest.raises(ContractError, match="'scale' is 0, expected a number above 0"):
         FastCodec.load(tmp_path)
 
 

@@ -128,4 +128,4 @@ def test_the_row_of_a_pi0_is_the_embedding_of_the_time(recorded):
     table = flow.modulation_table({}.__getitem__, recorded["times"], config)
     assert (table.dtype, table.shape) == (np.float32, (10, *config.modulation_shape))
     np.testing.assert_allclose(table, recorded["time_sincos_steps"], rtol=0, atol=1e-7)
-    assert flow.modulation_weights(config) == []
+    assert flow.modulation_weights(config) == {}

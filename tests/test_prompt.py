@@ -99,7 +99,7 @@ def test_pad():
 def test_bad_construction(tokenizer_model, tmp_path):
     with pytest.raises(ContractError, match="unknown prompt format 'pi1'"):
         PromptTokenizer(tokenizer_model, "pi1", 200)
-    with pytest.raises(ContractError, match="at least 1"):
+    with pytest.raises(ContractError, match="expected an integer from 1"):
         PromptTokenizer(tokenizer_model, "pi05", 0)
     with pytest.raises(ContractError, match="the given bytes"):
         PromptTokenizer(b"nonsense", "pi05", 200)

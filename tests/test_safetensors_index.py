@@ -137,9 +137,27 @@ def test_header_longer_than_the_file(tmp_path):
     refused(path, f"is truncated: 10 bytes, but the header alone needs {8 + MAX_HEADER}")
 
 
-@pytest.mark.parametrize("blob", [b"{,}", b"[1]", b"nu", b"\xff\xff", b"[" * 50_000, b'{"a":' * 50_000])
-def test_header_that_is_no_object(write, blob):
-    refused(write(blob), "its header is no JSON object")
+@pytest.mark.parametrize("blob", [b"{,}", b"nu", b"\xff\xff", b"[" * 50_000, b'{"a":' * 50_000])
+def test_header_that_is_no_json(write, blob):
+    refused(write(blob), "its header is not valid JSON")
+
+
+def test_header_that_is_no_object(write):
+    refused(write(b"[1]"), "its header is no JSON object")
+
+
+@pytest.mark.parametrize("name", ["F8_E4M3", "F8_E5M2", "F4", "C64"])
+def test_a_type_that_is_not_supported_is_no_damage(write, name):
+    refused(write({"x": entry(dtype=name)}, bytes(8)), f"'x' has the type {name}, which is not supported: save the")
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2Jb", "a\nb", "a\x7f", "\u202ea", "x" * 1001])
+def test_names_that_a_terminal_would_obey(write, name):
+    refused(write({name: entry()}, bytes(8)), "is no name of a tensor")
+
+
+def test_shapes_that_take_forever_to_multiply(write):
+    refused(write({"x": {**entry(), "shape": [2**62] * 100_000}}, bytes(8)), "tensor 'x' is malformed")
 
 
 @pytest.mark.parametrize("metadata", [[], "text", 5])
@@ -158,7 +176,7 @@ def test_bad_metadata(write, metadata):
         "F32",
         {},
         {"dtype": "F32", "shape": [1]},
-        entry(dtype="F8"),
+        entry(dtype="f32 "),
         entry(dtype=None),
         entry(dtype=["F32"]),
         {**entry(), "shape": 1},

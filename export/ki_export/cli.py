@@ -5,14 +5,13 @@ the engines of a bundle, without PyTorch.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ki_edge.commands import Parser, run_command, tell
+from ki_edge.commands import Parser, run_command, show, show_json, tell
 from ki_edge.contract import PRESETS
 from ki_edge.errors import ArgumentError
 from ki_edge.graphs import GRAPHS
@@ -155,8 +154,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from .inspection import inspect
 
     found = inspect(_where(arguments), _request(arguments), lambda line: tell(f"{NAME}: {line}"))
-    text = json.dumps(found.to_json(), indent=1, ensure_ascii=False) if arguments.json else "\n".join(found.lines())
-    sys.stdout.write(text + "\n")
+    if arguments.json:
+        show_json(found.to_json())
+    else:
+        show(found.lines())
     return 0
 
 

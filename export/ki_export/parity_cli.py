@@ -6,13 +6,12 @@ Against the witness it needs neither torch nor the checkpoint: that is what a ro
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ki_edge.commands import Parser, run_command, tell
+from ki_edge.commands import Parser, printable, run_command, show, show_json, tell
 
 if TYPE_CHECKING:
     from ki_edge.bundle import Bundle
@@ -51,9 +50,9 @@ def _witness(bundle: Bundle, arguments: argparse.Namespace) -> int:
     backend = verdicts[0].facts["backend"]
     if arguments.json:
         found = {"verified": all(v.passed for v in verdicts), "verdicts": [v.to_json() for v in verdicts]}
-        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        show_json(found)
     else:
-        sys.stdout.write("\n".join(witness_table(verdicts)) + "\n")
+        show(witness_table(verdicts))
     failed = next((verdict for verdict in verdicts if not verdict.passed), None)
     if failed is not None:
         raise ParityError(refusal(backend, failed, bundle))
@@ -76,9 +75,9 @@ def _reference(bundle: Bundle, arguments: argparse.Namespace) -> int:
     else:
         comparison = compare_with_recording(bundle, arguments.outputs, arguments.inputs, backend=arguments.backend)
     if arguments.json:
-        sys.stdout.write(json.dumps(to_json(comparison, {}), indent=1) + "\n")
+        show_json(to_json(comparison, {}))
     else:
-        sys.stdout.write(table(comparison))
+        show(table(comparison).rstrip("\n").split("\n"))
     if arguments.report is not None:
         arguments.report.mkdir(parents=True, exist_ok=True)
         write_report(arguments.report, comparison, report_facts(bundle), read_ranges(bundle.path))
@@ -102,7 +101,7 @@ def table(comparison: Comparison) -> str:
         m = max((comparison.measurements[at] for at in places), key=lambda m: m.severity)
         verdict = "" if m.passed else "  FAILED"
         lines.append(f"{graph:12} {tensor:12} {m.error:9.2e} {m.limit:9.1e}  {m.metric}{verdict}")
-    lines.append(f"{len(comparison.measurements)} comparisons with {comparison.reference}")
+    lines.append(f"{len(comparison.measurements)} comparisons with {printable(comparison.reference)}")
     return "\n".join(lines) + "\n"
 
 

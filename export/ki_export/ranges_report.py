@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,11 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ki_edge.errors import BundleError
+from ki_edge.reading import read_object
 
 from .ranges import KINDS, LARGEST, MARGIN, RANGES, scaling
 
-LAYER = re.compile(r"(vision|backbone|expert)\b.*\blayers\.(\d+)\.")
-MAX_FILE = 16_000_000
+LAYER = re.compile(r"(vision|backbone|expert)\b.*\blayers\.(\d{1,4})\.")
 SHOWN = 40  # rows of the table: those with the least headroom
 Found = Mapping[str, Any]
 
@@ -28,12 +27,11 @@ def read_ranges(bundle: Path) -> Found | None:
     if not path.is_file():
         return None
     try:
-        if path.stat().st_size > MAX_FILE:
-            raise ValueError(f"{path.stat().st_size} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_object(path, BundleError)
         _check(found)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise BundleError(f"{path} is not what an export writes ({error}): export the checkpoint again") from None
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise BundleError(f"{path} is not what an export writes ({why}): export the checkpoint again") from None
     return dict(found)
 
 

@@ -12,7 +12,6 @@ unless a backend is named.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -21,9 +20,10 @@ import numpy as np
 from ki_edge.bundle import Bundle
 from ki_edge.config import Pi05Config
 from ki_edge.contract import PolicyContract
-from ki_edge.errors import DatasetError
+from ki_edge.errors import DatasetError, KiEdgeError
 from ki_edge.flow import denoise_times, step_size
 from ki_edge.images import model_pictures
+from ki_edge.npz import read_npz
 from ki_runtime.backends import connect
 from ki_runtime.sampler import Sampler
 
@@ -34,6 +34,7 @@ from .comparison import DIRECTION, RUNTIME, Comparison, by_layer
 from .diagnosis import summary
 
 KNOWN = ("actions", "x_steps", "v_steps", "times", "kv_k", "kv_v", "greedy_tokens")
+MAX_BYTES = 4 << 30  # of all arrays of a file
 PROMPTS = (("prompt_only_tokens", "prompt_only_mask"), ("tokenized_prompt", "tokenized_prompt_mask"))
 CAUSES = {
     "times": "the recording was made under the other time convention",
@@ -58,6 +59,20 @@ def compare_with_recording(
     given = read_arrays(inputs or outputs.with_name("inputs.npz"))
     exact = bundle.manifest.precision in SIXTEEN_BITS and backend is None
     sampler = arithmetic_sampler(bundle) if exact else _sampler(bundle, backend or "ort")
+    try:
+        return _compared(bundle, sampler, outputs, recorded, given)
+    except (KiEdgeError, MemoryError):
+        raise
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise DatasetError(
+            f"{outputs}: its arrays and those of the inputs fit neither each other nor the bundle ({why})"
+        ) from error
+
+
+def _compared(
+    bundle: Bundle, sampler: Sampler, outputs: Path, recorded: Mapping[str, Array], given: Mapping[str, Array]
+) -> Comparison:
     case = read_case(given, bundle, sampler, outputs)
     name = f"recorded outputs {outputs.parent.name}/{outputs.name}"
     result = Comparison(name, bundle.manifest.precision, "recorded", [case.describe()])
@@ -82,11 +97,7 @@ def read_arrays(path: Path) -> dict[str, Array]:
     """All arrays of an .npz file; DatasetError if it is missing or no such file."""
     if not path.is_file():
         raise DatasetError(f"no such file: {path}: expected recorded arrays (.npz); name it with --inputs or --outputs")
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise DatasetError(f"{path} is no .npz file of arrays: {error}") from None
+    return read_npz(path, MAX_BYTES, DatasetError)
 
 
 def read_case(given: Mapping[str, Array], bundle: Bundle, sampler: Sampler, source: Path) -> Case:

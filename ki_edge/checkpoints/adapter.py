@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from ..errors import CheckpointError
 from .formats import WEIGHTS as MODEL
 from .formats import read_json
 from .hub import Resolved, Say, resolve
+from .name_patterns import NamePattern, PatternError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-MAX_PATTERN = 1000  # characters of a rank or alpha pattern
+MAX_PATTERNS = 2000  # of ranks or alphas: one for each layer is a few hundred
+MAX_STATES = 4000  # of all patterns that are no plain names
+PLAIN = re.compile(r"[\w.-]+", re.ASCII)
 # settings that a merge does not depend on, or that are read below
 HARMLESS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
@@ -162,16 +166,33 @@ def _patterns(path: Path, settings: Mapping[str, Any], name: str, *kinds: type) 
     patterns = settings.get(name) or {}
     if not isinstance(patterns, dict):
         raise CheckpointError(f"{path}: '{name}' must be an object, found {type(patterns).__name__}")
+    if len(patterns) > MAX_PATTERNS:
+        raise CheckpointError(f"{path}: '{name}' has {len(patterns)} patterns, at most {MAX_PATTERNS} are read")
+    states = 0
     for pattern in patterns:
         try:
-            if len(pattern) > MAX_PATTERN:
-                raise re.error(f"longer than {MAX_PATTERN} characters")
-            re.compile(pattern)
-        except re.error as error:
+            found = _compiled(pattern)
+        except PatternError as error:
             raise CheckpointError(f"{path}: '{name}' has the pattern {pattern[:80]!r}: {error}") from None
+        states += 0 if PLAIN.fullmatch(pattern) else found.states
+        if states > MAX_STATES:
+            raise CheckpointError(f"{path}: the patterns of '{name}' are too large together: merge it with PEFT")
     return {pattern: _positive(path, f"{name} of {pattern}", value, *kinds) for pattern, value in patterns.items()}
 
 
 def _match(patterns: Mapping[str, float], module: str) -> str:
     """The first pattern that is a module's name, or the end of it after a dot."""
-    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", module)), module)
+    return next((pattern for pattern in patterns if _ends(pattern, module)), module)
+
+
+def _ends(pattern: str, module: str) -> bool:
+    if PLAIN.fullmatch(pattern):  # a name, as PEFT itself writes them; its dots stand for any character
+        length = len(pattern)
+        same = all(theirs in (".", ours) for ours, theirs in zip(module[-length:], pattern, strict=False))
+        return same and len(module) >= length and module[-length - 1 : -length] in ("", ".")
+    return _compiled(pattern).ends(module)
+
+
+@lru_cache(maxsize=MAX_PATTERNS)
+def _compiled(pattern: str) -> NamePattern:
+    return NamePattern(pattern)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..model.pi import PiModel
 
 MAX_SHARDS = 1000
+MAX_NAME = 200  # characters of a file's name
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +163,7 @@ def _shards(folder: Path) -> list[Path]:
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{folder / SHARDS} has no 'weight_map'")
     names = sorted({str(name) for name in places.values()})
-    if len(names) > MAX_SHARDS or any(Path(name).name != name for name in names):
+    if len(names) > MAX_SHARDS or any(Path(name).name != name or len(name) > MAX_NAME for name in names):
         raise CheckpointError(f"{folder / SHARDS} names {len(names)} files, one of them outside its folder or too many")
     for name in names:
         if not (folder / name).is_file():

@@ -8,20 +8,19 @@ ki-train     model.safetensors with contract.json beside it
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import CheckpointError
+from ..reading import read_object
 
 Format = Literal["openpi", "openpi-jax", "lerobot", "ki-train"]
 LEROBOT_TYPES = ("pi05", "pi0")
 WEIGHTS = "model.safetensors"
 SHARDS = "model.safetensors.index.json"
 ORBAX_MARKS = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt")
-MAX_JSON = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -72,27 +71,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of bounded size. CheckpointError says what is wrong with it."""
-    try:
-        size = path.stat().st_size
-        if size > MAX_JSON:
-            raise CheckpointError(f"{path}: {size} bytes, more than such a file can be ({MAX_JSON})")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+    return read_object(path, CheckpointError)
 
 
 def _pytorch_format(path: Path, settings: Mapping[str, Any]) -> Format:
     if "type" in settings:
         if settings["type"] not in LEROBOT_TYPES:
             raise CheckpointError(
-                f"{path} holds LeRobot's policy {settings['type']!r}: expected {' or '.join(LEROBOT_TYPES)}, "
+                f"{path} holds LeRobot's policy {settings['type']!r:.60}: expected {' or '.join(LEROBOT_TYPES)}, "
                 "which are the policies that ki_edge can run"
             )
         return "lerobot"
@@ -109,7 +95,9 @@ def _is_orbax(path: Path) -> bool:
 
 def _no_checkpoint(path: Path) -> str:
     """Why a folder is no checkpoint, with the next thing to try."""
-    below = [p for p in sorted(path.glob("*/*")) + sorted(path.glob("*/*/*")) if p.name in (WEIGHTS, "params")]
+    below = [
+        p for p in sorted(path.glob("*/*")) + sorted(path.glob("*/*/*")) if p.name in (WEIGHTS, "params") and p.exists()
+    ]
     if below:
         newest = max(below, key=lambda p: p.stat().st_mtime).parent
         return f"{path} holds no checkpoint itself, but folders that do: give one of them, such as {newest}"

@@ -54,6 +54,7 @@ class OrbaxSource(TensorSource):
         folder = folder / "params" if (folder / "params").is_dir() else folder
         if not (folder / METADATA).is_file():
             raise CheckpointError(f"{folder}: no {METADATA}, so this is no complete orbax folder: copy it again")
+        _files(folder)
         metadata = read_json(folder / METADATA)
         ocdbt = (folder / MANIFEST).is_file()
         if metadata.get("use_ocdbt") and not ocdbt:
@@ -113,6 +114,9 @@ def leaf_names(metadata: Mapping[str, Any], folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{folder / METADATA} does not describe a tree: {error!r}") from None
     if not 0 < len(keys) <= MAX_LEAVES:
         raise CheckpointError(f"{folder / METADATA} lists {len(keys)} parameters, expected 1 to {MAX_LEAVES}")
+    for key in keys:
+        if not key or not all(part.isprintable() and "/" not in part and part not in ("", ".", "..") for part in key):
+            raise CheckpointError(f"{folder / METADATA} names a parameter {key!r:.80}, which is no name in a tree")
     paths = [key[1:] if key[:1] == ["params"] else key for key in keys]
     if all(path[-1:] == ["value"] for path in paths):
         paths = [path[:-1] for path in paths]
@@ -120,7 +124,13 @@ def leaf_names(metadata: Mapping[str, Any], folder: Path) -> dict[str, str]:
 
 
 def _files(folder: Path) -> tuple[Path, ...]:
-    files = tuple(sorted(path for path in folder.rglob("*") if path.is_file()))
-    if len(files) > MAX_FILES:
-        raise CheckpointError(f"{folder} holds {len(files)} files, expected at most {MAX_FILES}")
-    return files
+    """All files below it. CheckpointError if they are too many, or no regular files, which would be waited for."""
+    files = []
+    for path in folder.rglob("*"):
+        if path.is_file():
+            files.append(path)
+        elif path.exists() and not path.is_dir():
+            raise CheckpointError(f"{path} is no regular file: copy the checkpoint again")
+        if len(files) > MAX_FILES:
+            raise CheckpointError(f"{folder} holds more than {MAX_FILES} files")
+    return tuple(sorted(files))

@@ -111,6 +111,11 @@ class StoredArray:
         metadata = array.spec().to_json()["metadata"]
         self.separator = metadata.get("dimension_separator", ".") if store.driver == "zarr" else "/"
         self.chunk = tuple(int(size) for size in array.chunk_layout.write_chunk.shape)
+        whole = math.prod(max(size, 1) for size in self.shape)
+        if math.prod(self.chunk) > max(4 * whole, STREAM):
+            raise CheckpointError(
+                f"{store.folder}: a chunk of '{name}' {list(self.chunk)} is larger than the whole array"
+            )
         self.streamed = math.prod(self.chunk) * np.dtype(STORED[self.dtype]).itemsize > STREAM and _streamable(metadata)
         self.inner = store.driver == "zarr3" and metadata["codecs"][0]["name"] == "sharding_indexed"
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from ..checkpoints import Checkpoint
 from ..checkpoints.geometry import GEOMETRY
 from ..checkpoints.keys import EMBEDDING, EXPERT_HEAD, LM_HEAD, checkpoint_key
+from ..config import GemmaConfig, Pi05Config
 from ..errors import CheckpointError
 from ..writing import write_file, writing
 from .build import build
@@ -24,6 +25,13 @@ from .pi import PiModel
 FLOAT32 = re.compile(
     r"patch_embedding|position_embedding|\.(input|post_attention)_layernorm|^(backbone|expert)\.norm|^(action|time|state)_"
 )
+
+# openpi's names of Gemma's sizes (openpi gemma.py, get_config); its own reader knows no others
+OPENPI_VARIANTS = {
+    "gemma_2b": GemmaConfig(width=2048, depth=18, mlp_dim=16384, num_heads=8, num_kv_heads=1, head_dim=256),
+    "gemma_300m": GemmaConfig(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256),
+    "dummy": GemmaConfig(width=64, depth=4, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=16),
+}
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PiModel:
@@ -57,8 +65,7 @@ def save_checkpoint(model: PiModel, folder: str | Path, *, max_token_len: int = 
     settings = {
         "action_dim": config.action_dim,
         "action_horizon": config.action_horizon,
-        "paligemma_variant": "tiny",
-        "action_expert_variant": "tiny",
+        **_variants(config),
         "precision": "float32",
         "pi05": config.variant == "pi05",
         "max_token_len": max_token_len,
@@ -86,3 +93,10 @@ def write_safetensors(state: Mapping[str, torch.Tensor], path: Path, metadata: M
         raise CheckpointError(f"cannot write {path}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _variants(config: Pi05Config) -> dict[str, str]:
+    """openpi's names of the two Gemmas, where it has names for both; other sizes are told by the geometry block."""
+    parts = {"paligemma_variant": config.backbone, "action_expert_variant": config.expert}
+    found = {key: name for key, part in parts.items() for name, size in OPENPI_VARIANTS.items() if size == part}
+    return found if len(found) == len(parts) else {}

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..commands import Parser, run_command
+from ..commands import Parser, run_command, show
 from ..config import TINY
 
 PRESETS = {"tiny": TINY}
@@ -82,7 +82,7 @@ def train(arguments: argparse.Namespace) -> int:
             bar.set_postfix({name: f"{record[name]:.3f}" for name in ("flow", "fast", "pointing") if name in record})
     picture = out / "training" / "losses.png"
     plot_losses(trainer.log_path, picture)
-    print(f"checkpoint {out} after {trainer.step} steps; loss plot {picture}")
+    show([f"checkpoint {out} after {trainer.step} steps; loss plot {picture}"])
     return 0
 
 

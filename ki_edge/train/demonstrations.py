@@ -11,7 +11,6 @@ points.npy     f32 [F,N,2], optional: where the task's target is in each picture
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DatasetError
+from ..reading import read_object
 
 VERSION = 1
 MAX_META = 4_000_000
@@ -74,35 +74,32 @@ class Demonstrations:
 def _read_meta(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DatasetError(f"no {path}: expected a folder of recorded demonstrations with meta.json")
-    if path.stat().st_size > MAX_META:
-        raise DatasetError(f"{path}: larger than {MAX_META} bytes")
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{path} is not valid JSON: {error}") from None
+    meta = read_object(path, DatasetError, MAX_META)
     wanted = {"version": int, "cameras": list, "state_names": list, "action_names": list, "horizon": int,
               "frames": int, "prompts": list}  # fmt: skip
-    if not isinstance(meta, dict):
-        raise DatasetError(f"{path}: expected a JSON object")
     for name, kind in wanted.items():
-        if not isinstance(meta.get(name), kind) or not meta[name]:
-            raise DatasetError(f"{path}: '{name}' must be a non-empty {kind.__name__}, not {meta.get(name)!r}")
+        if type(meta.get(name)) is not kind or not meta[name]:
+            raise DatasetError(f"{path}: '{name}' must be a non-empty {kind.__name__}, not {meta.get(name)!r:.80}")
+        if kind is int and meta[name] < 1:
+            raise DatasetError(f"{path}: '{name}' must be at least 1, not {meta[name]}")
     if meta["version"] != VERSION:
         raise DatasetError(f"{path}: version {meta['version']}, this version reads {VERSION}")
-    for name in ("cameras", "prompts", "action_names"):
+    for name in ("cameras", "prompts", "state_names", "action_names"):
         if not all(isinstance(item, str) for item in meta[name]):
-            raise DatasetError(f"{path}: '{name}' must be a list of strings, not {meta[name]!r}")
+            raise DatasetError(f"{path}: '{name}' must be a list of strings, not {meta[name]!r:.80}")
     hz = meta.get("control_hz")
     if hz is not None and (isinstance(hz, bool) or not isinstance(hz, int | float) or not hz > 0):
-        raise DatasetError(f"{path}: 'control_hz' must be a positive number, not {hz!r}")
+        raise DatasetError(f"{path}: 'control_hz' must be a positive number, not {hz!r:.80}")
     return meta
 
 
 def _load(path: Path, dtype: str, shape: tuple[int | None, ...]) -> npt.NDArray[Any]:
+    if not path.is_file():  # a FIFO would be waited for
+        raise DatasetError(f"{path} cannot be read: {'no regular file' if path.exists() else 'no such file'}")
     try:
         array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")  # type: ignore[no-untyped-call]
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{path} cannot be read: {error}") from None
+    except (OSError, ValueError, TypeError, SyntaxError, EOFError, OverflowError, MemoryError) as error:
+        raise DatasetError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
     fits = array.ndim == len(shape) and all(want in (None, got) for want, got in zip(shape, array.shape, strict=True))
     if not fits or array.dtype != dtype:
         expected = " x ".join("*" if n is None else str(n) for n in shape)

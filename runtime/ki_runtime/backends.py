@@ -18,12 +18,14 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from ki_edge.arguments import count
 from ki_edge.bundle import Bundle
 from ki_edge.errors import BackendError, KiEdgeError
 from ki_edge.graphs import GraphSpec
 
 from .session import Session, first_line
 
+MAX_THREADS = 4096
 GraphOpener = Callable[[GraphSpec], Session]
 
 
@@ -69,6 +71,10 @@ class SessionOptions:
     verify: bool = False
     build: bool = False
     trust: bool = False
+
+    def __post_init__(self) -> None:
+        if self.threads is not None:
+            count(self.threads, "threads", MAX_THREADS)
 
 
 @dataclass(frozen=True)
@@ -264,8 +270,8 @@ def _installed(package: str) -> bool:
 
 def check_name(name: str) -> None:
     """BackendError unless there is a backend of this name."""
-    if name not in NAMES:
-        raise BackendError(f"no backend '{name}'; there are: {', '.join(NAMES)}")
+    if not isinstance(name, str) or name not in NAMES:
+        raise BackendError(f"no backend {name!r:.60}; there are: {', '.join(NAMES)}")
 
 
 def _candidates(name: str) -> Iterator[Backend]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 
-from ki_edge.commands import Parser, run_command, tell
+from ki_edge.commands import Parser, run_command, show, show_json, tell
 
 from .backends import NAMES
 from .interrupts import Interrupts
@@ -92,14 +91,14 @@ def _print(options: argparse.Namespace, loop: ControlLoop, recorder: Recorder | 
     report = loop.report(interrupted=interrupted)
     if options.json:
         facts = {"bundle": options.bundle, "robot": options.robot, "seed": options.seed, **report.to_json()}
-        print(json.dumps(facts, indent=1))
+        show_json(facts)
         return
-    for line in (*report.lines(), *(recorder.notes if recorder else ())):
-        print(line)
+    lines = [*report.lines(), *(recorder.notes if recorder else ())]
     if options.record:
-        print(f"recorded      {options.record}")
+        lines = [*lines, f"recorded      {options.record}"]
     elif options.robot.startswith("replay:"):
-        print("add --record DIR to plot the predicted actions against the recorded ones")
+        lines = [*lines, "add --record DIR to plot the predicted actions against the recorded ones"]
+    show(lines)
 
 
 def _parser() -> Parser:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ki_edge.arguments import count, integers
 from ki_edge.bundle import Bundle
 from ki_edge.contract import PolicyContract
 from ki_edge.errors import ArgumentError, BackendError, DeviceMemoryError
@@ -28,6 +29,7 @@ Int64 = npt.NDArray[np.int64]
 TOKENIZER = "assets/tokenizer.model"
 EOS_ID = 1  # PaliGemma's, for a bundle without a tokenizer
 MAX_CACHES = 8
+MAX_TOKENS = 4096  # of one continuation
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +70,7 @@ class FastStage:
             return self._run(prefix, inputs, choices, max_tokens, forced)
         except DeviceMemoryError:
             raise  # the caller may make room and try again
-        except BackendError:
+        except (BackendError, MemoryError):
             self.forget()
             raise
 
@@ -213,10 +215,11 @@ def choices_of(bundle: Bundle, constrained: bool) -> Choices:
     return Choices.of(ids, tokenizer.eos_id, (*fast, *tokenizer.end_ids, tokenizer.eos_id))
 
 
-def check_decoding(max_tokens: Any, forced: Sequence[int], vocab_size: int) -> None:
-    """ArgumentError unless max_tokens is a positive integer and every forced id is in the vocabulary."""
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int | np.integer) or max_tokens < 1:
-        raise ArgumentError(f"max_tokens {max_tokens!r}: expected a positive integer")
-    for token in forced:
-        if not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
+def check_decoding(max_tokens: Any, forced: Any, vocab_size: int) -> list[int]:
+    """The forced ids; ArgumentError unless they are in the vocabulary and max_tokens is a positive integer."""
+    count(max_tokens, "max_tokens", MAX_TOKENS)
+    ids = integers(forced, "forced", MAX_TOKENS)
+    for token in ids:
+        if not 0 <= token < vocab_size:
             raise ArgumentError(f"forced id {token!r} is no token: expected integers from 0 to {vocab_size - 1}")
+    return ids

@@ -26,6 +26,7 @@ from .session import Binding, Buffer, Session, Storage
 
 F32 = npt.NDArray[np.float32]
 MAX_TABLES = 4
+FLOATS = ("F32", "BF16", "F16")  # types that the runtime computes a modulation from
 TensorReader = Callable[[str], npt.NDArray[np.floating[Any]]]
 
 
@@ -76,7 +77,7 @@ class DenoiseStage:
             return loop.x(num_steps).read()
         except DeviceMemoryError:
             raise  # the caller may make room and try again
-        except BackendError:
+        except (BackendError, MemoryError):
             self.forget()
             raise
 
@@ -95,7 +96,7 @@ class DenoiseStage:
             return self._states(prefix, noise, num_steps, once)
         except DeviceMemoryError:
             raise
-        except BackendError:
+        except (BackendError, MemoryError):
             self.forget()
             raise
 
@@ -148,7 +149,13 @@ class DenoiseStage:
 
     def _wind(self, num_steps: int) -> Clock:
         times = flow.denoise_times(num_steps, self._convention)
-        table = flow.modulation_table(self._tensor, times, self._config)  # [steps, M, R]
+        with np.errstate(all="ignore"):  # of weights that are not finite, which is told below
+            table = flow.modulation_table(self._tensor, times, self._config)  # [steps, M, R]
+        if not np.isfinite(table).all():
+            raise BackendError(
+                "the time modulation is not finite: the weights of time_mlp or of the expert's norms hold NaN or huge "
+                "values; export the checkpoint again"
+            )
         rows = []
         for row in table:
             rows.append(self._session.allocate(row.shape, "float32"))
@@ -161,7 +168,7 @@ class DenoiseStage:
 def runtime_weights(bundle: Bundle) -> TensorReader:
     """Reader of the checkpoint tensors that the runtime itself computes with, by their checkpoint names.
 
-    BundleError if the manifest does not say where one of them lies.
+    BundleError if the manifest does not say where one of them lies, or what lies there is of another shape or type.
     """
     recorded = bundle.manifest.weights.get("runtime")
     names = recorded if isinstance(recorded, dict) else {}
@@ -172,4 +179,18 @@ def runtime_weights(bundle: Bundle) -> TensorReader:
             f"{bundle.path}: the manifest or the weights file lacks '{missing[0]}' ({len(missing)} such), which the "
             "time modulation needs: export the checkpoint again"
         )
+    expected = flow.modulation_weights(bundle.manifest.config)
+    for name, shape in expected.items():
+        stored = str(names[name])
+        swapped = [other for other in expected if other != name and f".{stored}".endswith(f".{other}")]
+        if swapped:
+            raise BundleError(
+                f"{bundle.path}: the manifest gives '{stored}' as '{name}': they are swapped; export it again"
+            )
+        entry = weights.entries[stored]
+        if entry.shape != shape or entry.dtype not in FLOATS:
+            raise BundleError(
+                f"{weights.path}: '{stored}', which the manifest gives as '{name}', is {entry.dtype} "
+                f"{list(entry.shape)}, expected {list(shape)} in {', '.join(FLOATS)}: export the checkpoint again"
+            )
     return lambda name: weights.array(str(names[name]))

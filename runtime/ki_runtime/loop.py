@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge import flow
+from ki_edge.arguments import MAX_SEED, count
 from ki_edge.commands import tell
 from ki_edge.contract import PolicyContract
 from ki_edge.errors import ArgumentError, RobotError
@@ -28,6 +29,8 @@ from .interrupts import Interrupts
 from .robots.base import EpisodeStatus, Robot
 from .robots.replay import ReplayRobot
 from .telemetry import Episode, LatencyLog, RunReport
+
+MOST = 1 << 31  # episodes, or steps of one
 
 
 class Actor(Protocol):
@@ -77,14 +80,16 @@ class LoopOptions:
     def __post_init__(self) -> None:
         for name in ("episodes", "execute", "max_steps"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ArgumentError(f"{name} {value}: expected at least 1")
+            if value is not None or name == "episodes":
+                count(value, name, MOST)
         if self.num_steps is not None:
             flow.check_steps(self.num_steps)
-        if self.seed < 0:
-            raise ArgumentError(f"seed {self.seed}: expected 0 or more")
-        if self.max_hz is not None and not self.max_hz > 0:
-            raise ArgumentError(f"max_hz {self.max_hz}: expected more than 0")
+        count(self.seed, "seed", MAX_SEED - MOST, least=0)
+        if self.prompt is not None and not isinstance(self.prompt, str):
+            raise ArgumentError(f"prompt: expected text, got {type(self.prompt).__name__}")
+        hz = self.max_hz
+        if hz is not None and (not isinstance(hz, int | float) or isinstance(hz, bool) or not hz > 0):
+            raise ArgumentError(f"max_hz {hz!r:.60}: expected a number above 0")
 
 
 def episode_noise(seed: int, index: int, shape: Sequence[int]) -> F32:

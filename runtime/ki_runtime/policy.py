@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ki_edge.arguments import array_of
 from ki_edge.bundle import Bundle
 from ki_edge.commands import tell
 from ki_edge.config import Pi05Config
@@ -95,8 +96,9 @@ class Policy:
         inputs = self._inputs(observation)
         self._range.look(inputs.raw_state)
         clock.lap("preprocess_ms")
-        if noise is not None and np.ndim(noise) == 2:
-            noise = np.asarray(noise)[None]
+        if noise is not None:
+            noise = array_of(noise, "noise")
+            noise = noise[None] if noise.ndim == 2 else noise
         state = _state(inputs, self.sampler.config)
         actions = self.sampler.sample_actions(
             *_batch(inputs), state=state, noise=noise, seed=seed, num_steps=num_steps

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ki_edge.arguments import array_of
 from ki_edge.config import Pi05Config
 from ki_edge.errors import ArgumentError, BackendError, DeviceMemoryError
 from ki_edge.images import HIGHEST, LOWEST
@@ -25,6 +26,8 @@ from .session import Binding, Bucket, Buffer, Session, Storage
 Bool = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
 MAX_PLANS = 32
+# What one call may ask for: far above every policy, so that a slip does not take all memory.
+MAX_BATCH, MAX_CAMERAS, MAX_PROMPT = 1024, 64, 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +64,8 @@ def prepare_inputs(
     Where `config.pictures` is float32, images are f32 in [-1, 1], -3 in a margin of LeRobot 0.4; of absent cameras too.
     ArgumentError says what does not fit. A batch whose cameras are all absent keeps its first one, masked.
     """
-    images, camera_mask = np.asarray(images), np.asarray(camera_mask)
-    tokens, prompt_mask = np.asarray(prompt_tokens), np.asarray(prompt_mask)
+    images, camera_mask = array_of(images, "images"), array_of(camera_mask, "camera_mask")
+    tokens, prompt_mask = array_of(prompt_tokens, "prompt_tokens"), array_of(prompt_mask, "prompt_mask")
     _check_images(images, camera_mask, config)
     _check_prompt(tokens, prompt_mask, images.shape[0], config.vocab_size)
     cameras = np.asarray(camera_mask.any(axis=0))
@@ -90,7 +93,7 @@ def prepare_state(state: npt.ArrayLike | None, batch: int, config: Pi05Config) -
     shape = (batch, config.action_dim)
     if state is None:
         raise ArgumentError(f"state: missing; this model is a π0, which takes it as float32 {list(shape)}, normalised")
-    given = np.asarray(state)
+    given = array_of(state, "state")
     if given.shape != shape or given.dtype != np.float32:
         raise ArgumentError(f"state: expected float32 {list(shape)}, got {_describe(given)}")
     if not np.isfinite(given).all():
@@ -103,6 +106,11 @@ def _check_images(images: npt.NDArray[Any], camera_mask: npt.NDArray[Any], confi
     if images.dtype != pictures or images.ndim != 5 or images.shape[2:] != (size, size, 3) or 0 in images.shape:
         how = "; ki_edge.images.model_pictures makes them of bytes" if pictures == "float32" else ""
         raise ArgumentError(f"images: expected {pictures} [B, N, {size}, {size}, 3], got {_describe(images)}{how}")
+    if images.shape[0] > MAX_BATCH or images.shape[1] > MAX_CAMERAS:
+        raise ArgumentError(
+            f"images: {_describe(images)} has {images.shape[0]} observations of {images.shape[1]} cameras, at most "
+            f"{MAX_BATCH} of {MAX_CAMERAS} in one call"
+        )
     if pictures == "float32" and not (images.min() >= LOWEST and images.max() <= HIGHEST):  # NaN fails too
         found = f"{images.min():.3g}..{images.max():.3g}"
         raise ArgumentError(
@@ -115,6 +123,8 @@ def _check_images(images: npt.NDArray[Any], camera_mask: npt.NDArray[Any], confi
 def _check_prompt(tokens: npt.NDArray[Any], mask: npt.NDArray[Any], batch: int, vocab_size: int) -> None:
     if tokens.dtype.kind not in "iu" or tokens.ndim != 2 or tokens.shape[0] != batch or tokens.shape[1] == 0:
         raise ArgumentError(f"prompt_tokens: expected integers [{batch}, T], got {_describe(tokens)}")
+    if tokens.shape[1] > MAX_PROMPT:
+        raise ArgumentError(f"prompt_tokens: {tokens.shape[1]} tokens a prompt, at most {MAX_PROMPT}")
     if mask.dtype != np.bool_ or mask.shape != tokens.shape:
         raise ArgumentError(f"prompt_mask: expected bool {list(tokens.shape)}, got {_describe(mask)}")
     if not mask[:, 0].all():
@@ -184,7 +194,7 @@ class PrefixStage:
             choose(plan).run()
         except DeviceMemoryError:
             raise  # the caller may make room and try again
-        except BackendError:
+        except (BackendError, MemoryError):
             self.forget()
             raise
         return plan.prefix

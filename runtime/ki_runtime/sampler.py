@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Lock, RLock
+from threading import Lock, RLock, local
 
 import numpy as np
 import numpy.typing as npt
 
 from ki_edge import flow, graphs
+from ki_edge.arguments import array_of, seed_of
 from ki_edge.bundle import Bundle
 from ki_edge.commands import tell
 from ki_edge.config import Pi05Config
@@ -23,7 +25,7 @@ from .decode import Choices, FastStage, check_decoding, choices_of
 from .denoise import DenoiseStage, runtime_weights
 from .prefix import PrefixStage, prepare_inputs, prepare_state
 from .proof import Prover
-from .room import Stage, within_memory
+from .room import Result, Stage, within_memory
 from .session import Bucket, Session
 from .verdict import ACTIONS, FAST
 
@@ -33,7 +35,7 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Nanoseconds that the last call spent in each stage; 0 for a stage that it did not use.
+    """Nanoseconds that a call spent in each stage; 0 for a stage that it did not use.
 
     A GPU's stages are queued without waiting in between: there only their sum is the time that they took.
     """
@@ -66,7 +68,7 @@ class Sampler:
     ) -> None:
         self.bundle = bundle
         self.backend = backend  # what runs it, and why the backends before it were passed over; None: not by name
-        self.timing = StageTimes()
+        self._times = local()
         self._open_graph = open_graph
         self._lock = Lock()
         self._config = bundle.manifest.config
@@ -142,6 +144,12 @@ class Sampler:
         return self._config
 
     @property
+    def timing(self) -> StageTimes:
+        """Of this thread's last call: those of other threads never mix in."""
+        times: StageTimes = getattr(self._times, "last", StageTimes())
+        return times
+
+    @property
     def prompt_bucket(self) -> Bucket:
         """The lengths that prompts are padded to."""
         return self._prefix.prompt_bucket
@@ -181,11 +189,10 @@ class Sampler:
             prefix = self._prefix.run(inputs)
             middle = time.perf_counter_ns()
             actions = self._denoise.run(prefix, x, steps, once)
-            self.timing = StageTimes(prefix=middle - start, denoise=time.perf_counter_ns() - middle)
+            self._times.last = StageTimes(prefix=middle - start, denoise=time.perf_counter_ns() - middle)
             return actions
 
-        with self._lock:
-            actions = within_memory(self._stages, run)
+        actions = self._alone(run)
         self._check_finite(actions)
         return actions
 
@@ -206,7 +213,10 @@ class Sampler:
         only the FAST ids, "|" and EOS. Inputs as in `sample_actions`; ArgumentError for what does not fit.
         """
         inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
-        check_decoding(max_tokens, forced, self._config.vocab_size)
+        forced = check_decoding(max_tokens, forced, self._config.vocab_size)
+        if not isinstance(constrained, bool | np.bool_):
+            raise ArgumentError(f"constrained {constrained!r:.60}: expected True or False")
+        constrained = bool(constrained)
         self._prove_fast()
 
         def run() -> Int64:
@@ -215,11 +225,10 @@ class Sampler:
             prefix = self._prefix.run(inputs)
             middle = time.perf_counter_ns()
             tokens = stage.run(prefix, inputs, choices, max_tokens, forced)
-            self.timing = StageTimes(prefix=middle - start, fast=time.perf_counter_ns() - middle)
+            self._times.last = StageTimes(prefix=middle - start, fast=time.perf_counter_ns() - middle)
             return tokens
 
-        with self._lock:
-            return within_memory(self._stages, run)
+        return self._alone(run)
 
     def prepare_fast(self) -> None:
         """Open the FAST graph now rather than at its first use. BackendError if it cannot be opened."""
@@ -251,16 +260,24 @@ class Sampler:
             k, v, mask = prefix.k.read(), prefix.v.read(), prefix.mask.read()
             return Trace(k[..., :kept, :], v[..., :kept, :], mask[:, :kept], inputs.columns, states)
 
+        return self._alone(run)
+
+    def _alone(self, run: Callable[[], Result]) -> Result:
+        """One call at a time, within the device's memory; what the host's cannot hold is an error of the backend."""
         with self._lock:
-            return within_memory(self._stages, run)
+            try:
+                return within_memory(self._stages, run)
+            except MemoryError as error:
+                self._prefix.forget()
+                raise BackendError(f"the host's memory does not suffice for this call: {error}") from None
 
     def _noise(self, noise: npt.ArrayLike | None, seed: int | None, batch: int) -> F32:
         shape = (batch, self._config.action_horizon, self._config.action_dim)
         if noise is None:
-            return np.random.default_rng(seed).standard_normal(shape, np.float32)
+            return np.random.default_rng(seed_of(seed)).standard_normal(shape, np.float32)
         if seed is not None:
             raise ArgumentError("noise and seed were both given: the seed would have no effect, pass one of them")
-        given = np.asarray(noise)
+        given = array_of(noise, "noise")
         if given.shape != shape or given.dtype != np.float32:
             raise ArgumentError(f"noise: expected float32 {list(shape)}, got {given.dtype} {list(given.shape)}")
         if not np.isfinite(given).all():
@@ -318,7 +335,11 @@ def _detached(error: BackendError) -> BackendError:
 
 
 def _folder(bundle: str | Path | Bundle) -> Path:
-    return bundle.path if isinstance(bundle, Bundle) else Path(bundle)
+    if isinstance(bundle, Bundle):
+        return bundle.path
+    if not isinstance(bundle, str | os.PathLike):
+        raise ArgumentError(f"bundle: expected a folder or an opened bundle, got {type(bundle).__name__}")
+    return Path(bundle)
 
 
 def _sampling(bundle: Bundle) -> tuple[str, int]:

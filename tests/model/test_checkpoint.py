@@ -3,15 +3,17 @@
 import json
 import shutil
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from ki_edge.checkpoints.keys import checkpoint_key
-from ki_edge.config import PI05, GemmaConfig, Pi05Config, VisionConfig
+from ki_edge.config import PI05, TINY, GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.errors import CheckpointError
 from ki_edge.model import Checkpoint, Pi05, save_checkpoint
+from ki_edge.model.checkpoint import _variants
 from ki_edge.safetensors_index import SafetensorsIndex
 
 P = "paligemma_with_expert.paligemma."
@@ -262,7 +264,7 @@ def test_another_model_is_named_by_its_keys(folder):
         (b"\xff\xfe", "is not valid JSON"),
         (b"[" * 100_000, "is not valid JSON"),
         (b"[]", "expected a JSON object"),
-        (b" " * 16_000_001, "more than such a file can be"),
+        (b" " * 16_000_001, "more than such a file can have"),
         (b"{}", "has neither 'action_horizon' nor 'chunk_size'"),
     ],
 )
@@ -334,3 +336,14 @@ def test_saving_again_replaces_the_files(small_model, folder):
     assert torch.equal(bias, small_model.action_out_proj.bias.float())
     assert json.loads((folder / "config.json").read_text())["max_token_len"] == 64
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_openpi_knows_the_variants_that_are_written():
+    """Both names or none: openpi's own reader fails for a name that it does not know."""
+    assert _variants(PI05) == {"paligemma_variant": "gemma_2b", "action_expert_variant": "gemma_300m"}
+    assert _variants(TINY) == {}
+    assert _variants(replace(TINY, backbone=PI05.backbone, expert=PI05.expert)) == _variants(PI05)
+    small = GemmaConfig(width=64, depth=4, mlp_dim=128, num_heads=8, num_kv_heads=1, head_dim=16)
+    both = replace(TINY, backbone=small, expert=small)
+    assert _variants(both) == {"paligemma_variant": "dummy", "action_expert_variant": "dummy"}
+    assert _variants(replace(both, expert=replace(small, width=32))) == {}

@@ -355,7 +355,7 @@ def test_constrained_needs_to_know_the_fast_ids(fake_sampler, make_bundle, batch
         ({"max_tokens": 0}, "max_tokens 0"),
         ({"max_tokens": 1.5}, "max_tokens 1.5"),
         ({"max_tokens": 3, "forced": (1000,)}, "forced id 1000"),
-        ({"max_tokens": 3, "forced": ("a",)}, "forced id 'a'"),
+        ({"max_tokens": 3, "forced": ("a",)}, "forced: expected integers, found 'a'"),
     ],
 )
 def test_decoding_arguments(fake_sampler, batch, arguments, message):
@@ -394,7 +394,7 @@ def test_a_decode_vocabulary_that_the_model_does_not_have(make_bundle, changes):
         Sampler.open(bundle)
 
 
-@pytest.mark.parametrize("runtime", [None, {}, {"time_mlp_in.weight": "nowhere"}])
+@pytest.mark.parametrize("runtime", [{}, {"time_mlp_in.weight": "nowhere"}])
 def test_missing_runtime_weights(fake_sampler, make_bundle, runtime):
     with pytest.raises(BundleError, match="time modulation"):
         fake_sampler(make_bundle(weights={"file": "weights.safetensors", "runtime": runtime}))

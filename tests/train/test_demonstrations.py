@@ -101,7 +101,7 @@ def test_wrong_array(folder, name, array, message):
         ({"version": 2}, "version 2, this version reads 1"),
         ({"version": "1"}, "'version' must be a non-empty int, not '1'"),
         ({"frames": 0}, "'frames' must be a non-empty int, not 0"),
-        ({"frames": -12}, "expected uint8 -12"),
+        ({"frames": -12}, "'frames' must be at least 1"),
         ({"cameras": []}, r"'cameras' must be a non-empty list, not \[\]"),
         ({"cameras": [1, 2]}, r"'cameras' must be a list of strings, not \[1, 2\]"),
         ({"prompts": [None, "a"]}, "'prompts' must be a list of strings"),
@@ -126,7 +126,7 @@ def test_wrong_meta(folder, changes, message):
         (b"[" * 100_000, "is not valid JSON"),
         (b"[]", "expected a JSON object"),
         (b"{}", "'version' must be"),
-        (b" " * 4_000_001, "larger than 4000000 bytes"),
+        (b" " * 4_000_001, "more than 4000000 bytes"),
     ],
 )
 def test_broken_meta(folder, content, message):

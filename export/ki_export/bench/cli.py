@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ki_edge.commands import Parser, run_command, tell
+from ki_edge.commands import Parser, run_command, show, show_json, tell
 from ki_edge.errors import BackendError, ExportError
 from ki_edge.writing import write_file
 
@@ -46,9 +46,12 @@ def _bench(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         cure = "export" if error.name == "torch" else "bench"
         raise BackendError(f"the package {error.name} is not installed: pip install 'ki-edge[{cure}]'") from None
-    text = json.dumps(report.to_json(), indent=1)
-    print(text if arguments.json else "\n".join(lines(report)), flush=True)
+    if arguments.json:
+        show_json(report.to_json())
+    else:
+        show(lines(report))
     if picture is not None:
+        text = json.dumps(report.to_json(), indent=1)
         write_file(picture, draw(report), ExportError)
         write_file(picture.with_suffix(".json"), text + "\n", ExportError)
         tell(f"ki-bench: wrote {picture} and {picture.with_suffix('.json')}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ki_edge.bundle import Bundle
-from ki_edge.errors import BackendError, BundleError, KiEdgeError
+from ki_edge.errors import BackendError, KiEdgeError
 
 from ..trt.api import Api
 from ..trt.device import Device
@@ -19,7 +19,7 @@ from ..trt.selection import EngineSet, build_command, look
 from .finding import Finding
 from .gpu import Gpu
 from .host import Host
-from .memory import BYTES, Needs, needs
+from .memory import Needs, needs
 from .system import Memory
 
 NAME, ENGINES = "bundle", "engines"
@@ -64,12 +64,9 @@ def check_bundle(folder: Path) -> tuple[Contents | None, Finding]:
 
 
 def read_contents(folder: Path) -> Contents:
-    """Open a bundle; BundleError if it is damaged or of an unknown precision."""
+    """Open a bundle; BundleError if it is damaged."""
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
-    if manifest.precision not in BYTES:
-        known = ", ".join(BYTES)
-        raise BundleError(f"{folder}: precision '{manifest.precision}', known: {known}; upgrade ki-edge")
     graphs = {name: read_graph(bundle.graph(name)) for name in manifest.graphs}
     return Contents(bundle, graphs, needs(manifest.config, len(manifest.vocabulary.ids), manifest.precision))
 

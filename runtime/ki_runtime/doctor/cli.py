@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ki_edge.commands import Parser, run_command
+from ki_edge.commands import Parser, run_command, show, show_json
 from ki_edge.errors import ArgumentError
 
 NOTHING_RUNS = 1
@@ -27,9 +26,9 @@ def _examine(options: argparse.Namespace) -> int:
         raise ArgumentError(f"no folder at {options.bundle}: expected a bundle written by ki-export")
     checkup = examine(options.bundle)
     if options.json:
-        print(json.dumps(checkup.to_json(), indent=1))
+        show_json(checkup.to_json())
     else:
-        print("\n".join(checkup.lines()))
+        show(checkup.lines())
     return 0 if checkup.runs else NOTHING_RUNS
 
 

@@ -14,11 +14,14 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from ki_edge.errors import BackendError, KiEdgeError
+from ki_edge.reading import read_file
 from ki_edge.writing import reason, write_file, writing
 
 from ..session import first_line
 from .api import Api, Capability
 from .profiles import Profile
+
+MAX_TIMINGS = 1 << 28  # bytes of a timing cache
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def _add_profile(builder: Any, config: Any, profile: Profile, graph: str) -> Non
 
 def _load_timings(api: Api, config: Any, path: Path | None) -> None:
     if path is not None and api.keeps_timings:
-        known = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+        known = config.create_timing_cache(read_file(path, MAX_TIMINGS, BackendError) if path.is_file() else b"")
         config.set_timing_cache(known or config.create_timing_cache(b""), False)
 
 

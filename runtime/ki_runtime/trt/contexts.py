@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from ki_edge.errors import BackendError, KiEdgeError
+from ki_edge.reading import read_file
 
 from ..session import first_line
 from .api import Api
 from .buffers import Gpu
 from .cuda import Memory
 
+MAX_KERNELS = 1 << 30  # bytes of a file of compiled kernels
 Shape = tuple[int, ...]
 Shapes = tuple[tuple[str, Shape], ...]
 Failure = Callable[[str], BackendError]
@@ -161,7 +163,9 @@ class _Kernels:
         self._cache = engine.create_runtime_config().create_runtime_cache()
         if path.is_file():
             self._size = path.stat().st_size
-            self._cache.deserialize(path.read_bytes())  # False for another driver or GPU: it starts empty
+            self._cache.deserialize(
+                read_file(path, MAX_KERNELS, BackendError)
+            )  # False for another driver or GPU: it starts empty
 
     def config(self, module: Any, strategy: Any) -> Any:
         config = self._engine.create_runtime_config()

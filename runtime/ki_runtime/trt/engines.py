@@ -15,7 +15,8 @@ from typing import Any
 
 from ki_edge import graphs
 from ki_edge.bundle import Bundle, sha256
-from ki_edge.errors import BackendError
+from ki_edge.errors import BackendError, BundleError
+from ki_edge.reading import read_object
 from ki_edge.writing import write_file
 
 from .api import Api, Capability
@@ -84,7 +85,7 @@ class Engines:
     def read(cls, folder: Path) -> Engines:
         """Read a folder; BackendError if its engine.json is damaged, of another schema or of another folder."""
         try:
-            content = json.loads(_read(folder / RECORD))
+            content = read_object(folder / RECORD, BundleError, MOST_BYTES)
             if content["schema"] != SCHEMA:
                 other = f"{content['schema']!r:.20}"
                 raise BackendError(
@@ -101,14 +102,6 @@ class Engines:
             why = f"{type(error).__name__}: {error}"[:200]
             raise BackendError(f"{folder}: {RECORD} is damaged and cannot be read ({why})") from None
         return found
-
-
-def _read(path: Path) -> bytes:
-    with path.open("rb") as file:
-        content = file.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise ValueError(f"more than {MOST_BYTES} bytes")
-    return content
 
 
 def identify(

@@ -48,9 +48,12 @@ def read_graph(path: Path) -> GraphFile:
         opset = next(entry[OPSET_VERSION] for entry in opsets if not entry.get(OPSET_DOMAIN))
         operators = Counter(_operator(part) for part in _parts(graph, GRAPH_NODE))
         weights = dict(_weight(part) for part in _parts(graph, GRAPH_INITIALIZER))
+        if not isinstance(opset, int):
+            raise ValueError("its opset is no number")
+    except BundleError:
+        raise
     except (ValueError, KeyError, IndexError, TypeError, StopIteration) as error:
         raise BundleError(f"{path} is not a readable ONNX graph ({error!r}): copy or export the bundle again") from None
-    assert isinstance(opset, int)
     return GraphFile(opset, dict(operators), sum(weights.values()))
 
 
