@@ -69,8 +69,13 @@ def write(target, content):
         for name in FILES:
             (writer.folder / name).parent.mkdir(exist_ok=True)
             (writer.folder / name).write_text(content)
-        fields = {name: {} for name in ("model", "graphs", "decode_vocabulary", "tools", "parity")}
-        fields |= {"contract": None, "sampling": {"num_steps": 10}, "precision": "float32"}
+        fields = {name: {} for name in ("model", "decode_vocabulary", "tools", "parity")}
+        fields |= {
+            "graphs": {"prefix": {"file": FILES[0]}},
+            "contract": None,
+            "sampling": {"num_steps": 10},
+            "precision": "float32",
+        }
         writer.seal(Manifest(**fields, weights={"file": FILES[0]}, provenance={"content": content}))
 
 

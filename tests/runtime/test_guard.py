@@ -1,12 +1,11 @@
 """What never reaches a robot: everything that is no finite float32 of the right shape, from whatever policy."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 
 from ki_edge.contract import generic
 from ki_edge.errors import BackendError, RobotError
+from ki_edge.normalize import NormStats
 from ki_runtime.guard import Guard, finite_actions
 from ki_runtime.loop import ControlLoop, LoopOptions
 from ki_runtime.robots.base import checked_action
@@ -126,8 +125,8 @@ def fake_policy_parts(make_bundle, fake_sampler, tokenizer_model):
     from ki_runtime.policy import Policy, PolicyAssets
 
     contract = generic(["cam"], state_dim=2, action_dim=2, action_horizon=5, model_action_dim=6, image_size=(4, 4))
-    wide = SimpleNamespace(dim=2, q01=np.zeros(2), q99=np.full(2, 1e300), mean=None, std=None)
-    near = SimpleNamespace(dim=2, q01=np.zeros(2), q99=np.ones(2), mean=None, std=None)
+    near, wide = (NormStats(q01=np.zeros(2), q99=np.ones(2)) for _ in range(2))
+    object.__setattr__(wide, "q99", np.full(2, 1e300))  # which no file can hold
     sampler, _ = fake_sampler()
     tokenizer = PromptTokenizer(tokenizer_model, contract.prompt_format, contract.max_token_len)
     policy = Policy(sampler, PolicyAssets(contract, tokenizer, {"state": near, "actions": wide}, None))

@@ -31,6 +31,8 @@ for name in filter(None, ignored):
 
 class Slow:
     contract = generic(["cam"], state_dim=2, action_dim=2, action_horizon=4, execute=4, model_action_dim=2)
+    def warm_up(self, **_):
+        pass
     def infer(self, observation, *, noise=None, num_steps=None):
         time.sleep(0.02)
         return {"actions": np.zeros((4, 2))}

@@ -215,7 +215,7 @@ class TestCallbacks:
                 raise OSError(28, "No space left on device")
 
         module = SimpleNamespace(IStreamWriter=object, Builder=Builder)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(BackendError, match="No space left"):
             Api(module, "tensorrt", (10, 14), "10.14.0").serialize(Builder(), None, None, write)
         assert told == [3, 0, 0]
 
@@ -232,6 +232,6 @@ class TestCallbacks:
         monkeypatch.setattr(FakeBuilder, "build_serialized_network", watched)
         log = SimpleNamespace(open=lambda *_, **__: FullLog())
         settings = Settings(1 << 20, ())
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(BackendError, match="No space left"):
             compile_graph(Api.load("tensorrt"), tmp_path / "x.onnx", [], tmp_path / "x.engine", log, settings)
         assert ended == [True]
