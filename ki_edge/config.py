@@ -70,7 +70,8 @@ class Pi05Config:
     """Geometry of the whole policy. `action_dim` is the model's (32 in the released checkpoints), not the robot's.
 
     `variant`: in "pi05" the flow time modulates the expert's norms and the state is words of the prompt; in "pi0" the
-    flow time is mixed into the action tokens and the state is a token of the expert.
+    flow time is mixed into the action tokens and the state is a token of the expert. `state_width`: numbers of that
+    state, where they are not `action_dim` (LeRobot's max_state_dim and max_action_dim may differ).
     """
 
     vision: VisionConfig
@@ -80,11 +81,16 @@ class Pi05Config:
     action_dim: int
     action_horizon: int
     variant: Variant = "pi05"
+    state_width: int | None = None
 
     def __post_init__(self) -> None:
         if self.variant not in get_args(Variant):
             known = ", ".join(get_args(Variant))
             raise CheckpointError(f"geometry 'model.variant': expected one of {known}, not {self.variant!r}")
+        if self.state_width is not None and self.variant != "pi0":
+            raise CheckpointError(
+                f"geometry 'model.state_width': {self.state_width}, but a {self.variant} has no state"
+            )
         for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
             ours, theirs = getattr(self.backbone, name), getattr(self.expert, name)
             if ours != theirs:
@@ -94,6 +100,11 @@ class Pi05Config:
     def has_state(self) -> bool:
         """Whether the denoise graph takes the robot's state as a tensor."""
         return self.variant == "pi0"
+
+    @property
+    def state_size(self) -> int:
+        """Numbers of the state tensor (Z) of a π0."""
+        return self.state_width or self.action_dim
 
     @property
     def modulation_shape(self) -> tuple[int, int]:
@@ -124,7 +135,8 @@ def _build(cls: type[T], data: object, where: str) -> T:
         raise CheckpointError(f"geometry '{where}': missing {missing}, unknown {unknown}")
     for name, kind in expected.items():
         value = data.get(name)
-        if kind == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        absent = value is None and kind == "int | None"
+        if "int" in str(kind) and not absent and (type(value) is not int or value < 1):
             raise CheckpointError(f"geometry '{where}.{name}': expected a positive integer, not {value!r}")
     return cls(**data)
 

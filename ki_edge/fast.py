@@ -20,12 +20,16 @@ import numpy.typing as npt
 
 from ki_edge.errors import ArgumentError, ContractError
 from ki_edge.prompt import Int32, PromptTokenizer
+from ki_edge.reading import read_file, read_object
+from ki_edge.words import parse_tokenizer
 
 Float64 = npt.NDArray[np.float64]
 SURROGATES = 0xD800  # chr() from here on is no valid text
 REPLACEMENT = "\ufffd"  # what the byte-level decoder gives for broken UTF-8
 MAX_TOKEN_LENGTH = 10_000
 MIN_FREQUENCY = 2
+CONFIG_FILE, CODEC_FILE = "processor_config.json", "tokenizer.json"
+MAX_CODEC = 64_000_000  # bytes of the codec's file
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,22 +151,27 @@ class FastCodec:
 
     @classmethod
     def load(cls, folder: str | Path) -> "FastCodec":
-        """Read a codec folder (processor_config.json and tokenizer.json). Raises ContractError naming the file."""
-        from tokenizers import Tokenizer
-
+        """Read a codec folder: processor_config.json and tokenizer.json, the latter in bpe_tokenizer/ as transformers 5
+        saves it. Raises ContractError naming the file.
+        """
         folder = Path(folder)
+        place = tokenizer_place(folder)
         try:
-            config = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
-            scale, min_token = float(config["scale"]), int(config["min_token"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ContractError(f"no FAST codec in {folder}: processor_config.json: {error!r}") from error
-        try:
-            tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        except Exception as error:  # the library raises bare Exception
-            raise ContractError(f"no FAST codec in {folder}: tokenizer.json: {error!r}") from error
+            config = read_object(folder / CONFIG_FILE, ContractError)
+            content = read_file(place, MAX_CODEC, ContractError)
+        except ContractError as error:
+            raise ContractError(f"no FAST codec in {folder}: {error}") from None
+        numbers = {name: config.get(name) for name in ("scale", "min_token")}
+        for name, value in numbers.items():
+            if type(value) is not int and not (name == "scale" and type(value) is float):
+                raise ContractError(f"FAST codec: {folder / CONFIG_FILE}: {name} is {value!r:.60}, expected a number")
+        scale = float(numbers["scale"])  # type: ignore[arg-type]
         if not (math.isfinite(scale) and scale > 0):
-            raise ContractError(f"FAST codec in {folder}: scale must be positive, got {scale}")
-        return cls(tokenizer, scale, min_token)
+            raise ContractError(f"FAST codec: {folder / CONFIG_FILE}: scale must be positive, got {scale}")
+        tokenizer = parse_tokenizer(content, f"FAST codec: {place}")
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return cls(tokenizer, scale, int(numbers["min_token"]))  # type: ignore[arg-type]
 
     def save(self, folder: str | Path) -> None:
         """Write the folder in the published layout (processor_config.json, tokenizer.json and its two companions)."""
@@ -263,6 +272,12 @@ class FastIds:
         if not self.contains(model_id):
             raise ArgumentError(f"id {model_id} is no FAST id ({self._range})")
         return self.offset - model_id
+
+
+def tokenizer_place(folder: Path) -> Path:
+    """The tokenizer.json of a codec's folder: in it, or in bpe_tokenizer/ (transformers 5)."""
+    nested = folder / "bpe_tokenizer" / CODEC_FILE
+    return nested if nested.is_file() and not (folder / CODEC_FILE).is_file() else folder / CODEC_FILE
 
 
 @lru_cache(maxsize=32)

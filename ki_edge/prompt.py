@@ -12,12 +12,13 @@ The postfix of "ki", "Action: ...|<eos>", is built by `ki_edge.fast.FastIds`.
 """
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from ki_edge.errors import ArgumentError, ContractError, ObservationError, PromptError
+from ki_edge.words import open_words
 
 Int32 = npt.NDArray[np.int32]
 PromptFormat = Literal["pi0", "pi05", "ki", "lerobot_pi0"]
@@ -50,11 +51,11 @@ def pad(ids: npt.ArrayLike, length: int, pad_id: int = 0) -> tuple[Int32, npt.ND
 
 
 class PromptTokenizer:
-    """One prompt format over one SentencePiece model.
+    """One prompt format over one tokenizer.
 
-    `model` is the path of a `tokenizer.model` file or its bytes; bos, eos and pad ids are the model's own
-    (PaliGemma: 2, 1, 0). `max_token_len` is the longest prompt allowed, in tokens (pi0 48, pi05 200).
-    Raises ContractError if the model cannot be read or has no bos, eos or pad.
+    `model` is the path of a `tokenizer.model` (SentencePiece) or `tokenizer.json` file, or its bytes; bos, eos and pad
+    ids are the tokenizer's own (PaliGemma: 2, 1, 0). `max_token_len` is the longest prompt allowed, in tokens
+    (pi0 48, pi05 200). Raises ContractError if the file cannot be read or has no bos or eos.
     """
 
     def __init__(self, model: str | Path | bytes, format: PromptFormat, max_token_len: int) -> None:
@@ -64,17 +65,9 @@ class PromptTokenizer:
             raise ContractError(f"max_token_len must be at least 1, got {max_token_len}")
         self.format: PromptFormat = format
         self.max_token_len = max_token_len
-        self._model = _load(model)
-        self.bos_id, self.eos_id, self.pad_id = (
-            _special(name, value)
-            for name, value in (
-                ("bos", self._model.bos_id()),
-                ("eos", self._model.eos_id()),
-                # A model without a pad piece is padded with 0, as openpi does: the mask hides the id.
-                ("pad", max(self._model.pad_id(), 0)),
-            )
-        )
-        self.vocab_size: int = self._model.vocab_size()
+        self._words = open_words(model)
+        self.bos_id, self.eos_id, self.pad_id = self._words.bos_id, self._words.eos_id, self._words.pad_id
+        self.vocab_size: int = self._words.vocab_size
 
     @property
     def uses_state(self) -> bool:
@@ -119,7 +112,7 @@ class PromptTokenizer:
 
     def decode(self, ids: npt.ArrayLike) -> str:
         """The text of `ids`, for people to read; special tokens vanish."""
-        return str(self._model.decode([int(i) for i in np.asarray(ids).reshape(-1)]))
+        return self._words.decode([int(i) for i in np.asarray(ids).reshape(-1)])
 
     @property
     def action_ids(self) -> tuple[int, ...]:
@@ -132,7 +125,7 @@ class PromptTokenizer:
         return tuple(self._encode("|"))
 
     def _encode(self, text: str) -> list[int]:
-        return [int(i) for i in self._model.encode(text)]
+        return self._words.encode(text)
 
     def _state(self, state: npt.ArrayLike | None) -> npt.NDArray[np.float64]:
         if state is None:
@@ -141,24 +134,3 @@ class PromptTokenizer:
         if array.ndim != 1 or array.size == 0:
             raise ObservationError(f"the state in the prompt must be of shape [s], got {array.shape}")
         return array
-
-
-def _load(model: str | Path | bytes) -> Any:
-    import sentencepiece
-
-    content = model if isinstance(model, bytes) else b""
-    try:
-        if not isinstance(model, bytes):
-            content = Path(model).read_bytes()
-        processor = sentencepiece.SentencePieceProcessor()
-        processor.LoadFromSerializedProto(content)
-    except (OSError, RuntimeError) as error:
-        where = "the given bytes" if isinstance(model, bytes) else str(model)
-        raise ContractError(f"cannot read a SentencePiece model from {where}: {error}") from error
-    return processor
-
-
-def _special(name: str, value: int) -> int:
-    if value < 0:
-        raise ContractError(f"the SentencePiece model has no {name} token: PaliGemma's tokenizer.model is expected")
-    return value

@@ -87,7 +87,9 @@ class InputPipeline:
             raw_state = aloha_state_to_model(raw_state)
         kind = contract.normalization_of("state")
         state = normalize(raw_state, self._state_stats, kind, contract.normalization_epsilon)
-        in_prompt = pad_last(state, contract.model_action_dim) if contract.pad_state_first else state
+        in_prompt = state
+        if contract.pad_state_first:  # a longer state stays as it is
+            in_prompt = pad_last(state, max(contract.model_action_dim, contract.state_dim))
         tokens = self.tokenizer.encode(read_prompt(contract, observation), in_prompt)
         images, camera_mask = read_images(contract, observation)
         return ModelInputs(images, camera_mask, tokens, state, raw_state)
