@@ -40,6 +40,7 @@ class Examination:
     policy: PolicyFacts | None
     missing: tuple[str, ...]
     command: str  # that gives what is missing
+    horizon_from: str | None  # what tells the horizon; None: the geometry holds a placeholder
 
     def files(self) -> PolicyFiles | None:
         """The complete policy, None for the model alone. CheckpointError lists everything that is missing."""
@@ -64,7 +65,8 @@ def examine(
     checkpoint, horizon_from = _with_horizon(checkpoint, where, given)
     if model_only:
         missing = () if horizon_from is not None else (missing_horizon(None),)
-        return Examination(checkpoint, None, missing, _command(where, PolicyRequest(), ("--model-only",), missing))
+        command = _command(where, PolicyRequest(), ("--model-only",), missing)
+        return Examination(checkpoint, None, missing, command, horizon_from)
     policy = describe_policy(
         checkpoint.path,
         checkpoint.format,
@@ -73,7 +75,7 @@ def examine(
         request,
         horizon_from=horizon_from,
     )
-    return Examination(checkpoint, policy, policy.missing, _command(where, request, (), policy.missing))
+    return Examination(checkpoint, policy, policy.missing, _command(where, request, (), policy.missing), horizon_from)
 
 
 def _with_horizon(checkpoint: Checkpoint, where: Where, given: Given | None) -> tuple[Checkpoint, str | None]:

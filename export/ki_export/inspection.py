@@ -14,9 +14,10 @@ from typing import Any
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.checkpoints.keys import EMBEDDING, parameter_shapes
 from ki_edge.config import Pi05Config
+from ki_edge.contract import Camera
 
 from .devices import DEVICES, Device, Stage, floor_ms, stages
-from .examination import Examination, examine
+from .examination import PLACEHOLDER, Examination, examine
 from .opening import Say, Where
 from .policies import PolicyRequest
 
@@ -55,7 +56,7 @@ class Inspection:
             "format": checkpoint.format,
             "origin": dict(checkpoint.origin),
             "variant": config.variant,
-            "geometry": config.to_dict(),
+            "geometry": {**config.to_dict(), **({} if self.found.horizon_from else {"action_horizon": None})},
             "parameters": sum(prod(shape) for shape in parameter_shapes(config).values()),
             "dtypes": dict(sorted(_types(checkpoint).items())),
             "bytes": sum(path.stat().st_size for path in checkpoint.source.files),
@@ -97,7 +98,7 @@ def _model_lines(found: Mapping[str, Any], config: Pi05Config) -> list[str]:
     stored = ", ".join(f"{count} {dtype}" for dtype, count in found["dtypes"].items())
     vision, backbone, expert = config.vision, config.backbone, config.expert
     names = {"pi05": "π0.5", "pi0": "π0"}
-    origin = found["origin"]
+    origin, horizon = found["origin"], found["geometry"]["action_horizon"] or "an unknown number of"
     return [
         f"checkpoint  {found['checkpoint']}",
         *([f"from        {origin['repo']} at {origin['revision']}"] if origin else []),
@@ -106,15 +107,15 @@ def _model_lines(found: Mapping[str, Any], config: Pi05Config) -> list[str]:
         f"vision      {vision.depth} layers of width {vision.width}, {vision.image_size} pixels, "
         f"{vision.patches} tokens a camera",
         f"backbone    {backbone.depth} layers of width {backbone.width}, {config.vocab_size} tokens",
-        f"expert      {expert.depth} layers of width {expert.width}, {config.action_horizon} actions of "
-        f"{config.action_dim} numbers",
+        f"expert      {expert.depth} layers of width {expert.width}, {horizon} actions of {config.action_dim} numbers",
     ]
 
 
 def _cost_lines(found: Mapping[str, Any]) -> list[str]:
     sizes = ", ".join(f"{_count(1e9 * size)}B in {name}" for name, size in found["memory_gb"].items())
     head = " | ".join(f"{cameras} cameras, {prompt} tokens: 16 bit / 8 bit" for cameras, prompt in CASES)
-    lines = ["", f"weights while acting: {sizes}", f"least time of one inference, {STEPS} steps, ms ({head})"]
+    horizon = "" if found["geometry"]["action_horizon"] else f", if the horizon is {PLACEHOLDER}"
+    lines = ["", f"weights while acting: {sizes}", f"least time of one inference, {STEPS} steps, ms{horizon} ({head})"]
     for device, floors in found["floor_ms"].items():
         cells = [f"{cell['16 bit']:.3g} / {cell['8 bit']:.3g}" for cell in floors]
         lines.append(f"  {device:24} {' | '.join(cells)}")
@@ -154,7 +155,7 @@ def _count(number: float) -> str:
 
 def _short(value: Any) -> str:
     """A contract's field in a table cell."""
-    if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
-        value = ", ".join(str(item.get("slot", item)) for item in value)
+    if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping | Camera):
+        value = ", ".join(str(item.slot if isinstance(item, Camera) else item.get("slot", item)) for item in value)
     text = str(value)
     return text if len(text) <= CELL else text[: CELL - 1] + "…"

@@ -34,7 +34,8 @@ def _compare(arguments: argparse.Namespace) -> int:
         raise ArgumentError("--inputs was given without --outputs: it names the inputs of recorded outputs")
     bundle = Bundle.open(arguments.bundle)
     if arguments.checkpoint is not None:
-        checkpoint = Checkpoint.open(arguments.checkpoint)
+        horizon = bundle.manifest.config.action_horizon  # of a checkpoint that does not record its own
+        checkpoint = Checkpoint.open(arguments.checkpoint, default_horizon=horizon)
         comparison = compare_with_checkpoint(bundle, checkpoint, lambda line: tell(f"ki-parity: {line}"))
     else:
         comparison = compare_with_recording(bundle, arguments.outputs, arguments.inputs)

@@ -17,7 +17,7 @@ from ki_edge.contract import PolicyContract
 from ki_edge.errors import CheckpointError
 
 from .lerobot_buffers import read_buffers, read_old_statistics
-from .lerobot_config import Notes, read_config
+from .lerobot_config import CONFIG, Notes, read_config
 from .lerobot_options import NORMALIZER, UNNORMALIZER
 from .lerobot_processors import (
     ACTION,
@@ -62,7 +62,7 @@ def read_lerobot(
     after = Processor.open(folder, POSTPROCESSOR, OUTPUT_STEPS)
     read_config(folder, settings, before, notes)
     if config is not None:
-        _read_sizes(config, horizon_from, notes)
+        _read_sizes(folder, settings, config, horizon_from, notes)
     tokenizers: tuple[str, ...] = (PALIGEMMA,)
     if before is None or after is None:
         absent = " and ".join(name for name, at in ((PREPROCESSOR, before), (POSTPROCESSOR, after)) if at is None)
@@ -75,8 +75,15 @@ def read_lerobot(
     return Record(contract, statistics, notes.known, tuple(notes.missing), tokenizers, notes.values, exact)
 
 
-def _read_sizes(config: Pi05Config, horizon_from: str | None, notes: Notes) -> None:
-    """What the tensors and the command line tell where config.json does not."""
+def _read_sizes(
+    folder: Path, settings: Mapping[str, Any], config: Pi05Config, horizon_from: str | None, notes: Notes
+) -> None:
+    """What the tensors and the command line tell where config.json does not; a state width that they contradict."""
+    padded = settings.get("max_state_dim", config.state_size)
+    if config.has_state and padded != config.state_size:
+        raise CheckpointError(
+            f"{folder / CONFIG}: max_state_dim is {padded}, the model's state_proj takes {config.state_size} numbers"
+        )
     size = config.vision.image_size
     for name, value in (("model_action_dim", config.action_dim), ("image_size", (size, size))):
         if name not in notes.values:

@@ -60,6 +60,9 @@ def read_config(folder: Path, settings: Mapping[str, Any], before: Processor | N
         if type(value) is not int or value < 1:
             raise CheckpointError(f"{where}: {name} is {value!r:.60}, expected a positive integer")
         notes.add(CONFIG, **{field: value})
+    padded = settings.get("max_state_dim", 32)
+    if type(padded) is not int or padded < 1:
+        raise CheckpointError(f"{where}: max_state_dim is {padded!r:.60}, expected a positive integer")
     size = settings.get("image_resolution")
     if size is not None:
         if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):

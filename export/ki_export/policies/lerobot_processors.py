@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from .lerobot_options import (
     UNNORMALIZER,
     check_options,
 )
+from .paths import is_inside
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 MAX_STATE = 64_000_000  # bytes of a state file
@@ -191,9 +192,8 @@ class Normalizer:
 
 def inside(folder: Path, name: str, where: str) -> Path:
     """The file `name` of a folder. CheckpointError for a name that leads out of it."""
-    parts = PurePosixPath(name).parts
-    if not parts or ".." in parts or name.startswith("/") or "\\" in name or PureWindowsPath(name).drive:
-        raise CheckpointError(f"{where}: the file {name!r:.100} lies outside its folder")
+    if not is_inside(name):
+        raise CheckpointError(f"{where}: the file {name!r:.100} lies outside its folder, or is no file name")
     return folder / name
 
 

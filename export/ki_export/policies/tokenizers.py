@@ -11,18 +11,19 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from ki_edge.errors import ArgumentError, CheckpointError
 from ki_edge.reading import read_file
 from ki_edge.words import MAX_TOKENIZER, is_json
 
+from .paths import is_inside
 from .records import PALIGEMMA
 
 FILES = ("tokenizer.model", "tokenizer.json")
 MAX_SNAPSHOTS = 100
 MAX_REF = 1000  # bytes of a cache's refs/main
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 OPENPI_FILE = "big_vision/paligemma_tokenizer.model"
 GET_IT = (
     f"PaliGemma's is tokenizer.model, 4.3 MB, of {PALIGEMMA} on the Hugging Face Hub, where its licence must be "
@@ -57,7 +58,7 @@ def find_tokenizer(folder: Path, given: Path | None, recorded: Iterable[str]) ->
     if given is not None:
         return _given(given)
     names = tuple(recorded)
-    inside = next((name for name in names if not REPOSITORY.fullmatch(name) or (folder / name).exists()), None)
+    inside = next((name for name in names if not REPOSITORY.fullmatch(name) or _exists(folder, name)), None)
     places = _inside(folder, inside) if inside is not None else _places(folder, names)
     for path, source in places:
         if path.is_file():
@@ -94,13 +95,14 @@ def _given(path: Path) -> TokenizerFile:
 
 def _inside(folder: Path, name: str) -> Iterator[tuple[Path, str]]:
     """A recorded path; none that leads out of the folder."""
-    parts = PurePosixPath(name).parts
-    if not parts or ".." in parts or "\\" in name or "\0" in name or PurePosixPath(name).is_absolute():
-        return
-    place = folder / name
-    for path, source in [(place, name), *((place / file, f"{name}/{file}") for file in FILES)]:
-        if path.resolve().is_relative_to(folder.resolve()) or path.is_symlink():
-            yield path, source
+    if is_inside(name):
+        yield folder / name, name
+        for file in FILES:
+            yield folder / name / file, f"{name}/{file}"
+
+
+def _exists(folder: Path, name: str) -> bool:
+    return is_inside(name) and (folder / name).exists()
 
 
 def _places(folder: Path, repositories: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
