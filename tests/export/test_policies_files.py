@@ -111,7 +111,7 @@ def test_what_is_given_as_tokenizer(folder, words, tmp_path):
     with pytest.raises(ArgumentError, match=r"--tokenizer .*gone: no such file; .* hf download"):
         describe(folder, tokenizer=tmp_path / "gone")
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ContractError, match=r"tokenizer tokenizer\.json: the given bytes is no tokenizer\.json"):
+    with pytest.raises(ContractError, match=r"the tokenizer tokenizer\.json is no tokenizer\.json"):
         describe(folder, tokenizer=tmp_path / "tokenizer.json")
 
 
@@ -193,7 +193,7 @@ def test_a_training_step_whose_horizon_is_given(data, words, contract, horizon):
     request = PolicyRequest(tokenizer=words, contract=contract)
     policy, golden = ReferencePolicy(Where(str(folder), horizon=horizon), request), np.load(folder / "golden.npz")
     np.testing.assert_allclose(infer(policy, golden, 1), golden["1/actions"], rtol=0, atol=2e-5)
-    with pytest.raises(CheckpointError, match="action horizon is not recorded .*15 .pi05_droid., 16"):
+    with pytest.raises(CheckpointError, match=r"action horizon is not recorded .*15 \(pi05_droid\), 16"):
         ReferencePolicy(folder, PolicyRequest(tokenizer=words, contract="droid"))
 
 

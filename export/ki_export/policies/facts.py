@@ -132,7 +132,7 @@ def _words(folder: Path, file: TokenizerFile | None, contract: PolicyContract | 
             return None
         return PromptTokenizer(file.content, contract.prompt_format, contract.max_token_len)
     except ContractError as error:
-        raise ContractError(f"tokenizer {file.source}: {error}") from None
+        raise ContractError(str(error).replace("the given bytes", f"the tokenizer {file.source}")) from None
 
 
 def _fields(

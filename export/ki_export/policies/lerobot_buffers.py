@@ -64,7 +64,7 @@ def read_old_statistics(
         )
     features: dict[str, NormStats] = {}
     for name, (module, feature, kind) in PLACES.items():
-        mode = mapping.get(kind)
+        mode = mapping.get(kind, "")
         if mode not in MODES:
             raise CheckpointError(
                 f"{folder / CONFIG}: normalization_mapping: {kind} is {mode!r:.60}, expected one of {', '.join(MODES)}"
