@@ -9,10 +9,14 @@ import pytest
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.errors import ArgumentError, CheckpointError, ContractError
 from ki_edge.fast import FastCodec
+from ki_edge.prompt import PromptTokenizer
 from ki_edge.transforms import InputPipeline
+from ki_export.exporter import export
 from ki_export.opening import Where
+from ki_export.options import ExportOptions
 from ki_export.policies import PolicyRequest, describe_policy, read_policy
 from ki_export.reference import ReferencePolicy
+from ki_runtime.policy import read_assets
 
 GEMMA = GemmaConfig(width=16, depth=1, mlp_dim=16, num_heads=1, num_kv_heads=1, head_dim=16)
 VISION = VisionConfig(width=16, depth=1, mlp_dim=16, num_heads=1, patch_size=14, image_size=224)
@@ -65,6 +69,18 @@ def test_the_tokenizer_of_the_checkpoint_gives_lerobots_ids(folder, tmp_path):
     files.write(tmp_path / "bundle")
     assert (tmp_path / "bundle" / "assets" / "tokenizer.json").is_file()
     assert not (tmp_path / "bundle" / "assets" / "tokenizer.model").exists()
+
+
+def test_a_bundle_acts_on_tokenizer_json(copied, words, tmp_path):
+    (copied / "assets" / "tokenizer.model").unlink()
+    shutil.copy(words / "tokenizer.json", copied / "assets")
+    bundle = export(copied, tmp_path / "bundle", ExportOptions(verify=False))
+    assert "assets/tokenizer.json" in bundle.manifest.files and "assets/tokenizer.model" not in bundle.manifest.files
+    found = read_assets(bundle).tokenizer
+    assert (
+        found.encode("pick", [0.1]).tolist()
+        == PromptTokenizer(words / "tokenizer.model", "ki", 20).encode("pick", [0.1]).tolist()
+    )
 
 
 def test_tokenizer_model_comes_before_tokenizer_json(folder, words):
