@@ -88,6 +88,7 @@ def describe_policy(
         check_policy(contract, config, record, words)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
+    _check_codec(contract, codec)
     values, known = _fields(record, contract, request, horizon_known)
     files = None
     if not missing and contract is not None and words is not None and tokenizer is not None:
@@ -155,13 +156,15 @@ def _with_codec(
     """
     place = None if contract is None or contract.fast is None else folder / "assets" / contract.fast.folder
     codec = find_codec(given) if given is not None else place if place and tokenizer_place(place).is_file() else None
-    if codec is None:
-        return contract, None
+    if codec is not None and contract is not None and contract.fast is None:
+        return replace(contract, fast=FastContract(size=FastCodec.load(codec).vocab_size)), codec
+    return contract, codec
+
+
+def _check_codec(contract: PolicyContract | None, codec: Path | None) -> None:
+    """CheckpointError for a codec with more ids than its place in the vocabulary has."""
+    if contract is None or contract.fast is None or codec is None:
+        return
     size = FastCodec.load(codec).vocab_size
-    if contract is None:
-        return None, codec
-    if contract.fast is None:
-        return replace(contract, fast=FastContract(size=size)), codec
     if size > contract.fast.size:
         raise CheckpointError(f"the FAST codec in {codec} has {size} FAST ids, the contract has {contract.fast.size}")
-    return contract, codec
