@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from ki_edge import flow
 from ki_edge.bundle import Bundle
+from ki_edge.images import model_pictures
 from ki_runtime.denoise import runtime_weights
 
 Array = npt.NDArray[Any]
@@ -61,7 +62,7 @@ def draw_inputs(bundle: Bundle, cameras: int, prompt: int) -> tuple[dict[str, Ar
     config, rng = bundle.manifest.config, np.random.default_rng(0)
     size = config.vision.image_size
     feeds = {
-        "images": rng.integers(0, 256, (1, cameras, size, size, 3), np.uint8),
+        "images": model_pictures(rng.integers(0, 256, (1, cameras, size, size, 3), np.uint8), config.pictures),
         "camera_mask": np.ones((1, cameras), np.bool_),
         "prompt_tokens": rng.integers(3, config.vocab_size, (1, prompt)).astype(np.int32),
         "prompt_mask": np.ones((1, prompt), np.bool_),

@@ -28,6 +28,7 @@ import ki_export.sixteen_bits
 from ki_edge.bundle import Bundle
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import BackendError
+from ki_edge.images import model_pictures
 from ki_edge.model import Observation, PiModel
 from ki_export.arithmetic.session import arithmetic_sampler
 from ki_export.bench.machine import describe
@@ -49,7 +50,7 @@ def observations(model: PiModel, count: int) -> Iterator[Case]:
     for seed in range(count):
         rng = np.random.default_rng(seed)
         cameras, tokens, size = 1 + seed % 3, 1 + 10 * (seed % 4), config.vision.image_size
-        images = rng.integers(0, 256, (1, cameras, size, size, 3)).astype(np.uint8)
+        images = model_pictures(rng.integers(0, 256, (1, cameras, size, size, 3)).astype(np.uint8), config.pictures)
         prompt = rng.integers(2, config.vocab_size, (1, tokens))
         noise = rng.standard_normal((1, config.action_horizon, config.action_dim), np.float32)
         yield (images, np.ones((1, cameras), np.bool_), prompt, np.ones((1, tokens), np.bool_)), noise

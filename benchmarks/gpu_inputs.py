@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.config import Pi05Config
+from ki_edge.images import model_pictures
 
 Array = npt.NDArray[Any]
 SLOTS, PADDED = 3, 200  # openpi's cameras and prompt length
@@ -29,7 +30,7 @@ class Case:
 class Observation:
     """As openpi pads it, zeros where nothing is; noise f32 [1, H, A]; state f32 [1, A] for a π0, else None."""
 
-    images: Array  # u8 [1, N, h, w, 3]
+    images: Array  # [1, N, h, w, 3] of the type of the model's pictures
     camera_mask: Array  # bool [1, N]
     prompt_tokens: Array  # i32 [1, T]
     prompt_mask: Array  # bool [1, T]
@@ -65,6 +66,6 @@ def draw(config: Pi05Config, case: Case) -> Observation:
     tokens = rng.integers(3, config.vocab_size, (1, PADDED)) * prompt
     shape = (1, config.action_horizon, config.action_dim)
     state = rng.standard_normal((1, config.action_dim), np.float32) if config.has_state else None
-    images = np.asarray(pictures * present[:, :, None, None, None], np.uint8)
+    images = model_pictures(np.asarray(pictures * present[:, :, None, None, None], np.uint8), config.pictures)
     noise = rng.standard_normal(shape, np.float32)
     return Observation(images, present, tokens.astype(np.int32), prompt, state, noise)

@@ -6,13 +6,14 @@ Sizes follow openpi's variants `gemma_2b`, `gemma_300m` and SigLIP so400m/14 at 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
 
 from .errors import CheckpointError
 
 T = TypeVar("T")
 Variant = Literal["pi05", "pi0"]
+Pictures = Literal["uint8", "float32"]  # numpy type of the pictures that a policy's prefix graph takes
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ class Pi05Config:
     `variant`: in "pi05" the flow time modulates the expert's norms and the state is words of the prompt; in "pi0" the
     flow time is mixed into the action tokens and the state is a token of the expert. `state_width`: numbers of that
     state, where they are not `action_dim` (LeRobot's max_state_dim and max_action_dim may differ).
+
+    `pictures`: how pictures come in, as bytes, or as numbers in [-1, 1] where the policy's makers resized them in float
+    (their margin may be -3). No weight depends on it, so two geometries that differ in it alone are equal.
     """
 
     vision: VisionConfig
@@ -82,11 +86,13 @@ class Pi05Config:
     action_horizon: int
     variant: Variant = "pi05"
     state_width: int | None = None
+    pictures: Pictures = field(default="uint8", compare=False)
 
     def __post_init__(self) -> None:
-        if self.variant not in get_args(Variant):
-            known = ", ".join(get_args(Variant))
-            raise CheckpointError(f"geometry 'model.variant': expected one of {known}, not {self.variant!r}")
+        for name, choices in (("variant", get_args(Variant)), ("pictures", get_args(Pictures))):
+            if getattr(self, name) not in choices:
+                known, given = ", ".join(choices), getattr(self, name)
+                raise CheckpointError(f"geometry 'model.{name}': expected one of {known}, not {given!r}")
         if self.state_width is not None and self.variant != "pi0":
             raise CheckpointError(
                 f"geometry 'model.state_width': {self.state_width}, but a {self.variant} has no state"
@@ -119,7 +125,10 @@ class Pi05Config:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Pi05Config:
-        """Read `to_dict`'s form; CheckpointError names a missing or unknown field. Without `variant` it is a π0.5."""
+        """Read `to_dict`'s form; CheckpointError names a missing or unknown field.
+
+        Without `variant` it is a π0.5, without `pictures` it takes bytes.
+        """
         parts = {"vision": VisionConfig, "backbone": GemmaConfig, "expert": GemmaConfig}
         built = {name: _build(part, data.get(name), name) for name, part in parts.items()}
         return _build(cls, {**data, **built}, "model")

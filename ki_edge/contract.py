@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from ki_edge.config import Pictures
 from ki_edge.errors import ContractError
-from ki_edge.images import Resize
+from ki_edge.images import METHODS, Resize
 from ki_edge.normalize import EpsilonStyle, NormalizationKind
 from ki_edge.prompt import STATE_FORMATS, PromptFormat
 
@@ -90,6 +91,11 @@ class PolicyContract:
         if feature == "actions" and self.action_normalization is not None:
             return self.action_normalization
         return self.normalization
+
+    @property
+    def pictures(self) -> Pictures:
+        """How pictures go into the model: as bytes, or as the floats that its makers' resizing gave."""
+        return METHODS[self.resize].pictures
 
     @property
     def needs_stats(self) -> bool:

@@ -8,7 +8,8 @@ Every other place (export wrappers, TensorRT profiles, manifest, runtime checks,
     F decode vocabulary (constant)    h, w image size (constant)    Z width of π0's state (constant)
     M, R modulation (constant): M = 2L+1 modulated norms, R = 3W numbers each; π0's one embedding of the time is 1, W
 
-The denoise graph of a π0 has one input more than a π0.5's, the robot's state; `specs` gives the graphs of a policy.
+The denoise graph of a π0 has one input more than a π0.5's, the robot's state. The prefix graph takes pictures as bytes,
+or as float32 in [-1, 1] where the policy's makers resized in float. `specs` gives the graphs of a policy.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .config import Pi05Config
+from .config import Pi05Config, Pictures
 
 Dim = str | int
 
@@ -50,20 +51,26 @@ class GraphSpec:
 KV = ("L", "B", "K", "S", "D")
 CACHE = ("L", "B", "K", "C", "D")
 
-PREFIX = GraphSpec(
-    "prefix",
-    inputs=(
-        TensorSpec("images", "uint8", ("B", "N", "h", "w", 3)),
-        TensorSpec("camera_mask", "bool", ("B", "N")),
-        TensorSpec("prompt_tokens", "int32", ("B", "T")),
-        TensorSpec("prompt_mask", "bool", ("B", "T")),
-    ),
-    outputs=(
-        TensorSpec("prefix_k", "float32", KV),
-        TensorSpec("prefix_v", "float32", KV),
-        TensorSpec("prefix_mask", "bool", ("B", "S")),
-    ),
-)
+
+def prefix(pictures: Pictures) -> GraphSpec:
+    """The prefix graph of a policy whose pictures come in as "uint8" 0..255 or as "float32" in [-1, 1]; both RGB."""
+    return GraphSpec(
+        "prefix",
+        inputs=(
+            TensorSpec("images", pictures, ("B", "N", "h", "w", 3)),
+            TensorSpec("camera_mask", "bool", ("B", "N")),
+            TensorSpec("prompt_tokens", "int32", ("B", "T")),
+            TensorSpec("prompt_mask", "bool", ("B", "T")),
+        ),
+        outputs=(
+            TensorSpec("prefix_k", "float32", KV),
+            TensorSpec("prefix_v", "float32", KV),
+            TensorSpec("prefix_mask", "bool", ("B", "S")),
+        ),
+    )
+
+
+PREFIX = prefix("uint8")
 
 DENOISE = GraphSpec(
     "denoise",
@@ -106,7 +113,7 @@ DYNAMIC = ("B", "N", "T", "S", "C", "Q")
 
 def specs(config: Pi05Config) -> tuple[GraphSpec, GraphSpec, GraphSpec]:
     """The prefix, denoise and fast_decode graphs of one policy."""
-    return PREFIX, DENOISE_WITH_STATE if config.has_state else DENOISE, FAST_DECODE
+    return prefix(config.pictures), DENOISE_WITH_STATE if config.has_state else DENOISE, FAST_DECODE
 
 
 def sizes(config: Pi05Config, decode_vocabulary: int) -> dict[str, int]:

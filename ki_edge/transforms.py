@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from ki_edge.contract import Feature, PolicyContract
 from ki_edge.errors import ArgumentError, ContractError, DatasetError, ObservationError, PromptError
-from ki_edge.images import UInt8, fit_image
+from ki_edge.images import METHODS, Float32, UInt8, fit_image
 from ki_edge.normalize import Float64, NormStats, normalize, unnormalize
 from ki_edge.prompt import Int32, PromptTokenizer
 
@@ -47,7 +47,8 @@ LEADER_MIN_RAD, LEADER_MAX_RAD = -0.6213, 1.4910
 class ModelInputs:
     """One observation, ready for the model, without batch axis and without padding."""
 
-    images: UInt8  # [N, h, w, 3] RGB, all slots of the contract in order; black where there is no image
+    # [N, h, w, 3] RGB, uint8 or float32 in [-1, 1] by contract; all slots in order, black where there is no image
+    images: UInt8 | Float32
     camera_mask: npt.NDArray[np.bool_]  # [N], False where there is no image
     prompt_tokens: Int32  # [T], bos first
     state: Float64  # [s], normalised
@@ -164,15 +165,18 @@ def read_prompt(contract: PolicyContract, observation: Mapping[str, Any]) -> str
     return prompt.decode("utf-8", errors="replace") if isinstance(prompt, bytes) else str(prompt)
 
 
-def read_images(contract: PolicyContract, observation: Mapping[str, Any]) -> tuple[UInt8, npt.NDArray[np.bool_]]:
-    """(images u8 [N, h, w, 3], camera_mask bool [N]) of the contract's slots, resized."""
+def read_images(
+    contract: PolicyContract, observation: Mapping[str, Any]
+) -> tuple[UInt8 | Float32, npt.NDArray[np.bool_]]:
+    """(images [N, h, w, 3], camera_mask bool [N]) of the contract's slots, resized; images are `contract.pictures`."""
     given = _given_images(contract, observation)
     expected = [camera.key for camera in contract.cameras if camera.key is not None]
     unknown = sorted(given.keys() - set(expected) - UNUSED_CAMERAS)
     if unknown:
         raise ObservationError(f"unknown camera {', '.join(unknown)}; the contract has {', '.join(expected)}")
     height, width = contract.image_size
-    images = np.zeros((len(contract.cameras), height, width, 3), dtype=np.uint8)
+    method = METHODS[contract.resize]
+    images = np.full((len(contract.cameras), height, width, 3), method.absent, method.pictures)
     mask = np.zeros(len(contract.cameras), dtype=np.bool_)
     for slot, camera in enumerate(contract.cameras):
         image = None if camera.key is None else given.get(camera.key)

@@ -7,6 +7,7 @@ import pytest
 
 from ki_edge.config import PI05, TINY, GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.errors import CheckpointError
+from ki_edge.graphs import specs
 
 
 @pytest.mark.parametrize("config", [PI05, TINY])
@@ -87,3 +88,14 @@ def test_heads_must_divide():
     for heads, shared in ((0, 1), (4, 0), (4, 3)):
         with pytest.raises(CheckpointError, match=f"{heads} query heads cannot share {shared} K/V heads"):
             GemmaConfig(width=8, depth=1, mlp_dim=8, num_heads=heads, num_kv_heads=shared, head_dim=4)
+
+
+def test_pictures_are_bytes_unless_it_says_floats():
+    """Manifests of before have no such field; two models that differ in it alone have one geometry."""
+    old = {name: value for name, value in TINY.to_dict().items() if name != "pictures"}
+    assert Pi05Config.from_dict(old).pictures == "uint8"
+    floats = Pi05Config.from_dict({**old, "pictures": "float32"})
+    assert floats == TINY and specs(floats)[0].tensor("images").dtype == "float32"
+    assert specs(TINY)[0].tensor("images").dtype == "uint8"
+    with pytest.raises(CheckpointError, match=r"model\.pictures': expected one of uint8, float32, not 'float16'"):
+        Pi05Config.from_dict({**old, "pictures": "float16"})

@@ -16,18 +16,19 @@ import numpy.typing as npt
 
 from ki_edge.config import Pi05Config
 from ki_edge.errors import DatasetError, KiEdgeError, PromptError, RobotError
+from ki_edge.images import LOWEST, METHODS, model_pictures
 from ki_edge.transforms import InputPipeline, ModelInputs, pad_last
 from ki_runtime.robots.replay import ReplayRobot
 
 from .policies import PolicyFiles
-from .recorded import PROMPTS, read_arrays
+from .recorded import PROMPTS, read_arrays, recorded_pictures
 
 Array = npt.NDArray[Any]
 RECORDED = 32  # observations taken of all that a recording holds, evenly
 SYNTHETIC = 8
 CAMERAS = 3  # of a model without a contract
 PROMPT = 30  # tokens, there
-KINDS = {"iu": "integers", "b": "bool", "u": "uint8", "f": "float"}  # of recorded arrays
+KINDS = {"iu": "integers", "b": "bool", "u": "uint8", "f": "float", "uf": "uint8 or float"}  # of recorded arrays
 INSTRUCTIONS = (
     "pick up the red block",
     "put the bowl on the plate and close the drawer",
@@ -40,7 +41,7 @@ INSTRUCTIONS = (
 class Observed:
     """One observation as the prefix graph takes it, batch of one: only what exists, no padding."""
 
-    images: Array  # u8 [1,N,h,w,3]
+    images: Array  # [1,N,h,w,3] of the type of the model's pictures
     prompt_tokens: Array  # i32 [1,T]
     noise: Array  # f32 [1,H,A]
     state: Array | None = None  # f32 [1,A] of a π0
@@ -109,7 +110,7 @@ def _model_inputs(
     for row in range(min(count, len(tokens))):
         present = [camera for camera in cameras if arrays[f"image_mask/{camera}"][row]] or cameras[:1]
         yield Observed(
-            images=np.stack([arrays[f"image/{camera}"][row] for camera in present])[None],
+            images=recorded_pictures(np.stack([arrays[f"image/{camera}"][row] for camera in present])[None], config),
             prompt_tokens=tokens[row][mask[row]][None].astype(np.int32),
             noise=_noise(config, rng),
             state=arrays["state"][row : row + 1].astype(np.float32) if config.has_state else None,
@@ -122,8 +123,9 @@ def _unfit(arrays: dict[str, Array], cameras: Sequence[str], prompt: tuple[str, 
     rows, length = tokens.shape if tokens.ndim == 2 else (len(tokens), 0)
     wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
     wanted[prompt[0]], wanted[prompt[1]] = ("iu", (rows, length)), ("b", (rows, length))
+    kind = "uf" if config.pictures == "float32" else "u"
     for camera in cameras:
-        wanted |= {f"image/{camera}": ("u", (rows, size, size, 3)), f"image_mask/{camera}": ("b", (rows,))}
+        wanted |= {f"image/{camera}": (kind, (rows, size, size, 3)), f"image_mask/{camera}": ("b", (rows,))}
     if config.has_state:
         wanted["state"] = ("f", (rows, config.state_size))
     for name, (kinds, shape) in wanted.items():
@@ -152,6 +154,12 @@ def _synthetic(config: Pi05Config, files: PolicyFiles | None, count: int) -> Ite
         cameras = CAMERAS if files is None else len(files.contract.cameras)
         present = max(1, cameras - (seed % 2))
         images = np.stack([_picture(rng, seed + at, config.vision.image_size) for at in range(present)])[None]
+        images = model_pictures(images, config.pictures)
+        if config.pictures == "float32" and seed % 2:  # every other observation as a wide camera's pictures arrive
+            band = config.vision.image_size // 8
+            images[:, :, :band] = images[:, :, -band:] = (
+                LOWEST if files is None else METHODS[files.contract.resize].margin
+            )
         tokens = _prompt(rng, seed, config, files)
         state = rng.standard_normal((1, config.state_size), np.float32) if config.has_state else None
         yield Observed(images, tokens, _noise(config, rng), state)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.config import Pi05Config
+from ki_edge.images import LOWEST, model_pictures
 
 Array = npt.NDArray[Any]
 SHORT = 9  # tokens of a short prompt
@@ -20,7 +21,7 @@ class Case:
     """One batch of inputs. `forced` and `max_tokens` are for greedy FAST decoding."""
 
     name: str
-    images: Array  # u8 [B,N,h,w,3]
+    images: Array  # u8 [B,N,h,w,3]; f32 in [-3,1] for a model whose pictures are float32
     camera_mask: Array  # bool [B,N]
     prompt_tokens: Array  # i64 [B,T]
     prompt_mask: Array  # bool [B,T]
@@ -87,7 +88,7 @@ def _draw(
     tokens = np.where(prompt_mask, rng.integers(2, config.vocab_size, prompt_mask.shape), 0)
     return Case(
         name=f"seed {seed}: {name}",
-        images=_pictures(rng, (batch, slots), config.vision.image_size),
+        images=_pictures(rng, (batch, slots), config),
         camera_mask=mask,
         prompt_tokens=tokens,
         prompt_mask=prompt_mask,
@@ -98,9 +99,13 @@ def _draw(
     )
 
 
-def _pictures(rng: np.random.Generator, shape: tuple[int, int], size: int) -> Array:
-    """Coloured blocks under noise, u8 [B,N,size,size,3]: flat regions and fine detail."""
+def _pictures(rng: np.random.Generator, shape: tuple[int, int], config: Pi05Config) -> Array:
+    """Coloured blocks under noise [B,N,h,w,3]: flat regions and fine detail; float ones in the widest margin."""
+    size = config.vision.image_size
     cells = -(-size // 8)
     blocks = rng.integers(0, 256, (*shape, 8, 8, 3)).repeat(cells, axis=2).repeat(cells, axis=3)
     noise = rng.integers(-40, 41, (*shape, size, size, 3))
-    return np.asarray(np.clip(blocks[:, :, :size, :size] + noise, 0, 255), np.uint8)
+    images = model_pictures(np.asarray(np.clip(blocks[:, :, :size, :size] + noise, 0, 255), np.uint8), config.pictures)
+    if config.pictures == "float32":
+        images[:, :, : size // 8] = images[:, :, -(size // 8) :] = LOWEST
+    return images

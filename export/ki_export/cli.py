@@ -157,7 +157,7 @@ def _request(arguments: argparse.Namespace) -> PolicyRequest:
         tokenizer=arguments.tokenizer,
         fast=arguments.fast,
         prompt=arguments.prompt,
-        pad_state_first=arguments.padded_state_prompt,
+        lerobot_version=arguments.lerobot_version,
     )
 
 
@@ -226,9 +226,9 @@ def _add_policy(group: argparse._ArgumentGroup) -> None:
     add("--fast", type=Path, metavar="DIR", help="folder of the FAST codec")
     add("--prompt", metavar="TEXT", help="instruction for observations that have none")
     add(
-        "--padded-state-prompt",
-        action=argparse.BooleanOptionalAction,
-        help="whether the prompt holds the padded state, as of LeRobot up to 0.4 (asked for where it is not recorded)",
+        "--lerobot-version",
+        metavar="0.4|0.5",
+        help="LeRobot that it was trained with, 0.5 for any newer (asked for where it matters and is not recorded)",
     )
 
 

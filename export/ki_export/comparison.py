@@ -109,8 +109,9 @@ def observe(case: Case) -> Observation:
 
 
 def _prefix(sides: Sides, case: Case, observation: Observation, reference: tuple[Tensor, ...]) -> Iterator[Measurement]:
+    graph, _, _ = graphs.specs(sides.bundle.manifest.config)
     given = sides.run(
-        graphs.PREFIX,
+        graph,
         observation.images,
         observation.camera_mask,
         observation.prompt_tokens,

@@ -78,7 +78,7 @@ def _inputs(graph: str, bundle: Bundle, model: PiModel, case: Case) -> tuple[Gra
     """What the model itself feeds to a graph first."""
     observation = observe(case)
     if graph == "prefix":
-        return graphs.PREFIX, tuple(torch.from_numpy(array) for array in case.inputs)
+        return graphs.specs(model.config)[0], tuple(torch.from_numpy(array) for array in case.inputs)
     if graph == "denoise":
         times = denoise_times(case.num_steps, bundle.manifest.sampling["time_convention"])
         row = model.modulation(torch.from_numpy(times[:1]))[0]

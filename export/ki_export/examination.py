@@ -27,7 +27,7 @@ VALUES = {
     "--assets": "NORM_STATS_JSON",
     "--tokenizer": "TOKENIZER_MODEL",
     "--fast": "FOLDER",
-    "--padded-state-prompt": "",
+    "--lerobot-version": "VERSION",
 }
 FLAG = re.compile(r"\(give (--[a-z-]+)|or give (--[a-z-]+)")
 
@@ -105,6 +105,7 @@ def _command(where: Where, request: PolicyRequest, extra: Sequence[str], missing
         "--tokenizer": request.tokenizer,
         "--fast": request.fast,
         "--prompt": request.prompt,
+        "--lerobot-version": request.lerobot_version,
     }
     words = ["ki-export", where.name, "-o", "BUNDLE", *extra]
     for flag, value in given.items():

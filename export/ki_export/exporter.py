@@ -66,6 +66,8 @@ def export(
     where = checkpoint if isinstance(checkpoint, Where) else Where(str(checkpoint))
     examined = examine(where, options.policy, say, model_only=options.model_only)
     opened, files = examined.checkpoint, examined.files()
+    if files is not None:
+        opened = opened.with_pictures(files.contract.pictures)
     with write_bundle(output, force=options.force) as writer, ThreadPoolExecutor(1) as hasher:
         hashes = hasher.submit(hash_files, opened.source.files)
         plan = _plan(opened, files, options, say)

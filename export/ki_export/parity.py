@@ -59,6 +59,7 @@ def compare_with_checkpoint(
             f"{checkpoint.path} is not this bundle's checkpoint: its geometry is {checkpoint.config}, "
             f"the bundle's {bundle.manifest.config}"
         )
+    checkpoint = checkpoint.with_pictures(bundle.manifest.config.pictures)
     progress = Progress(say)
     sides = open_sides(bundle, checkpoint, method or choose_method(checkpoint.config), progress)
     cases = _prepare(sides, checkpoint)

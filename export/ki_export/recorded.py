@@ -2,7 +2,7 @@
 
     inputs   image/<camera> u8 [B,h,w,3], image_mask/<camera> bool [B], tokenized_prompt int [B,T] and
              tokenized_prompt_mask bool [B,T] (or prompt_only_tokens, prompt_only_mask), noise f32 [B,H,A], num_steps;
-             of a π0 also state f32 [B,A]
+             of a π0 also state f32 [B,A]; of a model that takes pictures as floats they may also be f32 in [-1, 1]
     outputs  any of: actions [B,H,A], x_steps or v_steps [steps,B,H,A] (before each step), times [steps],
              kv_k, kv_v [L,B,K,S,D] over all cameras and the padded prompt, greedy_tokens int [B,n]
 
@@ -18,9 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from ki_edge.bundle import Bundle
+from ki_edge.config import Pi05Config
 from ki_edge.contract import PolicyContract
 from ki_edge.errors import DatasetError
 from ki_edge.flow import denoise_times, step_size
+from ki_edge.images import model_pictures
 from ki_runtime.sampler import Sampler
 
 from .arithmetic.session import SIXTEEN_BITS, arithmetic_sampler
@@ -92,7 +94,7 @@ def read_case(given: Mapping[str, Array], bundle: Bundle, sampler: Sampler, sour
     shape = (len(given[tokens]), config.action_horizon, config.action_dim)
     return Case(
         name=source.parent.name,
-        images=np.stack([given[f"image/{camera}"] for camera in cameras], axis=1),
+        images=recorded_pictures(np.stack([given[f"image/{camera}"] for camera in cameras], axis=1), config),
         camera_mask=np.stack([given[f"image_mask/{camera}"] for camera in cameras], axis=1),
         prompt_tokens=given[tokens],
         prompt_mask=given[mask],
@@ -100,6 +102,11 @@ def read_case(given: Mapping[str, Array], bundle: Bundle, sampler: Sampler, sour
         num_steps=int(given.get("num_steps", sampler.num_steps)),
         state=given["state"].astype(np.float32) if config.has_state else None,
     )
+
+
+def recorded_pictures(images: Array, config: Pi05Config) -> Array:
+    """Pictures of a recording as the model takes them: bytes are mapped, floats stay."""
+    return model_pictures(images, config.pictures) if images.dtype == np.uint8 else images
 
 
 def _actions(sampler: Sampler, case: Case, recorded: Mapping[str, Array], result: Comparison) -> Iterator[Measurement]:

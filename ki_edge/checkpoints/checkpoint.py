@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import Pi05Config
+from ..config import Pi05Config, Pictures
 from ..errors import CheckpointError
 from ..safetensors_index import SafetensorsIndex
 from .formats import SHARDS, WEIGHTS, Format, Found, described_by, read_json, recognise
@@ -67,12 +67,18 @@ class Checkpoint:
             check_tensors(source.tensors, config)
         except CheckpointError as error:
             raise CheckpointError(f"{found.folder}: {error}") from None
-        return cls(found.folder, found.format, source, found.settings, config, origin or {}, source.states())
+        opened = cls(found.folder, found.format, source, found.settings, config, origin or {}, source.states())
+        # what the format's makers do; a policy's contract may say otherwise
+        return opened.with_pictures("float32" if found.format == "lerobot" else "uint8")
 
     @property
     def time_convention(self) -> str:
         """How the reference that wrote this format computes denoising times: "openpi" or "lerobot"."""
         return "lerobot" if self.format == "lerobot" else "openpi"
+
+    def with_pictures(self, pictures: Pictures) -> Checkpoint:
+        """The same checkpoint of a policy whose pictures go in as `pictures`."""
+        return replace(self, config=replace(self.config, pictures=pictures))
 
     def read(self, name: str) -> F32:
         """A tensor by the model's parameter name, float32."""

@@ -15,7 +15,7 @@ from ..errors import ObservationError
 class Observation:
     """One batch.
 
-    images         u8 [B,N,h,w,3], RGB, cameras in the contract's order
+    images         u8 [B,N,h,w,3], RGB, cameras in the contract's order; or f32 in [-1, 1] (a margin may be -3)
     camera_mask    bool [B,N], False where a camera is absent
     prompt_tokens  int [B,T], left-aligned, text only: never FAST tokens
     prompt_mask    bool [B,T]
@@ -35,9 +35,11 @@ class Observation:
     def check(self, config: Pi05Config) -> None:
         """ObservationError unless shapes and types fit each other and the model."""
         size, images = config.vision.image_size, self.images
-        if images.ndim != 5 or images.dtype != torch.uint8 or tuple(images.shape[2:]) != (size, size, 3):
+        types = (torch.uint8, torch.float32)
+        if images.ndim != 5 or images.dtype not in types or tuple(images.shape[2:]) != (size, size, 3):
             raise ObservationError(
-                f"images: {images.dtype} {list(images.shape)}, expected torch.uint8 [B, N, {size}, {size}, 3]"
+                f"images: {images.dtype} {list(images.shape)}, expected torch.uint8 [B, N, {size}, {size}, 3], "
+                "or torch.float32 in [-1, 1]"
             )
         batch, cameras = images.shape[:2]
         _expect("camera_mask", self.camera_mask, (batch, cameras))

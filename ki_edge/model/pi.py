@@ -75,7 +75,9 @@ class PiModel(nn.Module):
         """Vectors [B,S,W] of all camera patches, then the prompt, and their validity mask bool [B,S]."""
         batch, cameras, height, width, _ = images.shape
         # to float first: TensorRT takes uint8 as an input of a Cast and nowhere else
-        pixels = images.float().reshape(batch * cameras, height, width, 3).permute(0, 3, 1, 2) / 255.0 * 2.0 - 1.0
+        pixels = images.float().reshape(batch * cameras, height, width, 3).permute(0, 3, 1, 2)
+        if images.dtype == torch.uint8:  # float pictures are in [-1, 1] already
+            pixels = pixels / 255.0 * 2.0 - 1.0
         patches = self.projector(self.vision(pixels))  # [B*N,P,W]
         patches = patches.reshape(batch, cameras * self.config.vision.patches, -1)
         text = self.backbone.embed(prompt_tokens)

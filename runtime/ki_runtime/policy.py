@@ -174,6 +174,7 @@ def _check_contract(bundle: Bundle, contract: PolicyContract) -> None:
         "model_action_dim": (contract.model_action_dim, config.action_dim),
         "action_horizon": (contract.action_horizon, config.action_horizon),
         "image_size": (contract.image_size, (size, size)),
+        f"pictures ({contract.resize})": (contract.pictures, config.pictures),
     }
     for name, (said, is_) in pairs.items():
         if said != is_:

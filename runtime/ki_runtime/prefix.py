@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ki_edge.config import Pi05Config
 from ki_edge.errors import ArgumentError, BackendError
+from ki_edge.images import HIGHEST, LOWEST
 
 from .session import Binding, Buffer, Session, Storage
 
@@ -32,7 +33,7 @@ class PrefixInputs:
     `columns`: the place of each kept token in the untrimmed prefix of N*P + T tokens, i64 [S].
     """
 
-    images: npt.NDArray[np.uint8]  # [B, N, h, w, 3] RGB
+    images: npt.NDArray[np.uint8 | np.float32]  # [B, N, h, w, 3] RGB, of the type that the model's pictures have
     camera_mask: Bool  # [B, N]
     prompt_tokens: Int32  # [B, T]
     prompt_mask: Bool  # [B, T], True first
@@ -56,11 +57,12 @@ def prepare_inputs(
 ) -> PrefixInputs:
     """Check and trim. images u8 [B, N, h, w, 3], masks bool [B, N] and [B, T], prompt_tokens integer [B, T].
 
+    Where `config.pictures` is float32, images are f32 in [-1, 1], -3 in a margin of LeRobot 0.4; of absent cameras too.
     ArgumentError says what does not fit. A batch whose cameras are all absent keeps its first one, masked.
     """
     images, camera_mask = np.asarray(images), np.asarray(camera_mask)
     tokens, prompt_mask = np.asarray(prompt_tokens), np.asarray(prompt_mask)
-    _check_images(images, camera_mask, config.vision.image_size)
+    _check_images(images, camera_mask, config)
     _check_prompt(tokens, prompt_mask, images.shape[0], config.vocab_size)
     cameras = np.asarray(camera_mask.any(axis=0))
     cameras[0] |= not cameras.any()
@@ -95,9 +97,16 @@ def prepare_state(state: npt.ArrayLike | None, batch: int, config: Pi05Config) -
     return {"state": given}
 
 
-def _check_images(images: npt.NDArray[Any], camera_mask: npt.NDArray[Any], size: int) -> None:
-    if images.dtype != np.uint8 or images.ndim != 5 or images.shape[2:] != (size, size, 3) or 0 in images.shape:
-        raise ArgumentError(f"images: expected uint8 [B, N, {size}, {size}, 3], got {_describe(images)}")
+def _check_images(images: npt.NDArray[Any], camera_mask: npt.NDArray[Any], config: Pi05Config) -> None:
+    size, pictures = config.vision.image_size, config.pictures
+    if images.dtype != pictures or images.ndim != 5 or images.shape[2:] != (size, size, 3) or 0 in images.shape:
+        how = "; ki_edge.images.model_pictures makes them of bytes" if pictures == "float32" else ""
+        raise ArgumentError(f"images: expected {pictures} [B, N, {size}, {size}, 3], got {_describe(images)}{how}")
+    if pictures == "float32" and not (images.min() >= LOWEST and images.max() <= HIGHEST):  # NaN fails too
+        found = f"{images.min():.3g}..{images.max():.3g}"
+        raise ArgumentError(
+            f"images: expected numbers in [-1, 1], {LOWEST:.0f} in a margin of LeRobot 0.4, got {found}"
+        )
     if camera_mask.dtype != np.bool_ or camera_mask.shape != images.shape[:2]:
         raise ArgumentError(f"camera_mask: expected bool {list(images.shape[:2])}, got {_describe(camera_mask)}")
 

@@ -123,7 +123,8 @@ class Sampler:
     ) -> F32:
         """Actions f32 [B, H, A] in the model's normalised space.
 
-        images u8 [B, N, h, w, 3] RGB, camera_mask bool [B, N], prompt_tokens integer [B, T], prompt_mask bool [B, T];
+        images u8 [B, N, h, w, 3] RGB (f32 in [-1, 1] where `config.pictures` is float32), camera_mask bool [B, N],
+        prompt_tokens integer [B, T], prompt_mask bool [B, T];
         state f32 [B, A], for a π0 alone: normalised, zeros past the robot's numbers;
         noise f32 [B, H, A] (x at t = 1), or drawn from `seed` (None: a fresh one). ArgumentError for what does not fit,
         BackendError for actions that are not finite.

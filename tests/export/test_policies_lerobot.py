@@ -9,8 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.contract import Camera, generic
-from ki_edge.errors import ArgumentError, CheckpointError
-from ki_edge.images import fit_image, interpolate_with_pad
+from ki_edge.errors import CheckpointError
 from ki_edge.normalize import NormStats, write_norm_stats
 from ki_edge.transforms import InputPipeline, OutputPipeline
 from ki_export.policies import PolicyRequest, describe_policy, read_policy
@@ -69,8 +68,8 @@ def step(content, name):
 @pytest.mark.parametrize("name", FOLDERS)
 def test_the_policy_is_lerobots(data, tokenizer, name):
     folder = data / "lerobot_policy" / name
-    padded = True if name == "pi05_old" else None
-    files = read(folder, name.split("_")[0], tokenizer=tokenizer, pad_state_first=padded)
+    version = "0.4" if name == "pi05_old" else None
+    files = read(folder, name.split("_")[0], tokenizer=tokenizer, lerobot_version=version)
     contract, golden = files.contract, np.load(folder / "vectors.npz")
     inputs, outputs = InputPipeline(contract, files.stats, files.tokenizer), OutputPipeline(contract, files.stats)
     images = {camera.key: np.zeros((48, 64, 3), np.uint8) for camera in contract.cameras if camera.key}
@@ -108,16 +107,6 @@ def test_relative_actions_leave_out_the_excluded_joints(data, tokenizer):
     assert [camera.key for camera in contract.cameras] == ["wrist", "front"]
     plain = read(data / "lerobot_policy" / "pi05_identity", tokenizer=tokenizer).contract
     assert plain.delta_mask == (True,) * 6  # without names LeRobot excludes nothing
-
-
-def test_padding_of_old_versions_must_be_told(data, tokenizer):
-    old = data / "lerobot_policy" / "pi05_old"
-    facts = describe(old, tokenizer=tokenizer)
-    assert facts.contract is None and len(facts.missing) == 1
-    assert "--padded-state-prompt" in facts.missing[0] and "--no-padded-state-prompt" in facts.missing[0]
-    with pytest.raises(CheckpointError, match="6 state numbers were padded to 32"):
-        read(old, tokenizer=tokenizer)
-    assert not read(old, tokenizer=tokenizer, pad_state_first=False).contract.pad_state_first
 
 
 def test_state_files_have_any_name(folder, tokenizer):
@@ -227,31 +216,6 @@ def test_the_tokenizer_that_the_processor_names(folder, tokenizer_model, tmp_pat
     snapshot.mkdir(parents=True)
     (snapshot / "tokenizer.model").write_bytes(tokenizer_model)
     assert read(folder).tokenizer_file.source == "Hugging Face cache, someone/words at abc"
-
-
-def test_padding_is_an_option_of_lerobot_only(folder):
-    with pytest.raises(ArgumentError, match="option of LeRobot"):
-        describe_policy(folder, "openpi", {}, None, PolicyRequest(pad_state_first=True))
-
-
-@pytest.mark.parametrize("size", ["48x64", "120x250", "260x90", "10x9"])
-def test_pictures_are_lerobots_to_half_a_grey_level(data, size):
-    golden = np.load(data / "lerobot_policy" / "images.npz")
-    image = golden[f"{size}/in"]
-    found = fit_image(image, 224, 224, "torch_pad")
-    for part, expected in ((found[::5, ::5], "fifths"), (found[112], "row"), (found[:, 112], "column")):
-        exact = golden[f"{size}/{expected}"]
-        np.testing.assert_allclose(part / 255, exact, rtol=0, atol=0.5 / 255 + 1e-6)
-        assert (part == np.rint(exact * 255)).mean() > 0.999  # ties apart, the nearest level
-    np.testing.assert_array_equal(fit_image(image.astype(np.float32) / 255, 224, 224, "torch_pad"), found)
-
-
-def test_a_picture_of_the_models_size_is_exact():
-    image = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
-    assert interpolate_with_pad(image, 8, 12) is image
-    np.testing.assert_array_equal(interpolate_with_pad(image.astype(np.float32) / 255, 8, 12), image)
-    with pytest.raises(ArgumentError, match=r"\[h, w, 3\]"):
-        interpolate_with_pad(image[0], 8, 12)
 
 
 def test_excluded_joints_whatever_their_case():

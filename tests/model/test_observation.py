@@ -16,7 +16,10 @@ def test_good_ones_pass(observe, small_model):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"images": torch.zeros(2, 2, 14, 14, 3)}, r"images: torch.float32 \[2, 2, 14, 14, 3\], expected torch.uint8"),
+        (
+            {"images": torch.zeros(2, 2, 14, 14, 3).double()},
+            r"images: torch.float64 \[2, 2, 14, 14, 3\], expected torch.uint8",
+        ),
         ({"images": torch.zeros(2, 2, 3, 14, 14, dtype=torch.uint8)}, r"expected torch.uint8 \[B, N, 14, 14, 3\]"),
         ({"images": torch.zeros(2, 14, 14, 3, dtype=torch.uint8)}, "images"),
         (

@@ -243,6 +243,7 @@ def test_statistics_are_needed_only_to_normalise(make_bundle, assets):
         ({"model_action_dim": 7}, "model_action_dim is 7, the model's 6"),
         ({"action_horizon": 4}, "action_horizon is 4, the model's 5"),
         ({"image_size": (4, 6)}, r"image_size is \(4, 6\), the model's \(4, 4\)"),
+        ({"resize": "torch_pad"}, r"pictures \(torch_pad\) is float32, the model's uint8: export it again"),
     ],
 )
 def test_a_contract_of_another_model(make_bundle, assets, changes, message):

@@ -77,12 +77,14 @@ def run_model(options: argparse.Namespace) -> tuple[object, float]:
     """The same with the model alone."""
     import numpy as np
 
+    from ki_edge.images import model_pictures
     from ki_runtime import Sampler
 
     sampler = Sampler.open(options.bundle, options.backend, threads=options.threads)
     ready = time.perf_counter()
     config = sampler.config
-    images = np.zeros((1, options.cameras, config.vision.image_size, config.vision.image_size, 3), np.uint8)
+    black = np.zeros((1, options.cameras, config.vision.image_size, config.vision.image_size, 3), np.uint8)
+    images = model_pictures(black, config.pictures)
     present, prompt = np.ones((1, options.cameras), np.bool_), np.ones((1, options.tokens), np.bool_)
     tokens = 5 * prompt.astype(np.int32)
     state = np.zeros((1, config.state_size), np.float32) if config.has_state else None

@@ -14,6 +14,7 @@ from ki_edge import graphs
 from ki_edge.bundle import Bundle
 from ki_edge.config import Pi05Config
 from ki_edge.contract import PolicyContract
+from ki_edge.images import model_pictures
 from ki_runtime.backends import SessionOptions, connect
 from ki_runtime.decode import Choices, FastStage
 from ki_runtime.prefix import PrefixStage, prepare_inputs
@@ -31,9 +32,9 @@ NO_EOS = -1
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """One observation as openpi pads it, N slots and T places in the prompt; what is absent is zeros."""
+    """One observation as openpi pads it, N slots and T places in the prompt; what is absent is zeros, and black."""
 
-    images: npt.NDArray[np.uint8]  # [1, N, h, w, 3]
+    images: npt.NDArray[np.uint8 | np.float32]  # [1, N, h, w, 3] of the type of the model's pictures
     camera_mask: npt.NDArray[np.bool_]  # [1, N]
     prompt_tokens: npt.NDArray[np.int32]  # [1, T]
     prompt_mask: npt.NDArray[np.bool_]  # [1, T]
@@ -69,7 +70,8 @@ def draw_inputs(config: Pi05Config, space: Room, case: Case) -> Inputs:
     prompt = np.arange(space.padded)[None] < case.tokens
     tokens = rng.integers(3, config.vocab_size, (1, space.padded)) * prompt
     state = np.zeros((1, config.state_size), np.float32) if config.has_state else None
-    return Inputs(images.astype(np.uint8), present, tokens.astype(np.int32), prompt, state)
+    images = model_pictures(images.astype(np.uint8), config.pictures)
+    return Inputs(images, present, tokens.astype(np.int32), prompt, state)
 
 
 def draw_noise(config: Pi05Config) -> F32:

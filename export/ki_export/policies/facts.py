@@ -67,8 +67,8 @@ def describe_policy(
     is known, `horizon_from` where its horizon comes from, None if that is no more than a placeholder. CheckpointError,
     ContractError, ArgumentError: the same that an export of the policy would meet.
     """
-    if request.pad_state_first is not None and format != "lerobot":
-        raise ArgumentError(f"the padded-state prompt is an option of LeRobot checkpoints; {folder} is {format}")
+    if request.lerobot_version is not None and format != "lerobot":
+        raise ArgumentError(f"--lerobot-version is for LeRobot's checkpoints; {folder} is {format}: leave it out")
     native = (folder / CONTRACT).is_file()
     record = (read_native if native else READERS[format])(folder, settings, config, request, horizon_from)
     tokenizer = find_tokenizer(folder, request.tokenizer, record.tokenizers)

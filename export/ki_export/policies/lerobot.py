@@ -1,7 +1,8 @@
 """LeRobot's checkpoints: config.json and the two processors record the whole policy.
 
 Read after lerobot/policies/pi05/{configuration,processor,modeling}_pi05.py and lerobot/processor/. What LeRobot does
-without recording it is asked for: whether the state in the prompt was padded, as up to version 0.4.
+without recording it is asked for: its version, which decides the margin of pictures and the padding of the prompt's
+state.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from .lerobot_processors import (
     Processor,
 )
 from .lerobot_steps import read_prompt, read_relative
+from .lerobot_version import EITHER, read_version
 from .records import PALIGEMMA, Record
 from .request import GIVE_CONTRACT, ContractFile, PolicyRequest, read_given
 from .statistics import Statistics, find_statistics
@@ -68,9 +70,10 @@ def read_lerobot(
         absent = " and ".join(name for name, at in ((PREPROCESSOR, before), (POSTPROCESSOR, after)) if at is None)
         statistics, exact = _without_processors(folder, settings, request, notes, absent), False
     else:
-        tokenizers = read_prompt(before, settings, request, notes)
+        tokenizers = read_prompt(before, notes)
         read_relative(before, after, notes)
         statistics, exact = _read_statistics(before, after, request, notes)
+    read_version(folder, settings, before, request, notes)
     contract = _contract(folder, config, request, notes)
     return Record(contract, statistics, notes.known, tuple(notes.missing), tokenizers, notes.values, exact)
 
@@ -161,15 +164,24 @@ def _contract(folder: Path, config: Pi05Config | None, request: PolicyRequest, n
     given, horizon = read_given(request), 1 if config is None else config.action_horizon
     notes.known.setdefault("robot", "LeRobot")
     if given is None:
-        if any("--contract" in sentence or "--padded" in sentence for sentence in notes.missing):
+        if any("--contract" in sentence or "--lerobot-version" in sentence for sentence in notes.missing):
             return None
         defaults = {"action_horizon": horizon, "execute": _execute(notes, horizon), **_defaults(notes)}
         return PolicyContract(robot="generic", **{**defaults, **notes.values})
     _check_cameras(given.contract(), given.name, notes)
     values = {name: value for name, value in notes.values.items() if name != "cameras"}
-    answered = ("--contract", "--padded") if isinstance(given, ContractFile) else ("--contract",)
+    answered: tuple[str, ...] = ("--contract",)
+    if isinstance(given, ContractFile):
+        answered += ("--lerobot-version",)
+        values = {name: value for name, value in values.items() if notes.known[name] != EITHER}
     notes.missing[:] = [sentence for sentence in notes.missing if not any(flag in sentence for flag in answered)]
+    if any("--lerobot-version" in sentence for sentence in notes.missing):
+        return None  # a preset's pictures are openpi's
     contract = given.combine(values, FIXED, notes.known, horizon)
+    if contract.pictures != "float32":
+        raise CheckpointError(
+            f"{given.name}: resize is {contract.resize}; LeRobot's is torch_pad (torch_pad_04 up to version 0.4)"
+        )
     for field in fields(PolicyContract):
         if field.name not in values:
             notes.known[field.name] = f"--contract {given.name}"

@@ -68,7 +68,7 @@ def read_config(folder: Path, settings: Mapping[str, Any], before: Processor | N
         if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
             raise CheckpointError(f"{where}: image_resolution is {size!r:.60}, expected [height, width]")
         notes.add(CONFIG, image_size=tuple(size))
-    notes.add("LeRobot", resize="torch_pad", normalization_epsilon="lerobot", time_convention="lerobot")
+    notes.add("LeRobot", normalization_epsilon="lerobot", time_convention="lerobot")
     notes.add("LeRobot", adapt_to_pi=False)
     inputs, outputs = (_features(where, settings, name) for name in ("input_features", "output_features"))
     for field, features, key in (("state_dim", inputs, STATE), ("action_dim", outputs, ACTION)):

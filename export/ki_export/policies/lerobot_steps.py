@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from ki_edge.errors import CheckpointError
 
-from .lerobot_config import CONFIG, Notes
+from .lerobot_config import Notes
 from .lerobot_options import ABSOLUTE, NORMALIZER, PI0_PROMPTS, PI05_PROMPT, RELATIVE, TOKENIZER, UNNORMALIZER
 from .lerobot_processors import PREPROCESSOR, Processor, Step
-from .request import PolicyRequest
 
 
-def read_prompt(
-    before: Processor, settings: Mapping[str, Any], request: PolicyRequest, notes: Notes
-) -> tuple[str, ...]:
-    """Prompt format, longest prompt and padding; returns the tokenizer's repository, or its path in the checkpoint."""
+def read_prompt(before: Processor, notes: Notes) -> tuple[str, ...]:
+    """Prompt format and longest prompt; returns the tokenizer's repository, or its path in the checkpoint."""
     pi0 = [name for name in PI0_PROMPTS if name in before.steps]
     prompts = pi0 + [PI05_PROMPT] * (PI05_PROMPT in before.steps)
     if len(prompts) != 1 or TOKENIZER not in before.steps:
@@ -30,31 +26,8 @@ def read_prompt(
     notes.add(PREPROCESSOR, max_token_len=tokenizer.config["max_length"])
     if not pi0:
         before.in_order(NORMALIZER, PI05_PROMPT)
-        _read_padding(before, settings, request, notes)
     name = tokenizer.config.get("tokenizer_name")
     return () if name is None else (name,)
-
-
-def _read_padding(before: Processor, settings: Mapping[str, Any], request: PolicyRequest, notes: Notes) -> None:
-    """Whether the prompt's state is padded, as by LeRobot up to 0.4; 0.5.1, which does not, has relative actions."""
-    padded, size = settings.get("max_state_dim", 32), notes.values.get("state_dim", 0)
-    if request.pad_state_first is not None:
-        notes.add("--padded-state-prompt", pad_state_first=request.pad_state_first)
-    elif size >= padded:
-        notes.add(CONFIG, pad_state_first=False)
-    elif RELATIVE in before.steps or "use_relative_actions" in settings:
-        notes.add(PREPROCESSOR, pad_state_first=False)
-    else:
-        notes.missing.append(
-            f"whether the prompt's {size} state numbers were padded to {padded} is not recorded (give "
-            "--padded-state-prompt if it was trained with LeRobot 0.4 or older, --no-padded-state-prompt if with a "
-            "newer one or converted from openpi)"
-        )
-    width = notes.values.get("model_action_dim")
-    if notes.values.get("pad_state_first") and padded != width:
-        raise CheckpointError(
-            f"{before.folder / CONFIG}: the prompt's state is padded to {padded}, the actions to {width}"
-        )
 
 
 def read_relative(before: Processor, after: Processor, notes: Notes) -> None:

@@ -13,6 +13,7 @@ from ki_edge.errors import ArgumentError, CheckpointError
 from ki_edge.presets import PRESETS, PUBLIC, SHORT, Preset, find_preset
 
 NAMES = "|".join(SHORT)
+LEROBOT_VERSIONS = ("0.4", "0.5")  # what they differ in is in lerobot_version.py
 GIVE_CONTRACT = f"give --contract {NAMES}, the name of openpi's training configuration such as pi05_droid, or a FILE"
 VARIANTS = {"pi05": "π0.5", "pi0": "π0"}
 
@@ -23,8 +24,8 @@ class PolicyRequest:
 
     `contract`: name of a preset, or path of a JSON file; `assets`: norm_stats.json or a folder that holds one;
     `tokenizer`: a tokenizer.model or tokenizer.json file, or a folder with one; `fast`: a folder of the FAST codec;
-    `prompt`: the default prompt; `pad_state_first`: whether the prompt holds the padded state, as LeRobot up to 0.4
-    wrote it.
+    `prompt`: the default prompt; `lerobot_version`: of LEROBOT_VERSIONS, what a LeRobot policy was trained with; "0.5"
+    stands for all newer ones.
     """
 
     contract: str | None = None
@@ -32,7 +33,7 @@ class PolicyRequest:
     tokenizer: Path | None = None
     fast: Path | None = None
     prompt: str | None = None
-    pad_state_first: bool | None = None
+    lerobot_version: str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,115 @@
+"""What depends on the version of LeRobot that trained a policy: the margin of its pictures, the state in its prompt.
+
+    before 0.4   (π0 only) a margin of -1 at the left and the top
+    0.4          a margin of -3 around the picture; the prompt's state is padded to max_state_dim
+    0.5          a margin of -1 around the picture; the prompt holds the state as it is; all versions since
+
+One commit changed both (f0d2b37, March 2026), and no file names the version. Some of a folder's files have fields that
+only one side writes; where none has, it is asked for if any of the two matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ki_edge.errors import ArgumentError, CheckpointError
+from ki_edge.images import Resize, inner_size
+from ki_edge.reading import read_object
+
+from .lerobot_cameras import EMPTY
+from .lerobot_config import CONFIG, Notes
+from .lerobot_options import PI05_PROMPT, RELATIVE
+from .lerobot_processors import PREPROCESSOR, Processor
+from .request import LEROBOT_VERSIONS, PolicyRequest
+
+RESIZES: Mapping[str, Resize] = {"0.4": "torch_pad_04", "0.5": "torch_pad"}
+TRAIN_CONFIG = "train_config.json"
+OLD_SIZE, SIZE = "resize_imgs_with_padding", "image_resolution"  # of config.json, before 0.4 and since
+EITHER = f"{CONFIG}, the same in every version"  # the source of a field for which the version does not matter
+
+
+def read_version(
+    folder: Path, settings: Mapping[str, Any], before: Processor | None, request: PolicyRequest, notes: Notes
+) -> None:
+    """How pictures are resized and whether the prompt's state is padded, or the question that decides both.
+
+    ArgumentError if `request.lerobot_version` is none that is known, CheckpointError if the folder tells another.
+    """
+    given = request.lerobot_version
+    if given is not None and given not in LEROBOT_VERSIONS:
+        raise ArgumentError(f"--lerobot-version {given}: expected one of {', '.join(LEROBOT_VERSIONS)}")
+    if OLD_SIZE in settings and SIZE not in settings:
+        _expect(given, "before 0.4", f"{CONFIG} has '{OLD_SIZE}'", folder)
+        notes.add(CONFIG, resize="torch_pad_03")
+        return
+    recorded, source, sign = _recorded(folder, settings, before)
+    if recorded is not None:
+        _expect(given, recorded, sign, folder)
+    padded = _padding(settings, before, notes)
+    depends = [*_margins(settings), *([padded] if padded else [])]
+    version, known = (recorded, source) if recorded is not None else (given, "--lerobot-version")
+    if version is not None:
+        _note(version, known, bool(padded), notes)
+    elif depends:
+        notes.missing.append(
+            f"which LeRobot it was trained with is not recorded, and {' and '.join(depends)} (give --lerobot-version: "
+            "0.4; or 0.5 for any newer one, and for a policy that was trained with openpi and converted)"
+        )
+    else:
+        _note("0.5", EITHER, False, notes)
+    width, size = notes.values.get("model_action_dim"), settings.get("max_state_dim", 32)
+    if notes.values.get("pad_state_first") and size != width:
+        raise CheckpointError(f"{folder / CONFIG}: the prompt's state is padded to {size}, the actions to {width}")
+
+
+def _expect(given: str | None, recorded: str, sign: str, folder: Path) -> None:
+    if given not in (None, recorded):
+        when = recorded if recorded.startswith("before") else f"{recorded}{' or newer' if recorded == '0.5' else ''}"
+        raise CheckpointError(
+            f"--lerobot-version {given}: {folder} is of LeRobot {when}, since its {sign}: leave the flag out"
+        )
+
+
+def _recorded(folder: Path, settings: Mapping[str, Any], before: Processor | None) -> tuple[str | None, str, str]:
+    """(version, the file that tells it, by what); (None, "", "") if none does."""
+    if "use_relative_actions" in settings:  # April 2026
+        return "0.5", CONFIG, f"{CONFIG} has 'use_relative_actions'"
+    if before is not None and RELATIVE in before.steps:
+        return "0.5", PREPROCESSOR, f"{PREPROCESSOR} has the step '{RELATIVE}'"
+    if (folder / TRAIN_CONFIG).is_file():
+        training = read_object(folder / TRAIN_CONFIG, CheckpointError)
+        if "cudnn_deterministic" in training:  # 0.5.0, days after the change
+            return "0.5", TRAIN_CONFIG, f"{TRAIN_CONFIG} has 'cudnn_deterministic'"
+        if "peft" not in training:  # January 2026, in 0.4.3
+            return "0.4", TRAIN_CONFIG, f"{TRAIN_CONFIG} has no 'peft', which 0.4.3 brought"
+    return None, "", ""
+
+
+def _note(version: str, source: str, padded: bool, notes: Notes) -> None:
+    notes.add(source, resize=RESIZES[version], pad_state_first=padded and version == "0.4")
+
+
+def _padding(settings: Mapping[str, Any], before: Processor | None, notes: Notes) -> str:
+    """What 0.4 did to the prompt's state; "" if that changes nothing."""
+    in_prompt = settings.get("type") == "pi05" if before is None else PI05_PROMPT in before.steps
+    numbers, size = notes.values.get("state_dim", 0), settings.get("max_state_dim", 32)
+    if type(size) is not int or not in_prompt or numbers >= size:
+        return ""
+    return f"0.4 padded the prompt's {numbers} state numbers to {size}"
+
+
+def _margins(settings: Mapping[str, Any]) -> list[str]:
+    """Which cameras have a margin, at most the first; [] if all pictures have the model's aspect ratio."""
+    size = settings.get(SIZE) or [224, 224]
+    for name, feature in (settings.get("input_features") or {}).items():
+        if feature.get("type") != "VISUAL" or name.startswith(EMPTY):
+            continue
+        shape = feature.get("shape")
+        if not (isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n > 0 for n in shape)):
+            return [f"0.4 gave pictures another margin, of which '{name}' may have one: its size is not recorded"]
+        height, width = shape[1:] if shape[0] == 3 else shape[:2]
+        if inner_size(height, width, size[0], size[1]) != tuple(size):
+            return [f"0.4 gave pictures another margin, which '{name}' of {height}x{width} has"]
+    return []
