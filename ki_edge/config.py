@@ -81,7 +81,8 @@ class Pi05Config:
     """Geometry of the whole policy. `action_dim` is the model's (32 in the released checkpoints), not the robot's.
 
     `variant`: in "pi05" the flow time modulates the expert's norms and the state is words of the prompt; in "pi0" the
-    flow time is mixed into the action tokens and the state is a token of the expert.
+    flow time is mixed into the action tokens and the state is a token of the expert. `state_width`: numbers of that
+    state, where they are not `action_dim` (LeRobot's max_state_dim and max_action_dim may differ).
 
     `pictures`: how pictures come in, as bytes, or as numbers in [-1, 1] where the policy's makers resized them in float
     (their margin may be -3). No weight depends on it, so two geometries that differ in it alone are equal.
@@ -94,6 +95,7 @@ class Pi05Config:
     action_dim: int
     action_horizon: int
     variant: Variant = "pi05"
+    state_width: int | None = None
     pictures: Pictures = field(default="uint8", compare=False)
 
     def __post_init__(self) -> None:
@@ -102,6 +104,12 @@ class Pi05Config:
             if getattr(self, name) not in choices:
                 known, given = ", ".join(choices), getattr(self, name)
                 raise CheckpointError(f"geometry 'model.{name}': expected one of {known}, not {given!r:.40}")
+        if self.state_width is not None:
+            _check_size(self.state_width, "model.state_width", LIMITS["action_dim"])
+            if self.variant != "pi0":
+                raise CheckpointError(
+                    f"geometry 'model.state_width': {self.state_width}, but a {self.variant} has no state"
+                )
         for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
             ours, theirs = getattr(self.backbone, name), getattr(self.expert, name)
             if ours != theirs:
@@ -111,6 +119,11 @@ class Pi05Config:
     def has_state(self) -> bool:
         """Whether the denoise graph takes the robot's state as a tensor."""
         return self.variant == "pi0"
+
+    @property
+    def state_size(self) -> int:
+        """Numbers of the state tensor (Z) of a π0."""
+        return self.state_width or self.action_dim
 
     @property
     def modulation_shape(self) -> tuple[int, int]:

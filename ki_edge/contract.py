@@ -5,7 +5,7 @@ It is stored in the bundle's manifest, and beside a trained checkpoint. Every ke
 
 import json
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -64,7 +64,7 @@ class PolicyContract:
 
     robot: RobotKind
     cameras: tuple[Camera, ...]  # the model's slots, in order
-    state_dim: int  # numbers of the robot's state
+    state_dim: int  # numbers of the robot's state; only a π0's must fit its model's state tensor
     action_dim: int  # numbers of one robot action, at most model_action_dim
     action_horizon: int  # actions of one chunk
     execute: int  # actions that a simple loop executes before the next inference, 1..action_horizon
@@ -123,7 +123,6 @@ class PolicyContract:
         _require(any(camera.key for camera in self.cameras), "cameras: every slot is empty")
         limit = self.model_action_dim
         _require(self.action_dim <= limit, f"action_dim {self.action_dim} exceeds model_action_dim {limit}")
-        _require(self.state_dim <= limit, f"state_dim {self.state_dim} exceeds model_action_dim {limit}")
         horizon = self.action_horizon
         _require(self.execute <= horizon, f"execute {self.execute} exceeds action_horizon {horizon}")
         if self.delta_mask is not None:
@@ -235,11 +234,6 @@ def generic(
     slots = tuple(camera if isinstance(camera, Camera) else Camera(camera, camera) for camera in cameras)
     base = {"state_dim": state_dim, "action_dim": action_dim, "action_horizon": action_horizon}
     return _preset({"robot": "generic", "cameras": slots, **base}, changes)
-
-
-PRESETS: Mapping[str, Callable[..., PolicyContract]] = {
-    preset.__name__: preset for preset in (droid, droid_joint_position, libero, aloha, pi0_droid, pi0_libero, pi0_aloha)
-}
 
 
 def _preset(base: Mapping[str, Any], changes: Mapping[str, Any]) -> PolicyContract:

@@ -22,6 +22,7 @@ from ki_edge.arguments import count, integers, numbers
 from ki_edge.errors import ArgumentError, ContractError
 from ki_edge.prompt import Int32, PromptTokenizer
 from ki_edge.reading import read_file, read_object
+from ki_edge.words import parse_tokenizer
 from ki_edge.writing import write_file
 
 Float64 = npt.NDArray[np.float64]
@@ -33,7 +34,8 @@ MAX_COEFFICIENT = SURROGATES  # of the DCT, quantised
 MAX_SCALE = 1_000_000
 MAX_CHUNK = 4096  # actions, or numbers of an action
 MAX_IDS = 10_000_000
-MAX_TOKENIZER = 32_000_000  # bytes
+CONFIG_FILE, CODEC_FILE = "processor_config.json", "tokenizer.json"
+MAX_CODEC = 64_000_000  # bytes of the codec's file
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,28 +164,30 @@ class FastCodec:
 
     @classmethod
     def load(cls, folder: str | Path) -> "FastCodec":
-        """Read a codec folder (processor_config.json and tokenizer.json). Raises ContractError naming the file."""
-        from tokenizers import Tokenizer
-
+        """Read a codec folder: processor_config.json and tokenizer.json, the latter in bpe_tokenizer/ as transformers 5
+        saves it. Raises ContractError naming the file.
+        """
         folder = Path(folder)
-        config = read_object(folder / "processor_config.json", ContractError)
+        place = tokenizer_place(folder)
+        settings = folder / CONFIG_FILE
+        try:
+            config = read_object(settings, ContractError)
+            content = read_file(place, MAX_CODEC, ContractError)
+        except ContractError as error:
+            raise ContractError(f"no FAST codec in {folder}: {error}") from None
         scale, min_token = (config.get(name) for name in ("scale", "min_token"))
         if type(min_token) is not int or abs(min_token) > MAX_COEFFICIENT:
             raise ContractError(
-                f"{folder / 'processor_config.json'}: 'min_token' is {min_token!r:.40}, expected an integer within "
+                f"FAST codec: {settings}: 'min_token' is {min_token!r:.40}, expected an integer within "
                 f"{MAX_COEFFICIENT} of 0"
             )
         if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale <= MAX_SCALE:
             raise ContractError(
-                f"{folder / 'processor_config.json'}: 'scale' is {scale!r:.40}, expected a number above 0, up to "
-                f"{MAX_SCALE}"
+                f"FAST codec: {settings}: 'scale' is {scale!r:.40}, expected a number above 0, up to {MAX_SCALE}"
             )
-        path = folder / "tokenizer.json"
-        content = read_file(path, MAX_TOKENIZER, ContractError)
-        try:
-            tokenizer = Tokenizer.from_str(content.decode("utf-8-sig"))
-        except Exception as error:  # the library raises bare Exception
-            raise ContractError(f"{path} is no tokenizer that can be read: {error}") from None
+        tokenizer = parse_tokenizer(content, f"FAST codec: {place}")
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
         return cls(tokenizer, float(scale), min_token)
 
     def save(self, folder: str | Path) -> None:
@@ -296,6 +300,12 @@ def _quantized(x: Float64, scale: float) -> npt.NDArray[np.int64]:
     if not np.abs(q).max() < 1 << 31:
         raise ArgumentError("a DCT coefficient is too large to spell: are the actions normalised?")
     return q.astype(np.int64)
+
+
+def tokenizer_place(folder: Path) -> Path:
+    """The tokenizer.json of a codec's folder: in it, or in bpe_tokenizer/ (transformers 5)."""
+    nested = folder / "bpe_tokenizer" / CODEC_FILE
+    return nested if nested.is_file() and not (folder / CODEC_FILE).is_file() else folder / CODEC_FILE
 
 
 @lru_cache(maxsize=32)

@@ -5,7 +5,7 @@ Every other place (export wrappers, TensorRT profiles, manifest, runtime checks,
     B batch                 N cameras present        P patches a camera (constant)    T prompt tokens
     S = N*P + T prefix      L layers (constant)      K kv heads (constant)            D head dim (constant)
     H horizon (constant)    A action dim (constant)  W expert width (constant)   C cache length   Q new tokens
-    F decode vocabulary (constant)    h, w image size (constant)
+    F decode vocabulary (constant)    h, w image size (constant)    Z width of π0's state (constant)
     M, R modulation (constant): M = 2L+1 modulated norms, R = 3W numbers each; π0's one embedding of the time is 1, W
 
 The denoise graph of a π0 has one input more than a π0.5's, the robot's state. The prefix graph takes pictures as bytes,
@@ -86,7 +86,7 @@ DENOISE = GraphSpec(
 )
 
 # π0: the state as the policy normalises it, zeros past the robot's dimensions
-STATE = TensorSpec("state", "float32", ("B", "A"))
+STATE = TensorSpec("state", "float32", ("B", "Z"))
 DENOISE_WITH_STATE = GraphSpec("denoise", inputs=(*DENOISE.inputs, STATE), outputs=DENOISE.outputs)
 
 FAST_DECODE = GraphSpec(
@@ -128,6 +128,7 @@ def sizes(config: Pi05Config, decode_vocabulary: int) -> dict[str, int]:
         "D": config.backbone.head_dim,
         "H": config.action_horizon,
         "A": config.action_dim,
+        "Z": config.state_size,
         "M": rows,
         "R": row_length,
         "F": decode_vocabulary,

@@ -12,14 +12,14 @@ The postfix of "ki", "Action: ...|<eos>", is built by `ki_edge.fast.FastIds`.
 """
 
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from ki_edge.arguments import array_of, count, numbers
 from ki_edge.errors import ArgumentError, ContractError, ObservationError, PromptError
-from ki_edge.reading import read_file
+from ki_edge.words import open_words
 
 Int32 = npt.NDArray[np.int32]
 PromptFormat = Literal["pi0", "pi05", "ki", "lerobot_pi0"]
@@ -27,7 +27,6 @@ STATE_FORMATS: tuple[PromptFormat, ...] = ("pi05", "ki")
 MAX_LENGTH = 1 << 16  # tokens of a prompt
 MAX_IDS = 1 << 20  # to decode
 MAX_CHARACTERS = 100_000  # of a prompt
-MAX_MODEL = 64_000_000  # bytes of a tokenizer.model; PaliGemma's takes 4,264,023
 BIN_EDGES = np.linspace(-1.0, 1.0, 257)[:-1]
 
 
@@ -60,11 +59,11 @@ def pad(ids: npt.ArrayLike, length: int, pad_id: int = 0) -> tuple[Int32, npt.ND
 
 
 class PromptTokenizer:
-    """One prompt format over one SentencePiece model.
+    """One prompt format over one tokenizer.
 
-    `model` is the path of a `tokenizer.model` file or its bytes; bos, eos and pad ids are the model's own
-    (PaliGemma: 2, 1, 0). `max_token_len` is the longest prompt allowed, in tokens (pi0 48, pi05 200).
-    Raises ContractError if the model cannot be read or has no bos, eos or pad.
+    `model` is the path of a `tokenizer.model` (SentencePiece) or `tokenizer.json` file, or its bytes; bos, eos and pad
+    ids are the tokenizer's own (PaliGemma: 2, 1, 0). `max_token_len` is the longest prompt allowed, in tokens
+    (pi0 48, pi05 200). Raises ContractError if the file cannot be read or has no bos or eos.
     """
 
     def __init__(self, model: str | Path | bytes, format: PromptFormat, max_token_len: int) -> None:
@@ -73,17 +72,9 @@ class PromptTokenizer:
         max_token_len = count(max_token_len, "max_token_len", MAX_LENGTH, ContractError)
         self.format: PromptFormat = format
         self.max_token_len = max_token_len
-        self._model = _load(model)
-        self.bos_id, self.eos_id, self.pad_id = (
-            _special(name, value)
-            for name, value in (
-                ("bos", self._model.bos_id()),
-                ("eos", self._model.eos_id()),
-                # A model without a pad piece is padded with 0, as openpi does: the mask hides the id.
-                ("pad", max(self._model.pad_id(), 0)),
-            )
-        )
-        self.vocab_size: int = self._model.vocab_size()
+        self._words = open_words(model)
+        self.bos_id, self.eos_id, self.pad_id = self._words.bos_id, self._words.eos_id, self._words.pad_id
+        self.vocab_size: int = self._words.vocab_size
 
     @property
     def uses_state(self) -> bool:
@@ -139,7 +130,7 @@ class PromptTokenizer:
         if array.size and not (known and 0 <= array.min() <= array.max() < self.vocab_size):
             size = f"{array.dtype} {list(array.shape)}"
             raise ArgumentError(f"ids to decode: expected up to {MAX_IDS} of 0..{self.vocab_size - 1}, got {size}")
-        return str(self._model.decode([int(i) for i in array.reshape(-1)]))
+        return self._words.decode([int(i) for i in array.reshape(-1)])
 
     @property
     def action_ids(self) -> tuple[int, ...]:
@@ -152,7 +143,7 @@ class PromptTokenizer:
         return tuple(self._encode("|"))
 
     def _encode(self, text: str) -> list[int]:
-        return [int(i) for i in self._model.encode(text)]
+        return self._words.encode(text)
 
     def _state(self, state: npt.ArrayLike | None) -> npt.NDArray[np.float64]:
         if state is None:
@@ -161,26 +152,3 @@ class PromptTokenizer:
         if array.ndim != 1 or array.size == 0:
             raise ObservationError(f"the state in the prompt must be of shape [s], got {array.shape}")
         return numbers(array, "state", ObservationError)
-
-
-def _load(model: str | Path | bytes) -> Any:
-    import sentencepiece
-
-    if not isinstance(model, bytes | str | Path):
-        raise ContractError(f"a SentencePiece model is a path or bytes, got {type(model).__name__}")
-    content = model if isinstance(model, bytes) else read_file(Path(model), MAX_MODEL, ContractError)
-    try:
-        processor = sentencepiece.SentencePieceProcessor()
-        processor.LoadFromSerializedProto(content)
-    except RuntimeError as error:
-        where = "the given bytes" if isinstance(model, bytes) else str(model)
-        raise ContractError(
-            f"{where}: no SentencePiece model ({' '.join(str(error).split())}): copy tokenizer.model again"
-        ) from None
-    return processor
-
-
-def _special(name: str, value: int) -> int:
-    if value < 0:
-        raise ContractError(f"the SentencePiece model has no {name} token: PaliGemma's tokenizer.model is expected")
-    return value

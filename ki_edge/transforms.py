@@ -98,7 +98,9 @@ class InputPipeline:
                 f"number {bad[0]} of the state is {raw_state[bad[0]]:.6g}, which normalised is too large for float32: "
                 "are its units those of the training?"
             )
-        in_prompt = pad_last(state, contract.model_action_dim) if contract.pad_state_first else state
+        in_prompt = state
+        if contract.pad_state_first:  # a longer state stays as it is
+            in_prompt = pad_last(state, max(contract.model_action_dim, contract.state_dim))
         tokens = self.tokenizer.encode(read_prompt(contract, observation), in_prompt)
         images, camera_mask = read_images(contract, observation)
         return ModelInputs(images, camera_mask, tokens, state, raw_state)

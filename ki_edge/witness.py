@@ -1,7 +1,7 @@
 """witness.npz: observations with the float32 reference's answers, which every engine must reproduce where it runs.
 
     n observations (3 to 5)    N camera slots    T prompt tokens with padding    f forced, m sampled FAST tokens
-    h, w, H, A of `ki_edge.graphs`
+    h, w, H, A, Z of `ki_edge.graphs`
 
 One array a name, all in ARRAYS. An .npz is a zip archive, so a hostile one could be a bomb, hold pickled objects or
 other shapes than it says: everything is checked against the manifest's geometry before anything is unpacked.
@@ -36,7 +36,7 @@ ARRAYS: Mapping[str, tuple[str, tuple[str | int, ...]]] = {
     "prompt_tokens": ("int32", ("n", "T")),
     "prompt_mask": ("bool", ("n", "T")),
     "noise": ("float32", ("n", "H", "A")),
-    "state": ("float32", ("n", "A")),  # of a π0 alone
+    "state": ("float32", ("n", "Z")),  # of a π0 alone
     "num_steps": ("int64", ()),
     "actions": ("float32", ("n", "H", "A")),  # the reference's, in the model's space
     "max_abs": ("float64", ("n",)),  # the bars: largest error of one number,

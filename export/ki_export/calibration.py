@@ -129,7 +129,7 @@ def _unfit(arrays: dict[str, Array], cameras: Sequence[str], prompt: tuple[str, 
     for camera in cameras:
         wanted |= {f"image/{camera}": (kind, (rows, size, size, 3)), f"image_mask/{camera}": ("b", (rows,))}
     if config.has_state:
-        wanted["state"] = ("f", (rows, config.action_dim))
+        wanted["state"] = ("f", (rows, config.state_size))
     for name, (kinds, shape) in wanted.items():
         if name not in arrays:
             return f"'{name}' is missing"
@@ -144,7 +144,7 @@ def _unfit(arrays: dict[str, Array], cameras: Sequence[str], prompt: tuple[str, 
 
 def _observed(inputs: ModelInputs, config: Pi05Config, rng: np.random.Generator) -> Observed:
     present = inputs.camera_mask if inputs.camera_mask.any() else np.ones_like(inputs.camera_mask)
-    state = pad_last(inputs.state, config.action_dim).astype(np.float32)[None] if config.has_state else None
+    state = pad_last(inputs.state, config.state_size).astype(np.float32)[None] if config.has_state else None
     tokens = np.asarray(inputs.prompt_tokens, np.int32)[None]
     return Observed(inputs.images[present][None], tokens, _noise(config, rng), state)
 
@@ -163,7 +163,7 @@ def _synthetic(config: Pi05Config, files: PolicyFiles | None, count: int) -> Ite
                 LOWEST if files is None else METHODS[files.contract.resize].margin
             )
         tokens = _prompt(rng, seed, config, files)
-        state = rng.standard_normal((1, config.action_dim), np.float32) if config.has_state else None
+        state = rng.standard_normal((1, config.state_size), np.float32) if config.has_state else None
         yield Observed(images, tokens, _noise(config, rng), state)
 
 

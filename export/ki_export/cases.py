@@ -123,7 +123,7 @@ def _draw(
         noise=rng.standard_normal((batch, config.action_horizon, config.action_dim), np.float32),
         num_steps=num_steps,
         forced=forced,
-        state=rng.standard_normal((batch, config.action_dim), np.float32) if config.has_state else None,
+        state=rng.standard_normal((batch, config.state_size), np.float32) if config.has_state else None,
     )
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ki_edge.commands import Parser, run_command, show, show_json, tell
-from ki_edge.contract import PRESETS
 from ki_edge.errors import ArgumentError
 from ki_edge.graphs import GRAPHS
+from ki_edge.presets import SHORT
 
 if TYPE_CHECKING:
     from ki_edge.bundle import Bundle
@@ -153,7 +153,8 @@ def _summary(bundle: Bundle) -> str:
 def _inspect(arguments: argparse.Namespace) -> int:
     from .inspection import inspect
 
-    found = inspect(_where(arguments), _request(arguments), lambda line: tell(f"{NAME}: {line}"))
+    say = lambda line: tell(f"{NAME}: {line}")  # noqa: E731
+    found = inspect(_where(arguments), _request(arguments), say, model_only=arguments.model_only)
     if arguments.json:
         show_json(found.to_json())
     else:
@@ -245,9 +246,9 @@ def _add_source(group: argparse._ArgumentGroup) -> None:
 
 def _add_policy(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--contract", metavar="NAME|FILE", help=f"{', '.join(PRESETS)}, or a JSON file")
+    add("--contract", metavar="NAME|FILE", help=f"{', '.join(SHORT)}, a public configuration of openpi, or a file")
     add("--assets", type=Path, metavar="PATH", help="norm_stats.json, or a folder that holds one")
-    add("--tokenizer", type=Path, metavar="FILE", help="PaliGemma's tokenizer.model (default: the Hub's cache)")
+    add("--tokenizer", type=Path, metavar="PATH", help="tokenizer.model or .json, or their folder (the Hub's cache)")
     add("--fast", type=Path, metavar="DIR", help="folder of the FAST codec")
     add("--prompt", metavar="TEXT", help="instruction for observations that have none")
     add(

@@ -22,13 +22,14 @@ from ki_edge.errors import CheckpointError, ExportError
 from ki_edge.writing import writing
 
 from .checker import check
+from .examination import examine
 from .int8 import choose
-from .opening import Where, open_checkpoint, with_horizon
+from .opening import Where
 from .options import PRECISIONS, ExportOptions
 from .passes.attention import fuse_attention
 from .passes.quantize import quantize
 from .passes.stored import keep_stored_types
-from .policies import PolicyFiles, PolicyRequest, decode_vocabulary, read_policy
+from .policies import PolicyFiles, decode_vocabulary
 from .provenance import Hashes, hash_files, provenance, tool_versions
 from .sixteen_bits import Lowered, Request, lower_models, observations
 from .tracing import quiet, trace_all
@@ -66,8 +67,8 @@ def export(
     if the result differs from the model; then nothing is left at `output` but what was there before.
     """
     where = checkpoint if isinstance(checkpoint, Where) else Where(str(checkpoint))
-    opened = open_checkpoint(with_horizon(where, options.policy), say)
-    files = None if options.model_only else _policy(opened, options.policy)
+    examined = examine(where, options.policy, say, model_only=options.model_only)
+    opened, files = examined.checkpoint, examined.files()
     if files is not None:
         opened = opened.with_pictures(files.contract.pictures)
     with write_bundle(output, force=options.force) as writer, ThreadPoolExecutor(1) as hasher:
@@ -82,10 +83,6 @@ def export(
             prove(writer, bundle, opened, say)
         opened.check_unchanged()
     return Bundle.open(output)
-
-
-def _policy(checkpoint: Checkpoint, request: PolicyRequest) -> PolicyFiles:
-    return read_policy(checkpoint.path, checkpoint.format, checkpoint.settings, checkpoint.config, request)
 
 
 def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOptions, say: Say) -> Plan:

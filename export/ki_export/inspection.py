@@ -6,65 +6,64 @@ Only headers and JSON files are read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from ki_edge.checkpoints import Checkpoint
-from ki_edge.checkpoints.geometry import read_horizon
 from ki_edge.checkpoints.keys import EMBEDDING, parameter_shapes
 from ki_edge.config import Pi05Config
+from ki_edge.contract import Camera
 
 from .devices import DEVICES, Device, Stage, floor_ms, stages
-from .opening import Say, Where, open_checkpoint, with_horizon
-from .policies import PolicyFacts, PolicyRequest, describe_policy
+from .examination import PLACEHOLDER, Examination, examine
+from .opening import Say, Where
+from .policies import PolicyRequest
 
 CASES = ((2, 30), (3, 200))  # cameras present, tokens of the prompt
 STEPS = 10
 CELL = 40  # characters of a table cell
-ANY_HORIZON = 50  # to read the geometry of a checkpoint that does not record it
-NO_HORIZON = "the action horizon is not recorded (give --contract, or --horizon)"
 TYPES = {"fp32": 4, "16 bit": 2, "8 bit": 1}
 
 
-def inspect(where: Where, request: PolicyRequest, say: Say = lambda _: None) -> Inspection:
-    """What a checkpoint is. CheckpointError for what is wrong; what is merely missing is listed."""
-    where = with_horizon(where, request)
-    known = where.default_horizon is not None or where.horizon is not None
-    checkpoint = open_checkpoint(where if known else replace(where, default_horizon=ANY_HORIZON), say)
-    known = known or read_horizon(checkpoint.settings) is not None
-    policy = describe_policy(checkpoint.path, checkpoint.format, checkpoint.settings, checkpoint.config, request)
-    return Inspection(checkpoint, policy, () if known else (NO_HORIZON,))
+def inspect(where: Where, request: PolicyRequest, say: Say = lambda _: None, *, model_only: bool = False) -> Inspection:
+    """What a checkpoint is. The errors of `examine` for what is wrong; what is merely missing is listed."""
+    return Inspection(examine(where, request, say, model_only=model_only))
 
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    """`notes`: what geometry alone needs and does not have, such as the horizon; the policy's gaps are in `policy`."""
+    """A checkpoint that was examined, for people and programs to read."""
 
-    checkpoint: Checkpoint
-    policy: PolicyFacts
-    notes: Sequence[str] = ()
+    found: Examination
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.found.checkpoint
 
     @property
     def missing(self) -> list[str]:
-        return [*self.notes, *self.policy.missing]
+        return list(self.found.missing)
 
     def to_json(self) -> dict[str, Any]:
         """Everything that `lines` prints, as JSON values."""
         checkpoint, config = self.checkpoint, self.checkpoint.config
-        contract = self.policy.contract
+        policy = self.found.policy
+        contract = None if policy is None else policy.contract
         return {
             "checkpoint": str(checkpoint.path),
             "format": checkpoint.format,
             "origin": dict(checkpoint.origin),
             "variant": config.variant,
-            "geometry": config.to_dict(),
+            "geometry": {**config.to_dict(), **({} if self.found.horizon_from else {"action_horizon": None})},
             "parameters": sum(prod(shape) for shape in parameter_shapes(config).values()),
             "dtypes": dict(sorted(_types(checkpoint).items())),
             "bytes": sum(path.stat().st_size for path in checkpoint.source.files),
             "contract": None if contract is None else contract.to_json(),
+            "origins": {} if policy is None else dict(policy.known),
             "missing": self.missing,
+            "command": self.found.command,
             "memory_gb": {name: memory(config, width) / 1e9 for name, width in TYPES.items()},
             "floor_ms": {device.name: _floors(config, device) for device in DEVICES},
         }
@@ -75,15 +74,17 @@ class Inspection:
         return [*_model_lines(found, self.checkpoint.config), *self._policy_lines(), *_cost_lines(found)]
 
     def _policy_lines(self) -> list[str]:
-        lines = ["", "policy contract"]
-        lines += [
-            f"  {name:22} {_short(value):40} {self.policy.known[name]}" for name, value in self.policy.values.items()
-        ]
+        policy = self.found.policy
+        lines = []
+        if policy is not None:
+            lines += ["", "policy contract"]
+            lines += [f"  {name:22} {_short(value):40} {policy.known[name]}" for name, value in policy.values.items()]
         if not self.missing:
-            return [*lines, "  complete: ki-export can make a policy of it"]
-        return [*lines, "missing for a policy (a model alone can be exported with --model-only):"] + [
-            f"  - {sentence}" for sentence in self.missing
-        ]
+            what = "a policy of it" if policy is not None else "a bundle of the model alone"
+            return [*lines, f"  complete: ki-export can make {what}"]
+        alone = "" if policy is None else " (a model alone can be exported with --model-only)"
+        lines += [f"missing for {'a model' if policy is None else 'a policy'}{alone}:"]
+        return [*lines, *(f"  - {sentence}" for sentence in self.missing), f"  then: {self.found.command}"]
 
 
 def memory(config: Pi05Config, width: int) -> int:
@@ -97,7 +98,7 @@ def _model_lines(found: Mapping[str, Any], config: Pi05Config) -> list[str]:
     stored = ", ".join(f"{count} {dtype}" for dtype, count in found["dtypes"].items())
     vision, backbone, expert = config.vision, config.backbone, config.expert
     names = {"pi05": "π0.5", "pi0": "π0"}
-    origin = found["origin"]
+    origin, horizon = found["origin"], found["geometry"]["action_horizon"] or "an unknown number of"
     return [
         f"checkpoint  {found['checkpoint']}",
         *([f"from        {origin['repo']} at {origin['revision']}"] if origin else []),
@@ -106,15 +107,15 @@ def _model_lines(found: Mapping[str, Any], config: Pi05Config) -> list[str]:
         f"vision      {vision.depth} layers of width {vision.width}, {vision.image_size} pixels, "
         f"{vision.patches} tokens a camera",
         f"backbone    {backbone.depth} layers of width {backbone.width}, {config.vocab_size} tokens",
-        f"expert      {expert.depth} layers of width {expert.width}, {config.action_horizon} actions of "
-        f"{config.action_dim} numbers",
+        f"expert      {expert.depth} layers of width {expert.width}, {horizon} actions of {config.action_dim} numbers",
     ]
 
 
 def _cost_lines(found: Mapping[str, Any]) -> list[str]:
     sizes = ", ".join(f"{_count(1e9 * size)}B in {name}" for name, size in found["memory_gb"].items())
     head = " | ".join(f"{cameras} cameras, {prompt} tokens: 16 bit / 8 bit" for cameras, prompt in CASES)
-    lines = ["", f"weights while acting: {sizes}", f"least time of one inference, {STEPS} steps, ms ({head})"]
+    horizon = "" if found["geometry"]["action_horizon"] else f", if the horizon is {PLACEHOLDER}"
+    lines = ["", f"weights while acting: {sizes}", f"least time of one inference, {STEPS} steps, ms{horizon} ({head})"]
     for device, floors in found["floor_ms"].items():
         cells = [f"{cell['16 bit']:.3g} / {cell['8 bit']:.3g}" for cell in floors]
         lines.append(f"  {device:24} {' | '.join(cells)}")
@@ -154,7 +155,7 @@ def _count(number: float) -> str:
 
 def _short(value: Any) -> str:
     """A contract's field in a table cell."""
-    if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping):
-        value = ", ".join(str(item.get("slot", item)) for item in value)
+    if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping | Camera):
+        value = ", ".join(str(item.slot if isinstance(item, Camera) else item.get("slot", item)) for item in value)
     text = str(value)
     return text if len(text) <= CELL else text[: CELL - 1] + "…"

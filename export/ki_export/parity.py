@@ -11,9 +11,9 @@ from ki_edge.bundle import Bundle, BundleWriter
 from ki_edge.contract import PolicyContract
 from ki_edge.errors import ArgumentError, ParityError
 from ki_edge.model import Checkpoint
-from ki_edge.prompt import PromptTokenizer
 from ki_edge.witness import WITNESS, read_witness
 from ki_runtime.backends import choose_backend
+from ki_runtime.decode import read_tokenizer
 
 from .arithmetic.session import SIXTEEN_BITS
 from .bars import measure
@@ -32,7 +32,6 @@ MAX_PROMPT = 200  # tokens, where neither contract nor checkpoint says: π0.5's
 CAMERAS = 3
 FORCED = (3, 5)  # any two tokens: with them the first decoding step has three queries
 CHANGED_WEIGHTS = "changed_weights"
-TOKENIZER = "assets/tokenizer.model"
 Say = Callable[[str], object]
 
 
@@ -143,7 +142,7 @@ def _prepare(sides: Sides, checkpoint: Checkpoint) -> list[Case]:
     cameras, forced = CAMERAS, tuple(token for token in FORCED if token < manifest.config.vocab_size)
     prompt = next((settings[k] for k in ("max_token_len", "tokenizer_max_length") if settings.get(k)), MAX_PROMPT)
     if contract is not None:
-        tokenizer = PromptTokenizer(bundle.file(TOKENIZER), contract.prompt_format, contract.max_token_len)
+        tokenizer = read_tokenizer(bundle, contract)
         cameras, prompt, forced = len(contract.cameras), contract.max_token_len, tokenizer.action_ids
         model.eos_id = tokenizer.eos_id
         if contract.fast is not None:

@@ -70,7 +70,8 @@ def _reference(bundle: Bundle, arguments: argparse.Namespace) -> int:
     from .report import to_json, write_report
 
     if arguments.checkpoint is not None:
-        checkpoint = Checkpoint.open(arguments.checkpoint)
+        horizon = bundle.manifest.config.action_horizon  # of a checkpoint that does not record its own
+        checkpoint = Checkpoint.open(arguments.checkpoint, default_horizon=horizon)
         comparison = compare_with_checkpoint(bundle, checkpoint, _say, backend=arguments.backend)
     else:
         comparison = compare_with_recording(bundle, arguments.outputs, arguments.inputs, backend=arguments.backend)

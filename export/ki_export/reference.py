@@ -14,8 +14,9 @@ import torch
 from ki_edge.model import Observation
 from ki_edge.transforms import InputPipeline, ModelInputs, OutputPipeline, pad_last
 
-from .opening import Where, open_checkpoint
-from .policies import PolicyRequest, given_contract, read_policy
+from .examination import examine
+from .opening import Where
+from .policies import PolicyRequest
 
 
 class ReferencePolicy:
@@ -24,12 +25,11 @@ class ReferencePolicy:
     It takes a checkpoint of any format; `request` gives what it does not record. CheckpointError if a part is missing.
     """
 
-    def __init__(self, checkpoint: str | Path, request: PolicyRequest | None = None) -> None:
-        request = request or PolicyRequest()
-        given = given_contract(request)
-        horizon = None if given is None else given.action_horizon
-        opened = open_checkpoint(Where(str(checkpoint), default_horizon=horizon))
-        files = read_policy(opened.path, opened.format, opened.settings, opened.config, request)
+    def __init__(self, checkpoint: str | Path | Where, request: PolicyRequest | None = None) -> None:
+        where = checkpoint if isinstance(checkpoint, Where) else Where(str(checkpoint))
+        examined = examine(where, request or PolicyRequest())
+        opened, files = examined.checkpoint, examined.files()
+        assert files is not None  # None is for the model alone
         self.contract = files.contract
         self._inputs = InputPipeline(files.contract, files.stats, files.tokenizer)
         self._outputs = OutputPipeline(files.contract, files.stats)
@@ -60,4 +60,4 @@ class ReferencePolicy:
     def _state(self, inputs: ModelInputs) -> torch.Tensor | None:
         """The state as a tensor f32 [1,A] for a π0; a π0.5 has it in its prompt."""
         config = self.model.config
-        return torch.from_numpy(pad_last(inputs.state, config.action_dim)).float()[None] if config.has_state else None
+        return torch.from_numpy(pad_last(inputs.state, config.state_size)).float()[None] if config.has_state else None

@@ -24,6 +24,8 @@ def read_geometry(source: TensorSource, settings: Mapping[str, Any], horizon: in
     try:
         patch = _shape(tensors, VISION + "embeddings.patch_embedding.weight")
         patches = _shape(tensors, VISION + "embeddings.position_embedding.weight")[0]
+        width = _shape(tensors, "action_in_proj.weight")[1]
+        state = _shape(tensors, "state_proj.weight")[1] if variant == "pi0" else width
         return Pi05Config(
             vision=VisionConfig(
                 width=patch[0],
@@ -36,9 +38,10 @@ def read_geometry(source: TensorSource, settings: Mapping[str, Any], horizon: in
             backbone=_gemma(tensors, BACKBONE, given.get("paligemma")),
             expert=_gemma(tensors, EXPERT, given.get("action_expert")),
             vocab_size=_shape(tensors, EMBEDDING)[0],
-            action_dim=_shape(tensors, "action_in_proj.weight")[1],
+            action_dim=width,
             action_horizon=horizon,
             variant=variant,
+            state_width=None if state == width else state,
         )
     except CheckpointError:
         raise

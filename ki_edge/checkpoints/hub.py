@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import CheckpointError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-WANTED = ("*.json", "*.safetensors", "tokenizer.model", "params/*", "_CHECKPOINT_METADATA")
+WANTED = ("*.json", "*.safetensors", "*tokenizer.model", "params/*", "_CHECKPOINT_METADATA")
 UNWANTED = (
     *("*.py", "*.sh", "*.so", "*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.npy", "*.npz"),
     *("*optimizer*", "*training_state/*", "train_state/*", ".*"),

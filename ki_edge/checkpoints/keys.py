@@ -30,6 +30,7 @@ UNUSED = re.compile(
             r".*\.rotary_emb\.inv_freq",
             r".*\.embeddings\.position_ids",
             re.escape(VISION) + r"head\..*",
+            r"(normalize_inputs|normalize_targets|unnormalize_outputs)\.buffer_.*",  # LeRobot before 0.4
         )
     )
 )
@@ -87,7 +88,7 @@ def parameter_shapes(config: Pi05Config) -> Shapes:
     for norm in _norms(BACKBONE, config.backbone.depth):
         shapes[f"{norm}.weight"] = (config.backbone.width,)
     if config.variant == "pi0":
-        shapes.update(_linear("state_proj", dim, width))
+        shapes.update(_linear("state_proj", config.state_size, width))
         shapes.update(_linear("action_time_mlp_in", 2 * width, width))
         shapes.update(_linear("action_time_mlp_out", width, width))
         shapes.update({f"{norm}.weight": (width,) for norm in _norms(EXPERT, config.expert.depth)})

@@ -21,7 +21,7 @@ class Observation:
     prompt_mask    bool [B,T]
     fast_tokens    int [B,F], the whole postfix from "Action: " to <eos>, left-aligned; None outside training
     fast_mask      bool [B,F]
-    state          f32 [B,A], for a π0 alone: normalised, zeros past the robot's numbers
+    state          f32 [B,Z], for a π0 alone: normalised, zeros past the robot's numbers
     """
 
     images: Tensor
@@ -50,7 +50,7 @@ class Observation:
             raise ObservationError("fast_tokens and fast_mask: give both or neither")
         if self.fast_tokens is not None and self.fast_mask is not None:
             _expect("fast_mask", self.fast_mask, (batch, self.fast_tokens.shape[-1]))
-        self._check_state(config, (batch, config.action_dim))
+        self._check_state(config, (batch, config.state_size))
 
     def _check_state(self, config: Pi05Config, shape: tuple[int, int]) -> None:
         if not config.has_state:

@@ -24,7 +24,7 @@ class Pi0(PiModel):
     def __init__(self, config: Pi05Config) -> None:
         super().__init__(config, PlainExpert(config.expert))
         width = config.expert.width
-        self.state_proj = nn.Linear(config.action_dim, width)
+        self.state_proj = nn.Linear(config.state_size, width)
         self.action_time_mlp_in = nn.Linear(2 * width, width)
         self.action_time_mlp_out = nn.Linear(width, width)
 

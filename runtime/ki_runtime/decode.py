@@ -26,7 +26,7 @@ from .prefix import Bool, Int32, Prefix, PrefixInputs
 from .session import Binding, Buffer, Session, Storage
 
 Int64 = npt.NDArray[np.int64]
-TOKENIZER = "assets/tokenizer.model"
+TOKENIZERS = ("assets/tokenizer.model", "assets/tokenizer.json")  # a bundle has one of them
 EOS_ID = 1  # PaliGemma's, for a bundle without a tokenizer
 MAX_CACHES = 8
 MAX_TOKENS = 4096  # of one continuation
@@ -207,12 +207,17 @@ def choices_of(bundle: Bundle, constrained: bool) -> Choices:
         )
     if contract is None:
         return Choices.of(ids, EOS_ID)
-    model = bundle.file(TOKENIZER)
-    tokenizer = PromptTokenizer(model, contract.prompt_format, contract.max_token_len)
+    tokenizer = read_tokenizer(bundle, contract)
     if not (constrained and full) or contract.fast is None:
         return Choices.of(ids, tokenizer.eos_id)
     fast = range(contract.fast.id_offset - contract.fast.size + 1, contract.fast.id_offset + 1)
     return Choices.of(ids, tokenizer.eos_id, (*fast, *tokenizer.end_ids, tokenizer.eos_id))
+
+
+def read_tokenizer(bundle: Bundle, contract: PolicyContract) -> PromptTokenizer:
+    """The tokenizer of a bundle that has one. BundleError if it has none, ContractError if it cannot be read."""
+    name = next((name for name in TOKENIZERS if name in bundle.manifest.files), TOKENIZERS[0])
+    return PromptTokenizer(bundle.file(name), contract.prompt_format, contract.max_token_len)
 
 
 def check_decoding(max_tokens: Any, forced: Any, vocab_size: int) -> list[int]:

@@ -60,7 +60,7 @@ class _Loop:
 class DenoiseStage:
     """The denoise graph with its memory. `tensor(name)` reads a checkpoint tensor for the modulation table.
 
-    `once` holds the graph's other inputs by name, the same for all steps: {"state": f32 [B, A]} for a π0, else nothing.
+    `once` holds the graph's other inputs by name, the same for all steps: {"state": f32 [B, Z]} for a π0, else nothing.
     """
 
     def __init__(self, session: Session, tensor: TensorReader, config: Pi05Config, convention: str) -> None:

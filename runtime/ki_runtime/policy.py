@@ -23,7 +23,7 @@ from ki_edge.normalize import NormStats, read_norm_stats
 from ki_edge.prompt import PromptTokenizer
 from ki_edge.transforms import InputPipeline, ModelInputs, OutputPipeline, pad_last
 
-from .decode import TOKENIZER
+from .decode import TOKENIZERS, read_tokenizer
 from .guard import finite_actions
 from .sampler import Sampler
 from .training_range import TrainingRange
@@ -176,7 +176,7 @@ def read_assets(bundle: Bundle) -> PolicyAssets:
     """Contract, tokenizer and statistics of a bundle; BundleError names what is missing or contradicts the model."""
     manifest = bundle.manifest
     contract = None if manifest.contract is None else PolicyContract.from_json(manifest.contract)
-    wanted = {"contract": contract is not None, "tokenizer": TOKENIZER in manifest.files}
+    wanted = {"contract": contract is not None, "tokenizer": any(name in manifest.files for name in TOKENIZERS)}
     if contract is None or contract.needs_stats:
         wanted["norm_stats"] = NORM_STATS in manifest.files
     missing = [name for name, there in wanted.items() if not there]
@@ -190,7 +190,7 @@ def read_assets(bundle: Bundle) -> PolicyAssets:
     has_codec = fast is not None and f"assets/{fast.folder}/tokenizer.json" in manifest.files
     return PolicyAssets(
         contract,
-        PromptTokenizer(bundle.file(TOKENIZER), contract.prompt_format, contract.max_token_len),
+        read_tokenizer(bundle, contract),
         read_norm_stats(bundle.file(NORM_STATS)) if "norm_stats" in wanted else {},
         bundle.path / "assets" / fast.folder if fast is not None and has_codec else None,
     )
@@ -208,6 +208,11 @@ def _check_contract(bundle: Bundle, contract: PolicyContract) -> None:
     for name, (said, is_) in pairs.items():
         if said != is_:
             raise BundleError(f"{bundle.path}: the contract's {name} is {said}, the model's {is_}: export it again")
+    if config.has_state and contract.state_dim > config.state_size:
+        raise BundleError(
+            f"{bundle.path}: the contract's state has {contract.state_dim} numbers, the model takes at most "
+            f"{config.state_size}: export it again"
+        )
 
 
 def _batch(inputs: ModelInputs) -> tuple[npt.NDArray[Any], ...]:
@@ -217,8 +222,8 @@ def _batch(inputs: ModelInputs) -> tuple[npt.NDArray[Any], ...]:
 
 
 def _state(inputs: ModelInputs, config: Pi05Config) -> npt.NDArray[np.float32] | None:
-    """The state as a tensor f32 [1, A] for a π0; a π0.5 has it in its prompt."""
-    return pad_last(inputs.state, config.action_dim).astype(np.float32)[None] if config.has_state else None
+    """The state as a tensor f32 [1, Z] for a π0; a π0.5 has it in its prompt."""
+    return pad_last(inputs.state, config.state_size).astype(np.float32)[None] if config.has_state else None
 
 
 class _Stopwatch:

@@ -82,7 +82,7 @@ def prepare_inputs(
 
 
 def prepare_state(state: npt.ArrayLike | None, batch: int, config: Pi05Config) -> dict[str, npt.NDArray[np.float32]]:
-    """The denoise graph's inputs that an observation holds: {"state": f32 [B, A]} for a π0, else nothing. Checked.
+    """The denoise graph's inputs that an observation holds: {"state": f32 [B, Z]} for a π0, else nothing. Checked.
 
     ArgumentError if the state is missing, unwanted, not finite, or of another shape or type.
     """
@@ -90,7 +90,7 @@ def prepare_state(state: npt.ArrayLike | None, batch: int, config: Pi05Config) -
         if state is not None:
             raise ArgumentError("state: this model is a π0.5, which reads the state in its prompt; leave it out")
         return {}
-    shape = (batch, config.action_dim)
+    shape = (batch, config.state_size)
     if state is None:
         raise ArgumentError(f"state: missing; this model is a π0, which takes it as float32 {list(shape)}, normalised")
     given = array_of(state, "state")

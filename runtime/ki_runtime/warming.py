@@ -54,7 +54,7 @@ def warm_up(
     tokens = likely_tokens(contract, tokenizer, SOME_PROMPT if known is None else known)
     counts = prompt_lengths(tokens, sampler.prompt_bucket, contract.max_token_len, sure=known is not None)
     masks = likely_cameras(contract)
-    state = np.zeros((1, sampler.config.action_dim), np.float32) if sampler.config.has_state else None
+    state = np.zeros((1, sampler.config.state_size), np.float32) if sampler.config.has_state else None
     for mask in masks:
         for count in counts:  # the longest first: what it allocates serves the others
             inputs = _inputs(sampler, mask, np.resize(tokens[-1], count))

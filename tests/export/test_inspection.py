@@ -82,7 +82,7 @@ def test_a_step_of_training_does_not_record_its_horizon(data, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"tiny": config["tiny"]}))
     assert "--horizon" in inspect(Where(str(tmp_path)), PolicyRequest()).missing[0]
     for where in (Where(str(tmp_path), horizon=10), Where(str(tmp_path))):
-        request = PolicyRequest(contract=None if where.horizon else "droid")
+        request = PolicyRequest(contract=None if where.horizon else "pi05_droid")
         assert not any("--horizon" in sentence for sentence in inspect(where, request).missing)
 
 

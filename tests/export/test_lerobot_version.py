@@ -87,7 +87,7 @@ def test_what_makes_no_difference_is_not_asked(old, tokenizer):
 
 def test_a_camera_without_a_size_may_have_a_margin(old, tokenizer):
     edit(old / "config.json", lambda c: (square(c), c.update(max_state_dim=6)))
-    edit(old / "config.json", lambda c: c["input_features"]["observation.images.front"].pop("shape"))
+    edit(old / "config.json", lambda c: c["input_features"]["observation.images.front"].update(shape=[96]))
     assert "its size is not recorded" in describe(old, tokenizer).missing[0]
 
 

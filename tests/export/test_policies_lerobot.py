@@ -190,7 +190,7 @@ BAD = [
     ("config.json", lambda c: c["input_features"]["observation.state"].update(shape=[7]), "whose length does not fit"),
     ("config.json", lambda c: c["output_features"]["action"].update(shape=[7]), "relative actions of 7 numbers need"),
     ("config.json", lambda c: c["output_features"].clear(), "no feature 'action', so action_dim is not recorded"),
-    ("config.json", lambda c: c.update(input_features=[]), "no camera among its input_features"),
+    ("config.json", lambda c: c.update(input_features={}), "no camera among its input_features"),
     ("config.json", lambda c: c.update(input_features=[3]), "input_features must be an object"),
 ]  # fmt: skip
 

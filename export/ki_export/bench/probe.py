@@ -87,7 +87,7 @@ def run_model(options: argparse.Namespace) -> tuple[object, float]:
     images = model_pictures(black, config.pictures)
     present, prompt = np.ones((1, options.cameras), np.bool_), np.ones((1, options.tokens), np.bool_)
     tokens = 5 * prompt.astype(np.int32)
-    state = np.zeros((1, config.action_dim), np.float32) if config.has_state else None
+    state = np.zeros((1, config.state_size), np.float32) if config.has_state else None
     sampler.sample_actions(images, present, tokens, prompt, state=state, seed=0, num_steps=options.steps)
     return sampler, ready
 

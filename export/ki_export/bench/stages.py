@@ -69,7 +69,7 @@ def draw_inputs(config: Pi05Config, space: Room, case: Case) -> Inputs:
     images = rng.integers(0, 256, (1, space.slots, size, size, 3), np.uint8) * present[:, :, None, None, None]
     prompt = np.arange(space.padded)[None] < case.tokens
     tokens = rng.integers(3, config.vocab_size, (1, space.padded)) * prompt
-    state = np.zeros((1, config.action_dim), np.float32) if config.has_state else None
+    state = np.zeros((1, config.state_size), np.float32) if config.has_state else None
     images = model_pictures(images.astype(np.uint8), config.pictures)
     return Inputs(images, present, tokens.astype(np.int32), prompt, state)
 

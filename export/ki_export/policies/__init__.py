@@ -6,7 +6,7 @@ export.
 
 from .facts import PolicyFacts, describe_policy, read_policy
 from .files import PolicyFiles
-from .request import PolicyRequest, given_contract
+from .request import PolicyRequest
 from .vocabulary import decode_vocabulary
 
 __all__ = [
@@ -15,6 +15,5 @@ __all__ = [
     "PolicyRequest",
     "decode_vocabulary",
     "describe_policy",
-    "given_contract",
     "read_policy",
 ]

@@ -1,4 +1,4 @@
-"""A checkpoint's policy as far as it is known, and complete or refused with everything that it lacks."""
+"""A checkpoint's policy as far as it is known: checked that far, and complete or with the list of what it lacks."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import Any
 
 from ki_edge.config import Pi05Config
 from ki_edge.contract import FastContract, PolicyContract
-from ki_edge.errors import ArgumentError, CheckpointError
-from ki_edge.fast import FastCodec
+from ki_edge.errors import ArgumentError, CheckpointError, ContractError
+from ki_edge.fast import CODEC_FILE, FastCodec, tokenizer_place
 from ki_edge.prompt import PromptTokenizer
 
-from .files import CODEC, CODEC_FILES, MAX_CODEC, PolicyFiles
+from .checks import check_policy
+from .codecs import find_codec
+from .files import PolicyFiles
 from .lerobot import read_lerobot
 from .native import CONTRACT, read_native
 from .openpi import read_openpi
-from .request import PolicyRequest
+from .records import Record
+from .request import PolicyRequest, missing_horizon, read_given
 from .statistics import Statistics
 from .tokenizers import TokenizerFile, find_tokenizer, missing_tokenizer
 
@@ -27,14 +30,16 @@ READERS = {
     "lerobot": read_lerobot,
     "ki-train": read_native,
 }
+HORIZON = ("action_horizon", "execute")
 
 
 @dataclass(frozen=True, eq=False)
 class PolicyFacts:
     """What is known of a policy.
 
-    `contract` is None while a part of it is missing; `values` are its fields as far as they are recorded, and `known`
-    says by which file. `missing`: a sentence each, with the flag that gives it; empty for a complete policy.
+    `contract` is None while a part of it is missing; `values` are its fields as far as they are known, and `known` says
+    where each comes from. `missing`: a sentence each, with the flag that gives it; `files` is the complete policy where
+    nothing is missing.
     """
 
     contract: PolicyContract | None
@@ -44,35 +49,59 @@ class PolicyFacts:
     tokenizer: TokenizerFile | None
     codec: Path | None
     missing: tuple[str, ...]
-    exact_statistics: bool = False
+    files: PolicyFiles | None = None
 
 
 def describe_policy(
-    folder: Path, format: str, settings: Mapping[str, Any], config: Pi05Config | None, request: PolicyRequest
+    folder: Path,
+    format: str,
+    settings: Mapping[str, Any],
+    config: Pi05Config | None,
+    request: PolicyRequest,
+    *,
+    horizon_from: str | None = "config.json",
 ) -> PolicyFacts:
-    """What a checkpoint folder and a request tell of a policy. What is missing is no error, what is wrong is one.
+    """What a checkpoint folder and a request tell of a policy. What is missing is listed, what is wrong is an error.
 
     `settings` is config.json, `format` one of `ki_edge.checkpoints.formats.Format`, `config` the model's geometry if it
-    is known.
+    is known, `horizon_from` where its horizon comes from, None if that is no more than a placeholder. CheckpointError,
+    ContractError, ArgumentError: the same that an export of the policy would meet.
     """
     if request.lerobot_version is not None and format != "lerobot":
         raise ArgumentError(f"--lerobot-version is for LeRobot's checkpoints; {folder} is {format}: leave it out")
-    reader = read_native if (folder / CONTRACT).is_file() else READERS[format]
-    record = reader(folder, settings, config, request)
+    native = (folder / CONTRACT).is_file()
+    record = (read_native if native else READERS[format])(folder, settings, config, request, horizon_from)
     tokenizer = find_tokenizer(folder, request.tokenizer, record.tokenizers)
     missing = list(record.missing)
+    horizon_known = horizon_from is not None
+    if not horizon_known:
+        missing.insert(0, missing_horizon(read_given(request)))
     if tokenizer is None:
         missing.append(missing_tokenizer(record.tokenizers))
     contract, codec = _with_codec(folder, record.contract, request.fast)
     if contract is not None and contract.fast is not None and codec is None:
-        missing.append(f"no assets/{contract.fast.folder}/{CODEC} (give --fast, the folder of the FAST codec)")
+        missing.append(f"no assets/{contract.fast.folder}/{CODEC_FILE} (give --fast, the folder of the FAST codec)")
     if contract is not None and request.prompt is not None:
         contract = replace(contract, default_prompt=request.prompt)
-    values = record.values if contract is None else contract.to_json()
-    flags = {"default_prompt": request.prompt and "--prompt", "fast": request.fast and "--fast"}
-    known = {name: flags.get(name) or record.known.get(name, _source(request)) for name in values}
+    words = _words(folder, tokenizer, contract)
+    try:
+        check_policy(contract, config, record, words)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    _check_codec(contract, codec)
+    values, known = _fields(record, contract, request, horizon_known)
+    files = None
+    if not missing and contract is not None and words is not None and tokenizer is not None:
+        files = PolicyFiles(contract, words, tokenizer, record.statistics, codec, known)
     return PolicyFacts(
-        contract, values, known, record.statistics, tokenizer, codec, tuple(missing), record.exact_statistics
+        contract if horizon_known else None,
+        values,
+        known,
+        record.statistics,
+        tokenizer,
+        codec,
+        tuple(missing),
+        files,
     )
 
 
@@ -84,18 +113,38 @@ def read_policy(
     CheckpointError lists everything that is missing, or says what does not fit; ContractError, ArgumentError.
     """
     facts = describe_policy(folder, format, settings, config, request)
-    if facts.missing or facts.contract is None or facts.tokenizer is None:
-        raise CheckpointError(
-            f"{folder} is no complete policy: {'; '.join(facts.missing)}; or export the model alone with --model-only"
-        )
-    contract = facts.contract
-    tokenizer = PromptTokenizer(facts.tokenizer.content, contract.prompt_format, contract.max_token_len)
-    files = PolicyFiles(contract, tokenizer, facts.tokenizer, facts.statistics, facts.codec, facts.known)
+    if facts.files is None:
+        raise CheckpointError(incomplete(folder, facts.missing))
+    return facts.files
+
+
+def incomplete(folder: Path, missing: tuple[str, ...]) -> str:
+    """The sentence of an export that lacks something."""
+    return f"{folder} is no complete policy: {'; '.join(missing)}; or export the model alone with --model-only"
+
+
+def _words(folder: Path, file: TokenizerFile | None, contract: PolicyContract | None) -> PromptTokenizer | None:
+    """The prompt's tokenizer. The file is read whether a contract is known or not: ContractError says what is wrong."""
+    if file is None:
+        return None
     try:
-        files.check(config, exact=facts.exact_statistics)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
-    return files
+        if contract is None:
+            PromptTokenizer(file.content, "pi05", 1)
+            return None
+        return PromptTokenizer(file.content, contract.prompt_format, contract.max_token_len)
+    except ContractError as error:
+        raise ContractError(str(error).replace("the given bytes", f"the tokenizer {file.source}")) from None
+
+
+def _fields(
+    record: Record, contract: PolicyContract | None, request: PolicyRequest, horizon_known: bool
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The contract's fields as far as they are known, and where each comes from."""
+    values = dict(record.values if contract is None else contract.to_json())
+    if not horizon_known:
+        values = {name: value for name, value in values.items() if name not in HORIZON}
+    flags = {"default_prompt": request.prompt and "--prompt", "fast": request.fast and "--fast"}
+    return values, {name: flags.get(name) or record.known.get(name, "not recorded") for name in values}
 
 
 def _with_codec(
@@ -105,27 +154,17 @@ def _with_codec(
 
     A codec that is given to a contract without FAST has pi0-FAST's place in the vocabulary: nothing else is published.
     """
-    if contract is None:
-        return None, None
-    if given is None:
-        place = None if contract.fast is None else folder / "assets" / contract.fast.folder
-        return contract, place if place is not None and (place / CODEC).is_file() else None
-    _check_sizes(given)
-    size = FastCodec.load(given).vocab_size
-    if contract.fast is None:
-        return replace(contract, fast=FastContract(size=size)), given
+    place = None if contract is None or contract.fast is None else folder / "assets" / contract.fast.folder
+    codec = find_codec(given) if given is not None else place if place and tokenizer_place(place).is_file() else None
+    if codec is not None and contract is not None and contract.fast is None:
+        return replace(contract, fast=FastContract(size=FastCodec.load(codec).vocab_size)), codec
+    return contract, codec
+
+
+def _check_codec(contract: PolicyContract | None, codec: Path | None) -> None:
+    """CheckpointError for a codec with more ids than its place in the vocabulary has."""
+    if contract is None or contract.fast is None or codec is None:
+        return
+    size = FastCodec.load(codec).vocab_size
     if size > contract.fast.size:
-        raise CheckpointError(f"--fast {given}: {size} FAST ids, the contract has {contract.fast.size}")
-    return contract, given
-
-
-def _check_sizes(codec: Path) -> None:
-    for name in CODEC_FILES:
-        if (codec / name).is_file() and (codec / name).stat().st_size > MAX_CODEC:
-            raise CheckpointError(f"{codec / name}: too large for a FAST codec (at most {MAX_CODEC} bytes)")
-
-
-def _source(request: PolicyRequest) -> str:
-    if request.contract is None:
-        return "default"
-    return f"--contract {Path(request.contract).name}"
+        raise CheckpointError(f"the FAST codec in {codec} has {size} FAST ids, the contract has {contract.fast.size}")

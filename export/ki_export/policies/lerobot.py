@@ -8,24 +8,26 @@ state.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from ki_edge.checkpoints.formats import WEIGHTS
 from ki_edge.config import Pi05Config
 from ki_edge.contract import PolicyContract
 from ki_edge.errors import CheckpointError
 
-from .lerobot_config import Notes, read_config
+from .lerobot_buffers import read_buffers, read_old_statistics
+from .lerobot_config import CONFIG, Notes, read_config
+from .lerobot_options import NORMALIZER, UNNORMALIZER
 from .lerobot_processors import (
     ACTION,
     INPUT_STEPS,
     MODES,
-    NORMALIZER,
     OUTPUT_STEPS,
     POSTPROCESSOR,
     PREPROCESSOR,
     STATE,
-    UNNORMALIZER,
     Normalizer,
     Processor,
 )
@@ -36,6 +38,7 @@ from .request import GIVE_CONTRACT, ContractFile, PolicyRequest, read_given
 from .statistics import Statistics, find_statistics
 
 TYPES = ("pi05", "pi0")
+NUM_STEPS = 10  # denoising steps of every release
 # Fields in which a contract file must agree with the checkpoint; in the others it may differ by choice.
 FIXED = frozenset({
     "state_dim", "action_dim", "action_horizon", "model_action_dim", "image_size", "resize", "prompt_format",
@@ -45,35 +48,73 @@ FIXED = frozenset({
 
 
 def read_lerobot(
-    folder: Path, settings: Mapping[str, Any], config: Pi05Config | None, request: PolicyRequest
+    folder: Path,
+    settings: Mapping[str, Any],
+    config: Pi05Config | None,
+    request: PolicyRequest,
+    horizon_from: str | None,
 ) -> Record:
     """The policy of a LeRobot folder. CheckpointError for another policy's, and for what cannot be reproduced."""
     if settings.get("type") not in TYPES:
         raise CheckpointError(
-            f"{folder} holds LeRobot's policy {settings.get('type')!r}: expected {' or '.join(TYPES)}"
+            f"{folder} holds LeRobot's policy {settings.get('type')!r:.60}: expected {' or '.join(TYPES)}"
         )
     notes = Notes({}, {}, [])
     before = Processor.open(folder, PREPROCESSOR, INPUT_STEPS)
     after = Processor.open(folder, POSTPROCESSOR, OUTPUT_STEPS)
     read_config(folder, settings, before, notes)
+    if config is not None:
+        _read_sizes(folder, settings, config, horizon_from, notes)
     tokenizers: tuple[str, ...] = (PALIGEMMA,)
     if before is None or after is None:
         absent = " and ".join(name for name, at in ((PREPROCESSOR, before), (POSTPROCESSOR, after)) if at is None)
-        what = "prompt format, normalisation and relative actions are"
-        if request.contract is None:
-            notes.missing.append(f"no {absent}, so {what} not recorded ({GIVE_CONTRACT})")
-        found = find_statistics(folder, request.assets)
-        statistics = found if isinstance(found, Statistics) else None
-        if statistics is None:
-            notes.missing.append(str(found))
-        exact = False
+        statistics, exact = _without_processors(folder, settings, request, notes, absent), False
     else:
         tokenizers = read_prompt(before, notes)
         read_relative(before, after, notes)
         statistics, exact = _read_statistics(before, after, request, notes)
     read_version(folder, settings, before, request, notes)
-    contract = _contract(request, notes)
+    contract = _contract(folder, config, request, notes)
     return Record(contract, statistics, notes.known, tuple(notes.missing), tokenizers, notes.values, exact)
+
+
+def _read_sizes(
+    folder: Path, settings: Mapping[str, Any], config: Pi05Config, horizon_from: str | None, notes: Notes
+) -> None:
+    """What the tensors and the command line tell where config.json does not; a state width that they contradict."""
+    padded = settings.get("max_state_dim", config.state_size)
+    if config.has_state and padded != config.state_size:
+        raise CheckpointError(
+            f"{folder / CONFIG}: max_state_dim is {padded}, the model's state_proj takes {config.state_size} numbers"
+        )
+    size = config.vision.image_size
+    for name, value in (("model_action_dim", config.action_dim), ("image_size", (size, size))):
+        if name not in notes.values:
+            notes.add("tensors", **{name: value})
+    if horizon_from is not None and "action_horizon" not in notes.values:
+        notes.add(horizon_from, action_horizon=config.action_horizon)
+
+
+def _without_processors(
+    folder: Path, settings: Mapping[str, Any], request: PolicyRequest, notes: Notes, absent: str
+) -> Statistics | None:
+    """Statistics of a folder that LeRobot wrote before 0.4, or that somebody copied in part."""
+    buffers = read_buffers(folder)
+    what = "prompt format, normalisation and relative actions are"
+    if buffers:
+        what = "prompt format and relative actions are"
+        absent += f" (a checkpoint of LeRobot before 0.4, whose normalisation lies in {WEIGHTS})"
+    if request.contract is None:
+        notes.missing.append(f"no {absent}, so {what} not recorded ({GIVE_CONTRACT})")
+    if buffers:
+        statistics = read_old_statistics(folder, settings, buffers, request.assets is None, notes)
+        if request.assets is None:
+            return statistics
+    found = find_statistics(folder, request.assets)
+    if isinstance(found, Statistics):
+        return found
+    notes.missing.append(found)
+    return None
 
 
 def _read_statistics(
@@ -118,13 +159,16 @@ def _read_statistics(
     return Statistics(features, ", ".join(files), ", ".join(dict.fromkeys(side.sha256 for side in hashes))), True
 
 
-def _contract(request: PolicyRequest, notes: Notes) -> PolicyContract | None:
-    given = read_given(request)
+def _contract(folder: Path, config: Pi05Config | None, request: PolicyRequest, notes: Notes) -> PolicyContract | None:
+    """The contract of all that was read, with a placeholder for a horizon that nothing tells."""
+    given, horizon = read_given(request), 1 if config is None else config.action_horizon
+    notes.known.setdefault("robot", "LeRobot")
     if given is None:
         if any("--contract" in sentence or "--lerobot-version" in sentence for sentence in notes.missing):
             return None
-        return PolicyContract(robot="generic", **notes.values)
-    _check_cameras(given.contract, given.name, notes)
+        defaults = {"action_horizon": horizon, "execute": _execute(notes, horizon), **_defaults(notes)}
+        return PolicyContract(robot="generic", **{**defaults, **notes.values})
+    _check_cameras(given.contract(), given.name, notes)
     values = {name: value for name, value in notes.values.items() if name != "cameras"}
     answered: tuple[str, ...] = ("--contract",)
     if isinstance(given, ContractFile):
@@ -133,12 +177,27 @@ def _contract(request: PolicyRequest, notes: Notes) -> PolicyContract | None:
     notes.missing[:] = [sentence for sentence in notes.missing if not any(flag in sentence for flag in answered)]
     if any("--lerobot-version" in sentence for sentence in notes.missing):
         return None  # a preset's pictures are openpi's
-    contract = given.combine(values, FIXED)
+    contract = given.combine(values, FIXED, notes.known, horizon)
     if contract.pictures != "float32":
         raise CheckpointError(
             f"{given.name}: resize is {contract.resize}; LeRobot's is torch_pad (torch_pad_04 up to version 0.4)"
         )
+    for field in fields(PolicyContract):
+        if field.name not in values:
+            notes.known[field.name] = f"--contract {given.name}"
     return contract
+
+
+def _execute(notes: Notes, horizon: int) -> int:
+    """Actions to execute before the next inference, where config.json does not say: a choice of whoever runs it."""
+    notes.known.setdefault("execute", "half the horizon")
+    return max(1, int(notes.values.get("action_horizon", horizon)) // 2)
+
+
+def _defaults(notes: Notes) -> dict[str, Any]:
+    """What LeRobot takes where its config.json, of an older release, does not have a key."""
+    notes.known.setdefault("num_steps", "LeRobot's default")
+    return {"num_steps": NUM_STEPS}
 
 
 def _check_cameras(contract: PolicyContract, name: str, notes: Notes) -> None:

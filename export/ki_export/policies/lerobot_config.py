@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ki_edge.contract import Camera
 from ki_edge.errors import CheckpointError
 
-from .lerobot_processors import ACTION, RENAME, STATE, Processor
+from .lerobot_cameras import read_cameras
+from .lerobot_options import is_features
+from .lerobot_processors import ACTION, STATE, Processor
 from .request import GIVE_CONTRACT
 
 CONFIG = "config.json"
-IMAGES = "observation.images."
-IMAGE = "observation."
-EMPTY = IMAGES + "empty_camera_"
 # config.json's name -> what ki_edge's model has built in
 BUILT_IN: Mapping[str, object] = {
     "n_obs_steps": 1,
@@ -52,19 +50,23 @@ def read_config(folder: Path, settings: Mapping[str, Any], before: Processor | N
     """Sizes, cameras and dims of config.json; CheckpointError for an option that this model does not have."""
     where = folder / CONFIG
     for name, expected in BUILT_IN.items():
-        if settings.get(name, expected) != expected:
-            raise CheckpointError(f"{where}: {name} is {settings[name]!r}; only {expected!r} can be exported")
+        value = settings.get(name, expected)
+        if value != expected or isinstance(value, bool) != isinstance(expected, bool):
+            raise CheckpointError(f"{where}: {name} is {value!r:.60}; only {expected!r} can be exported")
     for name, field in NUMBERS.items():
         value = settings.get(name)
         if value is None:
             continue
         if type(value) is not int or value < 1:
-            raise CheckpointError(f"{where}: {name} is {value!r}, expected a positive integer")
+            raise CheckpointError(f"{where}: {name} is {value!r:.60}, expected a positive integer")
         notes.add(CONFIG, **{field: value})
+    padded = settings.get("max_state_dim", 32)
+    if type(padded) is not int or padded < 1:
+        raise CheckpointError(f"{where}: max_state_dim is {padded!r:.60}, expected a positive integer")
     size = settings.get("image_resolution")
     if size is not None:
         if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
-            raise CheckpointError(f"{where}: image_resolution is {size!r}, expected [height, width]")
+            raise CheckpointError(f"{where}: image_resolution is {size!r:.60}, expected [height, width]")
         notes.add(CONFIG, image_size=tuple(size))
     notes.add("LeRobot", normalization_epsilon="lerobot", time_convention="lerobot")
     notes.add("LeRobot", adapt_to_pi=False)
@@ -74,55 +76,26 @@ def read_config(folder: Path, settings: Mapping[str, Any], before: Processor | N
             notes.add(CONFIG, **{field: _length(where, key, features[key])})
         else:
             notes.missing.append(f"{CONFIG} has no feature '{key}', so {field} is not recorded ({GIVE_CONTRACT})")
-    cameras = _cameras(where, inputs, settings.get("empty_cameras", 0), before)
+    cameras = read_cameras(where, inputs, settings.get("empty_cameras", 0), before)
     if cameras:
         notes.add(CONFIG, cameras=cameras)
     else:
         notes.missing.append(f"{CONFIG} has no camera among its input_features ({GIVE_CONTRACT})")
 
 
-def _cameras(
-    where: Path, inputs: Mapping[str, Mapping[str, Any]], empty: object, before: Processor | None
-) -> tuple[Camera, ...]:
-    """The VISUAL features in their order, then empty slots; keys are what the robot calls them, before renaming."""
-    names = [name for name, feature in inputs.items() if feature.get("type") == "VISUAL"]
-    if type(empty) is not int or not 0 <= empty <= 100:
-        raise CheckpointError(f"{where}: empty_cameras is {empty!r}, expected a small number")
-    names += [name for at in range(empty) if (name := f"{EMPTY}{at}") not in names]
-    keys = _renamed(before)
-    cameras = []
-    for name in names:
-        is_empty = name.startswith(EMPTY)
-        cameras.append(Camera(_short(name), None if is_empty else _short(keys.get(name, name)), not is_empty))
-    return tuple(cameras)
-
-
-def _renamed(before: Processor | None) -> dict[str, str]:
-    """The model's name of a feature -> the robot's, as far as they differ."""
-    if before is None or RENAME not in before.steps:
-        return {}
-    names = before.steps[RENAME].config.get("rename_map") or {}
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise CheckpointError(f"{before.where}: rename_map must map names to names")
-    if len(set(names.values())) < len(names):
-        raise CheckpointError(f"{before.where}: rename_map gives two features one name: {names}")
-    return {new: old for old, new in names.items()}
-
-
-def _short(name: str) -> str:
-    """ "observation.images.front" -> "front"."""
-    return name.removeprefix(IMAGES if name.startswith(IMAGES) else IMAGE)
-
-
 def _features(where: Path, settings: Mapping[str, Any], name: str) -> Mapping[str, Mapping[str, Any]]:
-    features = settings.get(name) or {}
-    if not isinstance(features, dict) or not all(isinstance(feature, dict) for feature in features.values()):
-        raise CheckpointError(f"{where}: {name} must be an object of objects")
-    return features
+    features = settings.get(name)
+    if features is None:
+        return {}
+    if not is_features(features):
+        raise CheckpointError(
+            f"{where}: {name} must be an object of features with type and shape, not {features!r:.100}"
+        )
+    return dict(features)
 
 
 def _length(where: Path, name: str, feature: Mapping[str, Any]) -> int:
-    shape = feature.get("shape")
-    if not (isinstance(shape, list) and len(shape) == 1 and type(shape[0]) is int and shape[0] >= 1):
-        raise CheckpointError(f"{where}: the feature '{name}' has shape {shape!r}, expected [numbers]")
-    return shape[0]
+    shape = feature["shape"]
+    if len(shape) != 1:
+        raise CheckpointError(f"{where}: the feature '{name}' has shape {shape!r:.60}, expected [numbers]")
+    return int(shape[0])

@@ -1,7 +1,7 @@
 """LeRobot's processors on disk: policy_preprocessor.json, policy_postprocessor.json and the state files they name.
 
-{"name": ..., "steps": [{"registry_name": ..., "config": {...}, "state_file"?: ...}]}; a state file is safetensors with
-"<feature>.<statistic>" (lerobot/processor/pipeline.py, normalize_processor.py).
+{"name": ..., "steps": [{"registry_name": ..., "config": {...}, "state_file"?: ..., "artifacts"?: {...}}]}; a state
+file is safetensors with "<feature>.<statistic>" (lerobot/processor/pipeline.py, normalize_processor.py).
 """
 
 from __future__ import annotations
@@ -9,24 +9,33 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ki_edge.checkpoints.formats import read_json
 from ki_edge.errors import CheckpointError
 from ki_edge.normalize import NormStats, checked_stats
+from ki_edge.reading import read_file, read_object
 from ki_edge.safetensors_index import SafetensorsIndex
+
+from .lerobot_options import (
+    ABSOLUTE,
+    KEYS,
+    NORMALIZER,
+    PI0_PROMPTS,
+    PI05_PROMPT,
+    RELATIVE,
+    RENAME,
+    TOKENIZER,
+    UNNORMALIZER,
+    check_options,
+)
+from .paths import is_inside
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
 MAX_STATE = 64_000_000  # bytes of a state file
 MAX_STEPS = 100
-EPSILON = 1e-8
-RENAME, RELATIVE, NORMALIZER = "rename_observations_processor", "relative_actions_processor", "normalizer_processor"
-PI05_PROMPT, TOKENIZER = "pi05_prepare_state_tokenizer_processor_step", "tokenizer_processor"
-PI0_PROMPTS = ("pi0_new_line_processor", "smolvla_new_line_processor")
-UNNORMALIZER, ABSOLUTE = "unnormalizer_processor", "absolute_actions_processor"
 HARMLESS = ("to_batch_processor", "device_processor", "identity_processor")
 INPUT_STEPS = frozenset({RENAME, RELATIVE, NORMALIZER, PI05_PROMPT, *PI0_PROMPTS, TOKENIZER, *HARMLESS})
 OUTPUT_STEPS = frozenset({UNNORMALIZER, ABSOLUTE, *HARMLESS})
@@ -66,22 +75,30 @@ class Processor:
 
     @classmethod
     def open(cls, folder: Path, file: str, known: frozenset[str]) -> Processor | None:
-        """Read a processor; None if there is none. CheckpointError for a step that is not `known` or comes twice."""
+        """Read a processor; None if there is none.
+
+        CheckpointError for a step that is not `known` or comes twice, and for an option that is not known.
+        """
         if not (folder / file).is_file():
             return None
-        steps = read_json(folder / file).get("steps")
+        content = read_object(folder / file, CheckpointError)
+        steps = content.get("steps")
         if not isinstance(steps, list) or len(steps) > MAX_STEPS:
             raise CheckpointError(f"{folder / file}: expected a list 'steps' of at most {MAX_STEPS}")
+        foreign = sorted(content.keys() - {"name", "steps"})
+        if foreign:
+            raise CheckpointError(f"{folder / file}: the key {foreign[0]!r:.60} is not known, expected name and steps")
         found: dict[str, Step] = {}
         for at, item in enumerate(steps):
             step = _step(folder / file, at, item)
             if step.name not in known:
                 raise CheckpointError(
-                    f"{folder / file}: step {at} '{step.name}' is not known, so what it does to the policy would be "
-                    "lost; export the model alone with --model-only, or remove the step if it does nothing"
+                    f"{folder / file}: step {at} {step.name!r:.100} is not known, so what it does to the policy would "
+                    "be lost; export the model alone with --model-only, or remove the step if it does nothing"
                 )
             if step.name in found:
                 raise CheckpointError(f"{folder / file}: the step '{step.name}' comes twice")
+            check_options(str(folder / file), step.name, step.config)
             found[step.name] = step
         return cls(folder, file, found)
 
@@ -103,17 +120,30 @@ class Normalizer:
     step: Step
 
     def mode(self, feature: str) -> str:
-        """LeRobot's mode of "observation.state" or "action". CheckpointError for one that is not known."""
-        keys = self.step.config.get("normalize_observation_keys")
-        features = self.step.config.get("features") or {}
-        if feature != ACTION and (feature not in features or (keys is not None and feature not in keys)):
+        """LeRobot's mode of "observation.state" or "action". CheckpointError for one that is missing or not known.
+
+        What is missing is never taken as "not normalised", though LeRobot does so: it is a fault of the file.
+        """
+        keys, features = self.step.config.get("normalize_observation_keys"), self.step.config["features"]
+        if feature not in features:
+            raise CheckpointError(
+                f"{self.processor.where}: the features of the step '{self.step.name}' have no '{feature}', so how it "
+                "is normalised is not recorded"
+            )
+        if feature != ACTION and keys is not None and feature not in keys:
             return "IDENTITY"
-        kind = "ACTION" if feature == ACTION else features[feature].get("type", "STATE")
-        return self._mode_of(kind)
+        kind = "ACTION" if feature == ACTION else features[feature]["type"]
+        mode = self._mode_of(kind)
+        if mode is None:
+            raise CheckpointError(
+                f"{self.processor.where}: the norm_map of the step '{self.step.name}' has no {kind}, so how "
+                f"'{feature}' is normalised is not recorded"
+            )
+        return mode
 
     def check_images(self) -> None:
         """CheckpointError if pictures are normalised by statistics."""
-        if self._mode_of("VISUAL") != "IDENTITY":
+        if self._mode_of("VISUAL") not in (None, "IDENTITY"):
             raise CheckpointError(
                 f"{self.processor.where}: pictures are normalised by {self._mode_of('VISUAL')}, expected IDENTITY: "
                 "π0.5 takes them as they are"
@@ -124,52 +154,44 @@ class Normalizer:
         kind, names = MODES[self.mode(feature)]
         if not names or self.step.state_file is None:
             return None
-        self._check_epsilon()
-        index = self._index(self.step.state_file)
+        path = self._path(self.step.state_file)
+        index = SafetensorsIndex(path)
         found = {}
         for field, name in zip(FIELDS[kind], names, strict=True):
             if f"{feature}.{name}" not in index:
                 return None
             found[field] = index.array(f"{feature}.{name}").astype(np.float64)
-        where = f"{self.processor.folder / self.step.state_file}: {feature}"
-        return checked_stats(found, where, dict(zip(FIELDS[kind], names, strict=True)), CheckpointError)
+        names_of = dict(zip(FIELDS[kind], names, strict=True))
+        return checked_stats(found, f"{path}: {feature}", names_of, CheckpointError)
 
     @property
     def sha256(self) -> str:
         """Of the state file."""
         assert self.step.state_file is not None
-        return hashlib.sha256((self.processor.folder / self.step.state_file).read_bytes()).hexdigest()
+        path = self.processor.folder / self.step.state_file
+        return hashlib.sha256(read_file(path, MAX_STATE, CheckpointError)).hexdigest()
 
-    def _mode_of(self, kind: str) -> str:
-        modes = self.step.config.get("norm_map") or {}
-        mode = str(modes.get(kind, "IDENTITY"))
-        if mode not in MODES:
+    def _mode_of(self, kind: str) -> str | None:
+        mode = self.step.config["norm_map"].get(kind)
+        if mode is not None and mode not in MODES:
             raise CheckpointError(
                 f"{self.processor.where}: {kind} is normalised by {mode}, expected one of {', '.join(MODES)}"
             )
-        return mode
+        return None if mode is None else str(mode)
 
-    def _check_epsilon(self) -> None:
-        epsilon = self.step.config.get("eps", EPSILON)
-        if epsilon != EPSILON:
-            raise CheckpointError(
-                f"{self.processor.where}: eps is {epsilon}, only LeRobot's default {EPSILON} is known"
-            )
-
-    def _index(self, name: str) -> SafetensorsIndex:
+    def _path(self, name: str) -> Path:
         path = inside(self.processor.folder, name, self.processor.where)
         if not path.is_file():
             raise CheckpointError(f"{self.processor.where} names {name}, which is missing: copy the whole checkpoint")
         if path.stat().st_size > MAX_STATE:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes are no statistics (at most {MAX_STATE})")
-        return SafetensorsIndex(path)
+        return path
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
     """The file `name` of a folder. CheckpointError for a name that leads out of it."""
-    parts = PurePosixPath(name).parts
-    if not parts or ".." in parts or name.startswith("/") or "\\" in name or PureWindowsPath(name).drive:
-        raise CheckpointError(f"{where}: the file '{name}' lies outside its folder")
+    if not is_inside(name):
+        raise CheckpointError(f"{where}: the file {name!r:.100} lies outside its folder, or is no file name")
     return folder / name
 
 
@@ -177,7 +199,13 @@ def _step(path: Path, at: int, item: object) -> Step:
     name = item.get("registry_name", item.get("class")) if isinstance(item, dict) else None
     if not isinstance(item, dict) or not isinstance(name, str):
         raise CheckpointError(f"{path}: step {at} has no 'registry_name'")
-    config, state = item.get("config") or {}, item.get("state_file")
-    if not isinstance(config, dict) or not (state is None or isinstance(state, str)):
-        raise CheckpointError(f"{path}: step {at} '{name}' is malformed")
+    config, state, artifacts = item.get("config"), item.get("state_file"), item.get("artifacts")
+    config, artifacts = {} if config is None else config, {} if artifacts is None else artifacts
+    if not isinstance(config, dict) or not (state is None or isinstance(state, str)) or not isinstance(artifacts, dict):
+        raise CheckpointError(
+            f"{path}: step {at} {name!r:.100} is malformed: config and artifacts are objects, state_file is a name"
+        )
+    unknown = sorted(item.keys() - KEYS)
+    if unknown:
+        raise CheckpointError(f"{path}: step {at} {name!r:.100} has the key {unknown[0]!r:.60}, which is not known")
     return Step(name, at, config, state)

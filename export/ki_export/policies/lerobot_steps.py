@@ -7,23 +7,12 @@ from typing import Any
 from ki_edge.errors import CheckpointError
 
 from .lerobot_config import Notes
-from .lerobot_processors import (
-    ABSOLUTE,
-    NORMALIZER,
-    PI0_PROMPTS,
-    PI05_PROMPT,
-    PREPROCESSOR,
-    RELATIVE,
-    TOKENIZER,
-    UNNORMALIZER,
-    Processor,
-    Step,
-)
-from .records import PALIGEMMA
+from .lerobot_options import ABSOLUTE, NORMALIZER, PI0_PROMPTS, PI05_PROMPT, RELATIVE, TOKENIZER, UNNORMALIZER
+from .lerobot_processors import PREPROCESSOR, Processor, Step
 
 
 def read_prompt(before: Processor, notes: Notes) -> tuple[str, ...]:
-    """Prompt format and longest prompt; returns the tokenizer's repositories."""
+    """Prompt format and longest prompt; returns the tokenizer's repository, or its path in the checkpoint."""
     pi0 = [name for name in PI0_PROMPTS if name in before.steps]
     prompts = pi0 + [PI05_PROMPT] * (PI05_PROMPT in before.steps)
     if len(prompts) != 1 or TOKENIZER not in before.steps:
@@ -34,13 +23,11 @@ def read_prompt(before: Processor, notes: Notes) -> tuple[str, ...]:
     before.in_order(prompts[0], TOKENIZER)
     notes.add(PREPROCESSOR, prompt_format="lerobot_pi0" if pi0 else "pi05")
     tokenizer = before.steps[TOKENIZER]
-    length = tokenizer.config.get("max_length")
-    if type(length) is int and length >= 1:
-        notes.add(PREPROCESSOR, max_token_len=length)
+    notes.add(PREPROCESSOR, max_token_len=tokenizer.config["max_length"])
     if not pi0:
         before.in_order(NORMALIZER, PI05_PROMPT)
     name = tokenizer.config.get("tokenizer_name")
-    return (name,) if isinstance(name, str) else (PALIGEMMA,)
+    return () if name is None else (name,)
 
 
 def read_relative(before: Processor, after: Processor, notes: Notes) -> None:
@@ -54,7 +41,7 @@ def read_relative(before: Processor, after: Processor, notes: Notes) -> None:
     before.in_order(RELATIVE, NORMALIZER)
     after.in_order(UNNORMALIZER, ABSOLUTE)
     dim = notes.values.get("action_dim", 0)
-    names = _names(before, relative)
+    names = _names(relative)
     if names is not None and len(names) == dim:
         notes.add(PREPROCESSOR, action_names=names)
     if relative is None or enabled == {False}:
@@ -76,10 +63,6 @@ def relative_mask(dim: int, names: tuple[str, ...] | None, excluded: Any) -> tup
     return tuple(mask + [True] * (dim - len(mask)))
 
 
-def _names(before: Processor, relative: Step | None) -> tuple[str, ...] | None:
+def _names(relative: Step | None) -> tuple[str, ...] | None:
     names = None if relative is None else relative.config.get("action_names")
-    if names is None:
-        return None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{before.where}: action_names must be a list of names, not {names!r}")
-    return tuple(names)
+    return None if names is None else tuple(names)

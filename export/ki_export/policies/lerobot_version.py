@@ -18,8 +18,10 @@ from ki_edge.errors import ArgumentError, CheckpointError
 from ki_edge.images import Resize, inner_size
 from ki_edge.reading import read_object
 
-from .lerobot_config import CONFIG, EMPTY, Notes
-from .lerobot_processors import PI05_PROMPT, PREPROCESSOR, RELATIVE, Processor
+from .lerobot_cameras import EMPTY
+from .lerobot_config import CONFIG, Notes
+from .lerobot_options import PI05_PROMPT, RELATIVE
+from .lerobot_processors import PREPROCESSOR, Processor
 from .request import LEROBOT_VERSIONS, PolicyRequest
 
 RESIZES: Mapping[str, Resize] = {"0.4": "torch_pad_04", "0.5": "torch_pad"}

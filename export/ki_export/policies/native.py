@@ -17,14 +17,28 @@ from .statistics import MAX_BYTES, NORM_STATS, find_statistics, read_statistics
 CONTRACT = "contract.json"
 
 
-def read_native(folder: Path, settings: Mapping[str, Any], config: Pi05Config | None, request: PolicyRequest) -> Record:
+def read_contract(folder: Path) -> PolicyContract | None:
+    """The contract beside a checkpoint; None if there is none. CheckpointError, ContractError."""
+    path = folder / CONTRACT
+    if not path.is_file():
+        return None
+    if path.stat().st_size > MAX_BYTES:
+        raise CheckpointError(f"{path}: {path.stat().st_size} bytes are no contract")
+    return PolicyContract.load(path)
+
+
+def read_native(
+    folder: Path,
+    settings: Mapping[str, Any],
+    config: Pi05Config | None,
+    request: PolicyRequest,
+    horizon_from: str | None,
+) -> Record:
     """The contract of contract.json, the statistics of assets/norm_stats.json."""
     if request.contract is not None:
         raise ArgumentError(f"--contract {request.contract}: {folder} records its own in {CONTRACT}; leave it away")
-    path = folder / CONTRACT
-    if path.stat().st_size > MAX_BYTES:
-        raise CheckpointError(f"{path}: {path.stat().st_size} bytes are no contract")
-    contract = PolicyContract.load(path)
+    contract = read_contract(folder)
+    assert contract is not None
     known = dict.fromkeys(contract.to_json(), CONTRACT)
     place = folder / "assets" / NORM_STATS
     found = (

@@ -18,7 +18,8 @@ class Record:
     """The contract, or None with what is `missing` for one; statistics, if they were found.
 
     `known`: contract field -> the file that records it. `missing`: a sentence each, with the flag that gives it.
-    `tokenizers`: names of repositories whose tokenizer.model the policy was trained with.
+    `tokenizers`: where the tokenizer is that the policy was trained with: names of repositories, or a path inside the
+    checkpoint; empty if nothing tells.
     """
 
     contract: PolicyContract | None

@@ -1,4 +1,7 @@
-"""The tokenizer's file: given, in the checkpoint, or already on this machine. Nothing is downloaded."""
+"""The tokenizer's file: given, in the checkpoint, or already on this machine. Nothing is downloaded.
+
+It is a SentencePiece tokenizer.model or, where there is none, a tokenizer.json.
+"""
 
 from __future__ import annotations
 
@@ -11,65 +14,116 @@ from functools import cached_property
 from pathlib import Path
 
 from ki_edge.errors import ArgumentError, CheckpointError
+from ki_edge.reading import read_file
+from ki_edge.words import MAX_TOKENIZER, is_json
 
-TOKENIZER = "tokenizer.model"
-MAX_BYTES = 64_000_000
+from .paths import is_inside
+from .records import PALIGEMMA
+
+FILES = ("tokenizer.model", "tokenizer.json")
 MAX_SNAPSHOTS = 100
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+MAX_REF = 1000  # bytes of a cache's refs/main
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 OPENPI_FILE = "big_vision/paligemma_tokenizer.model"
+GET_IT = (
+    f"PaliGemma's is tokenizer.model, 4.3 MB, of {PALIGEMMA} on the Hugging Face Hub, where its licence must be "
+    f"accepted once: hf download {PALIGEMMA} tokenizer.model; openpi's copy of it, without a login, is gs://{OPENPI_FILE}"
+)
 
 
 @dataclass(frozen=True)
 class TokenizerFile:
-    """A SentencePiece model, read whole; `source` says where it was found."""
+    """A tokenizer, read whole; `source` says where it was found."""
 
     content: bytes
     source: str
+
+    @property
+    def name(self) -> str:
+        """What it is called in a bundle's assets."""
+        return FILES[is_json(self.content)]
 
     @cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self.content).hexdigest()
 
 
-def find_tokenizer(folder: Path, given: Path | None, repositories: Iterable[str]) -> TokenizerFile | None:
+def find_tokenizer(folder: Path, given: Path | None, recorded: Iterable[str]) -> TokenizerFile | None:
     """The tokenizer of a checkpoint, or None.
 
-    In this order: `given`, the checkpoint's folder, the Hugging Face cache (`repositories`), openpi's cache.
+    In this order: `given` (a file, or a folder that holds one), a path inside the checkpoint that is `recorded`, the
+    checkpoint's folder, the Hugging Face cache (`recorded` repositories), openpi's cache. Where a checkpoint records a
+    path, nothing else stands in for it. ArgumentError, CheckpointError.
     """
     if given is not None:
-        if not given.is_file():
-            raise ArgumentError(f"--tokenizer {given}: no such file")
-        return _read(given, given.name)
-    for path, source in _places(folder, tuple(repositories)):
+        return _given(given)
+    names = tuple(recorded)
+    inside = next((name for name in names if not REPOSITORY.fullmatch(name) or _exists(folder, name)), None)
+    places = _inside(folder, inside) if inside is not None else _places(folder, names)
+    for path, source in places:
         if path.is_file():
             return _read(path, source)
     return None
 
 
-def missing_tokenizer(repositories: Iterable[str]) -> str:
+def missing_tokenizer(recorded: Iterable[str]) -> str:
     """The sentence that asks for one."""
-    names = " or ".join(repositories)
-    return f"no assets/{TOKENIZER} (give --tokenizer, the {TOKENIZER} of {names}; the Hugging Face cache has none)"
+    names = tuple(recorded)
+    if not names:
+        return f"the policy's tokenizer is not recorded (give --tokenizer; {GET_IT})"
+    paths = [name for name in names if not REPOSITORY.fullmatch(name)]
+    if paths:
+        return (
+            f"no tokenizer at '{paths[0]:.100}', the path that the checkpoint records (give --tokenizer, or copy the "
+            "whole checkpoint)"
+        )
+    where = " or ".join(names)
+    hint = GET_IT if PALIGEMMA in names else f"hf download {names[0]} tokenizer.model"
+    return (
+        f"no assets/{FILES[0]} (give --tokenizer, the {FILES[0]} of {where}; the Hugging Face cache has none; {hint})"
+    )
+
+
+def _given(path: Path) -> TokenizerFile:
+    files = [path / name for name in FILES] if path.is_dir() else [path]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        what = f"a folder without {' and '.join(FILES)}" if path.is_dir() else "no such file"
+        raise ArgumentError(f"--tokenizer {path}: {what}; {GET_IT}")
+    return _read(found, found.name)
+
+
+def _inside(folder: Path, name: str) -> Iterator[tuple[Path, str]]:
+    """A recorded path; none that leads out of the folder."""
+    if is_inside(name):
+        yield folder / name, name
+        for file in FILES:
+            yield folder / name / file, f"{name}/{file}"
+
+
+def _exists(folder: Path, name: str) -> bool:
+    return is_inside(name) and (folder / name).exists()
 
 
 def _places(folder: Path, repositories: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
-    for name in (f"assets/{TOKENIZER}", TOKENIZER):
-        yield folder / name, name
+    for place in ("assets/", ""):
+        for file in FILES:
+            yield folder / f"{place}{file}", f"{place}{file}"
     for repository in repositories:
-        if REPOSITORY.fullmatch(repository):
-            for snapshot in _snapshots(_hub_cache() / f"models--{repository.replace('/', '--')}"):
-                yield snapshot / TOKENIZER, f"Hugging Face cache, {repository} at {snapshot.name}"
+        for snapshot in snapshots(_hub_cache() / f"models--{repository.replace('/', '--')}"):
+            for file in FILES:
+                yield snapshot / file, f"Hugging Face cache, {repository} at {snapshot.name}"
     if any("paligemma" in repository for repository in repositories):
         yield _openpi_cache() / OPENPI_FILE, f"openpi's cache, {OPENPI_FILE}"
 
 
-def _snapshots(repository: Path) -> list[Path]:
-    """Cached revisions, the one of `main` first."""
+def snapshots(repository: Path) -> list[Path]:
+    """Revisions of a repository in the Hugging Face cache, the one of `main` first."""
     folder = repository / "snapshots"
-    snapshots = sorted(folder.iterdir())[:MAX_SNAPSHOTS] if folder.is_dir() else []
+    found = sorted(folder.iterdir())[:MAX_SNAPSHOTS] if folder.is_dir() else []
     main = repository / "refs" / "main"
-    name = main.read_text(encoding="utf-8", errors="replace").strip() if main.is_file() else ""
-    return sorted(snapshots, key=lambda path: path.name != name)
+    name = read_file(main, MAX_REF, CheckpointError).decode("utf-8", "replace").strip() if main.is_file() else ""
+    return sorted(found, key=lambda path: path.name != name)
 
 
 def _hub_cache() -> Path:
@@ -85,7 +139,4 @@ def _openpi_cache() -> Path:
 
 
 def _read(path: Path, source: str) -> TokenizerFile:
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise CheckpointError(f"{path}: {size} bytes are no tokenizer (at most {MAX_BYTES})")
-    return TokenizerFile(path.read_bytes(), source)
+    return TokenizerFile(read_file(path, MAX_TOKENIZER, CheckpointError), source)
