@@ -215,7 +215,7 @@ class TestCallbacks:
                 raise OSError(28, "No space left on device")
 
         module = SimpleNamespace(IStreamWriter=object, Builder=Builder)
-        with pytest.raises(BackendError, match="No space left"):
+        with pytest.raises(OSError, match="No space left"):
             Api(module, "tensorrt", (10, 14), "10.14.0").serialize(Builder(), None, None, write)
         assert told == [3, 0, 0]
 
