@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.bundle import Bundle
+from ki_edge.commands import tell
 from ki_edge.config import Pi05Config
 from ki_edge.contract import PolicyContract
 from ki_edge.errors import ArgumentError, BackendError, BundleError
@@ -41,13 +42,15 @@ class PolicyAssets:
 class Policy:
     """Observation -> actions. The form of observations is the contract's, see `ki_edge.transforms`."""
 
-    def __init__(self, sampler: Sampler, assets: PolicyAssets) -> None:
+    def __init__(self, sampler: Sampler, assets: PolicyAssets, say: Callable[[str], object] = tell) -> None:
         self.sampler = sampler
         self.contract = assets.contract
         self.tokenizer = assets.tokenizer
         self._fast_folder = assets.fast_folder
         self._inputs = InputPipeline(assets.contract, assets.stats, assets.tokenizer)
         self._outputs = OutputPipeline(assets.contract, assets.stats)
+        self._say = say
+        self._absent: set[str] = set()  # cameras of which it was said
 
     @classmethod
     def load(
@@ -64,7 +67,7 @@ class Policy:
         BundleError names what is missing if the bundle holds the model alone.
         """
         sampler = Sampler.open(bundle, backend, threads=threads, verify=verify, say=say)
-        return cls(sampler, read_assets(sampler.bundle))
+        return cls(sampler, read_assets(sampler.bundle), say or tell)
 
     def infer(
         self,
@@ -80,7 +83,7 @@ class Policy:
         the contract, ArgumentError for other arguments, BackendError if the model's actions are not finite.
         """
         clock = _Stopwatch()
-        inputs = self._inputs(observation)
+        inputs = self._read(observation)
         clock.lap("preprocess_ms")
         if noise is not None and np.ndim(noise) == 2:
             noise = np.asarray(noise)[None]
@@ -103,7 +106,7 @@ class Policy:
         if contract is None:
             raise ArgumentError("this policy has no FAST head: its contract has no 'fast'; use infer")
         clock = _Stopwatch()
-        inputs = self._inputs(observation)
+        inputs = self._read(observation)
         clock.lap("preprocess_ms")
         forced = self.tokenizer.action_ids
         limit = max(1, contract.max_tokens - len(forced))
@@ -121,6 +124,15 @@ class Policy:
         if self._fast_folder is None:
             raise BundleError("this bundle has no FAST codec in its assets: export the checkpoint again")
         return FastCodec.load(self._fast_folder)
+
+    def _read(self, observation: Mapping[str, Any]) -> ModelInputs:
+        """Model inputs. A camera that is not there, and need not be, is told once: it may have failed."""
+        inputs = self._inputs(observation)
+        for camera, present in zip(self.contract.cameras, inputs.camera_mask, strict=True):
+            if camera.key is not None and not present and camera.key not in self._absent:
+                self._absent.add(camera.key)
+                self._say(f"camera {camera.key} is not in the observation: the policy acts without it")
+        return inputs
 
     def _decode(self, tokens: npt.NDArray[np.int64], ids: FastIds) -> tuple[Float64 | None, str | None]:
         """(normalised actions [H, action_dim], None), or (None, the problem)."""
