@@ -188,7 +188,7 @@ def read_images(
     if not mask.any():
         names = ", ".join(expected)
         raise ObservationError(
-            f"no camera at all: expected at least one of {names}; the observation has {_names(given)}"
+            f"no camera is there: expected at least one of {names}; the observation has {_names(given)}"
         )
     return images, mask
 
