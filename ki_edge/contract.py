@@ -1,6 +1,7 @@
 """The policy contract: all that a runtime must know to turn an observation into model inputs and actions into commands.
 
-It is stored in the bundle's manifest, and beside a trained checkpoint. Every key must be there, no other may.
+It is stored in the bundle's manifest, and beside a trained checkpoint. Every key must be there, no other may;
+only those of LATER may be left out, which an older version did not have.
 """
 
 import json
@@ -24,6 +25,7 @@ TimeConvention = Literal["openpi", "lerobot"]
 Feature = Literal["state", "actions"]
 MODEL_ACTION_DIM = 32
 ALOHA_DIM = 14
+LATER = frozenset({"prompt_state_dim"})  # written only where it is not null, so that older versions read the rest
 DROID_DIM = 8
 # What all π0 policies of openpi share: the state is no part of the prompt.
 PI0 = {"prompt_format": "pi0", "max_token_len": 48, "normalization": "zscore"}
@@ -79,7 +81,8 @@ class PolicyContract:
     normalization_epsilon: EpsilonStyle = "openpi"
     delta_mask: tuple[bool, ...] | None = None  # True: this action dimension is relative to the current state
     adapt_to_pi: bool = False  # ALOHA only: joint signs and gripper of the model's own ALOHA convention
-    pad_state_first: bool = False  # LeRobot before 2026: the prompt holds the state padded to model_action_dim
+    pad_state_first: bool = False  # LeRobot before 2026: the prompt holds the state padded
+    prompt_state_dim: int | None = None  # to so many numbers; None: to model_action_dim
     fast: FastContract | None = None
     time_convention: TimeConvention = "openpi"  # openpi: times accumulated in f32; lerobot: f32(1 + step * dt)
     num_steps: int = 10  # of the sampler
@@ -133,6 +136,9 @@ class PolicyContract:
         _require(dim in (None, self.state_dim), f"state_dim of {self.robot} is {dim}, got {self.state_dim}")
         _require(not self.adapt_to_pi or self.action_dim == ALOHA_DIM, f"adapt_to_pi needs action_dim {ALOHA_DIM}")
         _require(self.control_hz is None or self.control_hz > 0, f"control_hz must be positive, got {self.control_hz}")
+        padded = self.prompt_state_dim
+        _require(padded is None or padded >= 1, f"prompt_state_dim must be at least 1, got {padded}")
+        _require(padded is None or self.pad_state_first, "prompt_state_dim is for pad_state_first only")
         actions = self.action_names
         _require(
             actions is None or len(actions) == self.action_dim,
@@ -148,7 +154,8 @@ class PolicyContract:
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values; `from_json` gives back an equal contract."""
-        return dict(json.loads(json.dumps(asdict(self))))
+        values = json.loads(json.dumps(asdict(self)))
+        return {name: value for name, value in values.items() if value is not None or name not in LATER}
 
     @classmethod
     def from_json(cls, content: object) -> "PolicyContract":
@@ -281,7 +288,9 @@ def _read_dataclass(kind: Any, value: object, where: str) -> Any:
     if not isinstance(value, dict):
         raise ContractError(f"policy contract: {where}: expected an object, got {value!r:.60}")
     kinds = get_type_hints(kind)
-    unknown, missing = sorted(value.keys() - kinds.keys()), sorted(kinds.keys() - value.keys())
+    unknown, missing = sorted(value.keys() - kinds.keys()), sorted(kinds.keys() - value.keys() - LATER)
     _require(not unknown, f"{where}: unknown key {', '.join(unknown)[:200]}; was it written by a newer version?")
     _require(not missing, f"{where}: missing key {', '.join(missing)}")
-    return kind(**{name: _read(inner, value[name], f"{where}.{name}") for name, inner in kinds.items()})
+    return kind(
+        **{name: _read(inner, value[name], f"{where}.{name}") for name, inner in kinds.items() if name in value}
+    )

@@ -100,7 +100,7 @@ class InputPipeline:
             )
         in_prompt = state
         if contract.pad_state_first:  # a longer state stays as it is
-            in_prompt = pad_last(state, max(contract.model_action_dim, contract.state_dim))
+            in_prompt = pad_last(state, max(contract.prompt_state_dim or contract.model_action_dim, contract.state_dim))
         tokens = self.tokenizer.encode(read_prompt(contract, observation), in_prompt)
         images, camera_mask = read_images(contract, observation)
         return ModelInputs(images, camera_mask, tokens, state, raw_state)
@@ -195,6 +195,11 @@ def read_images(
             mask[slot] = True
         elif camera.key is not None and camera.required:
             raise ObservationError(f"camera {camera.key} is missing; the observation has {_names(given)}")
+    if not mask.any():
+        names = ", ".join(expected)
+        raise ObservationError(
+            f"no camera is there: expected at least one of {names}; the observation has {_names(given)}"
+        )
     return images, mask
 
 

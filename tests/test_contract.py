@@ -1,6 +1,7 @@
 """The policy contract: presets, JSON round trip, and everything that must be refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -157,3 +158,18 @@ def test_broken_file(tmp_path):
     (tmp_path / "contract.json").write_text("{")
     with pytest.raises(ContractError, match=r"contract\.json"):
         PolicyContract.load(tmp_path / "contract.json")
+
+
+def test_a_later_field_may_be_left_out():
+    """Files of before have no prompt_state_dim, and those that do not need it are written as before."""
+    contract = generic(["top"], state_dim=3, action_dim=2, action_horizon=4, pad_state_first=True)
+    assert "prompt_state_dim" not in contract.to_json()
+    assert PolicyContract.from_json(contract.to_json()).prompt_state_dim is None
+    wider = replace(contract, prompt_state_dim=40)
+    assert wider.to_json()["prompt_state_dim"] == 40
+    assert PolicyContract.from_json(wider.to_json()) == wider
+    for wrong, message in ((0, "at least 1"), ("40", "expected int"), (True, "expected int")):
+        with pytest.raises(ContractError, match=message):
+            PolicyContract.from_json({**contract.to_json(), "prompt_state_dim": wrong})
+    with pytest.raises(ContractError, match="is for pad_state_first only"):
+        replace(wider, pad_state_first=False)

@@ -180,6 +180,20 @@ def test_old_lerobot_prompt_holds_the_padded_state(pipelines):
     inputs = pipeline(plain())
     assert "State: 192 64 128 128 128;" in pipeline.tokenizer.decode(inputs.prompt_tokens)
     assert inputs.state.shape == (3,)
+    for width, numbers in ((7, "192 64 128 128 128 128 128"), (2, "192 64 128")):  # a longer state stays as it is
+        other = pipelines(replace(PLAIN, pad_state_first=True, prompt_state_dim=width))
+        assert f"State: {numbers};" in other.tokenizer.decode(other(plain()).prompt_tokens)
+
+
+def test_one_camera_must_be_there(pipelines):
+    cameras = tuple(contracts.Camera(name, name, required=False) for name in ("top", "hand"))
+    pipeline = pipelines(replace(PLAIN, cameras=cameras))
+    picture = np.full((4, 4, 3), 9, np.uint8)
+    assert pipeline(plain(images={"hand": picture})).camera_mask.tolist() == [False, True]
+    with pytest.raises(ObservationError, match=r"no camera is there: .* one of top, hand; .* has nothing"):
+        pipeline(plain(images={}))
+    with pytest.raises(ObservationError, match="unknown camera hnad"):
+        pipeline(plain(images={"hnad": picture, "top": picture}))
 
 
 @pytest.mark.parametrize("prompt", ["fold", b"fold", np.array("fold"), np.str_("fold")])

@@ -256,6 +256,8 @@ def _add_policy(group: argparse._ArgumentGroup) -> None:
         metavar="0.4|0.5",
         help="LeRobot that it was trained with, 0.5 for any newer (asked for where it matters and is not recorded)",
     )
+    for flag, version in (("--padded-state-prompt", "0.4"), ("--no-padded-state-prompt", "0.5")):  # its names of before
+        add(flag, dest="lerobot_version", action="store_const", const=version, help=argparse.SUPPRESS)
 
 
 if __name__ == "__main__":

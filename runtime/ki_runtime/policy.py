@@ -46,7 +46,7 @@ class PolicyAssets:
 class Policy:
     """Observation -> actions. The form of observations is the contract's, see `ki_edge.transforms`.
 
-    `say` is told once if a state is far outside the training range.
+    `say` is told once if a state is far outside the training range, or a camera of the policy is absent.
     """
 
     def __init__(self, sampler: Sampler, assets: PolicyAssets, say: Callable[[str], object] = tell) -> None:
@@ -57,6 +57,8 @@ class Policy:
         self._inputs = InputPipeline(assets.contract, assets.stats, assets.tokenizer)
         self._outputs = OutputPipeline(assets.contract, assets.stats)
         self._range = TrainingRange(assets.contract, assets.stats, say)
+        self._say = say
+        self._absent: set[str] = set()  # cameras of which it was said
 
     @classmethod
     def load(
@@ -93,8 +95,7 @@ class Policy:
         the contract, ArgumentError for other arguments, BackendError if an action is not finite in float32.
         """
         clock = _Stopwatch()
-        inputs = self._inputs(observation)
-        self._range.look(inputs.raw_state)
+        inputs = self._read(observation)
         clock.lap("preprocess_ms")
         if noise is not None:
             noise = array_of(noise, "noise")
@@ -119,8 +120,7 @@ class Policy:
         if contract is None:
             raise ArgumentError("this policy has no FAST head: its contract has no 'fast'; use infer")
         clock = _Stopwatch()
-        inputs = self._inputs(observation)
-        self._range.look(inputs.raw_state)
+        inputs = self._read(observation)
         clock.lap("preprocess_ms")
         forced = self.tokenizer.action_ids
         limit = contract.room(len(forced))
@@ -150,6 +150,18 @@ class Policy:
         if self._fast_folder is None:
             raise BundleError("this bundle has no FAST codec in its assets: export the checkpoint again")
         return FastCodec.load(self._fast_folder)
+
+    def _read(self, observation: Mapping[str, Any]) -> ModelInputs:
+        """Model inputs. What may be a fault of the robot is told once: a state far outside the training range, a camera
+        that is not there and need not be.
+        """
+        inputs = self._inputs(observation)
+        self._range.look(inputs.raw_state)
+        for camera, present in zip(self.contract.cameras, inputs.camera_mask, strict=True):
+            if camera.key is not None and not present and camera.key not in self._absent:
+                self._absent.add(camera.key)
+                self._say(f"camera {camera.key} is not in the observation: the policy acts without it")
+        return inputs
 
     def _decode(self, tokens: npt.NDArray[np.int64], ids: FastIds) -> tuple[Float64 | None, str | None]:
         """(normalised actions [H, action_dim], None), or (None, the problem)."""

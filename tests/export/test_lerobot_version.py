@@ -7,6 +7,7 @@ import pytest
 
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.errors import ArgumentError, CheckpointError
+from ki_export import cli
 from ki_export.policies import PolicyRequest, describe_policy
 
 GEMMA = GemmaConfig(width=16, depth=1, mlp_dim=16, num_heads=1, num_kv_heads=1, head_dim=16)
@@ -43,6 +44,15 @@ def describe(folder, tokenizer, **request):
     return describe_policy(folder, "lerobot", settings, model, PolicyRequest(tokenizer=tokenizer, **request))
 
 
+def unpadded(folder):
+    """A state that no version pads: the saved step says that it has its length already."""
+    step = "pi05_prepare_state_tokenizer_processor_step"
+    edit(
+        folder / "policy_preprocessor.json",
+        lambda c: [s["config"].update(max_state_dim=6) for s in c["steps"] if s["registry_name"] == step],
+    )
+
+
 def square(content):
     content["input_features"]["observation.images.front"]["shape"] = [3, 96, 96]
 
@@ -67,7 +77,7 @@ def test_each_difference_is_enough_to_ask(old, tokenizer):
     edit(old / "config.json", square)
     (question,) = describe(old, tokenizer).missing
     assert "6 state numbers" in question and "margin" not in question
-    edit(old / "config.json", lambda c: c.update(max_state_dim=6))
+    unpadded(old)
     assert describe(old, tokenizer).missing == ()
     wide = {"observation.images.wrist": {"type": "VISUAL", "shape": [3, 48, 64]}}
     edit(old / "config.json", lambda c: c["input_features"].update(wide))
@@ -76,7 +86,8 @@ def test_each_difference_is_enough_to_ask(old, tokenizer):
 
 
 def test_what_makes_no_difference_is_not_asked(old, tokenizer):
-    edit(old / "config.json", lambda c: (square(c), c.update(max_state_dim=6)))
+    edit(old / "config.json", square)
+    unpadded(old)
     facts = describe(old, tokenizer)
     assert (facts.contract.resize, facts.contract.pad_state_first) == ("torch_pad", False)
     assert "the same in every version" in facts.known["resize"]
@@ -86,7 +97,8 @@ def test_what_makes_no_difference_is_not_asked(old, tokenizer):
 
 
 def test_a_camera_without_a_size_may_have_a_margin(old, tokenizer):
-    edit(old / "config.json", lambda c: (square(c), c.update(max_state_dim=6)))
+    edit(old / "config.json", square)
+    unpadded(old)
     edit(old / "config.json", lambda c: c["input_features"]["observation.images.front"].update(shape=[96]))
     assert "its size is not recorded" in describe(old, tokenizer).missing[0]
 
@@ -164,6 +176,15 @@ def test_a_contract_file_answers_and_a_preset_does_not(old, tokenizer, tmp_path)
 def test_it_is_for_lerobot_only(old):
     with pytest.raises(ArgumentError, match=r"--lerobot-version is for LeRobot's checkpoints; .* is openpi"):
         describe_policy(old, "openpi", {}, None, PolicyRequest(lerobot_version="0.4"))
+
+
+@pytest.mark.parametrize(("flag", "version"), [("--padded-state-prompt", "0.4"), ("--no-padded-state-prompt", "0.5")])
+def test_its_flags_of_before(flag, version, capsys):
+    assert cli._request(cli._parser().parse_args(["folder", flag])).lerobot_version == version
+    assert cli._request(cli._parser().parse_args(["folder"])).lerobot_version is None
+    with pytest.raises(SystemExit):
+        cli._parser().parse_args(["--help"])
+    assert "padded-state" not in capsys.readouterr().out
 
 
 def test_another_version(old, tokenizer):

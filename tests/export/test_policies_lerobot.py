@@ -86,8 +86,8 @@ def test_the_policy_is_lerobots(data, tokenizer, name):
 def test_fields_of_config_and_processors(data, tokenizer):
     contract = read(data / "lerobot_policy" / "pi05_renamed", tokenizer=tokenizer).contract
     assert contract.cameras == (
-        Camera("base_0_rgb", "front"),
-        Camera("left_wrist_0_rgb", "image"),
+        Camera("base_0_rgb", "front", required=False),
+        Camera("left_wrist_0_rgb", "image", required=False),
         Camera("empty_camera_0", None, required=False),
     )
     assert (contract.state_dim, contract.action_dim, contract.action_horizon, contract.execute) == (8, 7, 5, 3)
@@ -187,8 +187,8 @@ BAD = [
     ("config.json", lambda c: c.update(chunk_size=6), "action_horizon is 6, the model's is 5"),
     ("config.json", lambda c: c.update(image_resolution=[96, 96]), r"image_size is \(96, 96\)"),
     ("config.json", lambda c: c.update(empty_cameras=-1), "empty_cameras is -1"),
-    ("config.json", lambda c: c["input_features"]["observation.state"].update(shape=[7]), "whose length does not fit"),
-    ("config.json", lambda c: c["output_features"]["action"].update(shape=[7]), "relative actions of 7 numbers need"),
+    ("config.json", lambda c: c["output_features"]["action"].update(shape=[5]), "whose length does not fit"),
+    ("config.json", lambda c: c["input_features"]["observation.state"].update(shape=[5]), "of 6 numbers need as many"),
     ("config.json", lambda c: c["output_features"].clear(), "no feature 'action', so action_dim is not recorded"),
     ("config.json", lambda c: c.update(input_features={}), "no camera among its input_features"),
     ("config.json", lambda c: c.update(input_features=[3]), "input_features must be an object"),

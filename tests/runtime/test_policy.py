@@ -70,6 +70,18 @@ def noise(seed=0):
     return np.random.default_rng(seed).standard_normal((HORIZON, CONFIG.action_dim), np.float32)
 
 
+def test_an_absent_camera_is_told_once(make_policy, observation):
+    made, _ = make_policy()
+    said = []
+    policy = Policy(made.sampler, read_assets(made.sampler.bundle), said.append)
+    policy.infer(observation, seed=0)
+    assert not said
+    without = {**observation, "images": {"front": observation["images"]["front"]}}
+    for _ in range(2):
+        policy.infer(without, seed=0)
+    assert said == ["camera wrist is not in the observation: the policy acts without it"]
+
+
 def test_infer_equals_the_pipelines_by_hand(make_policy, observation):
     policy, engine = make_policy()
     bundle = policy.sampler.bundle

@@ -32,7 +32,7 @@ from .lerobot_processors import (
     Processor,
 )
 from .lerobot_steps import read_prompt, read_relative
-from .lerobot_version import EITHER, read_version
+from .lerobot_version import ADDED_TIMES, EITHER, read_version
 from .records import PALIGEMMA, Record
 from .request import GIVE_CONTRACT, ContractFile, PolicyRequest, read_given
 from .statistics import Statistics, find_statistics
@@ -43,7 +43,7 @@ NUM_STEPS = 10  # denoising steps of every release
 FIXED = frozenset({
     "state_dim", "action_dim", "action_horizon", "model_action_dim", "image_size", "resize", "prompt_format",
     "max_token_len", "normalization", "action_normalization", "normalization_epsilon", "delta_mask", "pad_state_first",
-    "time_convention", "adapt_to_pi",
+    "prompt_state_dim", "time_convention", "adapt_to_pi",
 })  # fmt: skip
 
 
@@ -71,8 +71,8 @@ def read_lerobot(
         statistics, exact = _without_processors(folder, settings, request, notes, absent), False
     else:
         tokenizers = read_prompt(before, notes)
-        read_relative(before, after, notes)
         statistics, exact = _read_statistics(before, after, request, notes)
+        read_relative(before, after, notes)
     read_version(folder, settings, before, request, notes)
     contract = _contract(folder, config, request, notes)
     return Record(contract, statistics, notes.known, tuple(notes.missing), tokenizers, notes.values, exact)
@@ -133,6 +133,7 @@ def _read_statistics(
             raise CheckpointError(f"{processor.where}: no step '{step}', so nothing says how {name} are normalised")
         sides[name] = (feature, Normalizer(processor, processor.steps[step]))
     sides["state"][1].check_images()
+    _read_lengths(sides, notes)
     kinds = {name: MODES[side.mode(feature)][0] for name, (feature, side) in sides.items()}
     notes.add(PREPROCESSOR, normalization=kinds["state"])
     notes.add(POSTPROCESSOR, action_normalization=kinds["actions"])
@@ -159,6 +160,18 @@ def _read_statistics(
     return Statistics(features, ", ".join(files), ", ".join(dict.fromkeys(side.sha256 for side in hashes))), True
 
 
+def _read_lengths(sides: Mapping[str, tuple[str, Normalizer]], notes: Notes) -> None:
+    """The robot's dims where config.json still has those of the model that was trained further.
+
+    `lerobot-train --policy.path=lerobot/pi05_base` keeps the base's state of 32 numbers; statistics are the robot's.
+    """
+    for name, field in (("state", "state_dim"), ("actions", "action_dim")):
+        feature, side = sides[name]
+        length = side.length(feature)
+        if length is not None and length < notes.values.get(field, 0):
+            notes.add(f"statistics in {side.step.state_file}; {CONFIG} has {notes.values[field]}", **{field: length})
+
+
 def _contract(folder: Path, config: Pi05Config | None, request: PolicyRequest, notes: Notes) -> PolicyContract | None:
     """The contract of all that was read, with a placeholder for a horizon that nothing tells."""
     given, horizon = read_given(request), 1 if config is None else config.action_horizon
@@ -173,7 +186,7 @@ def _contract(folder: Path, config: Pi05Config | None, request: PolicyRequest, n
     answered: tuple[str, ...] = ("--contract",)
     if isinstance(given, ContractFile):
         answered += ("--lerobot-version",)
-        values = {name: value for name, value in values.items() if notes.known[name] != EITHER}
+        values = {name: value for name, value in values.items() if notes.known[name] not in (EITHER, ADDED_TIMES)}
     notes.missing[:] = [sentence for sentence in notes.missing if not any(flag in sentence for flag in answered)]
     if any("--lerobot-version" in sentence for sentence in notes.missing):
         return None  # a preset's pictures are openpi's

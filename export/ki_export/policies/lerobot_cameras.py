@@ -22,7 +22,11 @@ MOST_EMPTY = 100
 def read_cameras(
     where: Path, inputs: Mapping[str, Mapping[str, Any]], empty: object, before: Processor | None
 ) -> tuple[Camera, ...]:
-    """The VISUAL features in their order, then empty slots; keys are what the robot calls them, before renaming."""
+    """The VISUAL features in their order, then empty slots; keys are what the robot calls them, before renaming.
+
+    None is required: LeRobot masks a camera that the robot does not send, such as the third one of a base model that
+    was trained further with two.
+    """
     names = [name for name, feature in inputs.items() if feature["type"] == "VISUAL"]
     if type(empty) is not int or not 0 <= empty <= MOST_EMPTY:
         raise CheckpointError(f"{where}: empty_cameras is {empty!r:.60}, expected a number from 0 to {MOST_EMPTY}")
@@ -30,8 +34,8 @@ def read_cameras(
     keys = _renamed(before, (*names, *(name for name in inputs if name not in names)))
     cameras = []
     for name in names:
-        is_empty = name.startswith(EMPTY)
-        cameras.append(Camera(_short(name), None if is_empty else _short(keys.get(name, name)), not is_empty))
+        key = None if name.startswith(EMPTY) else _short(keys.get(name, name))
+        cameras.append(Camera(_short(name), key, required=False))
     for what in ("slot", "key"):
         counts = Counter(value for camera in cameras if (value := getattr(camera, what)) is not None)
         twice = [name for name, count in counts.items() if count > 1]

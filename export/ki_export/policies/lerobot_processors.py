@@ -48,6 +48,7 @@ MODES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "QUANTILE10": ("quantile", ("q10", "q90")),
     "MIN_MAX": ("quantile", ("min", "max")),
 }
+LENGTHS = ("mean", "std", "min", "max", "q01", "q99")  # statistics with a number for each of the feature's
 FIELDS = {"zscore": ("mean", "std"), "quantile": ("q01", "q99")}
 
 
@@ -163,6 +164,14 @@ class Normalizer:
             found[field] = index.array(f"{feature}.{name}").astype(np.float64)
         names_of = dict(zip(FIELDS[kind], names, strict=True))
         return checked_stats(found, f"{path}: {feature}", names_of, CheckpointError)
+
+    def length(self, feature: str) -> int | None:
+        """Numbers of a feature, by its statistics, whether its mode reads them or not; None if there are none."""
+        if self.step.state_file is None:
+            return None
+        index = SafetensorsIndex(self._path(self.step.state_file))
+        shapes = {index.entries[f"{feature}.{name}"].shape for name in LENGTHS if f"{feature}.{name}" in index}
+        return next(iter(shapes))[0] if len(shapes) == 1 and len(next(iter(shapes))) == 1 else None
 
     @property
     def sha256(self) -> str:

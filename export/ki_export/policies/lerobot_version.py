@@ -1,7 +1,8 @@
 """What depends on the version of LeRobot that trained a policy: the margin of its pictures, the state in its prompt.
 
     before 0.4   (π0 only) a margin of -1 at the left and the top
-    0.4          a margin of -3 around the picture; the prompt's state is padded to max_state_dim
+    0.4          a margin of -3 around the picture; the prompt's state is padded, to 32 numbers (PADDED) unless its
+                 saved step says otherwise; 0.4.0 to 0.4.2 add up the times of the flow in float32, as those before
     0.5          a margin of -1 around the picture; the prompt holds the state as it is; all versions since
 
 One commit changed both (f0d2b37, March 2026), and no file names the version. Some of a folder's files have fields that
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ki_edge.contract import MODEL_ACTION_DIM
 from ki_edge.errors import ArgumentError, CheckpointError
 from ki_edge.images import Resize, inner_size
 from ki_edge.reading import read_object
@@ -27,6 +29,9 @@ from .request import LEROBOT_VERSIONS, PolicyRequest
 RESIZES: Mapping[str, Resize] = {"0.4": "torch_pad_04", "0.5": "torch_pad"}
 TRAIN_CONFIG = "train_config.json"
 OLD_SIZE, SIZE = "resize_imgs_with_padding", "image_resolution"  # of config.json, before 0.4 and since
+PADDED = 32  # 0.4 makes the step anew from what it saved, which is nothing: config.json's max_state_dim is not heard
+PEFT = ("use_peft", "freeze_vision_encoder")  # of config.json since 0.4.3
+ADDED_TIMES = f"{CONFIG}, of LeRobot before 0.4.3"  # the source of a time convention that makes a difference of 1e-5
 EITHER = f"{CONFIG}, the same in every version"  # the source of a field for which the version does not matter
 
 
@@ -43,25 +48,30 @@ def read_version(
     if OLD_SIZE in settings and SIZE not in settings:
         _expect(given, "before 0.4", f"{CONFIG} has '{OLD_SIZE}'", folder)
         notes.add(CONFIG, resize="torch_pad_03")
+        notes.add(ADDED_TIMES, time_convention="openpi")
         return
     recorded, source, sign = _recorded(folder, settings, before)
     if recorded is not None:
         _expect(given, recorded, sign, folder)
     padded = _padding(settings, before, notes)
-    depends = [*_margins(settings), *([padded] if padded else [])]
+    depends = _margins(settings)
+    if padded is not None:
+        depends.append(f"0.4 padded the prompt's {notes.values.get('state_dim', 0)} state numbers to {padded}")
+    saved_early = not any(name in settings for name in PEFT)
     version, known = (recorded, source) if recorded is not None else (given, "--lerobot-version")
     if version is not None:
-        _note(version, known, bool(padded), notes)
+        _note(version, known, padded, notes)
     elif depends:
+        hint = f", though {CONFIG} was saved by 0.4.0 to 0.4.2, after training or converting" if saved_early else ""
         notes.missing.append(
-            f"which LeRobot it was trained with is not recorded, and {' and '.join(depends)} (give --lerobot-version: "
-            "0.4; or 0.5 for any newer one, and for a policy that was trained with openpi and converted)"
+            f"which LeRobot it was trained with is not recorded{hint}, and {' and '.join(depends)} "
+            "(give --lerobot-version: 0.4; or 0.5 for any newer one, and for a policy that was trained with openpi and "
+            "converted)"
         )
     else:
-        _note("0.5", EITHER, False, notes)
-    width, size = notes.values.get("model_action_dim"), settings.get("max_state_dim", 32)
-    if notes.values.get("pad_state_first") and size != width:
-        raise CheckpointError(f"{folder / CONFIG}: the prompt's state is padded to {size}, the actions to {width}")
+        _note("0.5", EITHER, None, notes)
+    if saved_early and version != "0.5":
+        notes.add(ADDED_TIMES, time_convention="openpi")
 
 
 def _expect(given: str | None, recorded: str, sign: str, folder: Path) -> None:
@@ -87,17 +97,25 @@ def _recorded(folder: Path, settings: Mapping[str, Any], before: Processor | Non
     return None, "", ""
 
 
-def _note(version: str, source: str, padded: bool, notes: Notes) -> None:
-    notes.add(source, resize=RESIZES[version], pad_state_first=padded and version == "0.4")
+def _note(version: str, source: str, padded: int | None, notes: Notes) -> None:
+    pads = padded is not None and version == "0.4"
+    notes.add(source, resize=RESIZES[version], pad_state_first=pads)
+    if pads:
+        width = notes.values.get("model_action_dim", MODEL_ACTION_DIM)
+        notes.add(source, prompt_state_dim=None if padded == width else padded)
 
 
-def _padding(settings: Mapping[str, Any], before: Processor | None, notes: Notes) -> str:
-    """What 0.4 did to the prompt's state; "" if that changes nothing."""
-    in_prompt = settings.get("type") == "pi05" if before is None else PI05_PROMPT in before.steps
-    numbers, size = notes.values.get("state_dim", 0), settings.get("max_state_dim", 32)
-    if type(size) is not int or not in_prompt or numbers >= size:
-        return ""
-    return f"0.4 padded the prompt's {numbers} state numbers to {size}"
+def _padding(settings: Mapping[str, Any], before: Processor | None, notes: Notes) -> int | None:
+    """To how many numbers 0.4 padded the prompt's state; None if that changes nothing.
+
+    Without a saved step it is made from config.json.
+    """
+    if before is None:
+        in_prompt, size = settings.get("type") == "pi05", settings.get("max_state_dim", PADDED)
+    else:
+        in_prompt = PI05_PROMPT in before.steps
+        size = before.steps[PI05_PROMPT].config.get("max_state_dim", PADDED) if in_prompt else PADDED
+    return int(size) if in_prompt and notes.values.get("state_dim", 0) < size else None
 
 
 def _margins(settings: Mapping[str, Any]) -> list[str]:

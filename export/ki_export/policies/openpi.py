@@ -17,7 +17,8 @@ from .statistics import find_statistics
 
 # config.json's name -> the contract's
 NUMBERS = {"action_horizon": "action_horizon", "action_dim": "model_action_dim", "max_token_len": "max_token_len"}
-OF_FORMAT = ("resize", "normalization_epsilon", "time_convention", "pad_state_first")  # what openpi's own code fixes
+# what openpi's own code fixes
+OF_FORMAT = ("resize", "normalization_epsilon", "time_convention", "pad_state_first", "prompt_state_dim")
 NOT_RECORDED = "robot, cameras, prompt format, normalisation, delta mask, state and action dims"
 
 
