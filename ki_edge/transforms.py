@@ -98,10 +98,7 @@ class InputPipeline:
                 f"number {bad[0]} of the state is {raw_state[bad[0]]:.6g}, which normalised is too large for float32: "
                 "are its units those of the training?"
             )
-        in_prompt = state
-        if contract.pad_state_first:  # a longer state stays as it is
-            in_prompt = pad_last(state, max(contract.prompt_state_dim or contract.model_action_dim, contract.state_dim))
-        tokens = self.tokenizer.encode(read_prompt(contract, observation), in_prompt)
+        tokens = self.tokenizer.encode(read_prompt(contract, observation), state_of_prompt(contract, state))
         images, camera_mask = read_images(contract, observation)
         return ModelInputs(images, camera_mask, tokens, state, raw_state)
 
@@ -159,6 +156,13 @@ def read_state(contract: PolicyContract, observation: Mapping[str, Any]) -> Floa
         return np.concatenate([joints, gripper])
     key = "observation/state" if contract.robot == "libero" else "state"
     return _numbers(observation, key, (contract.state_dim,))
+
+
+def state_of_prompt(contract: PolicyContract, state: Float64) -> Float64:
+    """The normalised state [s] as the prompt holds it: padded with zeros where the contract says so; never cut."""
+    if not contract.pad_state_first:
+        return state
+    return pad_last(state, max(contract.prompt_state_dim or contract.model_action_dim, contract.state_dim))
 
 
 def read_prompt(contract: PolicyContract, observation: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ki_edge import graphs
 from ki_edge.contract import PolicyContract
 from ki_edge.prompt import PromptTokenizer
-from ki_edge.transforms import pad_last
+from ki_edge.transforms import state_of_prompt
 
 from .sampler import Sampler
 from .session import Bucket
@@ -71,7 +71,7 @@ def likely_cameras(contract: PolicyContract) -> list[npt.NDArray[np.bool_]]:
     """Which of the contract's slots have a picture, bool [N]: all that can have one, and only those that must."""
     every = np.array([camera.key is not None for camera in contract.cameras])
     required = np.array([camera.key is not None and camera.required for camera in contract.cameras])
-    return [every] if (every == required).all() else [every, required]
+    return [every] if (every == required).all() or not required.any() else [every, required]
 
 
 def likely_tokens(contract: PolicyContract, tokenizer: PromptTokenizer, prompt: str) -> list[npt.NDArray[np.int32]]:
@@ -80,9 +80,7 @@ def likely_tokens(contract: PolicyContract, tokenizer: PromptTokenizer, prompt: 
         return [tokenizer.encode(prompt)]
     states: list[npt.NDArray[np.float64]]
     states = [np.full(contract.state_dim, end) for end in (-1.0, -0.5, 0.0, 0.5, 1.0)]
-    if contract.pad_state_first:
-        states = [pad_last(state, contract.model_action_dim) for state in states]
-    return sorted((tokenizer.encode(prompt, state) for state in states), key=len)
+    return sorted((tokenizer.encode(prompt, state_of_prompt(contract, state)) for state in states), key=len)
 
 
 def prompt_lengths(tokens: list[npt.NDArray[np.int32]], bucket: Bucket, longest: int, *, sure: bool) -> tuple[int, ...]:

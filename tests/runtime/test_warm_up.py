@@ -20,7 +20,7 @@ def contract(**changes):
     cameras = [Camera("base", "front"), Camera("wrist", "wrist", required=False), Camera("other", None)]
     fields = {"state_dim": 4, "action_dim": 3, "action_horizon": CONFIG.action_horizon, "image_size": (4, 4)}
     more = {"model_action_dim": CONFIG.action_dim, "normalization": "none", "default_prompt": PROMPT}
-    return generic(cameras, **{**fields, **more, **changes})
+    return generic(changes.pop("cameras", cameras), **{**fields, **more, **changes})
 
 
 @pytest.fixture
@@ -110,3 +110,11 @@ def test_the_cameras():
     assert [mask.tolist() for mask in likely_cameras(contract())] == [[True, True, False], [True, False, False]]
     (only,) = likely_cameras(generic(["a", "b"], state_dim=2, action_dim=2, action_horizon=5))
     assert only.tolist()[:2] == [True, True]
+
+
+def test_a_long_state_and_cameras_of_which_none_must_be_there(make_policy):
+    """As LeRobot's policies are: 40 numbers in a prompt that is padded to fewer, and every camera may be absent."""
+    long = {"state_dim": 40, "pad_state_first": True, "prompt_format": "pi05", "max_token_len": 300}
+    cameras = [Camera("base", "front", required=False), Camera("wrist", "wrist", required=False)]
+    policy, _ = make_policy(cameras=tuple(cameras), **long)
+    assert policy.warm_up().cameras == (2,)
