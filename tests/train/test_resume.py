@@ -90,11 +90,12 @@ def test_other_starting_weights_are_refused(run, tmp_path):
 def test_a_finished_run_writes_its_missing_checkpoint(run, tmp_path):
     run()
     weights = tmp_path / "run" / "model.safetensors"
-    before = weights.read_bytes()
+    before = load_file(weights)  # its metadata come in any order
     for name in ("model.safetensors", "config.json", "contract.json", "assets/norm_stats.json"):
         (tmp_path / "run" / name).unlink()
     run(resume=True)
-    assert weights.read_bytes() == before
+    after = load_file(weights)
+    assert after.keys() == before.keys() and all(np.array_equal(after[name], before[name]) for name in before)
     assert (tmp_path / "run" / "config.json").is_file() and (tmp_path / "run" / "assets/norm_stats.json").is_file()
 
 
@@ -138,8 +139,8 @@ def test_a_state_that_cannot_be_written_leaves_the_good_one(run, tmp_path, monke
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("ki_edge.train.loop.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr("ki_edge.model.checkpoint.save_file", full)
+    with pytest.raises(CheckpointError, match=r"cannot write .*state\.safetensors: No space left"):
         trainer.save()
     assert state.read_bytes() == before
     assert sorted(path.name for path in state.parent.iterdir()) == ["log.jsonl", "state.safetensors"]
@@ -187,7 +188,7 @@ def test_assets_are_whole_whenever_a_process_is_killed(record, tmp_path):
         command = [sys.executable, "-c", SAVER, str(tmp_path / "0"), str(tmp_path / "1"), str(out)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
             process.stdout.readline()
-            while not (out / "assets" / "fast" / "tokenizer.json").exists():
+            while not (out / "contract.json").exists():  # the last of them
                 assert process.poll() is None
             process.kill()
         whole.add((out / "assets" / "norm_stats.json").read_text())
