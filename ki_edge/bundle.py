@@ -130,10 +130,10 @@ class Bundle:
     def _open(cls, folder: Path, identity: tuple[int, int], verify: bool | str, say: Say) -> Bundle:
         bundle = cls(folder, read_manifest(folder / MANIFEST), identity)
         check_inside(folder, MANIFEST)
-        if verify:
+        if verify is not False:
             _check_digest(folder, verify)
         for name, facts in bundle.manifest.files.items():
-            check_file(folder, name, facts, bool(verify))
+            check_file(folder, name, facts, verify is not False)
         for name in bundle._required():
             bundle.file(name)
         if bundle.linked:

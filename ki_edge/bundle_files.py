@@ -23,8 +23,8 @@ DIGEST = "manifest.sha256"  # as sha256sum writes it and checks it
 # What is built into a bundle later, and is no part of what was exported
 BUILT = re.compile(
     r"(?:.+/)?proof-[0-9a-f]+\.json"
-    r"|engines/(?:[^/]+/)?[^/]+\.(?:engine|json|log|timings|kernels|partial-[0-9]+)"
-    r"|engines/\..+"
+    r"|engines/(?:[^/]+/)?[^/]+\.(?:engine|json|log|timings|kernels)"
+    r"|engines/(?:[^/]+/)?\..+|\.weights\.link\.json\.[0-9a-f]+"
 )
 MAX_MANIFEST = 16_000_000  # bytes
 HUB_REPOSITORY = re.compile(r"(?:models|datasets|spaces)--[\w.-]+")

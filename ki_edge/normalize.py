@@ -40,6 +40,7 @@ OPENPI_EPSILON = 1e-6
 LEROBOT_EPSILON = 1e-8
 LARGEST = float(np.finfo(np.float32).max)
 MAX_BYTES = 64_000_000  # of a norm_stats.json
+CROSSED = "crossed"  # of an entry in a file: its quantiles may be the wrong way round
 FIELDS = ("mean", "std", "q01", "q99")
 
 
@@ -188,7 +189,8 @@ def read_norm_stats(path: str | Path) -> dict[str, NormStats]:
     for name, fields in content.items():
         if not isinstance(fields, dict):
             raise ContractError(f"{path}: {name} must be an object with {', '.join(FIELDS)}")
-        found[name] = checked_stats(fields, f"{path}: {name}")
+        crossed = isinstance(fields, dict) and fields.get(CROSSED) is True
+        found[name] = checked_stats(fields, f"{path}: {name}", {"q01": "q10", "q99": "q90"} if crossed else None)
     return found
 
 
@@ -206,6 +208,9 @@ def norm_stats_json(stats: Mapping[str, NormStats]) -> str:
         name: {field: None if (value := getattr(entry, field)) is None else value.tolist() for field in FIELDS}
         for name, entry in stats.items()
     }
+    for name, entry in stats.items():
+        if entry.q01 is not None and entry.q99 is not None and (entry.q01 > entry.q99).any():
+            content[name][CROSSED] = True  # LeRobot's q10 and q90, which were accepted as they are
     return json.dumps({"norm_stats": content}, indent=2) + "\n"
 
 

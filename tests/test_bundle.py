@@ -146,6 +146,7 @@ def test_the_digest_covers_the_manifest(write):
     (path / "manifest.sha256").write_text(hashlib.sha256((path / "manifest.json").read_bytes()).hexdigest() + "  x\n")
     Bundle.open(path, verify=True)
     refused(path, f"has the digest [0-9a-f]{{64}}, not '{digest}': it is another bundle, or changed", verify=digest)
+    refused(path, "has the digest [0-9a-f]{64}, not ''", verify="")  # such as a variable that is not set
     (path / "manifest.sha256").unlink()
     refused(path, r"manifest\.sha256 cannot be read: No such file", verify=True)
 

@@ -182,3 +182,13 @@ def test_wrong_use():
 def _golden_stats(data: Path, group: str) -> dict[str, NormStats]:
     content = json.loads((data / "transforms" / "norm_stats.json").read_text())[group]
     return {name: NormStats(**fields) for name, fields in content.items()}
+
+
+def test_crossed_quantiles_that_were_accepted_are_read_again(tmp_path: Path) -> None:
+    """LeRobot's q10 and q90 of a number that hardly moved: a bundle that has them can be loaded."""
+    found = {"q01": np.array([0.0, 0.5]), "q99": np.array([1.0, 0.4])}
+    stats = checked_stats(found, "state", {"q01": "q10", "q99": "q90"})
+    write_norm_stats(tmp_path / "norm_stats.json", {"state": stats})
+    assert read_norm_stats(tmp_path)["state"].q99.tolist() == [1.0, 0.4]
+    with pytest.raises(ContractError, match="below it"):
+        checked_stats(found, "state")

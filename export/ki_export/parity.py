@@ -14,6 +14,7 @@ from ki_edge.model import Checkpoint
 from ki_edge.witness import WITNESS, read_witness
 from ki_runtime.backends import choose_backend
 from ki_runtime.decode import read_tokenizer
+from ki_runtime.proof import proving_facts
 
 from .arithmetic.session import SIXTEEN_BITS
 from .bars import measure
@@ -57,8 +58,9 @@ def prove(writer: BundleWriter, bundle: Bundle, checkpoint: Checkpoint, say: Say
     write_report(writer.folder, comparison, facts, read_ranges(bundle.path))
     report = to_json(comparison, {})
     verdict = {key: report[key] for key in ("verified", "reference", "method", "cases", "worst")}
-    if bundle.manifest.precision not in SIXTEEN_BITS:  # those are proven by no engine, but in exact arithmetic
-        verdict["proven_by"] = dict(choose_backend("ort").setting(bundle, tuple(bundle.manifest.graphs)).facts)
+    # 16-bit bundles are proven in exact arithmetic, and streamed ones in pieces: by no engine as the runtime opens it
+    if bundle.manifest.precision not in SIXTEEN_BITS and comparison.method == "resident":
+        verdict["proven_by"] = proving_facts(choose_backend("ort").setting(bundle, tuple(bundle.manifest.graphs)))
     peak = peak_memory()
     memory = "" if peak is None else f", peak memory {peak / 1e9:.1f} GB"
     say(f"verified, model {comparison.method} ({time.perf_counter() - start:.1f} s{memory})")

@@ -13,7 +13,7 @@ from ki_edge.commands import Parser, run_command, show, show_json, tell
 from .backends import NAMES
 from .interrupts import Interrupts
 from .loop import ControlLoop, LoopOptions, Watcher
-from .recorder import Recorder
+from .recorder import Recorder, check_folder
 from .robots import open_robot
 from .telemetry import Episode
 
@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from .policy import Policy
 
+    if options.record:
+        check_folder(options.record)  # before a large model is loaded, and engines are built
     loop_options = LoopOptions(
         episodes=options.episodes,
         seed=options.seed,
@@ -61,7 +63,7 @@ def _run(options: argparse.Namespace) -> int:
         options.bundle,
         options.backend,
         threads=options.threads,
-        verify=options.digest or options.verify,
+        verify=options.verify if options.digest is None else options.digest,
         build=True,
         trust_engines=options.trust_engines,
         say=tell,
@@ -70,7 +72,8 @@ def _run(options: argparse.Namespace) -> int:
         robot = open_robot(options.robot)
         opened.callback(robot.close)
         loop = ControlLoop(policy, robot, loop_options, interrupts=interrupts)
-        policy.warm_up(prompt=options.prompt, num_steps=options.num_steps)  # before anything moves
+        with interrupts.released():
+            policy.warm_up(prompt=options.prompt, num_steps=options.num_steps)  # before anything moves
         recorder = Recorder(options.record) if options.record else None  # nothing was written before
         loop.watch(Progress(options.episodes), *([recorder] if recorder else []))
         opened.pop_all()  # from here on the loop closes the robot

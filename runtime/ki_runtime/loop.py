@@ -30,6 +30,7 @@ from .robots.base import EpisodeStatus, Robot
 from .robots.replay import ReplayRobot
 from .telemetry import Episode, LatencyLog, RunReport
 
+SLOWEST = 1e-3  # actions a second
 MOST = 1 << 31  # episodes, or steps of one
 
 
@@ -88,8 +89,8 @@ class LoopOptions:
         if self.prompt is not None and not isinstance(self.prompt, str):
             raise ArgumentError(f"prompt: expected text, got {type(self.prompt).__name__}")
         hz = self.max_hz
-        if hz is not None and (not isinstance(hz, int | float) or isinstance(hz, bool) or not hz > 0):
-            raise ArgumentError(f"max_hz {hz!r:.60}: expected a number above 0")
+        if hz is not None and (not isinstance(hz, int | float) or isinstance(hz, bool) or not hz >= SLOWEST):
+            raise ArgumentError(f"max_hz {hz!r:.60}: expected a number of at least {SLOWEST}")
 
 
 def episode_noise(seed: int, index: int, shape: Sequence[int]) -> F32:
@@ -188,6 +189,7 @@ class ControlLoop:
             raise first
 
     def _run_episode(self, index: int, seed: int) -> None:
+        self._interrupts.check()
         robot = self._robot
         robot.reset(seed)
         for watcher in self._watchers:

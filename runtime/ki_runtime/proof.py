@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 F32 = npt.NDArray[np.float32]
 ROUNDS = 3  # of the recorded sequence: it is recorded in the first, and replayed in the others
-GRAPHS = {ACTIONS: (graphs.PREFIX.name, graphs.DENOISE.name), FAST: (graphs.FAST_DECODE.name,)}
+GRAPHS = {ACTIONS: (graphs.PREFIX.name, graphs.DENOISE.name), FAST: (graphs.FAST_DECODE.name, graphs.PREFIX.name)}
 
 
 AT_EXPORT = "proven at its export, by the same engine on the same processor"
@@ -61,10 +61,10 @@ class Prover:
         """
         if not has_witness(self.bundle.manifest):
             return Unproven(without_witness(self.bundle))
-        setting = self.backend.setting(self.bundle, GRAPHS[part])
-        facts = facts_of(self.bundle, setting)
+        setting = self._setting(part, sampler)
+        facts = facts_of(self.bundle, setting, self.options.record)
         found = verdicts.find(part, facts, setting.folder)
-        if found is None and proven_by(self.bundle) == dict(setting.facts):
+        if found is None and proven_by(self.bundle) == proving_facts(setting):
             return AT_EXPORT
         if found is None:
             self.options.say(f"{self.backend.name}: runs the bundle's witness, once, before its first {_WORDS[part]}")
@@ -75,8 +75,18 @@ class Prover:
 
     def repeat(self, part: str, sampler: Sampler) -> Verdict:
         """Run the witness whatever was found before, and write the verdict down."""
+        setting = self._setting(part, sampler)
+        return self._judge(part, sampler, facts_of(self.bundle, setting, self.options.record), setting)
+
+    def _setting(self, part: str, sampler: Sampler) -> Setting:
+        """What computes this part: the engines that the sampler has loaded, whatever lies on the disk by now."""
         setting = self.backend.setting(self.bundle, GRAPHS[part])
-        return self._judge(part, sampler, facts_of(self.bundle, setting), setting)
+        found = [sampler.session(graph) for graph in GRAPHS[part]]
+        loaded = [session.loaded for session in found if session is not None and session.loaded is not None]
+        if not loaded:
+            return setting
+        facts = {**setting.facts, **{key: value for each in loaded for key, value in each.facts.items()}}
+        return Setting(facts, loaded[0].folder)
 
     def _judge(self, part: str, sampler: Sampler, facts: Mapping[str, str], setting: Setting) -> Verdict:
         witness = read_witness(self.bundle)
@@ -85,9 +95,24 @@ class Prover:
         rounds = 1 if self.backend.device == "CPU" else ROUNDS  # nothing is recorded on a CPU
         rows = examine(sampler, witness, rounds) if part == ACTIONS else [continued(sampler, witness, rounds)]
         found = Verdict(part, facts, datetime.now(timezone.utc).isoformat(timespec="seconds"), tuple(rows))
+        if part == ACTIONS and found.passed and not self._replayed(sampler):
+            return found  # it says nothing of records, so it is not written down
         if verdicts.keep(found, setting.folder) is None:
             self.options.say("the verdict cannot be written, beside the engine or in the user's cache: kept until exit")
         return found
+
+    def _replayed(self, sampler: Sampler) -> bool:
+        """Whether what may be recorded was replayed; else nothing is recorded in this process any more."""
+        if self.options.record is False:
+            return True
+        sessions = [session for graph in GRAPHS[ACTIONS] if (session := sampler.session(graph)) is not None]
+        idle = [session for session in sessions if session.replays == 0]
+        for session in idle:
+            session.stop_recording()
+        if idle:
+            names = " and ".join(session.spec.name for session in idle)
+            self.options.say(f"{names}: proven without CUDA graphs, and used without until the next start proves again")
+        return not idle
 
 
 _WORDS = {ACTIONS: "action", FAST: "FAST token"}
@@ -142,7 +167,7 @@ def _written(bundle: Bundle, backend: Backend, part: str) -> Verdict | str:
     except BackendError:  # its engines do not exist
         return ""
     found = verdicts.find(part, facts_of(bundle, setting), setting.folder)
-    return found or (AT_EXPORT if proven_by(bundle) == dict(setting.facts) else "")
+    return found or (AT_EXPORT if proven_by(bundle) == proving_facts(setting) else "")
 
 
 def examine(sampler: Sampler, witness: Witness, rounds: int = ROUNDS) -> list[Row]:
@@ -173,7 +198,12 @@ def continued(sampler: Sampler, witness: Witness, rounds: int = ROUNDS) -> Row:
     return Row(witness.describe(fast.row), float(wrong[0]), float(max(wrong)), 0.0)
 
 
-def facts_of(bundle: Bundle, setting: Setting) -> dict[str, str]:
+def proving_facts(setting: Setting) -> dict[str, str]:
+    """What an engine is recorded by in the bundle that it proved."""
+    return {"ki-edge": own_version(), **setting.facts}
+
+
+def facts_of(bundle: Bundle, setting: Setting, record: bool | None = None) -> dict[str, str]:
     """Everything that a verdict holds for: witness, weights and graphs, what computes them, and this version."""
     manifest = bundle.manifest
     names = (str(manifest.weights["file"]), *(bundle.graph(name).name for name in sorted(manifest.graphs)))
@@ -182,7 +212,8 @@ def facts_of(bundle: Bundle, setting: Setting) -> dict[str, str]:
         "witness": str(manifest.files[WITNESS].get("sha256")),
         "model": model,
         "precision": manifest.precision,
-        "ki-edge": _version(),
+        "ki-edge": own_version(),
+        "CUDA graphs": {None: "as the backend does", True: "on", False: "off"}[record],
         **setting.facts,
     }
 
@@ -245,7 +276,8 @@ def _cosine_distance(given: F32, expected: F32) -> float:
     return max(0.0, 1.0 - float(ours @ theirs) / lengths)
 
 
-def _version() -> str:
+def own_version() -> str:
+    """Of ki-edge, as it is installed."""
     try:
         return version("ki-edge")
     except PackageNotFoundError:

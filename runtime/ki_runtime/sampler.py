@@ -74,8 +74,9 @@ class Sampler:
         self._config = bundle.manifest.config
         convention, self._num_steps = _sampling(bundle)
         prefix, denoise, self._fast_spec = graphs.specs(self._config)
-        self._prefix = PrefixStage(open_graph(prefix))
-        self._denoise = DenoiseStage(open_graph(denoise), runtime_weights(bundle), self._config, convention)
+        self._sessions: dict[str, Session] = {}  # by graph
+        self._prefix = PrefixStage(self._opened(prefix))
+        self._denoise = DenoiseStage(self._opened(denoise), runtime_weights(bundle), self._config, convention)
         self._fast: FastStage | None = None  # opened at its first use
         self._unproven: Prover | None = None  # what proves FAST tokens before the first of them
         self._proving = RLock()
@@ -108,10 +109,10 @@ class Sampler:
         check_name(backend)
         opened = (
             bundle
-            if isinstance(bundle, Bundle) and not verify
+            if isinstance(bundle, Bundle) and verify is False
             else Bundle.open(_folder(bundle), verify=verify, say=say or tell)
         )
-        options = SessionOptions(threads, say=say or tell, verify=bool(verify), build=build, trust=trust_engines)
+        options = SessionOptions(threads, say=say or tell, verify=verify is not False, build=build, trust=trust_engines)
         first = graphs.specs(opened.manifest.config)[:2]
         sampler = cls._proven(opened, connect(opened, backend, options, first), options)
         chosen = sampler.backend
@@ -319,9 +320,17 @@ class Sampler:
     def _stages(self) -> tuple[Stage, ...]:
         return (self._prefix, self._denoise) if self._fast is None else (self._fast, self._prefix, self._denoise)
 
+    def session(self, graph: str) -> Session | None:
+        """The session of a graph; None while it is not open."""
+        return self._sessions.get(graph)
+
+    def _opened(self, spec: GraphSpec) -> Session:
+        self._sessions[spec.name] = self._open_graph(spec)
+        return self._sessions[spec.name]
+
     def _fast_stage(self) -> FastStage:
         if self._fast is None:
-            self._fast = FastStage(self._open_graph(self._fast_spec))
+            self._fast = FastStage(self._opened(self._fast_spec))
         return self._fast
 
 

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -77,6 +78,14 @@ class Bucket:
         return padded if self.limit is None else max(size, min(padded, self.limit))
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What a session was made of: facts that tell it from every other, and the folder where it lies."""
+
+    facts: Mapping[str, str]
+    folder: Path
+
+
 class Session(ABC):
     """One loaded graph. `sizes` holds the constant symbols of graphs.py; buffers may be shared within a backend.
 
@@ -89,6 +98,11 @@ class Session(ABC):
     def __init__(self, spec: GraphSpec, sizes: Mapping[str, int]) -> None:
         self.spec = spec
         self.sizes = dict(sizes)
+        self.loaded: Loaded | None = None  # what was loaded, where that is more than the bundle's own graph
+        self.replays: int | None = None  # of records so far; None for a backend that never records
+
+    def stop_recording(self) -> None:  # noqa: B027
+        """Run one by one from now on; for sequences that were not recorded yet."""
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:

@@ -128,7 +128,7 @@ CASES = {
     "no_stats": ("droid", lambda f: shutil.rmtree(f / "assets"), {"contract": "droid"}, "no norm_stats.json"),
     "no_contract": ("droid", lambda folder: None, {}, "does not record robot, cameras"),
     "pi0": ("droid", lambda folder: None, {"contract": "pi0_droid"}, "is for a π0, and .* give a contract for that"),
-    "fast": ("droid", lambda folder: None, {"contract": "droid", "fast": "fast"}, "fast has ids up to 257023"),
+    "fast": ("droid", lambda folder: None, {"contract": "droid", "fast": "fast"}, "FAST head has ids up to 257023"),
     "rename": ("lerobot", renamed(RENAME), {}, ""),
     "rename_nowhere": ("lerobot", renamed({**RENAME, **NOWHERE}), {}, "which no camera or state of the policy has"),
     "rename_action": ("lerobot", renamed({"observation.a": "action"}), {}, "which no camera or state"),

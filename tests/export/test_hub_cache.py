@@ -48,6 +48,7 @@ def test_engines_are_built_beside_the_links(cached):
     bundle = Bundle.open(cached)
     options = BuildOptions(capabilities=((8, 6),), graphs=("denoise",), ignore_memory=True)
     engines = build(bundle, Api.load("tensorrt_rtx"), None, options)
-    assert engines.folder.parent == cached / "engines" and engines.damage(verify=True) == []
+    assert engines.folders[0].parent == cached / "engines"
+    assert all(found.damage(verify=True) == [] for found in engines.of.values())
     assert not (cached / "engines").is_symlink()
     Bundle.open(cached, verify=True)

@@ -169,8 +169,11 @@ def test_a_codec_in_the_layout_of_the_hubs_cache(fast_v5, folder, tmp_path):
         (lambda f: (f / "processor_config.json").unlink(), r"processor_config\.json missing, found bpe_tokenizer"),
         (lambda f: (f / "bpe_tokenizer" / "tokenizer.json").unlink(), r"tokenizer\.json missing"),
         (lambda f: (f / "processor_config.json").write_text("[]"), "expected a JSON object"),
-        (lambda f: (f / "processor_config.json").write_text('{"scale": "10"}'), "scale is '10', expected a number"),
-        (lambda f: (f / "processor_config.json").write_text('{"scale": 10}'), "min_token is None"),
+        (
+            lambda f: (f / "processor_config.json").write_text('{"scale": "10", "min_token": 0}'),
+            "'scale' is '10', expected a number",
+        ),
+        (lambda f: (f / "processor_config.json").write_text('{"scale": 10}'), "'min_token' is None"),
         (lambda f: (f / "bpe_tokenizer" / "tokenizer.json").write_text("{}"), r"is no tokenizer\.json"),
     ],
 )

@@ -226,7 +226,7 @@ def test_fast_is_added_to_a_preset_with_the_published_offset(step, data, tokeniz
     assert {"tokenizer.json", "processor_config.json"} <= names and not any(name.endswith(".py") for name in names)
     vocabulary = decode_vocabulary(model(), files, full=False)
     assert (vocabulary.first, vocabulary.count) == (257023 - 511, 512)
-    with pytest.raises(CheckpointError, match="fast has ids up to 257023"):
+    with pytest.raises(CheckpointError, match="FAST head has ids up to 257023"):
         read(step, {}, model(vocab_size=1024), contract="droid", tokenizer=tokenizer, fast=data / "fast")
     with pytest.raises(ContractError, match="no FAST codec"):
         describe(step, contract="droid", fast=step)

@@ -95,7 +95,7 @@ def test_all_graphs_compile_for_ampere_and_blackwell(precision, compiled) -> Non
 def test_compiled_engines_are_found_on_their_gpus_only(precision, compiled, rtx) -> None:
     bundle, engines, _ = compiled(precision)
     assert find(bundle, rtx, AMPERE, list(engines.of), verify=True) == engines
-    with pytest.raises(BackendError, match=r"compute capability 8\.6, 12\.0, this is NVIDIA L4 \(8\.9\)"):
+    with pytest.raises(BackendError, match=r"compute capability 8\.6, 12\.0, this is NVIDIA L4 \(8\.9, 32 GB\)"):
         find(bundle, rtx, ADA)
 
 
@@ -130,10 +130,10 @@ def test_first_start_says_why_and_builds(compiled, rtx, tmp_path) -> None:
     (own.path / "engines" / engines.folders[0].name / "denoise.engine").write_bytes(b"cut")
     said = []
     made = ensure_engines(own, rtx, AMPERE, said.append)
-    assert "denoise.engine has 3 bytes" in said[0] and said[-1].startswith("compiled denoise: ")
+    assert "denoise.engine has 3 bytes" in said[0] and any(line.startswith("compiled denoise: ") for line in said)
     identity = made.of["denoise"].identity
     assert identity.capabilities == ((8, 6),) and identity.device is identity.multiprocessors is None
-    assert find(own, rtx, AMPERE) == made
+    assert find(own, rtx, AMPERE).of["denoise"] == made.of["denoise"]
 
 
 def test_a_damaged_engine_is_built_again(own, rtx) -> None:
@@ -303,11 +303,11 @@ class TestInterrupted:
             built = build(own, rtx, None, BuildOptions(capabilities=((8, 6),), graphs=("denoise",)))
             assert living.folder.is_dir()
         left = {path.name for path in engines.iterdir() if not path.name.endswith(".timings")}
-        assert left == {foreign.name, built.folder.name}
+        assert left == {foreign.name, built.folders[0].name}
 
     def test_a_foreign_folder_in_the_engines_place_is_not_replaced(self, own, rtx) -> None:
         options = BuildOptions(capabilities=((8, 6),), graphs=("denoise",))
-        folder = build(own, rtx, None, options).folder
+        folder = build(own, rtx, None, options).folders[0]
         (folder / "engine.json").unlink()
         before = {path: sha256(path) for path in own.path.rglob("*") if path.is_file()}
         with pytest.raises(BackendError, match=r"exists and has no engine\.json, so it holds no engines"):

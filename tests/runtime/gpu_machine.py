@@ -39,6 +39,7 @@ class Machine:
             path=lambda name: bundle.path / f"{name}.engine",
             folder=bundle.path,
             identity=SimpleNamespace(lean="lean" in quirks),
+            files={spec.name: SimpleNamespace(sha256=f"hash of {spec.name}") for spec in graphs.GRAPHS},
         )
         self.gpu = Gpu(Cuda(self.cuda))
         self.connection = Connection(

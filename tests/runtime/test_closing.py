@@ -1,5 +1,8 @@
 """However a run ends, the robot is closed once, before the watchers, and every watcher is closed."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 
@@ -156,3 +159,20 @@ def test_the_robot_is_told_whose_policy_drives_it():
     robot.fit = lambda contract: robot.log.append(("fit", contract.action_dim))
     ControlLoop(Failing(), robot)
     assert robot.log == [("fit", 2)] and np.isfinite(robot.log[0][1])
+
+
+class Terminating(Watcher):
+    """Asks the process to end once an episode is over."""
+
+    def episode_ended(self, index, episode):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_after_a_signal_the_robot_is_not_reset_once_more():
+    robot, before = CountingRobot(), signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(Interrupted):
+            ControlLoop(FormulaPolicy(), robot, LoopOptions(episodes=2), [Terminating()]).run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [event for event, _ in robot.log if event == "reset"] == ["reset"] and robot.closed

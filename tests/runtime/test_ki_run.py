@@ -164,3 +164,13 @@ def test_every_public_name_is_there():
     assert all(getattr(ki_runtime, name).__name__ == name for name in ki_runtime.__all__)
     with pytest.raises(AttributeError, match="nothing"):
         _ = ki_runtime.nothing
+
+
+def test_a_used_folder_is_told_before_anything_is_loaded(run, tmp_path):
+    (tmp_path / "steps.jsonl").write_text("{}\n")
+    result = run("--record", str(tmp_path))
+    assert result.status == 2 and result.loaded == [] and "holds a recording already" in result.err
+
+
+def test_an_empty_digest_is_a_wrong_one(run):
+    assert run("--digest", "").loaded[0][-1]["verify"] == ""

@@ -11,7 +11,7 @@ from ki_edge.errors import BackendError, BundleError, DeviceMemoryError
 from ki_edge.witness import WITNESS
 from ki_runtime import verdict as verdicts
 from ki_runtime.cli import main
-from ki_runtime.proof import examine, repeat_proof, standing
+from ki_runtime.proof import examine, own_version, repeat_proof, standing
 from ki_runtime.sampler import Sampler
 
 from .witnesses import Backends, Wrong, observations, packed, proven_bundle, witness_of
@@ -151,7 +151,7 @@ def test_a_witness_whose_hash_differs_is_refused(monkeypatch, make_bundle, engin
 def test_the_backend_that_proved_the_bundle_needs_no_proof(monkeypatch, make_bundle, engine):
     used = engine()
     Backends(monkeypatch, {"ort": used})
-    facts = {"backend": "ort", "driver": "560", "engines": "prefix,denoise"}
+    facts = {"ki-edge": own_version(), "backend": "ort", "driver": "560", "engines": "prefix,denoise"}
     bundle = proven_bundle(make_bundle, parity={"verified": True, "proven_by": facts})
     assert "proven at its export" in Sampler.open(bundle).backend.proof
     assert not used.calls and records(bundle) == []
@@ -162,7 +162,7 @@ def test_the_backend_that_proved_the_bundle_needs_no_proof(monkeypatch, make_bun
 
 def test_a_later_refusal_outweighs_the_proof_at_the_export(monkeypatch, make_bundle, engine):
     machine = Backends(monkeypatch, {"ort": engine(off={"denoise": 1.0})})
-    facts = {"backend": "ort", "driver": "560", "engines": "prefix,denoise"}
+    facts = {"ki-edge": own_version(), "backend": "ort", "driver": "560", "engines": "prefix,denoise"}
     bundle = proven_bundle(make_bundle, parity={"verified": True, "proven_by": facts})
     Sampler.open(bundle)
     assert not repeat_proof(bundle, "ort", lambda line: None)[0].passed

@@ -1,6 +1,7 @@
 """What is recorded as CUDA graphs: replays equal runs, and no recorded context is used for anything else."""
 
 import gc
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,11 +157,13 @@ def test_rtx_keeps_kernels_where_runs_are_not_recorded(make_bundle, batch):
 
 
 def test_two_processes_do_not_share_a_partial_file(tmp_path, monkeypatch):
-    written = []
-    monkeypatch.setattr(Path, "write_bytes", lambda path, content: written.append(path.name))
+    """Two containers may have one process id."""
+    opened, whole = [], Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *a, **k: (opened.append(path.name), whole(path, *a, **k))[1])
+    monkeypatch.setattr(os, "getpid", lambda: 11)
     cache = SimpleNamespace(serialize=lambda: b"k")
     engine = SimpleNamespace(create_runtime_config=lambda: SimpleNamespace(create_runtime_cache=lambda: cache))
-    for pid in (11, 12):
-        monkeypatch.setattr(contexts.os, "getpid", lambda pid=pid: pid)
+    for _ in range(2):
         contexts._Kernels(engine, tmp_path / "x.kernels").write()
-    assert len(set(written)) == 2
+        (tmp_path / "x.kernels").unlink()
+    assert len(set(opened)) == 2

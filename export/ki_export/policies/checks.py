@@ -56,9 +56,10 @@ def _check_ids(vocabulary: int, contract: PolicyContract | None, words: PromptTo
         "tokenizer": words.vocab_size - 1 if words is not None else 0,
         "fast": fast.id_offset if fast is not None else 0,
     }
+    titles = {"tokenizer": "the tokenizer", "fast": "the contract's FAST head"}
     for name, largest in ids.items():
         if largest >= vocabulary:
-            raise CheckpointError(f"the {name} has ids up to {largest}, the model's embedding {vocabulary} rows")
+            raise CheckpointError(f"{titles[name]} has ids up to {largest}, the model's embedding {vocabulary} rows")
 
 
 def _check_statistics(feature: Feature, contract: PolicyContract, record: Record) -> None:

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from ki_edge.checkpoints.formats import SHARDS, WEIGHTS
-from ki_edge.errors import CheckpointError, ContractError
-from ki_edge.normalize import NormStats
+from ki_edge.errors import CheckpointError
+from ki_edge.normalize import NormStats, checked_stats
 from ki_edge.safetensors_index import SafetensorsIndex
 
 from .lerobot_config import CONFIG, Notes
@@ -79,12 +79,11 @@ def read_old_statistics(
                 f"{module}.buffer_{feature} {problem} (give --assets, statistics with {' and '.join(statistics)})"
             )
         elif statistics and wanted:
-            try:
-                features[name] = NormStats(
-                    **{field: given[one] for field, one in zip(FIELDS[normalization], statistics, strict=True)}
-                )
-            except ContractError as error:
-                raise CheckpointError(f"{folder / WEIGHTS}: {module}.buffer_{feature}: {error}") from None
+            names = dict(zip(FIELDS[normalization], statistics, strict=True))
+            found = {field: given[one] for field, one in names.items()}
+            features[name] = checked_stats(
+                found, f"{folder / WEIGHTS}: {module}.buffer_{feature}", names, CheckpointError
+            )
     if not features:
         return None
     content = b"".join(value.tobytes() for entry in buffers.values() for _, value in sorted(entry.items()))

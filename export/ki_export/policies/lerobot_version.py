@@ -64,7 +64,7 @@ def read_version(
     elif depends:
         hint = f", though {CONFIG} was saved by 0.4.0 to 0.4.2, after training or converting" if saved_early else ""
         notes.missing.append(
-            f"which LeRobot it was trained with is not recorded{hint}, and {' and '.join(depends)} "
+            f"which LeRobot it was trained with is not recorded{hint}, and {'; and '.join(depends)} "
             "(give --lerobot-version: 0.4; or 0.5 for any newer one, and for a policy that was trained with openpi and "
             "converted)"
         )

@@ -50,7 +50,7 @@ class TensorRTSession(Session):
             shared.api, self._gpu, engine, shared.scratch, path.with_suffix(".kernels"), self._failure
         )
         self._eager: WeakValueDictionary[Shapes, Context] = WeakValueDictionary()
-        self._records, self._short = shared.options.record is not False, False
+        self._records, self._short, self.replays = shared.options.record is not False, False, 0
         if spec.name == graphs.PREFIX.name:
             self.prompt_bucket = Bucket(PROMPT_BUCKET, self._contexts.limit("prompt_tokens", 1))
         if spec.name == graphs.FAST_DECODE.name:
@@ -81,6 +81,13 @@ class TensorRTSession(Session):
             self._say(f"graph {self.spec.name} runs without CUDA graphs, slower: {error}")
             self._records = False
         return None
+
+    def replayed(self) -> None:
+        """A record was launched."""
+        self.replays = (self.replays or 0) + 1
+
+    def stop_recording(self) -> None:
+        self._records = False
 
     def postpone(self, error: DeviceMemoryError) -> None:
         """Say, once, that there was no room for a recording; later sequences may have it."""
@@ -168,6 +175,7 @@ class Recorded:
     def run(self) -> None:
         if self._recording is not None:
             self._recording.launch()
+            self._session.replayed()
             return
         runs = self._runs() if self._session.records and self._tries else None
         if runs is None:

@@ -85,7 +85,8 @@ def ensure_engines(
     if not api.can_build:
         raise BackendError(f"{found}, and {api.title} cannot build any: {build_command(bundle, api)}")
     say(found)
-    return build(bundle, api, device, say=say)
+    # those of the right size whose hashes differ are no engines that are there
+    return build(bundle, api, device, BuildOptions(force=verify), say)
 
 
 def rebuild(bundle: Bundle, api: Api, device: Device, broken: Engines, say: Say = lambda _: None) -> Engines:

@@ -12,7 +12,6 @@ recorded or not, so they share it; whoever was given a piece keeps it alive, and
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 from ki_edge.errors import BackendError, KiEdgeError
 from ki_edge.reading import read_file
+from ki_edge.writing import write_file
 
 from ..session import first_line
 from .api import Api
@@ -180,12 +180,8 @@ class _Kernels:
         if len(content) == self._size:
             return
         self._size = len(content)
-        partial = self._path.with_suffix(f".partial-{os.getpid()}")
-        with suppress(OSError):  # a bundle that cannot be written compiles them again at the next start
-            partial.write_bytes(content)
-            partial.replace(self._path)
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+        with suppress(BackendError):  # a bundle that cannot be written compiles them again at the next start
+            write_file(self._path, content, BackendError)
 
 
 def _within(shape: Shape, least: Shape, most: Shape) -> bool:

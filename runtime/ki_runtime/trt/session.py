@@ -18,6 +18,7 @@ from ki_edge.errors import BackendError
 from ki_edge.graphs import GraphSpec
 
 from ..backends import GraphOpener, SessionOptions, Setting
+from ..session import Loaded
 from .api import Api
 from .bindings import TensorRTSession
 from .buffers import Gpu
@@ -71,9 +72,14 @@ def setting(bundle: Bundle, package: str, names: Sequence[str]) -> Setting:
     """Results depend on the engines, on the TensorRT that runs them, on the GPU and on its driver."""
     cuda, api = Cuda.load(), Api.load(package)
     engines = find(bundle, api, cuda.device(), names, trust=True)  # that was asked when they were loaded
-    hashes = {f"engine {name}": engines.of[name].files[name].sha256 for name in names}
+    hashes = {key: value for name in names for key, value in engine_facts(engines.of[name], name).items()}
     folder = engines.path(names[0]).parent
     return Setting({**hashes, api.name: api.version_text, **gpu_facts(cuda)}, folder)
+
+
+def engine_facts(engines: Engines, graph: str) -> dict[str, str]:
+    """What tells one graph's engine from every other."""
+    return {f"engine {graph}": engines.files[graph].sha256}
 
 
 def _without_building(fitting: Callable[..., EngineSet], api: Api) -> EngineSet:
@@ -118,18 +124,21 @@ class Connection:
         """
         engines = self._engines(graph.name)
         engines = self._rebuilt.get(engines.folder, engines)
+        identity = engine_facts(engines, graph.name)
         path = engines.path(graph.name)
         engine = self._load(path, lean=engines.identity.lean)
         if engine is None and self._rebuild is not None:
             again, self._rebuild = self._rebuild, None
             self.options.say(f"{self.failure(f'cannot load {path}')}; building it again")
             made = self._rebuilt[engines.folder] = again(engines)
-            path = made.path(graph.name)
+            path, identity = made.path(graph.name), engine_facts(made, graph.name)
             engine = self._load(path, lean=made.identity.lean)
         if engine is None:
             raise self.failure(f"cannot load {path}; build it again")
         check_signature(path, graph, engine, self._sizes)
-        return TensorRTSession(self, graph, self._sizes, engine, path)
+        session = TensorRTSession(self, graph, self._sizes, engine, path)
+        session.loaded = Loaded(identity, path.parent)
+        return session
 
     def failure(self, what: str) -> BackendError:
         """The error of something that TensorRT refused: what CUDA knows of it, else what TensorRT logged."""
