@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from ki_edge.bundle import SCHEMA, Bundle, DecodeVocabulary, Manifest, sha256, write_bundle
+from ki_edge.bundle_files import BUILT
 from ki_edge.config import TINY
 from ki_edge.errors import BundleError
 
@@ -430,3 +431,12 @@ def test_an_exception_leaves_what_was_there(write, tmp_path, exists, error):
         raise error
     assert tree(tmp_path) == before
     assert names(tmp_path) == ({"bundle"} if exists else set())
+
+
+def test_what_a_kill_leaves_of_our_own_writing_is_ours():
+    """So that it never stands in the way of --force."""
+    ours = ("engines/ort/.proof-0a.json.0b.partial", "engines/0a/.engine.json.0b", ".weights.link.json.0a1b2c3d")
+    assert all(BUILT.fullmatch(name) for name in ours)
+    assert not any(
+        BUILT.fullmatch(name) for name in ("notes.txt", "engines/0a/notes.txt", "checkpoint/model.safetensors")
+    )

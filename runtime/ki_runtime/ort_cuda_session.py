@@ -13,6 +13,7 @@ import contextlib
 import io
 import warnings
 from collections.abc import Mapping, Sequence
+from importlib.metadata import distributions
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from .trt.facts import gpu_facts
 from .trt.requirements import check_precision
 
 PROVIDER = "CUDAExecutionProvider"
+LIBRARIES = ("nvidia-cudnn", "nvidia-cublas", "nvidia-cufft", "nvidia-curand", "nvidia-cuda-runtime")
 QUIET = 4  # only what is fatal; a failure to start is told by the error that follows
 COMPUTE = {
     *("Attention", "MultiHeadAttention", "Softmax", "MatMul", "FusedMatMul", "Gemm", "FusedGemm", "Conv", "FusedConv"),
@@ -68,9 +70,15 @@ def connect(bundle: Bundle, package: str, options: SessionOptions) -> GraphOpene
 
 
 def setting(bundle: Bundle, package: str, names: Sequence[str]) -> Setting:
-    """Results depend on the engine's version, on the GPU and on its driver."""
-    facts = {"onnxruntime": str(onnxruntime().__version__), **gpu_facts(Cuda.load())}
+    """Results depend on the engine's version, on the libraries whose kernels it calls, on the GPU and on its driver."""
+    facts = {"onnxruntime": str(onnxruntime().__version__), "libraries": _kernels(), **gpu_facts(Cuda.load())}
     return Setting(facts, bundle.path / "engines" / "ort-cuda")
+
+
+def _kernels() -> str:
+    """Versions of NVIDIA's libraries among the installed packages: they are upgraded on their own."""
+    found = {(each.metadata["Name"] or "").lower(): each.version for each in distributions()}
+    return " ".join(f"{name} {version}" for name, version in sorted(found.items()) if name.startswith(LIBRARIES))
 
 
 def start(model: Path | bytes, gpu: Gpu, *, record: bool, provider: str = PROVIDER) -> Any:

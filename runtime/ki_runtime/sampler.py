@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +16,13 @@ from ki_edge.arguments import array_of, seed_of
 from ki_edge.bundle import Bundle
 from ki_edge.commands import tell
 from ki_edge.config import Pi05Config
-from ki_edge.errors import ArgumentError, BackendError, BundleError
+from ki_edge.errors import ArgumentError, BackendError
 from ki_edge.graphs import GraphSpec
 
 from .backends import Backend, Connection, SessionOptions, check_name, connect
 from .decode import Choices, FastStage, check_decoding, choices_of
 from .denoise import DenoiseStage, runtime_weights
+from .opening import detached, folder_of, sampling_of
 from .prefix import PrefixStage, prepare_inputs, prepare_state
 from .proof import Prover
 from .room import Result, Stage, within_memory
@@ -72,7 +72,7 @@ class Sampler:
         self._open_graph = open_graph
         self._lock = Lock()
         self._config = bundle.manifest.config
-        convention, self._num_steps = _sampling(bundle)
+        convention, self._num_steps = sampling_of(bundle)
         prefix, denoise, self._fast_spec = graphs.specs(self._config)
         self._sessions: dict[str, Session] = {}  # by graph
         self._prefix = PrefixStage(self._opened(prefix))
@@ -110,7 +110,7 @@ class Sampler:
         opened = (
             bundle
             if isinstance(bundle, Bundle) and verify is False
-            else Bundle.open(_folder(bundle), verify=verify, say=say or tell)
+            else Bundle.open(folder_of(bundle), verify=verify, say=say or tell)
         )
         options = SessionOptions(threads, say=say or tell, verify=verify is not False, build=build, trust=trust_engines)
         first = graphs.specs(opened.manifest.config)[:2]
@@ -133,7 +133,7 @@ class Sampler:
                 sampler.backend = replace(connection.backend, proof=prover.require(ACTIONS, sampler))
                 sampler._unproven = prover
             except BackendError as error:
-                refused, following = _detached(error), connection.instead
+                refused, following = detached(error), connection.instead
             else:
                 return sampler
             del sampler, connection  # their memory may be needed by the next
@@ -332,32 +332,3 @@ class Sampler:
         if self._fast is None:
             self._fast = FastStage(self._opened(self._fast_spec))
         return self._fast
-
-
-def _detached(error: BackendError) -> BackendError:
-    """The error without its tracebacks, which would keep sessions and their memory alive."""
-    found: BaseException | None = error
-    while found is not None:
-        found.__traceback__ = None
-        found = found.__cause__ or found.__context__
-    return error
-
-
-def _folder(bundle: str | Path | Bundle) -> Path:
-    if isinstance(bundle, Bundle):
-        return bundle.path
-    if not isinstance(bundle, str | os.PathLike):
-        raise ArgumentError(f"bundle: expected a folder or an opened bundle, got {type(bundle).__name__}")
-    return Path(bundle)
-
-
-def _sampling(bundle: Bundle) -> tuple[str, int]:
-    """(time convention, default number of steps) of the manifest."""
-    sampling = bundle.manifest.sampling
-    convention, steps = sampling.get("time_convention"), sampling.get("num_steps")
-    try:
-        flow.check_steps(steps)  # type: ignore[arg-type]
-        flow.denoise_times(1, str(convention))
-    except ArgumentError as error:
-        raise BundleError(f"{bundle.path}: manifest 'sampling': {error}") from None
-    return str(convention), int(steps)  # type: ignore[arg-type]

@@ -47,7 +47,9 @@ def test_onnxruntime_by_version_and_processor(make_bundle, kernel_module, monkey
     monkeypatch.setattr(ort_session.platform, "machine", lambda: "x86_64")
     assert ort_session.processor() == "x86_64 Some CPU 17 avx2 avx512_vnni"
     monkeypatch.setattr(ort_cuda_session.Cuda, "load", classmethod(lambda cls: Cuda(FakeCuda())))
-    assert {"onnxruntime", "GPU", "GPU id", "driver"} <= set(ort_cuda_session.setting(bundle, "", ()).facts)
+    assert {"onnxruntime", "libraries", "GPU", "GPU id", "driver"} <= set(
+        ort_cuda_session.setting(bundle, "", ()).facts
+    )
 
 
 def _line(text, name):
