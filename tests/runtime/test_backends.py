@@ -21,6 +21,7 @@ from ki_runtime.backends import (
 )
 from ki_runtime.cli import main
 from ki_runtime.policy import Policy
+from ki_runtime.proof import own_version
 from ki_runtime.sampler import Sampler
 
 from .conftest import FakeEngine
@@ -240,7 +241,8 @@ TOLD = {  # packages, obstacle of ort-cuda, precision, what proved the bundle at
 def test_from_python_only_surprises_are_told(case, machine, make_bundle, capsys):
     packages, obstacle, precision, prover, told = TOLD[case]
     machine(packages, {"ort_cuda_session": obstacle})
-    proof = {"assets": {"witness.npz": b"not read"}, "parity": {"verified": True, "proven_by": {"backend": prover}}}
+    parity = {"verified": True, "proven_by": {"ki-edge": own_version(), "backend": prover}}
+    proof = {"assets": {"witness.npz": b"not read"}, "parity": parity}
     sampler = Sampler.open(make_bundle(precision=precision, **(proof if prover else {})))
     assert capsys.readouterr().err == (sampler.backend.describe(precision) + "\n" if told else "")
 
