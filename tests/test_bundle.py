@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from ki_edge.bundle import SCHEMA, Bundle, DecodeVocabulary, Manifest, sha256, write_bundle
-from ki_edge.bundle_files import BUILT
+from ki_edge.bundle.files import BUILT
 from ki_edge.config import TINY
 from ki_edge.errors import BundleError
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from ki_edge.bundle import Bundle
 from ki_edge.errors import ExportError
-from ki_export import cli, tracing
+from ki_export import cli
+from ki_export.graphs import tracing
 
 from .conftest import OPENPI_KEYS
 
