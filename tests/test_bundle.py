@@ -109,7 +109,7 @@ def test_sealing_again_after_changes(tmp_path):
 
 def test_unchanged_files_are_hashed_once(tmp_path, monkeypatch):
     hashed = []
-    monkeypatch.setattr("ki_edge.bundle.sha256", lambda path: hashed.append(path.name) or sha256(path))
+    monkeypatch.setattr("ki_edge.bundle.bundle.sha256", lambda path: hashed.append(path.name) or sha256(path))
     with write_bundle(tmp_path / "bundle") as writer:
         fill(writer)
         writer.seal(manifest())

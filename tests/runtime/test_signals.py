@@ -20,7 +20,7 @@ KI_RUN = """
 import signal, sys, time
 import numpy as np
 from ki_edge.policy.contract import generic
-from ki_runtime import cli
+from ki_runtime.control import cli
 from ki_runtime.policy.policy import Policy
 from ki_runtime.robots.replay import ReplayRobot
 
