@@ -154,7 +154,10 @@ def test_importing_the_package_loads_nothing_heavy():
 
 def test_the_runtime_never_needs_torch_or_the_exporter():
     heavy = {"torch", "onnx", "ki_export", "PIL", "matplotlib", "tokenizers", "sentencepiece", "imageio", "gymnasium"}
-    modules = "from ki_runtime.control import cli, film, loop, plots, recorder\nfrom ki_runtime.policy import decode, policy, sampler"
+    modules = (
+        "from ki_runtime.control import cli, film, loop, plots, recorder\n"
+        "from ki_runtime.policy import decode, policy, sampler"
+    )
     assert not loaded_after(modules) & {*heavy, "onnxruntime"}
     assert not loaded_after("import ki_runtime.backends.ort") & heavy
 
