@@ -6,13 +6,13 @@ export.
 Imports: of ki_edge: bundle, checkpoints.layout, files, policy.
 """
 
-from .facts import PolicyFacts, describe_policy, read_policy
+from .description import PolicyDescription, describe_policy, read_policy
 from .files import PolicyFiles
 from .request import PolicyRequest
 from .vocabulary import decode_vocabulary
 
 __all__ = [
-    "PolicyFacts",
+    "PolicyDescription",
     "PolicyFiles",
     "PolicyRequest",
     "decode_vocabulary",
