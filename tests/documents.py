@@ -10,7 +10,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), ROOT / "examples" / "fetch" / "README.md"]
 )
-PROGRAM = re.compile(r"(\$ )?(?P<command>(ki-[a-z]+|python3?|make|pip|pytest|\S*/python|\.ci/run|sudo|docker|rsync|scp|hf|git) .*)")
+PROGRAM = re.compile(
+    r"(\$ )?(?P<command>(ki-[a-z]+|python3?|make|pip|pytest|\S*/python|\.ci/run|sudo|docker|rsync|scp|hf|git) .*)"
+)
 COMMENT = re.compile(r"\s{2,}#.*|\s{3,}[^-\s].*")
 SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -79,7 +81,7 @@ def commands() -> list[Command]:
 def _commands_of(block: Block) -> list[str]:
     found: list[str] = []
     for line in block.lines:
-        text = COMMENT.sub("", line.strip()) if not line.startswith(" ") else COMMENT.sub("", line.strip())
+        text = COMMENT.sub("", line.strip())
         if block.language == "console" and not line.startswith("$ "):
             continue
         match = PROGRAM.fullmatch(text)

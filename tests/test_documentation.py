@@ -5,7 +5,6 @@ import ast
 import importlib
 import re
 import shlex
-import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -15,15 +14,23 @@ from unittest.mock import patch
 import pytest
 
 import ki_edge.commands
+
 from .documents import LINK, PAGES, ROOT, SPAN, Command, anchors, commands, prose
 from .test_boundaries import DIRECTIONS
 
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+SCRIPTS = dict(re.findall(r'^(ki-\w+) = "([\w.:]+)"$', PROJECT, re.M))  # command -> module:function
+EXTRAS = set(
+    re.findall(r"^(\w[\w-]*) = \[", PROJECT.split("[project.optional-dependencies]")[1].split("\n\n")[0], re.M)
+)
+VERSION = re.findall(r'^version = "([\d.]+)"$', PROJECT, re.M)[0]
 COMMANDS = commands()
 PLACES = (ROOT, ROOT / "export", ROOT / "runtime", ROOT / "tests", ROOT / "docs")
 HOME = {"ki_edge": ROOT, "ki_export": ROOT / "export", "ki_runtime": ROOT / "runtime"}
 # Names of files that pages speak of and that are no files of this repository.
-ELSEWHERE = re.compile(r"(build|dist|my_bundle|report)/|.*(\.onnx|\.json|\.npz|\.model|\.html|\.jsonl|\.safetensors|\.sha256)$")
+ELSEWHERE = re.compile(
+    r"(build|dist|my_bundle|report)/.*|utils\.py|.*(bench\.png|\.onnx|\.json|\.npz|\.model|\.html|\.jsonl|\.safetensors|\.sha256)$"
+)
 FILE = re.compile(r"[\w./-]+\.(py|sh|md|png|gif|toml|txt)")
 FUNCTION = re.compile(r"`([\w/]+\.py)`: `([\w.]+)`")
 DOTTED = re.compile(r"ki_(edge|export|runtime)(\.\w+)+")
@@ -40,7 +47,7 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     def capture(self: argparse.ArgumentParser, *arguments: Any, **options: Any) -> None:
         raise Captured(self)
 
-    module, _, function = PROJECT["scripts"][program].partition(":")
+    module, _, function = SCRIPTS[program].partition(":")
     with patch.object(ki_edge.commands.Parser, "parse_args", capture), pytest.raises(Captured) as caught:
         getattr(importlib.import_module(module), function)([])
     parser: argparse.ArgumentParser = caught.value.args[0]
@@ -54,7 +61,7 @@ def ours(whole: bool | None = None) -> Iterator[Command]:
 
 def test_the_pages_were_read() -> None:
     assert len(list(ours(True))) > 30 and len(COMMANDS) > 90
-    assert {c.words[0] for c in ours()} == set(PROJECT["scripts"]), "every command stands in the pages, and no other"
+    assert {c.words[0] for c in ours()} == set(SCRIPTS), "every command stands in the pages, and no other"
 
 
 def test_every_flag_of_a_command_exists() -> None:
@@ -66,7 +73,7 @@ def test_every_flag_of_a_command_exists() -> None:
 
 def test_flags_in_sentences_exist() -> None:
     """A flag alone in a sentence or a table is one of some command or script."""
-    known = {"--help", *(flag for name in PROJECT["scripts"] for flag in parser_of(name)._option_string_actions)}
+    known = {"--help", *(flag for name in SCRIPTS for flag in parser_of(name)._option_string_actions)}
     known |= {flag for script in ROOT.glob("[be]*/**/*.py") for flag in flags_of_script(script)}
     known |= {"--version", "--system-site-packages", "--policy.path"}
     for page in PAGES:
@@ -104,15 +111,14 @@ def test_tests_that_pages_name_exist() -> None:
 
 def test_targets_and_extras_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
-    version = PROJECT["version"]
     for command in COMMANDS:
         if command.words[0] == "make":
             assert set(command.words[1:]) <= targets, command.text
         for wheel in re.findall(r"ki_edge-([\d.]+)-py3-none-any", command.text):
-            assert wheel == version, command.text
+            assert wheel == VERSION, command.text
     for page in PAGES:
         for extras in re.findall(r"(?:ki-edge|whl|'\.)\[([a-z,-]+)\]", page.read_text(encoding="utf-8")):
-            assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"]), f"{page.name}: [{extras}]"
+            assert set(extras.split(",")) <= EXTRAS, f"{page.name}: [{extras}]"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -126,7 +132,7 @@ def test_files_links_and_anchors_exist(page: Path) -> None:
             assert not anchor or anchor in anchors(file), f"{page.name}: {target}"
     for span in SPAN.findall(text):
         if FILE.fullmatch(span) and not ELSEWHERE.match(span):
-            assert exists(span), f"{page.name}: `{span}`"
+            assert exists(span) or (page.parent / span).exists(), f"{page.name}: `{span}`"
         elif DOTTED.fullmatch(span) and not (ROOT / span).exists():
             resolve(span)
 
