@@ -1,4 +1,4 @@
-"""Every command of the pages is run, with stand-ins for the files that it names, or said to be left out, with the reason.
+"""Every command of the pages is run, with stand-ins for the files that it names, or left out for a reason that is told.
 
 An export that is not run to its end is run up to the tracing: its options, its checkpoint and its policy are examined.
 """
@@ -34,13 +34,11 @@ STAND_INS = {
     "pi05_droid/": "tests/data/policies/o14_droid_finetune",
     "lerobot/pi05_libero_finetuned": "tests/data/policies/h_a01_q_2cam_480x640",
     "my_adapter/": "tests/data/lora/lerobot",
-    "lerobot/pi05_base": "tests/data/lerobot_a",
+    "lerobot/pi05_base": "tests/data/policies/h_a01_q_2cam_480x640",
     "tokenizer.model": "tests/data/policies/tokenizer.model",
     "outputs.npz": "tests/data/openpi_a/outputs.npz",
     "inputs.npz": "tests/data/openpi_a/inputs.npz",
-    "my_bundle": "bundle",
     "BUNDLE": "bundle",
-    "recorded_episode.npz": "expert.npz",
 }
 # Where a word alone does not tell what it stands for.
 INSTEAD = (
@@ -66,7 +64,7 @@ NOT_RUN = (
     (r".*(\[| \.\.\.)", "is no command but its form"),
 )
 WHOLE = "ki-export tests/data/openpi_a -o build/openpi_a --target ort --model-only"  # an export that is run to its end
-SEEN = {command.text: command for command in commands() if command.whole or len(command.words) > 2}
+SEEN = {command.text: command for command in commands() if command.whole or not command.words[1].startswith("-")}
 
 
 class Traced(BaseException):
@@ -87,9 +85,9 @@ def folder(fetch_bundle: Path, fetch_replay: Path, tmp_path_factory: pytest.Temp
     place = tmp_path_factory.mktemp("reader")
     for name in ("examples", "tests", "benchmarks"):
         (place / name).symlink_to(ROOT / name)
-    for name in ("bundle", "build/bundle"):
+    for name in ("bundle", "my_bundle", "build/bundle"):
         shutil.copytree(fetch_bundle, place / name)
-    shutil.copy(fetch_replay, place / "expert.npz")
+    shutil.copy(fetch_replay, place / "recorded_episode.npz")
     return place
 
 
@@ -100,8 +98,7 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_not_run_and_why(capsys: pytest.CaptureFixture[str]) -> None:
     left = [command for command in SEEN.values() if reason(command) is not None]
-    for command in left:
-        print(f"{command.text}: {reason(command)}")
+    sys.stdout.writelines(f"{command.text}: {reason(command)}\n" for command in left)
     used = {why for command in left if (why := reason(command))}
     assert used == {why for _, why in NOT_RUN}, "a reason that is no command's can go"
     assert len(RUN) > 25 and capsys.readouterr().out
