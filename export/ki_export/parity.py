@@ -58,8 +58,7 @@ def prove(writer: BundleWriter, bundle: Bundle, checkpoint: Checkpoint, say: Say
     write_report(writer.folder, comparison, facts, read_ranges(bundle.path))
     report = to_json(comparison, {})
     verdict = {key: report[key] for key in ("verified", "reference", "method", "cases", "worst")}
-    # 16-bit bundles are proven in exact arithmetic, and streamed ones in pieces: by no engine as the runtime opens it
-    if bundle.manifest.precision not in SIXTEEN_BITS and comparison.method == "resident":
+    if bundle.manifest.precision not in SIXTEEN_BITS:  # those are proven in exact arithmetic, by no engine
         verdict["proven_by"] = proving_facts(choose_backend("ort").setting(bundle, tuple(bundle.manifest.graphs)))
     peak = peak_memory()
     memory = "" if peak is None else f", peak memory {peak / 1e9:.1f} GB"
@@ -80,7 +79,7 @@ def compare_with_checkpoint(
 ) -> Comparison:
     """Cases of every kind against the PyTorch model; `explanation` tells of the first failure.
 
-    `method`: whether both sides are held whole or in pieces; None: as size of model and memory demand. `backend`: what
+    `method`: whether the model is held whole or streamed; None: as its size and the memory demand. `backend`: what
     computes the bundle, proven or not; None: ONNX Runtime on the CPU, and 16-bit bundles exactly in their types.
     `then`: what is done with both sides while they are open, if every bar holds.
     """

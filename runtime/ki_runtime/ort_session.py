@@ -76,17 +76,13 @@ class OrtSession(Session):
         layout: WeightLayout | None = None,
     ) -> None:
         super().__init__(spec, sizes)
-        ort = onnxruntime()
-        layout = layout or WeightLayout()
-        engine = _engine_options(options, layout)
-        off = ["ConstantFolding"] if layout.widened else None
         try:
-            self._session = ort.InferenceSession(
-                path, engine, providers=["CPUExecutionProvider"], disabled_optimizers=off
-            )
+            self._session = load(path, options, layout or WeightLayout())
+        except ArgumentError:
+            raise
         except Exception as error:
             raise BackendError(
-                f"onnxruntime {ort.__version__} cannot load {path}: {first_line(error)}; "
+                f"onnxruntime {onnxruntime().__version__} cannot load {path}: {first_line(error)}; "
                 "check the bundle with --verify, or upgrade onnxruntime"
             ) from error
         check_signature(path, spec.inputs, self._session.get_inputs(), sizes)
@@ -124,12 +120,27 @@ def setting(bundle: Bundle, package: str, names: Sequence[str]) -> Setting:
 
 def open_session(bundle: Bundle, graph: GraphSpec, options: SessionOptions) -> OrtSession:
     """Load one graph of a bundle on the CPU."""
-    manifest = bundle.manifest
-    sizes = graphs.sizes(manifest.config, len(manifest.vocabulary.ids))
-    widened = manifest.weights.get("types") == "stored"
-    packed = manifest.precision == "int8" or (graph.name == graphs.DENOISE.name and not widened)
-    layout = WeightLayout(packed if options.prepack is None else options.prepack, widened)
-    return OrtSession(bundle.graph(graph.name), graph, sizes, options, layout)
+    sizes = graphs.sizes(bundle.manifest.config, len(bundle.manifest.vocabulary.ids))
+    return OrtSession(bundle.graph(graph.name), graph, sizes, options, weight_layout(bundle, graph.name, options))
+
+
+def weight_layout(bundle: Bundle, graph: str, options: SessionOptions) -> WeightLayout:
+    """How one graph of a bundle uses its weights."""
+    widened = bundle.manifest.weights.get("types") == "stored"
+    packed = bundle.manifest.precision == "int8" or (graph == graphs.DENOISE.name and not widened)
+    return WeightLayout(packed if options.prepack is None else options.prepack, widened)
+
+
+def load(model: Path | bytes, options: SessionOptions, layout: WeightLayout, folder: Path | None = None) -> Any:
+    """The engine's session of a graph file, or of a graph in memory whose weights are files in `folder`.
+
+    The engine's own errors, of many types; ArgumentError for a wrong number of threads.
+    """
+    engine = _engine_options(options, layout)
+    if folder is not None:
+        engine.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    off = ["ConstantFolding"] if layout.widened else None
+    return onnxruntime().InferenceSession(model, engine, providers=["CPUExecutionProvider"], disabled_optimizers=off)
 
 
 def check_signature(path: Path, wanted: Sequence[TensorSpec], found: Sequence[Any], sizes: Mapping[str, int]) -> None:
