@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 from ki_edge.config import PI05
-from ki_export.devices import DEVICES, Device, floor_ms, stages
+from ki_export.source.devices import DEVICES, Device, floor_ms, stages
 from ki_runtime.doctor.memory import BYTES, Needs, needs
 from ki_runtime.trt.api import Api
 from ki_runtime.trt.memory import needed

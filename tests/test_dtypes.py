@@ -12,7 +12,7 @@ from safetensors.numpy import save as save_numpy
 from safetensors.torch import save as save_torch
 
 from ki_edge.dtypes import BFLOAT16, DTYPES, PRECISIONS, WEIGHTS
-from ki_runtime.ort_session import onnxruntime
+from ki_runtime.backends.ort import onnxruntime
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
