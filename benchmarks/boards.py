@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 from ki_edge.config import PI05
+from ki_edge.dtypes import PRECISIONS
 from ki_export.source.devices import DEVICES, Device, floor_ms, stages
-from ki_runtime.doctor.memory import BYTES, Needs, needs
+from ki_runtime.doctor.memory import Needs, needs
 from ki_runtime.trt.api import Api
 from ki_runtime.trt.memory import needed
 
@@ -94,7 +95,7 @@ def board_table(need: Needs, api: Api) -> list[str]:
 def main() -> None:
     """Parse and print."""
     parser = argparse.ArgumentParser(description="Memory of a full-size policy on Jetson boards, from its shapes.")
-    parser.add_argument("--precision", choices=sorted(BYTES), default="float16")
+    parser.add_argument("--precision", choices=sorted(dtype.name for dtype in PRECISIONS.values()), default="float16")
     parser.add_argument("--tensorrt", default="10.3", metavar="VERSION", help="that builds the engines (%(default)s)")
     options = parser.parse_args()
     need = needs(PI05, FAST_ROWS, options.precision)

@@ -58,5 +58,5 @@ DTYPES = (
 BY_NAME: Mapping[str, DType] = {dtype.name: dtype for dtype in DTYPES}
 STORED: Mapping[str, DType] = {dtype.stored: dtype for dtype in DTYPES}
 BY_ONNX: Mapping[int, DType] = {dtype.onnx: dtype for dtype in DTYPES}
-WEIGHTS = (FLOAT32, BFLOAT16, FLOAT16)  # that a checkpoint's weights may have
+FLOATS = {dtype.stored: dtype for dtype in (FLOAT32, BFLOAT16, FLOAT16)}  # that a checkpoint's weights may have
 PRECISIONS: Mapping[str, DType] = {dtype.short: dtype for dtype in DTYPES if dtype.short}  # of matrix products

@@ -11,7 +11,7 @@ import torch
 from safetensors.numpy import save as save_numpy
 from safetensors.torch import save as save_torch
 
-from ki_edge.dtypes import BFLOAT16, DTYPES, PRECISIONS, WEIGHTS
+from ki_edge.dtypes import BFLOAT16, DTYPES, FLOATS, PRECISIONS
 from ki_runtime.backends.ort import onnxruntime
 
 
@@ -56,7 +56,7 @@ def test_exponents_are_those_of_infinity(dtype):
 
 
 def test_weights_and_precisions():
-    assert [dtype.stored for dtype in WEIGHTS] == ["F32", "BF16", "F16"]
+    assert list(FLOATS) == ["F32", "BF16", "F16"]
     assert {short: dtype.name for short, dtype in PRECISIONS.items()} == {
         "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"
     }  # fmt: skip

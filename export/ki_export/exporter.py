@@ -18,6 +18,7 @@ import onnx_ir as ir
 from ki_edge import flow, graphs
 from ki_edge.bundle import Bundle, BundleWriter, DecodeVocabulary, Manifest, sha256, write_bundle
 from ki_edge.checkpoints import Checkpoint
+from ki_edge.dtypes import PRECISIONS, STORED
 from ki_edge.errors import CheckpointError, ExportError
 from ki_edge.files.writing import writing
 from ki_export.graphs.checker import check
@@ -30,9 +31,9 @@ from ki_export.source.examination import examine
 from ki_export.source.opening import Where
 from ki_export.source.provenance import Hashes, hash_files, provenance, tool_versions
 from ki_export.weights.int8 import choose
-from ki_export.weights.weights import ONNX_TYPES, WEIGHTS, Rows, Weights, attach, place_weights, sources
+from ki_export.weights.weights import WEIGHTS, Rows, Weights, attach, place_weights, sources
 
-from .options import PRECISIONS, ExportOptions
+from .options import ExportOptions
 from .policies import PolicyFiles, decode_vocabulary
 
 NUM_STEPS = 10
@@ -108,8 +109,8 @@ def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOpti
     if options.weights == "stored":
         tensors = checkpoint.source.tensors
         for name, model in models.items():
-            types = {at: tensors[row.key].dtype for at, row in origins[name].items() if row.key in tensors}
-            keep_stored_types(model, {at: ONNX_TYPES[dtype] for at, dtype in types.items()})
+            types = {at: STORED[tensors[row.key].dtype] for at, row in origins[name].items() if row.key in tensors}
+            keep_stored_types(model, {at: ir.DataType(dtype.onnx) for at, dtype in types.items()})
     return Plan(checkpoint, files, vocabulary, models, origins, lowered)
 
 
@@ -171,15 +172,16 @@ def _manifest(plan: Plan, options: ExportOptions, weights: Weights, hashes: Hash
     origin = provenance(plan.checkpoint, hashes, weights.how)
     if plan.lowered is not None and plan.lowered.audit is not None:
         origin["calibration"] = plan.lowered.audit.source
+    precision = PRECISIONS[str(options.precision)].name
     return Manifest(
         model=config.to_dict(),
         contract=contract.to_json() if contract is not None else None,
         sampling={"time_convention": convention, "num_steps": steps},
-        precision=PRECISIONS[str(options.precision)],
+        precision=precision,
         graphs=_signatures(plan),
         weights={
             "file": WEIGHTS,
-            "types": PRECISIONS[str(options.precision)] if options.sixteen else options.weights,
+            "types": precision if options.sixteen else options.weights,
             **_exponents(plan),
             "runtime": {key: weights.names[key] for key in flow.modulation_weights(config)},
         },

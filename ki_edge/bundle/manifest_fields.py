@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ki_edge.dtypes import PRECISIONS
 from ki_edge.errors import BundleError
 from ki_edge.graphs import GRAPHS
 
-PRECISIONS = ("float32", "float16", "bfloat16", "int8")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_FILES = 10_000
 MAX_NAME = 500  # characters of a path in the bundle, or of a tensor
@@ -75,9 +75,10 @@ def _weights(weights: Mapping[str, Any]) -> None:
 
 
 def _words(data: Mapping[str, Any]) -> None:
-    if data["precision"] not in PRECISIONS:
+    known = [dtype.name for dtype in PRECISIONS.values()]
+    if data["precision"] not in known:
         raise _Wrong(
-            f"precision {data['precision']!r:.40}, known are {', '.join(PRECISIONS)}: upgrade ki-edge, or export again"
+            f"precision {data['precision']!r:.40}, known are {', '.join(known)}: upgrade ki-edge, or export again"
         )
     for name, version in data["tools"].items():
         if not isinstance(version, str):

@@ -22,13 +22,13 @@ import numpy as np
 
 from ki_edge import graphs
 from ki_edge.bundle import Bundle
+from ki_edge.dtypes import BY_NAME
 from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_edge.graphs import Dim, GraphSpec, TensorSpec
 
 from .registry import GraphOpener, SessionOptions, Setting
 from .session import Binding, Buffer, HostBuffer, Session, first_line
 
-ELEMENT_TYPES = {"uint8": "uint8", "bool": "bool", "int32": "int32", "float32": "float"}
 ERRORS_ONLY = 3
 VECTOR_UNITS = (
     *("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16"),
@@ -151,7 +151,7 @@ def check_signature(path: Path, wanted: Sequence[TensorSpec], found: Sequence[An
     for tensor, arg in zip(wanted, found, strict=True):
         dims = tensor.resolve(sizes)
         fits = len(arg.shape) == len(dims) and all(map(_same_dim, dims, arg.shape))
-        if not fits or arg.type != f"tensor({ELEMENT_TYPES[tensor.dtype]})":
+        if not fits or arg.type != f"tensor({BY_NAME[tensor.dtype].ort})":
             raise BundleError(
                 f"{path}: '{tensor.name}' is {arg.type}{arg.shape}, expected {tensor.dtype}{list(dims)}: "
                 "the graph does not belong to this manifest; export the checkpoint again"

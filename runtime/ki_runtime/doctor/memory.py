@@ -13,8 +13,8 @@ from math import prod
 
 from ki_edge.checkpoints.layout.keys import BACKBONE, EMBEDDING, EXPERT, parameter_shapes
 from ki_edge.config import GemmaConfig, Pi05Config
+from ki_edge.dtypes import BY_NAME
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 CAMERAS, PROMPT, FAST_TOKENS = 3, 200, 256  # the largest case that is counted
 F32 = 4
 
@@ -54,7 +54,7 @@ class Needs:
 
 def needs(config: Pi05Config, decode_rows: int, precision: str) -> Needs:
     """Of a policy in a precision of the manifest. `decode_rows`: columns of the FAST logits."""
-    low = BYTES[precision]
+    low = BY_NAME[precision].nbytes
     sizes = weights(config, decode_rows, low)
     tokens = CAMERAS * config.vision.patches + PROMPT
     horizon = config.action_horizon + config.has_state
