@@ -350,7 +350,7 @@ class TestRefused:
             build(own, rtx, None, replace(AHEAD, graphs=graphs))
 
     def test_memory(self, own, rtx, monkeypatch) -> None:
-        monkeypatch.setattr(memory, "available_memory", lambda: int(0.1e9))
+        monkeypatch.setattr(memory, "with_swap", lambda meminfo: int(0.1e9))
         with pytest.raises(BackendError, match=r"compiling prefix .* needs about 0\.3 GB of memory, 0\.1 GB are free"):
             build(own, rtx, None, AHEAD)
         assert not (own.path / "engines").exists()
@@ -514,7 +514,7 @@ class TestEstimates:
             memory.check_size("prefix", int(2.0e9), int(1e9), "float16", said.append)
 
     def test_weights_beyond_the_gpu(self, rtx, monkeypatch) -> None:
-        monkeypatch.setattr(memory, "available_memory", lambda: int(99e9))
+        monkeypatch.setattr(memory, "with_swap", lambda meminfo: int(99e9))
         memory.check_memory(rtx, "prefix", int(9e9), replace(AMPERE, memory=int(10e9)))
         with pytest.raises(BackendError, match=r"9\.0 GB of weights and the GPU 8\.0 GB of memory"):
             memory.check_memory(rtx, "prefix", int(9e9), replace(AMPERE, memory=int(8e9)))
@@ -527,20 +527,10 @@ class TestEstimates:
         api = Api(SimpleNamespace(), "tensorrt", (10, 13), "10.13.0")
         board, known, card = (memory.needed(api, int(4e9), shared=shared) for shared in (True, None, False))
         assert board == known == pytest.approx(card + 4e9)
-        monkeypatch.setattr(memory, "available_memory", lambda: card + 1)
+        monkeypatch.setattr(memory, "with_swap", lambda meminfo: card + 1)
         memory.check_memory(api, "prefix", int(4e9), replace(AMPERE, shared=False))
         with pytest.raises(BackendError, match=r"of memory, .* are free"):
             memory.check_memory(api, "prefix", int(4e9), replace(AMPERE, shared=True))
-
-    def test_free_swap_counts(self) -> None:
-        text = "MemTotal: 9 kB\nMemAvailable:   5 kB\nSwapTotal: 8 kB\nSwapFree: 3 kB\n"
-        assert memory.available_memory(text) == 8 * 1024 and memory.available_memory("") is None
-
-    def test_available_memory_is_the_systems(self) -> None:
-        psutil = pytest.importorskip("psutil")
-        assert memory.available_memory() == pytest.approx(
-            psutil.virtual_memory().available + psutil.swap_memory().free, rel=0.2
-        )
 
 
 def test_capabilities_of_text() -> None:

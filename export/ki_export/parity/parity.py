@@ -12,7 +12,8 @@ from ki_edge.bundle.witness import WITNESS, read_witness
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import ArgumentError, ParityError
 from ki_edge.policy.contract import PolicyContract
-from ki_edge.progress import Progress, peak_memory
+from ki_edge.proc import peak_memory
+from ki_edge.progress import Progress
 from ki_export.arithmetic.session import SIXTEEN_BITS
 from ki_export.precision.ranges_report import read_ranges
 from ki_export.source.provenance import tool_versions

@@ -23,7 +23,8 @@ from ki_edge.config import Pi05Config
 from ki_edge.graphs import GraphSpec
 from ki_edge.model import PiModel, load_model
 from ki_edge.model.streaming import BUDGET, streamed
-from ki_edge.progress import Progress, available_memory
+from ki_edge.proc import available_memory
+from ki_edge.progress import Progress
 from ki_export.arithmetic.session import SIXTEEN_BITS, arithmetic_sessions
 from ki_runtime.backends.registry import Backend, SessionOptions, choose_backend, connect, open_session
 from ki_runtime.backends.session import Session

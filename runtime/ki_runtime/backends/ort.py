@@ -25,6 +25,7 @@ from ki_edge.bundle import Bundle
 from ki_edge.dtypes import BY_NAME
 from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_edge.graphs import Dim, GraphSpec, TensorSpec
+from ki_edge.proc import cpu_info
 
 from .registry import GraphOpener, SessionOptions, Setting
 from .session import Binding, Buffer, HostBuffer, Session, first_line
@@ -193,24 +194,16 @@ def _add_bytes_exactly(engine: Any) -> None:
     is several times slower and which it would take on every CPU if told to.
     """
     x86 = platform.machine() in ("x86_64", "AMD64")
-    if x86 and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(_cpu_info("flags").split()):
+    if x86 and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(cpu_info("flags").split()):
         engine.add_session_config_entry("session.x64quantprecision", "1")
 
 
 def processor() -> str:
     """Architecture, model and vector units of this machine's processor: what engines choose their kernels by."""
     names = ("model name", "cpu family", "model", "CPU implementer", "CPU part")
-    model = " ".join(found for name in names if (found := _cpu_info(name))) or platform.processor()
-    units = sorted(set(VECTOR_UNITS) & set((_cpu_info("flags") or _cpu_info("Features")).split()))
+    model = " ".join(found for name in names if (found := cpu_info(name))) or platform.processor()
+    units = sorted(set(VECTOR_UNITS) & set((cpu_info("flags") or cpu_info("Features")).split()))
     return " ".join([platform.machine(), model, *units])
-
-
-def _cpu_info(name: str) -> str:
-    """A line's value of the kernel's description of the first processor that has it; empty without one."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-    found = next((line for line in lines if line.split(":")[0].strip() == name), "")
-    return found.partition(":")[2].strip()
 
 
 def _ort_value(buffer: Buffer) -> Any:
