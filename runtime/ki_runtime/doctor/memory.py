@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
-from ki_edge.checkpoints.layout.keys import BACKBONE, EMBEDDING, EXPERT, parameter_shapes
+from ki_edge.checkpoints.layout.counts import Count, count_weights
 from ki_edge.config import GemmaConfig, Pi05Config
 from ki_edge.dtypes import BY_NAME
 
@@ -79,20 +78,14 @@ def needs(config: Pi05Config, decode_rows: int, precision: str) -> Needs:
 
 def weights(config: Pi05Config, decode_rows: int, low: int) -> dict[str, int]:
     """Bytes of each graph's weights, matrices at `low` bytes a number and vectors in float32."""
-    last = f"{BACKBONE}layers.{config.backbone.depth - 1}."
-    dead = tuple(last + name for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.", "post_attention"))
-    found = {"prefix": 0, "denoise": 0, "fast_decode": decode_rows * config.backbone.width * low}
-    for key, shape in parameter_shapes(config).items():
-        size = prod(shape) * (low if len(shape) > 1 else F32)
-        if key.startswith((EXPERT, "action_in", "action_out", "action_time", "state_")):
-            hoisted = ".dense." in key or "action_time_mlp_in" in key
-            found["denoise"] += 0 if hoisted else size
-        elif key.startswith("time_"):
-            continue  # the runtime's own, on the host
-        else:
-            found["prefix"] += 0 if key.startswith((*dead, BACKBONE + "norm")) else size
-            found["fast_decode"] += size if key.startswith((BACKBONE, EMBEDDING)) else 0
-    return found
+    count = count_weights(config)
+    decoding = count.embedding + count.backbone + count.rest + Count(decode_rows * config.backbone.width)
+    found = {
+        "prefix": count.vision + count.embedding + count.backbone,
+        "denoise": count.expert,
+        "fast_decode": decoding,
+    }
+    return {name: part.nbytes(low) for name, part in found.items()}
 
 
 def _layer(config: GemmaConfig, tokens: int, keys: int, low: int) -> int:
