@@ -211,10 +211,26 @@ def _signatures(plan: Plan) -> dict[str, dict[str, Any]]:
             "inputs": describe(spec.inputs),
             "outputs": describe(spec.outputs),
             "opset": plan.models[spec.name].opset_imports[""],
-            "ops": sorted({node.op_type for node in plan.models[spec.name].graph}),
+            "ops": sorted({_operator(node) for node in plan.models[spec.name].graph}),
+            "weight_bytes": _weight_bytes(plan.models[spec.name]),
         }
         for spec in graphs.specs(plan.checkpoint.config)
     }
+
+
+def _operator(node: ir.Node) -> str:
+    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
+
+
+def _weight_bytes(model: ir.Model) -> int:
+    """Of all weights and constants of a graph; of two that lie at one place, once."""
+    found: dict[object, int] = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None:
+            place = (tensor.offset, tensor.length) if isinstance(tensor, ir.ExternalTensor) else name
+            found[place] = tensor.nbytes
+    return sum(found.values())
 
 
 @contextmanager

@@ -60,3 +60,15 @@ def count_weights(config: Pi05Config) -> Counts:
         size = prod(shape)
         found[part] += Count(size, 0) if len(shape) > 1 else Count(0, size)
     return Counts(**found)
+
+
+def graph_bytes(config: Pi05Config, decode_rows: int, low: int) -> dict[str, int]:
+    """Of each graph's weights, matrices at `low` bytes a number. `decode_rows`: columns of the FAST logits."""
+    count = count_weights(config)
+    decoding = count.embedding + count.backbone + count.rest + Count(decode_rows * config.backbone.width)
+    found = {
+        "prefix": count.vision + count.embedding + count.backbone,
+        "denoise": count.expert,
+        "fast_decode": decoding,
+    }
+    return {name: part.nbytes(low) for name, part in found.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ki_edge.checkpoints.layout.counts import Count, count_weights
+from ki_edge.checkpoints.layout.counts import graph_bytes
 from ki_edge.config import GemmaConfig, Pi05Config
 from ki_edge.dtypes import BY_NAME
 
@@ -54,7 +54,7 @@ class Needs:
 def needs(config: Pi05Config, decode_rows: int, precision: str) -> Needs:
     """Of a policy in a precision of the manifest. `decode_rows`: columns of the FAST logits."""
     low = BY_NAME[precision].nbytes
-    sizes = weights(config, decode_rows, low)
+    sizes = graph_bytes(config, decode_rows, low)
     tokens = CAMERAS * config.vision.patches + PROMPT
     horizon = config.action_horizon + config.has_state
     cache = 2 * config.backbone.depth * config.backbone.num_kv_heads * config.backbone.head_dim * F32
@@ -74,18 +74,6 @@ def needs(config: Pi05Config, decode_rows: int, precision: str) -> Needs:
             ),
         }
     )
-
-
-def weights(config: Pi05Config, decode_rows: int, low: int) -> dict[str, int]:
-    """Bytes of each graph's weights, matrices at `low` bytes a number and vectors in float32."""
-    count = count_weights(config)
-    decoding = count.embedding + count.backbone + count.rest + Count(decode_rows * config.backbone.width)
-    found = {
-        "prefix": count.vision + count.embedding + count.backbone,
-        "denoise": count.expert,
-        "fast_decode": decoding,
-    }
-    return {name: part.nbytes(low) for name, part in found.items()}
 
 
 def _layer(config: GemmaConfig, tokens: int, keys: int, low: int) -> int:
