@@ -20,14 +20,14 @@ from ki_edge.files.safetensors_index import SafetensorsIndex
 from ki_edge.progress import Progress
 from ki_export import cli, exporter
 from ki_export.parity import cli as parity_cli
-from ki_export.parity import localize, sides
+from ki_export.parity import localize, pair
 from ki_export.parity.bars import FLOAT32, bars_of, measure
 from ki_export.parity.cases import compact_cases, standard_cases
 from ki_export.parity.comparison import compare
 from ki_export.parity.localize import sample
+from ki_export.parity.pair import choose_method, open_pair
 from ki_export.parity.parity import compare_with_checkpoint
-from ki_export.parity.sides import choose_method, open_sides
-from ki_export.weights.changed import changed_weights
+from ki_export.weights.differences import differing_weights
 
 from .conftest import CONFIG, OPENPI_KEYS
 
@@ -62,7 +62,7 @@ def packed(bundle, tmp_path):
 @pytest.fixture
 def nothing_held(monkeypatch):
     """No weight of a streamed model stays in memory."""
-    monkeypatch.setattr(sides, "BUDGET", 0)
+    monkeypatch.setattr(pair, "BUDGET", 0)
 
 
 @pytest.mark.parametrize("method", ["resident", "streamed"])
@@ -110,7 +110,7 @@ def test_a_wrong_graph_with_right_weights_is_blamed_on_the_graph(checkpoint, pac
 
 
 def test_changed_weights_of_an_untouched_bundle(checkpoint, bundle):
-    assert changed_weights(bundle, Checkpoint.open(checkpoint)) == []
+    assert differing_weights(bundle, Checkpoint.open(checkpoint)) == []
 
 
 def test_both_methods_find_the_same(checkpoint, bundle, nothing_held):
@@ -118,7 +118,7 @@ def test_both_methods_find_the_same(checkpoint, bundle, nothing_held):
     opened = Checkpoint.open(checkpoint)
     cases = standard_cases(CONFIG, cameras=3, max_prompt=20, num_steps=4, forced=(3, 5))
     resident, pieces = (
-        compare(with_ids(open_sides(bundle, opened, method, silent()), bundle), cases, silent())
+        compare(with_ids(open_pair(bundle, opened, method, silent()), bundle), cases, silent())
         for method in ("resident", "streamed")
     )
     assert (resident.method, pieces.method) == ("resident", "streamed") and resident.cases == pieces.cases
@@ -172,7 +172,7 @@ def test_a_single_value_of_one_layer(checkpoint, packed, nothing_held):
 
 
 def test_an_export_of_a_large_model_says_that_it_was_streamed(checkpoint, tmp_path, monkeypatch, nothing_held):
-    monkeypatch.setattr(sides, "RESIDENT", 1000)
+    monkeypatch.setattr(pair, "RESIDENT", 1000)
     lines = []
     bundle = exporter.export(checkpoint, tmp_path / "bundle", exporter.ExportOptions(), lines.append)
     parity = bundle.manifest.parity
@@ -191,7 +191,7 @@ def test_a_damaged_weight_of_another_form_is_found_and_named(copied, tmp_path, o
     save_file(state, file, metadata={"format": "pt"})
     opened = Checkpoint.open(copied)
     bundle = exporter.export(copied, tmp_path / "bundle", exporter.ExportOptions(pack=True, verify=False, **options))
-    assert changed_weights(bundle, opened) == []
+    assert differing_weights(bundle, opened) == []
     for method in ("resident", "streamed"):
         comparison = compare_with_checkpoint(bundle, opened, lambda line: None, method=method)
         assert comparison.explanation is None and comparison.worst.error > 0

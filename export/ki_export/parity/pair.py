@@ -39,7 +39,7 @@ RESIDENT = 2_000_000_000  # bytes of float32 weights up to which a model is held
 COPIES = 3  # of the weights, at most, while a whole model is compared: the model's, the graphs', and room to compute
 
 
-class Sides:
+class ParityPair:
     """Both sides, opened. `bars`: what the graphs are held to; `has_fast`: whether FAST decoding is compared."""
 
     def __init__(
@@ -70,7 +70,7 @@ class Sides:
         return layers if self.method == "streamed" else None
 
 
-def open_sides(bundle: Bundle, checkpoint: Checkpoint, method: Method, progress: Progress) -> Sides:
+def open_pair(bundle: Bundle, checkpoint: Checkpoint, method: Method, progress: Progress) -> ParityPair:
     """A bundle and its checkpoint's model, that held whole or read layer by layer."""
     exact, whole = bundle.manifest.precision in SIXTEEN_BITS, method == "resident"
     if whole:
@@ -79,14 +79,14 @@ def open_sides(bundle: Bundle, checkpoint: Checkpoint, method: Method, progress:
         model = streamed(checkpoint, budget=PASSING if exact else BUDGET, on_layer=progress.step)
     if exact:
         rounding = arithmetic_sessions(bundle, budget=RESIDENT) if whole else arithmetic_sessions(bundle)
-        return Sides(bundle, model, rounding, method)
+        return ParityPair(bundle, model, rounding, method)
     backend = choose_backend("ort")
-    return Sides(bundle, model, lambda spec: open_session(bundle, spec, backend, SessionOptions()), method)
+    return ParityPair(bundle, model, lambda spec: open_session(bundle, spec, backend, SessionOptions()), method)
 
 
 def open_engine(
     bundle: Bundle, checkpoint: Checkpoint, method: Method, progress: Progress, backend: str
-) -> tuple[Sides, Backend]:
+) -> tuple[ParityPair, Backend]:
     """The same with a bundle as a backend of the runtime computes it, and which; proven or not.
 
     FAST decoding is compared where the contract has it: engines of other policies are built without.
@@ -98,7 +98,7 @@ def open_engine(
         model = streamed(checkpoint, budget=PASSING, on_layer=progress.step)
     contract = bundle.manifest.contract
     has_fast = contract is not None and contract.get("fast") is not None
-    return Sides(bundle, model, connection.open, method, has_fast=has_fast), connection.backend
+    return ParityPair(bundle, model, connection.open, method, has_fast=has_fast), connection.backend
 
 
 def choose_method(config: Pi05Config, available: int | None = None) -> Method:
