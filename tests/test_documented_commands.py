@@ -39,11 +39,12 @@ STAND_INS = {
     "outputs.npz": "tests/data/openpi_a/outputs.npz",
     "inputs.npz": "tests/data/openpi_a/inputs.npz",
     "BUNDLE": "bundle",
+    "my_bundle": "bundle",
 }
 # Where a word alone does not tell what it stands for.
 INSTEAD = (
     ("--backend NAME", "--backend ort"),
-    ("--robot NAME", "--robot gym:FetchReach-v4"),
+    ("--robot NAME", "--robot replay:recorded_episode.npz"),
     (" --revision 3f1c2a9", ""),  # of a repository, which a folder stands in for
     ("ki-parity BUNDLE --outputs", "ki-parity build/openpi_a --outputs"),  # recorded of this model
 )
@@ -76,7 +77,15 @@ def reason(command: Command) -> str | None:
     return next((why for pattern, why in NOT_RUN if re.match(pattern, command.text)), None)
 
 
-RUN = [command for command in SEEN.values() if reason(command) is None]
+def substituted(command: Command) -> list[str]:
+    """The command's words with what stands in for them."""
+    text = command.text
+    for name, other in INSTEAD:
+        text = text.replace(name, other)
+    return [STAND_INS.get(word, word) for word in Command(command.page, text, True).words]
+
+
+RUN = list({tuple(substituted(command)): command for command in SEEN.values() if reason(command) is None}.values())
 
 
 @pytest.fixture(scope="module")
@@ -138,14 +147,6 @@ def export_whole() -> None:
 
 def stop(*arguments: object) -> None:
     raise Traced
-
-
-def substituted(command: Command) -> list[str]:
-    """The command's words with what stands in for them."""
-    text = command.text
-    for name, other in INSTEAD:
-        text = text.replace(name, other)
-    return [STAND_INS.get(word, word) for word in Command(command.page, text, True).words]
 
 
 PYTHON = [block for page in PAGES for block in blocks(page) if block.language == "python"]
