@@ -27,10 +27,10 @@ from ki_export.passes.quantize import quantize
 from ki_export.passes.stored import keep_stored_types
 from ki_export.precision.sixteen_bits import Lowered, Request, lower_models, observations
 from ki_export.source.examination import examine
-from ki_export.source.opening import Where
+from ki_export.source.opening import CheckpointRef
 from ki_export.source.provenance import Hashes, hash_files, provenance, tool_versions
 from ki_export.weights.int8 import choose
-from ki_export.weights.weights import ONNX_TYPES, WEIGHTS, Rows, Weights, attach, place_weights, sources
+from ki_export.weights.weights import ONNX_TYPES, WEIGHTS, TensorSlice, Weights, attach, place_weights, sources
 
 from .options import PRECISIONS, ExportOptions
 from .policies import PolicyFiles, decode_vocabulary
@@ -47,7 +47,7 @@ class Plan:
     files: PolicyFiles | None
     vocabulary: DecodeVocabulary
     models: Mapping[str, ir.Model]
-    origins: Mapping[str, Mapping[str, Rows]]
+    origins: Mapping[str, Mapping[str, TensorSlice]]
     lowered: Lowered | None = None
     ctime_ns: int = 0  # of the checkpoint's first file, before anything of it was read
 
@@ -59,14 +59,14 @@ class Plan:
 
 
 def export(
-    checkpoint: str | Path | Where, output: str | Path, options: ExportOptions, say: Say = lambda _: None
+    checkpoint: str | Path | CheckpointRef, output: str | Path, options: ExportOptions, say: Say = lambda _: None
 ) -> Bundle:
     """Write a bundle for a checkpoint and return it, opened.
 
     `say` gets a line a stage. CheckpointError, BundleError or ExportError for what is wrong with the input, ParityError
     if the result differs from the model; then nothing is left at `output` but what was there before.
     """
-    where = checkpoint if isinstance(checkpoint, Where) else Where(str(checkpoint))
+    where = checkpoint if isinstance(checkpoint, CheckpointRef) else CheckpointRef(str(checkpoint))
     examined = examine(where, options.policy, say, model_only=options.model_only)
     opened, files = examined.checkpoint, examined.files()
     if files is not None:

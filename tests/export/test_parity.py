@@ -28,10 +28,10 @@ from ki_export.parity.cases import compact_cases, standard_cases
 from ki_export.parity.comparison import compare
 from ki_export.parity.cutting import cut
 from ki_export.parity.localize import sample
+from ki_export.parity.pair import choose_method, open_pair
 from ki_export.parity.parity import compare_with_checkpoint
 from ki_export.parity.segments import SegmentPool
-from ki_export.parity.sides import choose_method, open_sides
-from ki_export.weights.changed import changed_weights
+from ki_export.weights.differences import differing_weights
 
 from .conftest import CONFIG, OPENPI_KEYS
 
@@ -118,7 +118,7 @@ def test_a_wrong_graph_with_right_weights_is_blamed_on_the_graph(checkpoint, pac
 
 
 def test_changed_weights_of_an_untouched_bundle(checkpoint, bundle):
-    assert changed_weights(bundle, Checkpoint.open(checkpoint)) == []
+    assert differing_weights(bundle, Checkpoint.open(checkpoint)) == []
 
 
 def test_both_methods_find_the_same(checkpoint, bundle, small_segments):
@@ -126,7 +126,7 @@ def test_both_methods_find_the_same(checkpoint, bundle, small_segments):
     opened = Checkpoint.open(checkpoint)
     cases = standard_cases(CONFIG, cameras=3, max_prompt=20, num_steps=4, forced=(3, 5))
     resident, pieces = (
-        compare(with_ids(open_sides(bundle, opened, method, silent()), bundle), cases, silent())
+        compare(with_ids(open_pair(bundle, opened, method, silent()), bundle), cases, silent())
         for method in ("resident", "streamed")
     )
     assert (resident.method, pieces.method) == ("resident", "streamed") and resident.cases == pieces.cases
@@ -199,7 +199,7 @@ def test_a_damaged_weight_of_another_form_is_found_and_named(copied, tmp_path, o
     save_file(state, file, metadata={"format": "pt"})
     opened = Checkpoint.open(copied)
     bundle = exporter.export(copied, tmp_path / "bundle", exporter.ExportOptions(pack=True, verify=False, **options))
-    assert changed_weights(bundle, opened) == []
+    assert differing_weights(bundle, opened) == []
     for method in ("resident", "streamed"):
         comparison = compare_with_checkpoint(bundle, opened, lambda line: None, method=method)
         assert comparison.explanation is None and comparison.worst.error > 0

@@ -19,7 +19,7 @@ from ki_export.policies import PolicyRequest
 
 from .devices import DEVICES, Device, Stage, floor_ms, stages
 from .examination import PLACEHOLDER, Examination, examine
-from .opening import Say, Where
+from .opening import CheckpointRef, Say
 
 CASES = ((2, 30), (3, 200))  # cameras present, tokens of the prompt
 STEPS = 10
@@ -27,7 +27,9 @@ CELL = 40  # characters of a table cell
 TYPES = {"fp32": 4, "16 bit": 2, "8 bit": 1}
 
 
-def inspect(where: Where, request: PolicyRequest, say: Say = lambda _: None, *, model_only: bool = False) -> Inspection:
+def inspect(
+    where: CheckpointRef, request: PolicyRequest, say: Say = lambda _: None, *, model_only: bool = False
+) -> Inspection:
     """What a checkpoint is. The errors of `examine` for what is wrong; what is merely missing is listed."""
     return Inspection(examine(where, request, say, model_only=model_only))
 

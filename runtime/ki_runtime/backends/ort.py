@@ -118,8 +118,8 @@ def connect(bundle: Bundle, package: str, options: SessionOptions) -> GraphOpene
 
 def setting(bundle: Bundle, package: str, names: Sequence[str]) -> Setting:
     """Results depend on the engine's version and on the processor, whose kernels it chooses."""
-    facts = {"onnxruntime": str(onnxruntime().__version__), "processor": processor()}
-    return Setting(facts, bundle.path / "engines" / "ort")
+    environment = {"onnxruntime": str(onnxruntime().__version__), "processor": processor()}
+    return Setting(environment, bundle.path / "engines" / "ort")
 
 
 def open_session(bundle: Bundle, graph: GraphSpec, options: SessionOptions) -> OrtSession:

@@ -21,7 +21,7 @@ from ki_runtime.backends.session import Loaded
 from ki_runtime.gpu.buffers import Gpu
 from ki_runtime.gpu.cuda import Cuda
 from ki_runtime.gpu.device import check_precision
-from ki_runtime.gpu.identity import gpu_facts
+from ki_runtime.gpu.identity import gpu_environment
 
 from .api import Api
 from .bindings import TensorRTSession
@@ -74,7 +74,7 @@ def setting(bundle: Bundle, package: str, names: Sequence[str]) -> Setting:
     engines = find(bundle, api, cuda.device(), names, trust=True)  # that was asked when they were loaded
     hashes = {key: value for name in names for key, value in engine_facts(engines.of[name], name).items()}
     folder = engines.path(names[0]).parent
-    return Setting({**hashes, api.name: api.version_text, **gpu_facts(cuda)}, folder)
+    return Setting({**hashes, api.name: api.version_text, **gpu_environment(cuda)}, folder)
 
 
 def engine_facts(engines: Engines, graph: str) -> dict[str, str]:

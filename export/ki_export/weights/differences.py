@@ -35,7 +35,7 @@ class Stored:
     count: int | None = None
 
 
-def changed_weights(bundle: Bundle, checkpoint: Checkpoint) -> list[str]:
+def differing_weights(bundle: Bundle, checkpoint: Checkpoint) -> list[str]:
     """Checkpoint keys whose values in the bundle are not the checkpoint's, or not those quantised, in graph order."""
     scaled = exponents(bundle)
     found = [stored.key for stored in _runtime(bundle) if not _equal(stored, checkpoint.source)]

@@ -39,7 +39,7 @@ RESIDENT = 2_000_000_000  # bytes of float32 weights up to which a model is held
 COPIES = 3  # of the weights, at most, while a whole model is compared: the model's, the graphs', and room to compute
 
 
-class Sides:
+class ParityPair:
     """Both sides, opened. `bars`: what the graphs are held to; `has_fast`: whether FAST decoding is compared."""
 
     def __init__(
@@ -73,25 +73,25 @@ class Sides:
         return layers + sum(counts.get(name, 0) * count for name, count in runs.items())
 
 
-def open_sides(bundle: Bundle, checkpoint: Checkpoint, method: Method, progress: Progress) -> Sides:
+def open_pair(bundle: Bundle, checkpoint: Checkpoint, method: Method, progress: Progress) -> ParityPair:
     """A bundle and its checkpoint's model, held whole or in pieces."""
     if method == "resident":
         model = load_model(checkpoint, dtype=torch.float32)
         if bundle.manifest.precision in SIXTEEN_BITS:
-            return Sides(bundle, model, arithmetic_sessions(bundle, budget=RESIDENT), method)
+            return ParityPair(bundle, model, arithmetic_sessions(bundle, budget=RESIDENT), method)
         backend = choose_backend("ort")
-        return Sides(bundle, model, lambda spec: open_session(bundle, spec, backend, SessionOptions()), method)
+        return ParityPair(bundle, model, lambda spec: open_session(bundle, spec, backend, SessionOptions()), method)
     if bundle.manifest.precision in SIXTEEN_BITS:
         model = streamed(checkpoint, budget=PASSING, on_layer=progress.step)
-        return Sides(bundle, model, arithmetic_sessions(bundle), method)
+        return ParityPair(bundle, model, arithmetic_sessions(bundle), method)
     pool = SegmentPool(bundle.path, on_run=progress.step)
     model = streamed(checkpoint, on_layer=progress.step)
-    return Sides(bundle, model, lambda spec: SegmentedSession(bundle, spec, pool), method)
+    return ParityPair(bundle, model, lambda spec: SegmentedSession(bundle, spec, pool), method)
 
 
 def open_engine(
     bundle: Bundle, checkpoint: Checkpoint, method: Method, progress: Progress, backend: str
-) -> tuple[Sides, Backend]:
+) -> tuple[ParityPair, Backend]:
     """The same with a bundle as a backend of the runtime computes it, and which; proven or not.
 
     FAST decoding is compared where the contract has it: engines of other policies are built without.
@@ -103,7 +103,7 @@ def open_engine(
         model = streamed(checkpoint, budget=PASSING, on_layer=progress.step)
     contract = bundle.manifest.contract
     has_fast = contract is not None and contract.get("fast") is not None
-    return Sides(bundle, model, connection.open, method, has_fast=has_fast), connection.backend
+    return ParityPair(bundle, model, connection.open, method, has_fast=has_fast), connection.backend
 
 
 def choose_method(config: Pi05Config, available: int | None = None) -> Method:
