@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-SLOW = 2.0  # seconds; a shorter stage gets no line
+SLOW = 20.0  # seconds; a shorter stage gets no line
 Say = Callable[[str], object]
 
 

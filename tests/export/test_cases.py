@@ -201,9 +201,9 @@ def test_all_that_is_missing_at_once_and_the_command(data, tmp_path, capsys):
     assert cli.main([str(folder), "-o", str(tmp_path / "bundle"), "--prompt", "tidy up"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    for part in ("--horizon", "--contract", "--assets", "--tokenizer", "hf download", "4.3 MB"):
+    for part in ("--horizon", "--contract", "--norm-stats", "--tokenizer", "hf download", "4.3 MB"):
         assert part in error
-    asked = "--horizon ACTIONS --contract NAME --assets NORM_STATS_JSON --tokenizer TOKENIZER_MODEL"
+    asked = "--horizon ACTIONS --contract NAME --norm-stats NORM_STATS_JSON --tokenizer TOKENIZER_MODEL"
     command = f"Then: ki-export {folder} -o BUNDLE --prompt 'tidy up' {asked}"
     assert error.rstrip().endswith(command)
 

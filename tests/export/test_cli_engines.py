@@ -67,9 +67,7 @@ def test_graphs_are_built_by_name(bundle, tmp_path, capsys):
 def test_without_a_gpu_the_bundle_is_complete_and_engines_are_left_to_the_robot(checkpoint, tmp_path, capsys):
     status, lines = run(capsys, checkpoint, "-o", tmp_path / "b", "--target", "trt", "--no-verify")
     assert status == 0
-    assert lines[-1] == (
-        "ki-export: engines are built on the robot: there, ki-export --build BUNDLE, or ki-run at first start"
-    )
+    assert lines[-1] == ("ki-export: engines are built on the robot: there, ki-build BUNDLE, or ki-run at first start")
     assert not (tmp_path / "b" / "engines").exists()
 
 

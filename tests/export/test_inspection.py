@@ -51,7 +51,7 @@ def test_a_bare_model(data, capsys):
     assert cli.main(["--inspect", str(data / "openpi_a")]) == 0
     text = capsys.readouterr().out
     assert "format      openpi, a π0.5 of" in text
-    assert "--contract" in text and "--assets" in text and "--tokenizer" in text
+    assert "--contract" in text and "--norm-stats" in text and "--tokenizer" in text
     assert "backbone    3 layers of width 64, 1024 tokens" in text
 
 

@@ -1,4 +1,4 @@
-"""ki-inspect: what a checkpoint is and what its export lacks. Also the arguments that name a checkpoint, for ki-export."""
+"""ki-inspect: what a checkpoint is and what an export of it lacks; and the arguments that it shares with ki-export."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ki_edge.policy.presets import SHORT
 if TYPE_CHECKING:
     from ki_export.policies import PolicyRequest
 
-    from .opening import Where
+    from .opening import CheckpointRef
 
 NAME = "ki-inspect"
 
@@ -37,11 +37,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def named(arguments: argparse.Namespace) -> Where:
+def named(arguments: argparse.Namespace) -> CheckpointRef:
     """The checkpoint that the arguments of `add_checkpoint` name."""
-    from .opening import Where
+    from .opening import CheckpointRef
 
-    return Where(arguments.checkpoint, arguments.revision, arguments.base, arguments.horizon)
+    return CheckpointRef(arguments.checkpoint, arguments.revision, arguments.base, arguments.horizon)
 
 
 def request(arguments: argparse.Namespace) -> PolicyRequest:
