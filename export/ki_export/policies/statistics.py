@@ -58,7 +58,7 @@ def read_statistics(path: Path, source: str) -> Statistics:
     """One norm_stats.json of bounded size. CheckpointError, ContractError."""
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise CheckpointError(f"{path}: {size} bytes are no statistics (at most {MAX_BYTES})")
+        raise CheckpointError(f"{path}: {size} bytes are too many for statistics (at most {MAX_BYTES})")
     return Statistics(read_norm_stats(path), source, hashlib.sha256(path.read_bytes()).hexdigest())
 
 
