@@ -149,8 +149,8 @@ def _parser() -> Parser:
     add(
         "--stored-types",
         action="store_true",
-        help="fp32: keep the weights on disk in the checkpoint's own types, such as bfloat16, and widen them while "
-        "running; same results, smaller file",
+        help="keep the weights on disk in the checkpoint's own types, such as bfloat16, and widen them while running: "
+        "the same results from a smaller file. It is no precision, which is about computing",
     )
     add("--num-steps", type=int, metavar="N", help="denoising steps recorded as the default (the contract's, or 10)")
     add("--no-verify", action="store_true", help="publish without proof; the manifest says so")
