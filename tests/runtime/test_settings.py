@@ -45,7 +45,7 @@ def test_onnxruntime_by_version_and_processor(make_bundle, kernel_module, monkey
     assert found.environment["backend"] == "ort" and found.folder == bundle.path / "engines" / "ort"
     assert found.environment["onnxruntime"] == ort_session.onnxruntime().__version__
     lines = "model name\t: Some CPU\nmodel\t\t: 17\nflags\t\t: fpu avx2 avx512_vnni\n"
-    monkeypatch.setattr(ort_session, "_cpu_info", lambda name: _line(lines, name))
+    monkeypatch.setattr(ort_session, "cpu_info", lambda name: _line(lines, name))
     monkeypatch.setattr(ort_session.platform, "machine", lambda: "x86_64")
     assert ort_session.processor() == "x86_64 Some CPU 17 avx2 avx512_vnni"
     monkeypatch.setattr(ort_cuda_session.Cuda, "load", classmethod(lambda cls: Cuda(FakeCuda())))

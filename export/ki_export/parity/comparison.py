@@ -104,21 +104,21 @@ def _compare_case(
     steps, depth = case.num_steps, config.backbone.depth
     with progress.stage("PyTorch prefix", pair.steps(config.vision.depth + depth)):
         prefix = run_prefix(pair.model, observation)
-    with progress.stage("prefix graph", pair.steps(0, prefix=1)):
+    with progress.stage("prefix graph"):
         found = list(_prefix(pair, case, observation, prefix))
     states = [torch.from_numpy(case.noise)]
-    with progress.stage("PyTorch and denoise graph", pair.steps(steps * config.expert.depth, denoise=steps)):
+    with progress.stage("PyTorch and denoise graph", pair.steps(steps * config.expert.depth)):
         found += _denoise(pair, case, observation, prefix, states)
     fast = _Continued()
     if pair.has_fast:
-        with progress.stage("PyTorch and FAST graph", pair.steps(case.max_tokens * depth, fast_decode=case.max_tokens)):
+        with progress.stage("PyTorch and FAST graph", pair.steps(case.max_tokens * depth)):
             fast = _fast(pair, case, observation, prefix)
             found += fast.found
-    with progress.stage("the runtime's actions", pair.steps(0, prefix=1, denoise=steps)):
+    with progress.stage("the runtime's actions"):
         trace = pair.sampler.trace(*case.inputs, state=case.state, noise=case.noise, num_steps=steps)
         found += _runtime(pair, case, trace, prefix, states)
     if pair.has_fast and all(np.isfinite(m.error) for m in fast.found):  # else the runtime refuses to choose a token
-        with progress.stage("the runtime's FAST tokens", pair.steps(0, fast_decode=case.max_tokens)):
+        with progress.stage("the runtime's FAST tokens"):
             ids = pair.sampler.sample_fast_tokens(*case.inputs, **_decoding(pair, case))
         found.append(measure(case.name, RUNTIME, "greedy_ids", ids, fast.ids, bars=pair.bars))
     answer = Answer(case, states[-1].numpy(), fast.ids, *np.array(fast.decided, np.float32).reshape(-1, 3).T)

@@ -11,7 +11,8 @@ from ki_edge.bundle.witness import WITNESS, read_witness
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import ArgumentError, ParityError
 from ki_edge.policy.contract import PolicyContract
-from ki_edge.progress import Progress, peak_memory
+from ki_edge.proc import peak_memory
+from ki_edge.progress import Progress
 from ki_export.arithmetic.session import SIXTEEN_BITS
 from ki_export.weights.differences import differing_weights
 from ki_runtime.backends.registry import choose_backend
@@ -54,8 +55,7 @@ def prove(writer: BundleWriter, bundle: Bundle, checkpoint: Checkpoint, say: Say
     write_report(writer.folder, comparison, bundle)
     report = to_json(comparison, {})
     verdict = {key: report[key] for key in ("verified", "reference", "method", "cases", "actions", "worst")}
-    # 16-bit bundles are proven in exact arithmetic, and streamed ones in pieces: by no engine as the runtime opens it
-    if bundle.manifest.precision not in SIXTEEN_BITS and comparison.method == "resident":
+    if bundle.manifest.precision not in SIXTEEN_BITS:  # those are proven in exact arithmetic, by no engine
         verdict["proven_by"] = proving_environment(choose_backend("ort").setting(bundle, tuple(bundle.manifest.graphs)))
     peak = peak_memory()
     memory = "" if peak is None else f", peak memory {peak / 1e9:.1f} GB"
@@ -76,7 +76,7 @@ def compare_with_checkpoint(
 ) -> Comparison:
     """Cases of every kind against the PyTorch model; `explanation` tells of the first failure.
 
-    `method`: whether both sides are held whole or in pieces; None: as size of model and memory demand. `backend`: what
+    `method`: whether the model is held whole or streamed; None: as its size and the memory demand. `backend`: what
     computes the bundle, proven or not; None: ONNX Runtime on the CPU, and 16-bit bundles exactly in their types.
     `then`: what is done with both sides while they are open, if every bar holds.
     """

@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ki_edge.dtypes import PRECISIONS
 from ki_edge.errors import ArgumentError, ExportError
 from ki_export.passes.lower import lower
 from ki_export.passes.products import EMBEDDING, matrix_products
@@ -18,8 +19,6 @@ from ki_export.weights.weights import StorageFormat, TensorSlice
 
 from .ranges import LARGEST, MARGIN, SMALL, Audit, Range
 
-TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-STORED = {"fp16": "F16", "bf16": "BF16"}  # as safetensors calls them
 DOWN = ".down_proj"
 UP = ".up_proj"
 SHARE = 0.25  # of the products' weights that may stay float32 before float16 is pointless
@@ -139,7 +138,7 @@ def apply(decision: Decision, models: Mapping[str, ir.Model]) -> set[str]:
     low = set()
     for model in models.values():
         rescale(model, decision.factors)
-        low |= lower(model, TYPES[decision.precision], decision.kept.__contains__)
+        low |= lower(model, ir.DataType(PRECISIONS[decision.precision].onnx), decision.kept.__contains__)
     return low
 
 
@@ -152,7 +151,7 @@ def forms(
         for name, rows in rows_of.items():
             exponent = decision.exponents.get(name.removesuffix(".weight"), 0)
             if name in low:
-                found[rows.key] = StorageFormat(STORED[decision.precision], exponent)
+                found[rows.key] = StorageFormat(PRECISIONS[decision.precision].stored, exponent)
             elif exponent:
                 found[rows.key] = StorageFormat("F32", exponent)
     return found

@@ -12,7 +12,8 @@ from math import prod
 from typing import Any
 
 from ki_edge.checkpoints import Checkpoint
-from ki_edge.checkpoints.layout.keys import EMBEDDING, parameter_shapes
+from ki_edge.checkpoints.layout.counts import count_weights
+from ki_edge.checkpoints.layout.keys import parameter_shapes
 from ki_edge.config import Pi05Config
 from ki_edge.policy.contract import Camera, PolicyContract
 from ki_export.policies import PolicyRequest
@@ -92,10 +93,9 @@ class Inspection:
 
 
 def memory(config: Pi05Config, width: int) -> int:
-    """Bytes of the weights that acting maps, at `width` bytes each: those it reads, and the whole embedding table."""
-    shapes = parameter_shapes(config)
-    live = sum(stage.weights for stage in stages(config, cameras=1, prompt=1, steps=1))
-    return width * (live + prod(shapes[EMBEDDING]))
+    """Bytes of the matrices that acting maps, at `width` bytes a number: those it reads, and the whole embedding."""
+    count = count_weights(config)
+    return width * (count.vision + count.embedding + count.backbone + count.expert).matrices
 
 
 def _model_lines(found: Mapping[str, Any], config: Pi05Config) -> list[str]:

@@ -21,6 +21,7 @@ from ki_edge.bundle import DecodeVocabulary
 from ki_edge.checkpoints import Checkpoint, TensorSource
 from ki_edge.checkpoints.layout.keys import EMBEDDING, checkpoint_key
 from ki_edge.checkpoints.layout.source import encode
+from ki_edge.dtypes import STORED
 from ki_edge.errors import ExportError
 from ki_edge.files.safetensors_index import SafetensorsIndex
 from ki_export.graphs.wrappers import UNEMBEDDING, runs
@@ -32,12 +33,6 @@ from .shared_file import link_file, own_file
 
 WEIGHTS = "weights.safetensors"
 LARGEST_F16 = 65504.0
-ONNX_TYPES = {
-    "F32": ir.DataType.FLOAT,
-    "BF16": ir.DataType.BFLOAT16,
-    "F16": ir.DataType.FLOAT16,
-    "I8": ir.DataType.INT8,
-}
 Stored = Literal["float32", "stored"]  # types in the file: all float32, or as the checkpoint stores them
 
 
@@ -127,14 +122,15 @@ def attach(model: ir.Model, origins: Mapping[str, TensorSlice], weights: Weights
         shape = entry.shape if rows.count is None else (rows.count, *entry.shape[1:])
         if value.shape is None or tuple(value.shape) != shape:
             raise ExportError(f"graph {model.graph.name}: '{name}' is {value.shape}, but its weights are {list(shape)}")
-        if value.dtype is not None and value.dtype != ONNX_TYPES[entry.dtype]:
+        dtype = ir.DataType(STORED[entry.dtype].onnx)
+        if value.dtype is not None and value.dtype != dtype:
             raise ExportError(f"graph {model.graph.name}: '{name}' is {value.dtype}, but its weights are {entry.dtype}")
         row = entry.nbytes // entry.shape[0]
         value.const_value = ir.ExternalTensor(
             WEIGHTS,
             offset=entry.offset + rows.first * row,
             length=shape[0] * row,
-            dtype=ONNX_TYPES[entry.dtype],
+            dtype=dtype,
             shape=ir.Shape(shape),
             name=name,
             base_dir=weights.index.path.parent,
