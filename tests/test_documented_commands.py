@@ -6,6 +6,7 @@ An export that is not run to its end is run up to the tracing: its options, its 
 import contextlib
 import importlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -171,7 +172,7 @@ def known(folder: Path, data: Path) -> Iterator[dict[str, Any]]:
     yield {
         "contextlib": contextlib,
         "open_robot": open_robot,
-        "robot": arm,
+        "robot": runpy.run_path(str(EXAMPLE))["MyArm"](),
         "bundles": [str(folder / "bundle")],
         "policy": policy,
         "observation": observation,
