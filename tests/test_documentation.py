@@ -121,6 +121,18 @@ def test_targets_and_extras_exist() -> None:
             assert set(extras.split(",")) <= EXTRAS, f"{page.name}: [{extras}]"
 
 
+def test_tests_that_the_reliability_page_names_exist() -> None:
+    """Its last column has files of tests/, and words of the names of their tests."""
+    rows = re.findall(r"^\|.*\| ([^|]+) \|$", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"), re.M)
+    found = [(file, words) for row in rows for file, words in re.findall(r"`([\w/]+\.py)`(?:: ([^;`]*))?", row)]
+    assert len(found) > 90
+    for file, words in found:
+        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        for phrase in words.strip().split(", "):
+            name = re.sub(r"\W+", "_", phrase.split(":")[-1].strip())
+            assert name in text, f"{file}: {phrase}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_links_and_anchors_exist(page: Path) -> None:
     text = prose(page)
