@@ -5,7 +5,8 @@ Nothing here computes. Inputs, their order, types and free dimensions come from 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -90,12 +91,13 @@ class FastDecodeModule(nn.Module):
 
 @dataclass(frozen=True)
 class Traceable:
-    """What `torch.onnx.export` needs for one graph."""
+    """What the tracer needs for one graph. `depths`: weights' prefix of each stack -> layers that the graph is to have."""
 
     spec: GraphSpec
     module: nn.Module
     inputs: tuple[Tensor, ...]
     dynamic_shapes: tuple[dict[int, torch.export.Dim], ...]
+    depths: Mapping[str, int]
 
 
 def runs(vocabulary: DecodeVocabulary) -> list[tuple[int, int]]:
@@ -103,21 +105,30 @@ def runs(vocabulary: DecodeVocabulary) -> list[tuple[int, int]]:
     return [(vocabulary.first, vocabulary.count), *((token, 1) for token in vocabulary.extra)]
 
 
-def traceables(config: Pi05Config, vocabulary: DecodeVocabulary) -> list[Traceable]:
-    """The three graphs of a model without weights: everything lies on the meta device."""
+def traceables(config: Pi05Config, vocabulary: DecodeVocabulary, layers: int | None = None) -> list[Traceable]:
+    """The three graphs of a model without weights: everything lies on the meta device.
+
+    The modules have at most `layers` layers a stack, but take inputs of the whole model's sizes.
+    """
+    stacks = {"vision.encoder.layers.": config.vision, "backbone.layers.": config.backbone, "expert.layers.": config.expert}
+    depths = {prefix: stack.depth for prefix, stack in stacks.items()}
+    vision, backbone, expert = (replace(stack, depth=min(stack.depth, layers or stack.depth)) for stack in stacks.values())
     with torch.device("meta"):
-        model = build(config).eval().requires_grad_(False)
+        model = build(replace(config, vision=vision, backbone=backbone, expert=expert)).eval().requires_grad_(False)
     denoise = StateDenoiseModule if config.has_state else DenoiseModule
     modules = (PrefixModule(model), denoise(model), FastDecodeModule(model, vocabulary))
     sizes = {**graphs.sizes(config, len(vocabulary.ids)), **TRACED_SIZES}
-    return [_traceable(spec, module.eval(), sizes) for spec, module in zip(graphs.specs(config), modules, strict=True)]
+    specs = graphs.specs(config)
+    return [_traceable(spec, module.eval(), sizes, depths) for spec, module in zip(specs, modules, strict=True)]
 
 
-def _traceable(spec: GraphSpec, module: nn.Module, sizes: dict[str, int]) -> Traceable:
+def _traceable(
+    spec: GraphSpec, module: nn.Module, sizes: Mapping[str, int], depths: Mapping[str, int]
+) -> Traceable:
     inputs, shapes = [], []
     free = {symbol: torch.export.Dim(symbol) for symbol in graphs.DYNAMIC}
     for tensor in spec.inputs:
         shape = [int(dim) for dim in tensor.resolve(sizes)]
         inputs.append(torch.empty(shape, dtype=TORCH_TYPES[tensor.dtype], device="meta"))
         shapes.append({axis: free[str(dim)] for axis, dim in enumerate(tensor.dims) if dim in free})
-    return Traceable(spec, module, tuple(inputs), tuple(shapes))
+    return Traceable(spec, module, tuple(inputs), tuple(shapes), depths)
