@@ -129,6 +129,9 @@ class Pattern:
                 if self._deepest[user] == 1 and _kind(user) == _kind(node) and list(user.inputs) == operands:
                     self._pair_nodes(node, user, self.twins)
                     break
+            else:
+                if node.op_type == "Shape":  # its operand has one symbolic shape in all layers
+                    self._record(node.outputs[0], node.outputs[0])
 
     # ------------------------------------------------------------------ checks
 

@@ -22,11 +22,11 @@ Copies = dict[ir.Value, ir.Value]  # value of the first layer -> the same of ano
 def stamp(model: ir.Model, depths: Mapping[str, int]) -> None:
     """Deepen the stacks of a cleaned graph. `depths`: prefix of the names of a stack's weights -> layers wanted.
 
-    A stack that the graph has at all has SHALLOW layers there, or as many as are wanted. IrregularError if they differ.
+    A stack that the graph has at all has SHALLOW layers there. IrregularError if they differ.
     """
     stamped = False
     for prefix, depth in depths.items():
-        if depth > SHALLOW and any(name.startswith(prefix) for name in model.graph.initializers):
+        if any(name.startswith(prefix) for name in model.graph.initializers):
             _Stamp(model.graph, Pattern(model.graph, prefix), depth).deepen()
             stamped = True
     if stamped:

@@ -56,7 +56,7 @@ def _cast(x: Any, dtype: int, *_: object, **__: object) -> Any:
 
 
 def _square(x: Any) -> Any:
-    return op.Pow(x, 2)
+    return op.Pow(x, 2.0)
 
 
 TRANSLATIONS = {torch.ops.aten.to.dtype: _cast, torch.ops.aten.square.default: _square}
@@ -141,6 +141,7 @@ def _export(traceable: Traceable, opset: int) -> ir.Model:
         input_names=[tensor.name for tensor in traceable.spec.inputs],
         output_names=[tensor.name for tensor in traceable.spec.outputs],
         custom_translation_table=TRANSLATIONS,
+        dynamic_shapes=traceable.dynamic_shapes,  # names of free dims
     )
     if exported is None:
         raise RuntimeError("the tracer gave no program")

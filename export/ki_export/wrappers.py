@@ -20,6 +20,7 @@ from ki_edge.model import PiModel, build
 # Any sizes will do while tracing, as long as they differ from each other and from 1, which the tracer would bake in.
 TRACED_SIZES = {"B": 2, "N": 3, "T": 5, "S": 29, "C": 31, "Q": 7}
 TORCH_TYPES = {"uint8": torch.uint8, "bool": torch.bool, "int32": torch.int32, "float32": torch.float32}
+STACKS = {"vision": "vision.encoder.layers.", "backbone": "backbone.layers.", "expert": "expert.layers."}
 UNEMBEDDING = "unembedding."  # prefix of the names of the rows that can be predicted
 Outputs = tuple[Tensor, ...]
 
@@ -91,7 +92,10 @@ class FastDecodeModule(nn.Module):
 
 @dataclass(frozen=True)
 class Traceable:
-    """What the tracer needs for one graph. `depths`: weights' prefix of each stack -> layers that the graph is to have."""
+    """What the tracer needs for one graph.
+
+    `depths`: stacks with fewer layers in the module than the graph is to have, the prefix of their weights -> how many.
+    """
 
     spec: GraphSpec
     module: nn.Module
@@ -110,11 +114,12 @@ def traceables(config: Pi05Config, vocabulary: DecodeVocabulary, layers: int | N
 
     The modules have at most `layers` layers a stack, but take inputs of the whole model's sizes.
     """
-    stacks = {"vision.encoder.layers.": config.vision, "backbone.layers.": config.backbone, "expert.layers.": config.expert}
-    depths = {prefix: stack.depth for prefix, stack in stacks.items()}
-    vision, backbone, expert = (replace(stack, depth=min(stack.depth, layers or stack.depth)) for stack in stacks.values())
+    stacks = {"vision": config.vision, "backbone": config.backbone, "expert": config.expert}
+    deep = {name: stack for name, stack in stacks.items() if layers is not None and stack.depth > layers}
+    depths = {STACKS[name]: stack.depth for name, stack in deep.items()}
+    shallow = replace(config, **{name: replace(stack, depth=layers) for name, stack in deep.items()})
     with torch.device("meta"):
-        model = build(replace(config, vision=vision, backbone=backbone, expert=expert)).eval().requires_grad_(False)
+        model = build(shallow).eval().requires_grad_(False)
     denoise = StateDenoiseModule if config.has_state else DenoiseModule
     modules = (PrefixModule(model), denoise(model), FastDecodeModule(model, vocabulary))
     sizes = {**graphs.sizes(config, len(vocabulary.ids)), **TRACED_SIZES}
