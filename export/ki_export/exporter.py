@@ -91,7 +91,7 @@ def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOpti
     # an unfit recording is told before minutes of tracing
     observed = observations(checkpoint, files, options.calibrate) if options.sixteen else None
     with _stage(say, "traced the graphs"):
-        models = trace_all(config, vocabulary, options.opset)
+        models = trace_all(config, vocabulary, options.opset, say)
     if options.precision == "int8":
         with quiet():
             for model in models.values():

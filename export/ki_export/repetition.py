@@ -103,7 +103,9 @@ class Pattern:
         self._carried.add((value, other))
         if any(self._deepest[use.node] == 0 for use in value.uses()):
             if _type(value) != _type(other):
-                raise self._irregular(f"it takes '{value.name}' {_type(value)}, and gives '{other.name}' {_type(other)}")
+                raise self._irregular(
+                    f"it takes '{value.name}' {_type(value)}, and gives '{other.name}' {_type(other)}"
+                )
             self._record(value, other)
         producer, second = value.producer(), other.producer()
         if producer is None or second is None or _kind(producer) != _kind(second):
@@ -204,4 +206,6 @@ def _type(value: ir.Value) -> tuple[object, object]:
 def _integer(value: ir.Value | None) -> int | None:
     """The number of a constant scalar index."""
     tensor = value.const_value if value is not None else None
-    return int(tensor.numpy()) if tensor is not None and tensor.dtype == ir.DataType.INT64 and not tensor.shape else None
+    return (
+        int(tensor.numpy()) if tensor is not None and tensor.dtype == ir.DataType.INT64 and not tensor.shape else None
+    )

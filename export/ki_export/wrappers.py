@@ -127,9 +127,7 @@ def traceables(config: Pi05Config, vocabulary: DecodeVocabulary, layers: int | N
     return [_traceable(spec, module.eval(), sizes, depths) for spec, module in zip(specs, modules, strict=True)]
 
 
-def _traceable(
-    spec: GraphSpec, module: nn.Module, sizes: Mapping[str, int], depths: Mapping[str, int]
-) -> Traceable:
+def _traceable(spec: GraphSpec, module: nn.Module, sizes: Mapping[str, int], depths: Mapping[str, int]) -> Traceable:
     inputs, shapes = [], []
     free = {symbol: torch.export.Dim(symbol) for symbol in graphs.DYNAMIC}
     for tensor in spec.inputs:
