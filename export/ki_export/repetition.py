@@ -4,8 +4,8 @@
 
 Found upwards from the two layers' weights and then downwards through equal nodes, it holds the layer's own values and
 weights, what the layer takes from its predecessor (the residual stream), what belongs to a layer and is computed before
-all of them (a slice of the cache, whose index grows by a fixed step), and what all layers share (masks, rotations: their
-own image). Every difference between the two layers that is none of these is refused, and so is every use of a layer's
+all of them (a slice of the cache, whose index grows by a fixed step), and what all layers share (masks, rotations), its
+own image. Every difference between the two layers that is none of these is refused, and so is every use of a layer's
 values but by its successor or in a list with one entry a layer (the stacked K/V). A layer begins where its first weight
 is used: what comes between that and the weights before it belongs to its predecessor.
 """
