@@ -56,7 +56,8 @@ def traced_once(request, tmp_path_factory):
 
     def remembered(traceable, opset, sizes):
         tensors = (*traceable.spec.inputs, *traceable.spec.outputs)
-        key = repr((traceable.module.model.config, [t.resolve(sizes) for t in tensors], opset, traceable.module))
+        shapes = [t.resolve(sizes) for t in tensors]
+        key = repr((traceable.module.model.config, traceable.depths, shapes, opset, traceable.module))
         path = folder / (hashlib.sha256(version.digest() + key.encode()).hexdigest()[:32] + ".onnx")
         if not path.exists():
             partial = path.with_suffix(f".{os.getpid()}")
