@@ -14,6 +14,8 @@ import torch
 
 import ki_edge.model
 import ki_export.passes
+import ki_export.repetition
+import ki_export.stamping
 import ki_export.tracing
 import ki_export.wrappers
 from ki_edge.bundle import DecodeVocabulary
@@ -51,7 +53,7 @@ def traced_once(request, tmp_path_factory):
     for package in (ki_edge.model, ki_export.passes):
         for file in sorted(Path(package.__file__).parent.glob("*.py")):
             version.update(file.read_bytes())
-    for module in (ki_export.tracing, ki_export.wrappers):
+    for module in (ki_export.tracing, ki_export.wrappers, ki_export.repetition, ki_export.stamping):
         version.update(Path(module.__file__).read_bytes())
 
     def remembered(traceable, opset, sizes):
