@@ -113,11 +113,11 @@ class Pattern:
         for source, match in zip(producer.inputs, second.inputs, strict=True):
             if source is None or match is None or source is match:
                 continue
-            one, other = source.producer(), match.producer()
-            if other is not None and self._deepest[other] == 0:
+            one, two = source.producer(), match.producer()
+            if two is not None and self._deepest[two] == 0:
                 self._carry(source, match)
-            elif one is not None and other is not None and self._deepest[other] < 0 and _kind(one) == _kind(other):
-                self._pair_nodes(one, other, self.indexed)  # of the next layer, but used before its first weight
+            elif one is not None and two is not None and self._deepest[two] < 0 and _kind(one) == _kind(two):
+                self._pair_nodes(one, two, self.indexed)  # of the next layer, but used before its first weight
 
     # ------------------------------------------------------------------ downwards from there
 

@@ -51,10 +51,13 @@ def _cast(x: Any, dtype: int, *_: object, **__: object) -> Any:
 
 
 def _square(x: Any) -> Any:
-    return op.Pow(x, 2.0)
+    return op.Pow(x, 2.0)  # type: ignore[type-var]
 
 
-TRANSLATIONS = {torch.ops.aten.to.dtype: _cast, torch.ops.aten.square.default: _square}
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.to.dtype: _cast,
+    torch.ops.aten.square.default: _square,
+}
 
 
 def trace_all(
@@ -117,7 +120,7 @@ def trace(traceable: Traceable, opset: int, sizes: Mapping[str, int]) -> ir.Mode
 
 def _export(traceable: Traceable, opset: int) -> ir.Model:
     # as torch.onnx.export captures a module, so that no size is compared with 0 or 1
-    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         program = torch.export.export(
             traceable.module,
             traceable.inputs,

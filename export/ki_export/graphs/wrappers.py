@@ -113,10 +113,14 @@ def traceables(config: Pi05Config, vocabulary: DecodeVocabulary, layers: int | N
 
     The modules have at most `layers` layers a stack, but take inputs of the whole model's sizes.
     """
-    stacks = {"vision": config.vision, "backbone": config.backbone, "expert": config.expert}
-    deep = {name: stack for name, stack in stacks.items() if layers is not None and stack.depth > layers}
-    depths = {STACKS[name]: stack.depth for name, stack in deep.items()}
-    shallow = replace(config, **{name: replace(stack, depth=layers) for name, stack in deep.items()})
+    wanted = {"vision": config.vision.depth, "backbone": config.backbone.depth, "expert": config.expert.depth}
+    depths = {STACKS[name]: depth for name, depth in wanted.items() if layers is not None and depth > layers}
+    shallow = replace(
+        config,
+        vision=replace(config.vision, depth=min(config.vision.depth, layers or config.vision.depth)),
+        backbone=replace(config.backbone, depth=min(config.backbone.depth, layers or config.backbone.depth)),
+        expert=replace(config.expert, depth=min(config.expert.depth, layers or config.expert.depth)),
+    )
     with torch.device("meta"):
         model = build(shallow).eval().requires_grad_(False)
     denoise = StateDenoiseModule if config.has_state else DenoiseModule
