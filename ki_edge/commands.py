@@ -52,9 +52,13 @@ class _Version(argparse.Action):
     """Looks the version up only when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        from importlib.metadata import version  # takes a tenth of what a command's start takes
+        from importlib.metadata import PackageNotFoundError, version  # at the start of every command they would be felt
 
-        show([f"ki-edge {version('ki-edge')} (python {platform.python_version()})"])
+        try:
+            found = version("ki-edge")
+        except PackageNotFoundError:
+            found = "of a source tree that is not installed"
+        show([f"ki-edge {found} (python {platform.python_version()})"])
         parser.exit()
 
 
