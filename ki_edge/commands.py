@@ -14,7 +14,6 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
 from typing import Any, NoReturn, TextIO
 
 from .errors import KiEdgeError, ParityError
@@ -53,7 +52,13 @@ class _Version(argparse.Action):
     """Looks the version up only when it is asked for."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        show([f"ki-edge {version('ki-edge')} (python {platform.python_version()})"])
+        from importlib.metadata import PackageNotFoundError, version  # at the start of every command they would be felt
+
+        try:
+            found = version("ki-edge")
+        except PackageNotFoundError:
+            found = "of a source tree that is not installed"
+        show([f"ki-edge {found} (python {platform.python_version()})"])
         parser.exit()
 
 

@@ -45,6 +45,8 @@ def _export(arguments: argparse.Namespace) -> int:
         )
     target = arguments.target
     ahead = _ahead_of_time(arguments, target)
+    if arguments.calibrate is not None and not arguments.calibrate.exists():
+        raise ArgumentError(f"--calibrate {arguments.calibrate}: no such file or folder; expected recordings (.npz)")
     _say(f"exporting {arguments.checkpoint}")
     from ki_export.source.examination import IncompleteError
 
@@ -130,7 +132,6 @@ def _parser() -> Parser:
         "against the checkpoint's PyTorch model. ki-inspect tells what a checkpoint is and lacks; ki-build makes the "
         "TensorRT engines of a bundle on the robot.",
     )
-    add_checkpoint(parser)
     add = parser.add_argument_group("what to write").add_argument
     add("-o", "--output", type=Path, metavar="BUNDLE", help="bundle folder to write")
     add(
@@ -166,6 +167,7 @@ def _parser() -> Parser:
         help="trt-rtx: also compile the engines here and now for these GPUs, such as 8.6,12.0",
     )
     add("--attention", default="decomposed", help="decomposed, or fused: one operator of TensorRT 10.14 (%(default)s)")
+    add_checkpoint(parser)
     for flag, command in MOVED.items():
         parser.add_argument(flag, action=_Moved, nargs=0, const=command, help=argparse.SUPPRESS)
     return parser

@@ -126,7 +126,7 @@ def test_wrong_requests_are_one_line_before_anything_is_done(tmp_path, monkeypat
     [
         (["nowhere", "--target", "trt-rtx"], "no bundle at nowhere"),
         (["nowhere", "--graphs", "prefix,suffix"], "'prefix,suffix': expected some of prefix,denoise,fast_decode"),
-        (["b", "--target", "jetson"], "engines are built for trt and trt-rtx: for a Jetson or a data-centre GPU use"),
+        (["b", "--target", "jetson"], "engines are built for trt and trt-rtx; for a Jetson or a data-centre GPU use"),
         (["b", "--target", "ort"], "for ONNX Runtime, on a CPU or through CUDA, use --target ort"),
     ],
 )

@@ -21,11 +21,11 @@ def meant(target: str) -> str:
     """What somebody means who names a device instead of a target, as the end of a message; "" if nobody can tell."""
     name = target.lower()
     if OF_GEFORCE.search(name):
-        return ": for a GeForce or RTX card use --target trt-rtx"
+        return "; for a GeForce or RTX card use --target trt-rtx"
     if OF_BOARDS.search(name) and not OF_CPUS.search(name):
-        return ": for a Jetson or a data-centre GPU use --target trt, and ki-build there"
+        return "; for a Jetson or a data-centre GPU use --target trt, and ki-build there"
     if OF_CPUS.search(name):
-        return ": for ONNX Runtime, on a CPU or through CUDA, use --target ort, the default of ki-export"
+        return "; for ONNX Runtime, on a CPU or through CUDA, use --target ort, the default of ki-export"
     return ""
 
 
