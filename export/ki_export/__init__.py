@@ -1,5 +1,5 @@
 """From a checkpoint to a verified bundle of three ONNX graphs: ki-export and the order of its work.
 
-Imports: graphs, parity, passes, policies, precision, source, weights; of ki_edge: bundle, checkpoints, files, policy;
-of ki_runtime: gpu, trt.
+Imports: graphs, parity, passes, policies, precision, source, weights; of ki_edge: bundle, checkpoints, files; of
+ki_runtime: gpu, trt.
 """
