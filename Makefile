@@ -33,7 +33,7 @@ demo: setup
 	@echo "and at    $(OUT)/run/                 (film, plots, steps.jsonl)"
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-elsewhere: setup
 	tests/elsewhere.sh
