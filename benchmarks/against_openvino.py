@@ -25,8 +25,8 @@ import numpy.typing as npt
 
 from ki_edge import flow
 from ki_edge.bundle import Bundle
-from ki_edge.images import model_pictures
-from ki_runtime.denoise import runtime_weights
+from ki_edge.policy.images import model_pictures
+from ki_runtime.policy.denoise import runtime_weights
 
 Array = npt.NDArray[Any]
 Graph = Callable[[Mapping[str, Array]], list[Array]]
@@ -50,7 +50,7 @@ def open_openvino(path: Path, hint: str, threads: int) -> Graph:
 def open_onnxruntime(bundle: Bundle, name: str, threads: int) -> Graph:
     """A graph as ki_runtime opens it."""
     from ki_edge import graphs
-    from ki_runtime.backends import SessionOptions, choose_backend, open_session
+    from ki_runtime.backends.registry import SessionOptions, choose_backend, open_session
 
     spec = {spec.name: spec for spec in graphs.specs(bundle.manifest.config)}[name]
     session = open_session(bundle, spec, choose_backend("ort"), SessionOptions(threads))

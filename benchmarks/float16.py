@@ -23,21 +23,21 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-import ki_export.decision
-import ki_export.sixteen_bits
+import ki_export.precision.decision
+import ki_export.precision.sixteen_bits
 from ki_edge.bundle import Bundle
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import BackendError
-from ki_edge.images import model_pictures
-from ki_edge.model import Observation, PiModel
+from ki_edge.model import Observation, PiModel, load_model
+from ki_edge.policy.images import model_pictures
 from ki_export.arithmetic.session import arithmetic_sampler
 from ki_export.bench.machine import describe
 from ki_export.bench.tables import table
-from ki_export.cases import Array
-from ki_export.decision import Decision
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
-from ki_export.ranges_report import picture
+from ki_export.parity.cases import Array
+from ki_export.precision.decision import Decision
+from ki_export.precision.ranges_report import picture
 
 STEPS = 10
 PLAIN, LARGE, FLOAT16, BFLOAT16 = KINDS = ("float16, plain casts", "float16, large end only", "float16", "bfloat16")
@@ -62,8 +62,8 @@ def write(kind: str, checkpoint: Path, work: Path) -> Bundle:
     options = ExportOptions(target="trt", precision=precision, model_only=True, verify=False, force=True)
     path = work / kind.replace(", ", "_").replace(" ", "_")
     changes: dict[str, AbstractContextManager[object]] = {
-        PLAIN: patch.object(ki_export.sixteen_bits, "decide", lambda *_: Decision("fp16")),
-        LARGE: patch.object(ki_export.decision, "SMALL", 0.0),
+        PLAIN: patch.object(ki_export.precision.sixteen_bits, "decide", lambda *_: Decision("fp16")),
+        LARGE: patch.object(ki_export.precision.decision, "SMALL", 0.0),
     }
     with changes.get(kind, nullcontext()):
         return export(checkpoint, path, options, note)
@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--compile", metavar="X.Y,...", help="also compile all graphs for these compute capabilities")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    model = Checkpoint.open(arguments.checkpoint).load_model()
+    model = load_model(Checkpoint.open(arguments.checkpoint))
     cases = list(observations(model, arguments.observations))
     expected = []
     for inputs, noise in cases:

@@ -73,7 +73,7 @@ def measure(checkpoint: Path, work: Path) -> list[Measured]:
         if name == "float32":
             rows.append(_copy("plain copy of the float32 weights", bundle / "weights.safetensors", work))
         if name == "float32":
-            parity = [sys.executable, "-m", "ki_export.parity_cli", str(bundle), "--checkpoint", str(checkpoint)]
+            parity = [sys.executable, "-m", "ki_export.parity.cli", str(bundle), "--checkpoint", str(checkpoint)]
             rows.append(run(f"verification, {name}", parity))
         size = sum(facts["size"] for facts in Bundle.open(bundle).manifest.files.values())
         found = run(f"inference, {name}", [*infer, "bundle", str(bundle), str(actions)])

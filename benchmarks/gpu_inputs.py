@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.config import Pi05Config
-from ki_edge.images import model_pictures
+from ki_edge.policy.images import model_pictures
 
 Array = npt.NDArray[Any]
 SLOTS, PADDED = 3, 200  # openpi's cameras and prompt length

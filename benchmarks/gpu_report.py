@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ki_edge.config import PI05
-from ki_export.devices import DEVICES, Device, floor_ms, stages
+from ki_export.source.devices import DEVICES, Device, floor_ms, stages
 
 CASES = ((2, 30), (3, 200))  # cameras present, tokens of the prompt
 STEPS = 10

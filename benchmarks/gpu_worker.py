@@ -38,7 +38,7 @@ class BundleSide:
             from ki_runtime.trt.build import BuildOptions, build_bundle
 
             build_bundle(path, backend, options=BuildOptions(batch=batch))
-        from ki_runtime.sampler import Sampler
+        from ki_runtime.policy.sampler import Sampler
 
         self._sampler = Sampler.open(path, backend, build=True)
         self.config = self._sampler.config

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch.nn.functional import interpolate, pad
 
-from ki_edge.images import fit_image, inner_size
+from ki_edge.policy.images import fit_image, inner_size
 
 Array = npt.NDArray[Any]
 SIZES = ((480, 640), (720, 1280), (1080, 1920), (240, 320), (224, 224))

@@ -22,12 +22,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.bundle import Bundle
-from ki_export.cases import standard_cases
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
-from ki_runtime.policy import Policy
+from ki_export.parity.cases import standard_cases
+from ki_runtime.policy.policy import Policy
+from ki_runtime.policy.sampler import Sampler
 from ki_runtime.robots import open_robot
-from ki_runtime.sampler import Sampler
 
 F32 = npt.NDArray[np.float32]
 STEPS_IN = 4  # control steps between the observations of an episode

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from ki_edge.checkpoints.keys import EMBEDDING, EXPERT_HEAD, LM_HEAD, checkpoint_key
+from ki_edge.checkpoints.layout.keys import EMBEDDING, EXPERT_HEAD, LM_HEAD, checkpoint_key
 from ki_edge.config import PI05, Pi05Config
 from ki_edge.model import Pi05
 

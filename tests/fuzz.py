@@ -19,12 +19,12 @@ from pathlib import Path
 
 from ki_edge.bundle import Bundle
 from ki_edge.checkpoints import Checkpoint
-from ki_edge.contract import PolicyContract
 from ki_edge.errors import KiEdgeError
-from ki_edge.fast import FastCodec
-from ki_edge.normalize import read_norm_stats
-from ki_runtime.denoise import runtime_weights
-from ki_runtime.policy import read_assets
+from ki_edge.policy.contract import PolicyContract
+from ki_edge.policy.fast import FastCodec
+from ki_edge.policy.normalize import read_norm_stats
+from ki_runtime.policy.denoise import runtime_weights
+from ki_runtime.policy.policy import read_assets
 from ki_runtime.trt.graph_file import read_graph
 
 HEADS = ("manifest.json", "config.json", "contract.json", "norm_stats.json")  # changed more often than others

@@ -54,10 +54,10 @@ def modules_that_import(source: str) -> list[str]:
 def test_runtime_and_shared_code_import_without_torch_or_backends() -> None:
     done = modules_that_import(PROBE.format(blocked=BLOCKED))
     for name in (
-        "ki_edge.transforms",
+        "ki_edge.policy.transforms",
         "ki_edge.bundle",
-        "ki_runtime.policy",
-        "ki_runtime.cli",
+        "ki_runtime.policy.policy",
+        "ki_runtime.control.cli",
         "ki_runtime.robots.fetch",
     ):
         assert name in done
@@ -91,7 +91,7 @@ def test_onnxruntime_neither_reports_its_use_nor_leaves_an_identifier(tmp_path: 
     home.mkdir()
     environment = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache")}
     del environment["ORT_DISABLE_TELEMETRY"]
-    code = "from ki_runtime.ort_session import onnxruntime; print(onnxruntime().__version__)"
+    code = "from ki_runtime.backends.ort import onnxruntime; print(onnxruntime().__version__)"
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
     assert list(home.rglob("*")) == []
 
@@ -103,4 +103,4 @@ def test_onnxruntime_is_imported_at_one_place() -> None:
         for path in (ROOT / folder).rglob("*.py")
         if re.search(r"import_module\(\"onnxruntime\"\)|^\s*(import|from) onnxruntime", path.read_text("utf-8"), re.M)
     ]
-    assert places == ["runtime/ki_runtime/ort_session.py"]
+    assert places == ["runtime/ki_runtime/backends/ort.py"]

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from ki_edge.bundle import SCHEMA, Bundle, DecodeVocabulary, Manifest, sha256, write_bundle
-from ki_edge.bundle_files import BUILT
+from ki_edge.bundle.files import BUILT
 from ki_edge.config import TINY
 from ki_edge.errors import BundleError
 
@@ -109,7 +109,7 @@ def test_sealing_again_after_changes(tmp_path):
 
 def test_unchanged_files_are_hashed_once(tmp_path, monkeypatch):
     hashed = []
-    monkeypatch.setattr("ki_edge.bundle.sha256", lambda path: hashed.append(path.name) or sha256(path))
+    monkeypatch.setattr("ki_edge.bundle.bundle.sha256", lambda path: hashed.append(path.name) or sha256(path))
     with write_bundle(tmp_path / "bundle") as writer:
         fill(writer)
         writer.seal(manifest())

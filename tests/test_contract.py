@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from ki_edge import contract as contracts
-from ki_edge.contract import Camera, FastContract, PolicyContract, generic, make_mask
 from ki_edge.errors import ContractError
+from ki_edge.policy import contract as contracts
+from ki_edge.policy.contract import Camera, FastContract, PolicyContract, generic, make_mask
 
 PRESETS = {
     "droid": contracts.droid(),

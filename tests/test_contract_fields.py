@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ki_edge.contract import Camera, FastContract, PolicyContract, generic
 from ki_edge.errors import ContractError
+from ki_edge.policy.contract import Camera, FastContract, PolicyContract, generic
 
 SOUND = generic(
     ["front"], state_dim=3, action_dim=3, action_horizon=4, fast=FastContract(), default_prompt="go",

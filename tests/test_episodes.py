@@ -5,13 +5,13 @@ import os
 import numpy as np
 import pytest
 
-from ki_edge.contract import Camera, aloha, droid, generic, libero
-from ki_edge.episode_file import RecordedEpisode
-from ki_edge.episodes import EpisodeView
 from ki_edge.errors import DatasetError
-from ki_edge.normalize import NormStats
-from ki_edge.prompt import PromptTokenizer
-from ki_edge.transforms import InputPipeline, read_images, read_state
+from ki_edge.policy.contract import Camera, aloha, droid, generic, libero
+from ki_edge.policy.normalize import NormStats
+from ki_edge.policy.prompt import PromptTokenizer
+from ki_edge.policy.transforms import InputPipeline, read_images, read_state
+from ki_edge.recordings.episode_file import RecordedEpisode
+from ki_edge.recordings.episodes import EpisodeView
 
 T = 3
 RNG = np.random.default_rng(0)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from ki_edge.bundle import Bundle
+from ki_edge.bundle.external_data import MOST_BYTES, check_external_data
 from ki_edge.errors import BundleError
-from ki_edge.external_data import MOST_BYTES, check_external_data
-from ki_edge.protobuf import fields
+from ki_edge.files.protobuf import fields
 
 
 def external(location="weights.safetensors", **more):

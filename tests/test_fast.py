@@ -8,8 +8,8 @@ import scipy.fft
 import tokenizers
 
 from ki_edge.errors import ArgumentError, ContractError
-from ki_edge.fast import FastCodec, FastIds, dct_matrix
-from ki_edge.prompt import PromptTokenizer
+from ki_edge.policy.fast import FastCodec, FastIds, dct_matrix
+from ki_edge.policy.prompt import PromptTokenizer
 
 BEYOND = (2, 3)  # golden rows whose coefficients this codec cannot spell
 IDS = FastIds(offset=5000, size=512)

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ki_export.reference import ReferencePolicy
-from ki_runtime.loop import ControlLoop, LoopOptions, episode_noise
-from ki_runtime.policy import Policy
+from ki_export.parity.reference import ReferencePolicy
+from ki_runtime.control.loop import ControlLoop, LoopOptions, episode_noise
+from ki_runtime.policy.policy import Policy
 from ki_runtime.robots import open_robot
 
 ROBOT = "gym:FetchReach-v4"
@@ -73,7 +73,7 @@ def test_fast_tokens_decode_to_the_same_direction(policy: Policy) -> None:
 
 
 def test_ki_run_without_torch(fetch_bundle: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "ki_runtime.cli", str(fetch_bundle), "--robot", ROBOT, "--episodes", "2"]
+    command = [sys.executable, "-m", "ki_runtime.control.cli", str(fetch_bundle), "--robot", ROBOT, "--episodes", "2"]
     command += ["--seed", "5000", "--record", str(tmp_path / "run"), "--json"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
@@ -89,7 +89,8 @@ def test_a_stopped_ki_run_leaves_a_film(fetch_bundle: Path, tmp_path: Path, name
     """The real command on the simulator, stopped by a signal to it alone."""
     program = pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe()
     allow = f"import signal; signal.signal(signal.{name}, signal.SIG_DFL); "  # tests may run where it is ignored
-    start = "signal.signal(signal.SIGINT, signal.default_int_handler); import sys; from ki_runtime.cli import main; "
+    start = "signal.signal(signal.SIGINT, signal.default_int_handler); import sys; "
+    start += "from ki_runtime.control.cli import main; "
     command = [sys.executable, "-c", f"{allow}{start}sys.exit(main())", str(fetch_bundle), "--robot", ROBOT]
     command += ["--episodes", "1000", "--record", str(tmp_path / "run")]
     log, film = tmp_path / "run" / "steps.jsonl", tmp_path / "run" / "episode_000.mp4"

@@ -9,7 +9,8 @@ import pytest
 from ki_edge import flow
 from ki_edge.config import PI05
 from ki_edge.errors import ArgumentError
-from ki_edge.safetensors_index import SafetensorsIndex
+from ki_edge.files.safetensors_index import SafetensorsIndex
+from ki_edge.model import load_model
 
 DEPTH = 3  # of the recorded models
 CONFIG = replace(  # as far as it matters here: the expert's width and depth
@@ -102,10 +103,8 @@ def test_modulations_follow_from_the_recorded_conditions(recorded, tensor):
 def test_modulations_equal_the_models(data, recorded, tensor):
     import torch
 
-    from ki_edge.model import Pi05
-
     with torch.no_grad():
-        expected = Pi05.from_checkpoint(data / "openpi_a").modulation(torch.from_numpy(recorded["times"]))
+        expected = load_model(data / "openpi_a").modulation(torch.from_numpy(recorded["times"]))
     ours = flow.modulation_table(tensor, recorded["times"], CONFIG)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
 

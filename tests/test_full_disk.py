@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from ki_edge.bundle import Manifest, write_bundle
-from ki_edge.contract import PolicyContract, generic
+from ki_edge.bundle.linked import record_link
 from ki_edge.errors import BackendError, BundleError, CheckpointError, ContractError, ExportError, KiEdgeError
-from ki_edge.fast import FastCodec
-from ki_edge.linked import record_link
+from ki_edge.files.writing import write_file, writing
 from ki_edge.model.checkpoint import write_safetensors
-from ki_edge.normalize import NormStats, write_norm_stats
-from ki_edge.writing import write_file, writing
-from ki_export.safetensors_writer import Part, copy_file, write_tensors
-from ki_export.shared_file import own_file
+from ki_edge.policy.contract import PolicyContract, generic
+from ki_edge.policy.fast import FastCodec
+from ki_edge.policy.normalize import NormStats, write_norm_stats
+from ki_export.weights.safetensors_writer import Part, copy_file, write_tensors
+from ki_export.weights.shared_file import own_file
 from ki_runtime.trt.compiling import _Notes
 from ki_runtime.trt.engines import Engines
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from ki_edge import flow, graphs
 from ki_edge.bundle import Manifest, write_bundle
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
-from ki_edge.contract import FastContract, generic
+from ki_edge.policy.contract import FastContract, generic
 
 from .fuzz import run_case
 

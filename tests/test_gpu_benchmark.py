@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ki_edge.config import PI05
-from ki_export.devices import DEVICES
+from ki_export.source.devices import DEVICES
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

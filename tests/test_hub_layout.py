@@ -6,7 +6,7 @@ import os
 import pytest
 
 from ki_edge.bundle import Bundle, Manifest, write_bundle
-from ki_edge.bundle_files import hub_blobs
+from ki_edge.bundle.files import hub_blobs
 from ki_edge.errors import BundleError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ki_edge.errors import ArgumentError, ObservationError
-from ki_edge.images import parse_image, resize_with_pad
+from ki_edge.policy.images import parse_image, resize_with_pad
 
 SIZES = ["480x640", "640x480", "100x100", "225x224", "37x223"]
 

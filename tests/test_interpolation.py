@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from ki_edge.errors import ArgumentError, ObservationError
-from ki_edge.images import MAX_SIDE, METHODS, fit_image, interpolate_with_pad, model_pictures, read_image
+from ki_edge.policy.images import MAX_SIDE, METHODS, fit_image, interpolate_with_pad, model_pictures, read_image
 
 FLOAT_METHODS = [name for name, method in METHODS.items() if method.pictures == "float32"]
 ROUNDING = 5e-7  # of numbers up to 1 in float32, a few operations each

@@ -21,7 +21,8 @@ KILLER = """
 import json, os, signal, sys
 from pathlib import Path
 sys.path.insert(0, str(Path(sys.argv[1])))
-from ki_edge import bundle, publishing, staging
+from ki_edge.bundle import bundle
+from ki_edge.files import publishing, staging
 from ki_edge.errors import KiEdgeError
 from tests_killed import look, write
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ki_edge.errors import CheckpointError, ContractError, DatasetError
-from ki_edge.normalize import (
+from ki_edge.policy.normalize import (
     NormStats,
     checked_stats,
     compute_stats,

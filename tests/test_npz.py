@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ki_edge.errors import DatasetError
-from ki_edge.npz import read_npz
+from ki_edge.files.npz import read_npz
 
 
 def header(shape: tuple[int, ...], dtype: str = "|u1") -> bytes:

@@ -2,9 +2,9 @@
 
 import pytest
 
-from ki_edge.contract import make_mask
 from ki_edge.errors import ArgumentError, ContractError
-from ki_edge.presets import PRESETS, PUBLIC, SHORT, WITHOUT, find_preset
+from ki_edge.policy.contract import make_mask
+from ki_edge.policy.presets import PRESETS, PUBLIC, SHORT, WITHOUT, find_preset
 
 JOINTS, ARMS = make_mask(7, -1), make_mask(6, -1, 6, -1)
 # name: robot, model, horizon, longest prompt, delta mask, default prompt

@@ -5,7 +5,7 @@ import pytest
 import sentencepiece
 
 from ki_edge.errors import ArgumentError, ContractError, ObservationError, PromptError
-from ki_edge.prompt import PromptTokenizer, digitize_state, pad
+from ki_edge.policy.prompt import PromptTokenizer, digitize_state, pad
 
 STATE = np.array([-2.0, -1.0, 0.0, 0.999, np.nan])
 BINS = "-1 0 128 255 255"

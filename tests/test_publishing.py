@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ki_edge import publishing as module
 from ki_edge.errors import BundleError
-from ki_edge.publishing import publishing, sync
+from ki_edge.files import publishing as module
+from ki_edge.files.publishing import publishing, sync
 
 ROOT = Path(__file__).parents[1]
 
@@ -198,7 +198,7 @@ CONTAINER = """
 import os, sys
 from pathlib import Path
 from ki_edge.errors import BundleError
-from ki_edge.publishing import publishing
+from ki_edge.files.publishing import publishing
 if sys.argv[2] != "own":
     os.getpid = lambda: 7
 target, me = Path(sys.argv[1]), sys.argv[3]

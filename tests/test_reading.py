@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ki_edge.errors import BundleError
-from ki_edge.reading import MAX_DEPTH, parse_json, read_file, read_json, read_object
+from ki_edge.files.reading import MAX_DEPTH, parse_json, read_file, read_json, read_object
 
 VALUES = st.recursive(
     st.none()
@@ -85,5 +85,5 @@ def test_an_object_is_asked_for_and_a_list_named(tmp_path: Path) -> None:
 
 
 def test_reading_imports_nothing_heavy() -> None:
-    code = "import sys, ki_edge.reading; print('numpy' in sys.modules)"
+    code = "import sys, ki_edge.files.reading; print('numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

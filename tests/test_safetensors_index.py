@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from ki_edge.errors import CheckpointError
-from ki_edge.safetensors_index import MAX_HEADER, SafetensorsIndex
+from ki_edge.files.safetensors_index import MAX_HEADER, SafetensorsIndex
 
 TENSORS = {
     "matrix": torch.arange(6, dtype=torch.float32).reshape(2, 3) / 7,

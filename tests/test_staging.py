@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from ki_edge.staging import MARK, identity, staging, sweep
+from ki_edge.files.staging import MARK, identity, staging, sweep
 
 TOKEN = "0123456789abcdef"
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from ki_edge.staging import staging
+from ki_edge.files.staging import staging
 os.getpid = lambda: 7  # as two containers have
 with staging(Path(sys.argv[1])) as own:
     (own.folder / "half").write_bytes(b"x")

@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ki_edge import contract as contracts
 from ki_edge.errors import ArgumentError, ContractError, DatasetError, ObservationError, PromptError
-from ki_edge.fast import FastCodec, FastIds
-from ki_edge.normalize import NormStats
-from ki_edge.prompt import PromptTokenizer, digitize_state
-from ki_edge.transforms import (
+from ki_edge.policy import contract as contracts
+from ki_edge.policy.fast import FastCodec, FastIds
+from ki_edge.policy.normalize import NormStats
+from ki_edge.policy.prompt import PromptTokenizer, digitize_state
+from ki_edge.policy.transforms import (
     InputPipeline,
     OutputPipeline,
     aloha_actions_to_model,

@@ -6,9 +6,9 @@ import random
 import pytest
 
 from ki_edge.errors import ContractError
-from ki_edge.fast import FastIds
-from ki_edge.prompt import PromptTokenizer
-from ki_edge.words import open_words
+from ki_edge.policy.fast import FastIds
+from ki_edge.policy.prompt import PromptTokenizer
+from ki_edge.policy.words import open_words
 
 # words of many scripts, digits, spaces of Unicode, newlines, and text that looks like special tokens
 TEXT = """pick up the red cube and place it öffne die Schublade ramasse наливай воду 机器人 把杯子放好 ロボット 컵을

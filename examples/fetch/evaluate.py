@@ -15,7 +15,7 @@ from typing import Any
 
 from ki_edge.bundle import MANIFEST, Bundle
 from ki_edge.errors import KiEdgeError
-from ki_runtime.loop import ControlLoop, LoopOptions
+from ki_runtime.control.loop import ControlLoop, LoopOptions
 from ki_runtime.robots import open_robot
 
 
@@ -25,7 +25,7 @@ def open_policy(path: Path) -> Any:
     A float16 or bfloat16 bundle is computed in exactly these types, as a GPU would: ONNX Runtime's CPU widens them.
     """
     if (path / MANIFEST).is_file():
-        from ki_runtime.policy import Policy, read_assets
+        from ki_runtime.policy.policy import Policy, read_assets
 
         bundle = Bundle.open(path)
         if bundle.manifest.precision in ("float16", "bfloat16"):
@@ -33,7 +33,7 @@ def open_policy(path: Path) -> Any:
 
             return Policy(arithmetic_sampler(bundle), read_assets(bundle))
         return Policy.load(bundle)
-    from ki_export.reference import ReferencePolicy
+    from ki_export.parity.reference import ReferencePolicy
 
     return ReferencePolicy(path)
 

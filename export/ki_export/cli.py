@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from ki_edge.commands import Parser, run_command, show, show_json, tell
 from ki_edge.errors import ArgumentError
 from ki_edge.graphs import GRAPHS
-from ki_edge.presets import SHORT
+from ki_edge.policy.presets import SHORT
 
 if TYPE_CHECKING:
     from ki_edge.bundle import Bundle
+    from ki_export.source.opening import Where
 
-    from .opening import Where
     from .policies import PolicyRequest
 
 NAME = "ki-export"
@@ -128,8 +128,8 @@ def _graph_names(text: str | None) -> tuple[str, ...] | None:
 def _gpu_ready(target: str) -> bool:
     """Whether engines can be built and run on this machine."""
     from ki_edge.errors import BackendError
+    from ki_runtime.gpu.cuda import current_device
     from ki_runtime.trt.api import Api
-    from ki_runtime.trt.cuda import current_device
     from ki_runtime.trt.targets import MODULES
 
     try:
@@ -151,7 +151,7 @@ def _summary(bundle: Bundle) -> str:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from .inspection import inspect
+    from ki_export.source.inspection import inspect
 
     say = lambda line: tell(f"{NAME}: {line}")  # noqa: E731
     found = inspect(_where(arguments), _request(arguments), say, model_only=arguments.model_only)
@@ -163,7 +163,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _where(arguments: argparse.Namespace) -> Where:
-    from .opening import Where
+    from ki_export.source.opening import Where
 
     return Where(arguments.checkpoint, arguments.revision, arguments.base, arguments.horizon)
 

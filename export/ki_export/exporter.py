@@ -19,21 +19,21 @@ from ki_edge import flow, graphs
 from ki_edge.bundle import Bundle, BundleWriter, DecodeVocabulary, Manifest, sha256, write_bundle
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import CheckpointError, ExportError
-from ki_edge.writing import writing
+from ki_edge.files.writing import writing
+from ki_export.graphs.checker import check
+from ki_export.graphs.tracing import quiet, trace_all
+from ki_export.passes.attention import fuse_attention
+from ki_export.passes.quantize import quantize
+from ki_export.passes.stored import keep_stored_types
+from ki_export.precision.sixteen_bits import Lowered, Request, lower_models, observations
+from ki_export.source.examination import examine
+from ki_export.source.opening import Where
+from ki_export.source.provenance import Hashes, hash_files, provenance, tool_versions
+from ki_export.weights.int8 import choose
+from ki_export.weights.weights import ONNX_TYPES, WEIGHTS, Rows, Weights, attach, place_weights, sources
 
-from .checker import check
-from .examination import examine
-from .int8 import choose
-from .opening import Where
 from .options import PRECISIONS, ExportOptions
-from .passes.attention import fuse_attention
-from .passes.quantize import quantize
-from .passes.stored import keep_stored_types
 from .policies import PolicyFiles, decode_vocabulary
-from .provenance import Hashes, hash_files, provenance, tool_versions
-from .sixteen_bits import Lowered, Request, lower_models, observations
-from .tracing import quiet, trace_all
-from .weights import ONNX_TYPES, WEIGHTS, Rows, Weights, attach, place_weights, sources
 
 NUM_STEPS = 10
 Say = Callable[[str], object]
@@ -78,7 +78,7 @@ def export(
         with _stage(say, "wrote graphs and weights"):
             bundle = _write(writer, plan, options, hashes)
         if options.verify:
-            from .parity import prove
+            from ki_export.parity.parity import prove
 
             prove(writer, bundle, opened, say)
         opened.check_unchanged()

@@ -11,10 +11,10 @@ import onnx
 
 from ki_edge import flow
 from ki_edge.errors import ArgumentError
+from ki_export.graphs.tracing import MIN_OPSET
+from ki_export.weights.weights import Stored
 
 from .policies import PolicyRequest
-from .tracing import MIN_OPSET
-from .weights import Stored
 
 TARGETS = ("ort", "trt", "trt-rtx")
 OPSET = 20

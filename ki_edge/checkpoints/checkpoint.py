@@ -7,18 +7,33 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config import Pi05Config, Pictures
-from ..errors import CheckpointError
-from ..safetensors_index import SafetensorsIndex
-from .formats import SHARDS, WEIGHTS, Format, Found, described_by, read_json, recognise
-from .geometry import read_geometry, read_horizon
-from .keys import EMBEDDING, LM_HEAD, TIME_LAYERS, UNUSED, canonical, checkpoint_key, is_pi05, parameter_shapes
-from .source import F32, WIDTHS, FileState, SafetensorsSource, StoredTensor, TensorSource, file_state
+from ki_edge.checkpoints.layout.formats import SHARDS, WEIGHTS, Format, Found, described_by, read_json, recognise
+from ki_edge.checkpoints.layout.geometry import read_geometry, read_horizon
+from ki_edge.checkpoints.layout.keys import (
+    EMBEDDING,
+    LM_HEAD,
+    TIME_LAYERS,
+    UNUSED,
+    canonical,
+    checkpoint_key,
+    is_pi05,
+    parameter_shapes,
+)
+from ki_edge.checkpoints.layout.source import (
+    F32,
+    WIDTHS,
+    FileState,
+    SafetensorsSource,
+    StoredTensor,
+    TensorSource,
+    file_state,
+)
+from ki_edge.config import Pi05Config, Pictures
+from ki_edge.errors import CheckpointError
+from ki_edge.files.safetensors_index import SafetensorsIndex
 
 if TYPE_CHECKING:
-    import torch
-
-    from ..model.pi import PiModel
+    pass
 
 MAX_SHARDS = 1000
 MAX_NAME = 200  # characters of a file's name
@@ -59,7 +74,7 @@ class Checkpoint:
         found = recognise(Path(path))
         source = open_source(found)
         if adapter is not None:
-            from .lora import open_adapter
+            from ki_edge.checkpoints.peft.lora import open_adapter
 
             source = open_adapter(Path(adapter), source)
             found = described_by(Path(adapter), found)
@@ -85,15 +100,6 @@ class Checkpoint:
         """A tensor by the model's parameter name, float32."""
         return self.source.array(checkpoint_key(name))
 
-    def load_model(self, *, dtype: torch.dtype | None = None) -> PiModel:
-        """The model with this checkpoint's weights, eval mode; float32 unless `dtype` says otherwise.
-
-        With bfloat16 the list of float32 parameters is openpi's.
-        """
-        from ..model.checkpoint import load_model
-
-        return load_model(self, dtype)
-
     def check_unchanged(self) -> None:
         """CheckpointError if a file was written, replaced or removed since the checkpoint was opened."""
         for path, state in self.states.items():
@@ -104,7 +110,7 @@ class Checkpoint:
 def open_source(found: Found) -> TensorSource:
     """The tensors of a recognised checkpoint under openpi's keys."""
     if found.params is not None:
-        from .orbax import OrbaxSource
+        from ki_edge.checkpoints.jax.orbax import OrbaxSource
 
         return OrbaxSource.open(found.params)
     paths = _shards(found.folder)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..config import Pi05Config
+from ki_edge.config import Pi05Config
+
 from .pi import PiModel
 from .pi0 import Pi0
 from .pi05 import Pi05

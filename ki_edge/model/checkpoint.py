@@ -12,12 +12,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..checkpoints import Checkpoint
-from ..checkpoints.geometry import GEOMETRY
-from ..checkpoints.keys import EMBEDDING, EXPERT_HEAD, LM_HEAD, checkpoint_key
-from ..config import GemmaConfig, Pi05Config
-from ..errors import CheckpointError
-from ..writing import write_file, writing
+from ki_edge.checkpoints import Checkpoint
+from ki_edge.checkpoints.layout.geometry import GEOMETRY
+from ki_edge.checkpoints.layout.keys import EMBEDDING, EXPERT_HEAD, LM_HEAD, checkpoint_key
+from ki_edge.config import GemmaConfig, Pi05Config
+from ki_edge.errors import CheckpointError
+from ki_edge.files.writing import write_file, writing
+
 from .build import build
 from .pi import PiModel
 
@@ -34,11 +35,14 @@ OPENPI_VARIANTS = {
 }
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> PiModel:
-    """The model with a checkpoint's weights, eval mode; float32 unless `dtype` says otherwise.
+def load_model(checkpoint: Checkpoint | str | Path, *, dtype: torch.dtype | None = None) -> PiModel:
+    """The model with the weights of a checkpoint, opened or a folder of any format, eval mode.
 
-    With bfloat16 the list of float32 parameters is openpi's.
+    float32 unless `dtype` says otherwise; with bfloat16 the list of float32 parameters is openpi's. CheckpointError if
+    it cannot be read.
     """
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = Checkpoint.open(checkpoint)
     with torch.device("meta"):
         model = build(checkpoint.config)
     state = {}

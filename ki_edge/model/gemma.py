@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..config import GemmaConfig
+from ki_edge.config import GemmaConfig
+
 from .layers import GatedMLP, Modulation, RMSNorm, Rope, attention, modulated_norm, rotate
 
 KeysValues = tuple[Tensor, Tensor]

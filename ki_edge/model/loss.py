@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ki_edge.errors import ArgumentError
+
 from .gemma import KeysValues
 from .layers import MASKED, key_bias
 from .observation import Observation

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import Pi05Config
-from ..errors import ObservationError
+from ki_edge.config import Pi05Config
+from ki_edge.errors import ObservationError
 
 
 @dataclass(frozen=True)

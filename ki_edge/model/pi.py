@@ -7,15 +7,15 @@ The loss, the samplers and the export wrappers call the same code.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..config import Pi05Config, Variant
-from ..errors import ArgumentError, CheckpointError
-from ..flow import MAX_PERIOD, MIN_PERIOD
+from ki_edge.config import Pi05Config, Variant
+from ki_edge.errors import ArgumentError
+from ki_edge.flow import MAX_PERIOD, MIN_PERIOD
+
 from . import sampling
 from .gemma import Backbone, KeysValues
 from .layers import MASKED, Rope, key_bias, rope_angles
@@ -23,7 +23,7 @@ from .observation import Observation
 from .siglip import VisionTower
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    pass
 
 Prefix = tuple[Tensor, Tensor, Tensor]
 
@@ -52,20 +52,6 @@ class PiModel(nn.Module):
         self.expert = expert
         self.action_in_proj = nn.Linear(config.action_dim, config.expert.width)
         self.action_out_proj = nn.Linear(config.expert.width, config.action_dim)
-
-    @classmethod
-    def from_checkpoint(cls, path: str | Path, *, dtype: torch.dtype = torch.float32) -> Self:
-        """Load a checkpoint folder of any format (see `ki_edge.checkpoints`) in eval mode.
-
-        CheckpointError if it cannot be read, or holds the other model.
-        """
-        from ..checkpoints import Checkpoint
-
-        checkpoint = Checkpoint.open(path)
-        model = checkpoint.load_model(dtype=dtype)
-        if not isinstance(model, cls):
-            raise CheckpointError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
-        return model
 
     # ------------------------------------------------------------------ the prefix
 

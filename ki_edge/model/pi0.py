@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..config import Pi05Config
-from ..errors import ArgumentError
+from ki_edge.config import Pi05Config
+from ki_edge.errors import ArgumentError
+
 from .gemma import KeysValues, PlainExpert
 from .layers import MASKED, key_bias
 from .pi import PiModel

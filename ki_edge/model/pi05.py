@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..config import Pi05Config
+from ki_edge.config import Pi05Config
+
 from . import loss
 from .gemma import ActionExpert, KeysValues
 from .layers import key_bias

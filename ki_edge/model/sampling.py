@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
-from ..flow import denoise_times, step_size
+from ki_edge.errors import ArgumentError
+from ki_edge.flow import denoise_times, step_size
+
 from .observation import Observation
 
 if TYPE_CHECKING:

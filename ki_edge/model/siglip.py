@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..config import VisionConfig
+from ki_edge.config import VisionConfig
+
 from .layers import attention
 
 

@@ -19,8 +19,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import Checkpoint, TensorSource
-from ..checkpoints.keys import EMBEDDING
+from ki_edge.checkpoints import Checkpoint, TensorSource
+from ki_edge.checkpoints.layout.keys import EMBEDDING
+
 from .build import build
 from .pi import PiModel
 

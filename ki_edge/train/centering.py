@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..model import Pi05
+from ki_edge.model import Pi05
 
 PATCHES = "vision.embeddings.patch_embedding."
 POSITIONS = "vision.embeddings.position_embedding.weight"

@@ -8,8 +8,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..commands import Parser, run_command, show
-from ..config import TINY
+from ki_edge.commands import Parser, run_command, show
+from ki_edge.config import TINY
 
 PRESETS = {"tiny": TINY}
 HELP = {

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DatasetError
-from ..reading import read_object
+from ki_edge.errors import DatasetError
+from ki_edge.files.reading import read_object
 
 VERSION = 1
 MAX_META = 4_000_000

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import Pi05Config
-from ..errors import ArgumentError
+from ki_edge.config import Pi05Config
+from ki_edge.errors import ArgumentError
+
 from .demonstrations import Demonstrations
 
 FREE = frozenset({"settings.save_every", "settings.log_every"})  # change nothing that is computed

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..config import Pi05Config
-from ..model import Pi05
+from ki_edge.config import Pi05Config
+from ki_edge.model import Pi05
 
 
 def from_scratch(config: Pi05Config, *, seed: int, knowledge_insulation: bool = True) -> Pi05:

@@ -19,11 +19,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import ArgumentError, CheckpointError, DatasetError
-from ..model import Observation, Pi05
-from ..model.checkpoint import save_checkpoint, write_safetensors
-from ..reading import parse_json
-from ..safetensors_index import SafetensorsIndex
+from ki_edge.errors import ArgumentError, CheckpointError, DatasetError
+from ki_edge.files.reading import parse_json
+from ki_edge.files.safetensors_index import SafetensorsIndex
+from ki_edge.model import Observation, Pi05
+from ki_edge.model.checkpoint import save_checkpoint, write_safetensors
+
 from .centering import CenteredPatches
 from .facts import Facts, check_same
 from .recipe import Examples, Recipe, Tokens

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import CheckpointError
-from ..writing import writing
+from ki_edge.errors import CheckpointError
+from ki_edge.files.writing import writing
 
 TERMS = {"flow": "flow matching", "fast": "FAST cross-entropy", "pointing": "pointing cross-entropy"}
 

@@ -15,13 +15,14 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import numpy.typing as npt
 
-from ..config import Pi05Config
-from ..contract import FastContract, PolicyContract, generic
-from ..errors import CheckpointError, DatasetError
-from ..fast import FastCodec, FastIds
-from ..normalize import NormStats, compute_stats, normalize, write_norm_stats
-from ..prompt import PromptTokenizer
-from ..writing import write_file
+from ki_edge.config import Pi05Config
+from ki_edge.errors import CheckpointError, DatasetError
+from ki_edge.files.writing import write_file
+from ki_edge.policy.contract import FastContract, PolicyContract, generic
+from ki_edge.policy.fast import FastCodec, FastIds
+from ki_edge.policy.normalize import NormStats, compute_stats, normalize, write_norm_stats
+from ki_edge.policy.prompt import PromptTokenizer
+
 from .demonstrations import Demonstrations
 
 LOC_BINS = 64  # PaliGemma has 1024; every 16th serves small pictures

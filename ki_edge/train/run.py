@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..config import Pi05Config
-from ..errors import ArgumentError, CheckpointError
-from ..model import Checkpoint
+from ki_edge.checkpoints import Checkpoint
+from ki_edge.config import Pi05Config
+from ki_edge.errors import ArgumentError, CheckpointError
+from ki_edge.model import load_model
+
 from .centering import CenteredPatches, mean_picture
 from .demonstrations import Demonstrations
 from .facts import Facts, as_json, digest_weights, gather
@@ -90,4 +92,4 @@ def _initial_state(folder: Path, config: Pi05Config) -> dict[str, torch.Tensor]:
         raise ArgumentError(
             f"{folder} cannot be the start of this run: its geometry is {checkpoint.config}, not {config}"
         )
-    return checkpoint.load_model().state_dict()
+    return load_model(checkpoint).state_dict()

@@ -10,16 +10,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .loop import ControlLoop, LoopOptions, episode_noise
-    from .policy import Policy
-    from .sampler import Sampler
+    from ki_runtime.control.loop import ControlLoop, LoopOptions, episode_noise
+    from ki_runtime.policy.policy import Policy
+    from ki_runtime.policy.sampler import Sampler
 
 _HOMES = {
-    "ControlLoop": "loop",
-    "LoopOptions": "loop",
-    "Policy": "policy",
-    "Sampler": "sampler",
-    "episode_noise": "loop",
+    "ControlLoop": "control.loop",
+    "LoopOptions": "control.loop",
+    "Policy": "policy.policy",
+    "Sampler": "policy.sampler",
+    "episode_noise": "control.loop",
 }
 
 __all__ = ["ControlLoop", "LoopOptions", "Policy", "Sampler", "episode_noise"]

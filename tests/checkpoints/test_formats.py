@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ki_edge.checkpoints import Checkpoint
-from ki_edge.checkpoints.keys import canonical, checkpoint_key, parameter_shapes
+from ki_edge.checkpoints.layout.keys import canonical, checkpoint_key, parameter_shapes
 from ki_edge.config import PI05
 from ki_edge.errors import CheckpointError
-from ki_edge.model import Pi05
+from ki_edge.model import Pi05, load_model
 
 P = "paligemma_with_expert.paligemma."
 
@@ -34,8 +34,8 @@ def rewrite(folder, rename):
 
 
 def same_as_golden(folder, data):
-    expected = Checkpoint.open(data / "openpi_a").load_model().state_dict()
-    given = Checkpoint.open(folder).load_model().state_dict()
+    expected = load_model(Checkpoint.open(data / "openpi_a")).state_dict()
+    given = load_model(Checkpoint.open(folder)).state_dict()
     return expected.keys() == given.keys() and all(torch.equal(expected[name], given[name]) for name in expected)
 
 
@@ -169,12 +169,12 @@ def test_a_file_that_shrinks_under_the_reader(folder):
     checkpoint = Checkpoint.open(folder)
     os.truncate(folder / "model.safetensors", 200_000)
     with pytest.raises(CheckpointError, match="became shorter while it was read"):
-        checkpoint.load_model()
+        load_model(checkpoint)
 
 
 def test_pieces_make_up_the_tensor(folder, monkeypatch):
     source = Checkpoint.open(folder).source
-    monkeypatch.setattr("ki_edge.checkpoints.source.PIECE", 100)
+    monkeypatch.setattr("ki_edge.checkpoints.layout.source.PIECE", 100)
     for key in parameter_shapes(Checkpoint.open(folder).config):
         whole = source.array(key)
         pieces = list(source.pieces(key))

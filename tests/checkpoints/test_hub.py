@@ -15,8 +15,8 @@ from urllib.parse import unquote, urlparse
 
 import pytest
 
-from ki_edge.checkpoints.hub import Resolved, resolve
 from ki_edge.errors import CheckpointError
+from ki_edge.files.hub import Resolved, resolve
 
 COMMIT, OTHER = "1" * 40, "2" * 40
 FILES = {
@@ -135,7 +135,7 @@ def hub() -> Iterator[FakeHub]:
 
 SCRIPT = """
 import json, sys
-from ki_edge.checkpoints.hub import find_cached, resolve
+from ki_edge.files.hub import find_cached, resolve
 from ki_edge.errors import CheckpointError
 said = []
 try:

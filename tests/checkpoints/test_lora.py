@@ -12,9 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ki_edge.checkpoints import Checkpoint, SafetensorsSource, TensorSource
-from ki_edge.checkpoints.adapter import AdapterConfig
-from ki_edge.checkpoints.keys import EMBEDDING, EXPERT, LM_HEAD
-from ki_edge.checkpoints.lora import (
+from ki_edge.checkpoints.layout.keys import EMBEDDING, EXPERT, LM_HEAD
+from ki_edge.checkpoints.peft.adapter import AdapterConfig
+from ki_edge.checkpoints.peft.lora import (
     LoraSource,
     find_base,
     find_base_revision,
@@ -23,7 +23,7 @@ from ki_edge.checkpoints.lora import (
     resolve_base,
 )
 from ki_edge.errors import CheckpointError
-from ki_edge.safetensors_index import SafetensorsIndex
+from ki_edge.files.safetensors_index import SafetensorsIndex
 
 ADAPTERS = ("lerobot", "rslora", "dora", "bias", "all_linear")
 FULL_TRAINED = {"lerobot": {"action_out_proj.weight", "action_out_proj.bias"}}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ki_edge.checkpoints.name_patterns import MAX_STATES, NamePattern, PatternError
+from ki_edge.checkpoints.peft.name_patterns import MAX_STATES, NamePattern, PatternError
 
 NAMES = [
     "paligemma.model.language_model.layers.0.self_attn.q_proj",

@@ -11,11 +11,11 @@ import pytest
 import tensorstore
 from safetensors.numpy import load_file
 
-from ki_edge.checkpoints import zarr_arrays
-from ki_edge.checkpoints.jax_tree import recipes
-from ki_edge.checkpoints.keys import EMBEDDING, EXPERT_HEAD, LM_HEAD
-from ki_edge.checkpoints.orbax import OrbaxSource
-from ki_edge.checkpoints.orbax_values import _indirect, database_values
+from ki_edge.checkpoints.jax import zarr_arrays
+from ki_edge.checkpoints.jax.orbax import OrbaxSource
+from ki_edge.checkpoints.jax.tree import recipes
+from ki_edge.checkpoints.jax.values import _indirect, database_values
+from ki_edge.checkpoints.layout.keys import EMBEDDING, EXPERT_HEAD, LM_HEAD
 from ki_edge.errors import CheckpointError
 
 DATA = Path(__file__).parents[1] / "data" / "orbax"

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 import ki_edge.model
+import ki_export.graphs.tracing
+import ki_export.graphs.wrappers
 import ki_export.passes
-import ki_export.tracing
-import ki_export.wrappers
 from ki_edge.bundle import Bundle, DecodeVocabulary
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
-from ki_edge.contract import FastContract, generic
-from ki_edge.fast import FastCodec
 from ki_edge.model import build, save_checkpoint
-from ki_edge.normalize import NormStats, write_norm_stats
+from ki_edge.policy.contract import FastContract, generic
+from ki_edge.policy.fast import FastCodec
+from ki_edge.policy.normalize import NormStats, write_norm_stats
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
 
@@ -45,13 +45,13 @@ OPENPI_KEYS = SimpleNamespace(
 @pytest.fixture(scope="session", autouse=True)
 def traced_once(request, shared):
     """Tracing is slow, so each graph is traced once, and again only after a change of anything that shapes it."""
-    trace, cache = ki_export.tracing.trace, getattr(request.config, "cache", None)
+    trace, cache = ki_export.graphs.tracing.trace, getattr(request.config, "cache", None)
     folder = cache.mkdir("ki_export_traces") if cache else shared("traces", Path.mkdir)
     version = hashlib.sha256(repr((torch.__version__, onnx.__version__, version_of("onnxscript"))).encode())
     for package in (ki_edge.model, ki_export.passes):
         for file in sorted(Path(package.__file__).parent.glob("*.py")):
             version.update(file.read_bytes())
-    for module in (ki_export.tracing, ki_export.wrappers):
+    for module in (ki_export.graphs.tracing, ki_export.graphs.wrappers):
         version.update(Path(module.__file__).read_bytes())
 
     def remembered(traceable, opset, sizes):
@@ -62,12 +62,12 @@ def traced_once(request, shared):
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not path.exists():
                 partial = path.with_suffix(".partial")
-                partial.write_bytes(ki_export.tracing.pack(trace(traceable, opset, sizes)))
+                partial.write_bytes(ki_export.graphs.tracing.pack(trace(traceable, opset, sizes)))
                 partial.replace(path)
-        return ki_export.tracing.unpack(path.read_bytes())
+        return ki_export.graphs.tracing.unpack(path.read_bytes())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ki_export.tracing, "trace", remembered)
+        patch.setattr(ki_export.graphs.tracing, "trace", remembered)
         yield
 
 
@@ -91,7 +91,7 @@ def small_model():
 @pytest.fixture
 def traced():
     """Fresh float32 graphs of the small model, by name."""
-    return ki_export.tracing.trace_all(CONFIG, DecodeVocabulary(0, CONFIG.vocab_size), 20)
+    return ki_export.graphs.tracing.trace_all(CONFIG, DecodeVocabulary(0, CONFIG.vocab_size), 20)
 
 
 def save_policy(folder, tokenizer_model):

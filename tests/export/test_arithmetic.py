@@ -14,8 +14,8 @@ from ki_export.arithmetic import evaluator
 from ki_export.arithmetic.evaluator import Evaluator, Shelf
 from ki_export.arithmetic.readers import FileWeights
 from ki_export.arithmetic.session import arithmetic_sampler, arithmetic_sessions
-from ki_export.cases import standard_cases
-from ki_runtime.sampler import Sampler
+from ki_export.parity.cases import standard_cases
+from ki_runtime.policy.sampler import Sampler
 
 RNG = np.random.default_rng(0)
 

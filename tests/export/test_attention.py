@@ -6,9 +6,9 @@ import pytest
 
 from ki_edge.errors import ArgumentError
 from ki_export.arithmetic.session import arithmetic_sampler
-from ki_export.cases import standard_cases
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
+from ki_export.parity.cases import standard_cases
 from ki_export.passes.attention import fuse_attention
 from ki_export.passes.lower import lower
 from ki_export.passes.sites import VALUES

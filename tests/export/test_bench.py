@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 
 from ki_edge.bundle import Bundle
+from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import ArgumentError, BackendError
-from ki_edge.model import Checkpoint
+from ki_edge.model import load_model
 from ki_export.bench import benchmark, cli, peaks, pytorch, rounds
 from ki_export.bench.benchmark import bench
 from ki_export.bench.machine import OtherLoad
@@ -198,7 +199,7 @@ def test_a_wrong_command_line_is_one_line_too(capsys, arguments):
 
 
 def test_another_geometry_is_refused(bundle, checkpoint):
-    model = Checkpoint.open(checkpoint).load_model()
+    model = load_model(Checkpoint.open(checkpoint))
     with pytest.raises(ArgumentError, match="another geometry"):
         pytorch.check_same_model(model, replace(CONFIG, action_horizon=9), checkpoint)
 

@@ -11,10 +11,11 @@ from onnx import TensorProto, helper
 from torch.utils.flop_counter import FlopCounterMode
 
 from ki_edge import graphs
+from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import BundleError
 from ki_edge.flow import denoise_times
 from ki_edge.graphs import GraphSpec, TensorSpec
-from ki_edge.model import Checkpoint
+from ki_edge.model import load_model
 from ki_export.bench import peaks, pytorch
 from ki_export.bench.options import Case
 from ki_export.bench.peaks import GemmRate, PeakContenders, Peaks, biggest, gemm_run
@@ -54,7 +55,7 @@ def test_operations_are_those_of_the_formula(bundle, cameras, tokens):
 
 
 def test_operations_are_those_that_pytorch_counts(bundle, checkpoint):
-    works, model = Works(bundle), Checkpoint.open(checkpoint).load_model()
+    works, model = Works(bundle), load_model(Checkpoint.open(checkpoint))
     space = replace(room(bundle), slots=CASE.cameras, padded=CASE.tokens)  # nothing is absent
     tensors = [torch.from_numpy(array) for array in draw_inputs(CONFIG, space, CASE).arrays]
     with torch.inference_mode():
@@ -82,7 +83,7 @@ def pad(x, length):
 
 
 def test_openpis_way_computes_more_and_gives_the_same(bundle, checkpoint):
-    model = Checkpoint.open(checkpoint).load_model()
+    model = load_model(Checkpoint.open(checkpoint))
     space, noise = room(bundle), draw_noise(CONFIG)
     inputs = draw_inputs(CONFIG, space, Case(1, 7, 3))
     assert inputs.camera_mask.tolist() == [[True, False]] and inputs.prompt_mask.sum() == 7
@@ -217,7 +218,7 @@ def test_a_table_counts_by_the_rows_that_are_read(tmp_path):
 def test_bytes_of_the_weights(bundle, checkpoint):
     """A step reads the action expert and both projections once; modulation layers are not in the graph."""
     config, works = CONFIG, Works(bundle)
-    model = Checkpoint.open(checkpoint).load_model()
+    model = load_model(Checkpoint.open(checkpoint))
     weights = sum(
         parameter.nbytes
         for name, parameter in model.named_parameters()

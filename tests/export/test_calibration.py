@@ -9,12 +9,12 @@ import ki_export.exporter
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.config import TINY
 from ki_edge.errors import DatasetError
-from ki_edge.prompt import PromptTokenizer
-from ki_export.calibration import Calibration, calibration
+from ki_edge.policy.prompt import PromptTokenizer
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
 from ki_export.policies import PolicyRequest, read_policy
-from ki_export.rehearsal import _prefix_feed
+from ki_export.precision.calibration import Calibration, calibration
+from ki_export.precision.rehearsal import _prefix_feed
 from ki_runtime.robots.replay import record_episode
 
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from ki_edge.contract import droid, generic
 from ki_edge.errors import KiEdgeError
+from ki_edge.policy.contract import droid, generic
 from ki_export import cli, exporter
 from ki_export.exporter import export
-from ki_export.inspection import inspect
-from ki_export.opening import Where
 from ki_export.options import ExportOptions
 from ki_export.policies import PolicyRequest
+from ki_export.source.inspection import inspect
+from ki_export.source.opening import Where
 
 BEFORE = "policy_preprocessor.json"
 RENAME = {"observation.images.front": "observation.images.base_0_rgb"}

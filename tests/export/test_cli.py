@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from ki_edge.bundle import Bundle
 from ki_edge.errors import ExportError
-from ki_export import cli, tracing
+from ki_export import cli
+from ki_export.graphs import tracing
 
 from .conftest import OPENPI_KEYS
 
@@ -204,5 +205,5 @@ def test_an_unwritable_place(checkpoint, tmp_path, capsys):
 
 
 def test_help_does_not_load_torch():
-    script = "import sys; from ki_export import cli, parity_cli; sys.exit('torch' in sys.modules)"
+    script = "import sys; import ki_export.cli, ki_export.parity.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -9,19 +9,19 @@ import pytest
 import torch
 
 from ki_edge.checkpoints import Checkpoint
-from ki_edge.contract import PolicyContract
-from ki_edge.images import LOWEST, model_pictures
-from ki_edge.model import Observation
-from ki_edge.transforms import read_images
-from ki_export import parity_cli
+from ki_edge.model import Observation, load_model
+from ki_edge.policy.contract import PolicyContract
+from ki_edge.policy.images import LOWEST, model_pictures
+from ki_edge.policy.transforms import read_images
 from ki_export.bench.options import Case as BenchCase
 from ki_export.bench.stages import draw_inputs, room
-from ki_export.calibration import calibration
-from ki_export.cases import standard_cases
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
-from ki_export.parity import compare_with_checkpoint
+from ki_export.parity import cli as parity_cli
+from ki_export.parity.cases import standard_cases
+from ki_export.parity.parity import compare_with_checkpoint
 from ki_export.policies import PolicyRequest, read_policy
+from ki_export.precision.calibration import calibration
 from ki_runtime import Sampler
 from ki_runtime.trt.profiles import profiles
 
@@ -73,7 +73,7 @@ def test_the_margin_reaches_the_model(floats, exported):
     assert (images[:, :3] == LOWEST).all() and images[:, 3:10] == pytest.approx(1)
     (_, camera_mask, tokens, prompt_mask), noise = model_inputs(exported.manifest.config, "float32")
     given = (images[None], camera_mask, tokens, prompt_mask)
-    model = Checkpoint.open(floats).load_model()
+    model = load_model(Checkpoint.open(floats))
     expected = model.sample_actions(
         Observation(*map(torch.from_numpy, given)), noise=torch.from_numpy(noise), num_steps=4
     )

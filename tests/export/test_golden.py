@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from ki_edge.model import Checkpoint
-from ki_export import parity_cli
+from ki_edge.checkpoints import Checkpoint
+from ki_edge.model import load_model
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
-from ki_export.recorded import compare_with_recording
+from ki_export.parity import cli as parity_cli
+from ki_export.parity.recorded import compare_with_recording
 
 BAR = 2e-5  # absolute, whatever the tensor's magnitude: these models are small
 
@@ -59,6 +60,6 @@ def test_tied_and_untied_embeddings_give_one_table(data, golden):
     tensors = checkpoint.source.tensors
     key = next(key for key in tensors if key.endswith("embed_tokens.weight"))
     stored = bundle.weights().array(tensors[key].place.name)
-    model = checkpoint.load_model()
+    model = load_model(checkpoint)
     np.testing.assert_array_equal(stored, model.backbone.embed_tokens.weight.detach().numpy())
     assert model.backbone.embed_tokens.weight.dtype == torch.float32

@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from ki_edge import flow, graphs
-from ki_export.checker import check
+from ki_export.graphs.checker import check
 
 from .conftest import CONFIG, OFFSET
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ki_edge.bundle import Bundle
-from ki_export.parity_cli import main as parity
-from ki_runtime.sampler import Sampler
+from ki_export.parity.cli import main as parity
+from ki_runtime.policy.sampler import Sampler
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import pytest
 from ki_edge.checkpoints import SafetensorsSource
 from ki_edge.config import PI05
 from ki_export import cli
-from ki_export.devices import DEVICES, floor_ms, stages
-from ki_export.inspection import inspect
-from ki_export.opening import Where
 from ki_export.policies import PolicyRequest
+from ki_export.source.devices import DEVICES, floor_ms, stages
+from ki_export.source.inspection import inspect
+from ki_export.source.opening import Where
 
 # milliseconds by hand from the same formula, with rounded counts of weights: cameras, prompt -> device -> (16, 8 bit)
 BY_HAND = {

@@ -14,8 +14,10 @@ CHILD = """
 import sys, time
 from pathlib import Path
 import onnx_ir as ir
-from ki_edge import publishing
-from ki_export import exporter, parity, tracing
+from ki_edge.files import publishing
+from ki_export import exporter
+from ki_export.graphs import tracing
+from ki_export.parity import parity
 
 checkpoint, target, traced, moment = sys.argv[1:]
 

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.errors import CheckpointError, ObservationError
-from ki_edge.transforms import InputPipeline
+from ki_edge.policy.transforms import InputPipeline
 from ki_export.policies import PolicyRequest, describe_policy, read_policy
 
 GEMMA = GemmaConfig(width=16, depth=1, mlp_dim=16, num_heads=1, num_kv_heads=1, head_dim=16)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from ki_edge.checkpoints import Checkpoint
-from ki_edge.model import Observation
+from ki_edge.model import Observation, load_model
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
 from ki_runtime import Sampler
@@ -20,7 +20,7 @@ def inputs(config, horizon):
 
 def actions(checkpoint, given, noise):
     observation = Observation(*map(torch.from_numpy, given))
-    return checkpoint.load_model().sample_actions(observation, noise=torch.from_numpy(noise)).numpy()
+    return load_model(checkpoint).sample_actions(observation, noise=torch.from_numpy(noise)).numpy()
 
 
 def test_actions_are_those_of_the_pytorch_checkpoint(data):
@@ -34,7 +34,7 @@ def test_actions_are_those_of_the_pytorch_checkpoint(data):
 def test_head_sizes_come_from_the_jax_shapes(data):
     for name in ("sharded", "bfloat16", "pi0"):
         checkpoint = Checkpoint.open(data / "orbax" / name, default_horizon=5)
-        assert checkpoint.load_model() is not None
+        assert load_model(checkpoint) is not None
     assert Checkpoint.open(data / "orbax" / "pi0", default_horizon=5).config.variant == "pi0"
 
 

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from ki_edge.bundle import Bundle, sha256
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import ArgumentError, BundleError, CheckpointError, ExportError
-from ki_export import exporter, finite, shared_file
+from ki_export import exporter
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
-from ki_export.weights import Form, place_weights
-from ki_runtime.sampler import Sampler
+from ki_export.weights import finite, shared_file
+from ki_export.weights.weights import Form, place_weights
+from ki_runtime.policy.sampler import Sampler
 
 WEIGHTS, MODEL = "weights.safetensors", "model.safetensors"
 KEY = "time_mlp_in.weight"
@@ -216,7 +217,7 @@ def test_a_note_that_cannot_be_written(linked, monkeypatch):
         raise BundleError("cannot write weights.link.json: Read-only file system")
 
     (linked.path / "weights.link.json").unlink()
-    monkeypatch.setattr("ki_edge.linked.write_file", full)
+    monkeypatch.setattr("ki_edge.bundle.linked.write_file", full)
     for _ in range(2):
         assert opened(linked.path)[
             -1
@@ -224,8 +225,10 @@ def test_a_note_that_cannot_be_written(linked, monkeypatch):
 
 
 def test_large_files_say_how_long_it_takes(linked, monkeypatch):
-    monkeypatch.setattr("ki_edge.linked.SAMPLE", 1000)
-    monkeypatch.setattr("ki_edge.linked.sha256", lambda path, progress: [progress(n) for n in (999, 1, 1000)] and "")
+    monkeypatch.setattr("ki_edge.bundle.linked.SAMPLE", 1000)
+    monkeypatch.setattr(
+        "ki_edge.bundle.linked.sha256", lambda path, progress: [progress(n) for n in (999, 1, 1000)] and ""
+    )
     said = []
     (linked.path / "weights.link.json").unlink()
     with pytest.raises(BundleError, match="has changed since the export"):

@@ -12,23 +12,26 @@ import onnx
 import pytest
 from safetensors.torch import load_file, save_file
 
+from ki_edge import progress
 from ki_edge.bundle import Bundle, BundleWriter
+from ki_edge.checkpoints import Checkpoint
 from ki_edge.config import PI05
 from ki_edge.errors import ArgumentError
-from ki_edge.model import Checkpoint
+from ki_edge.files.safetensors_index import SafetensorsIndex
 from ki_edge.model.streaming import streamed
-from ki_edge.safetensors_index import SafetensorsIndex
-from ki_export import cli, exporter, localize, parity_cli, progress, segments, sides
-from ki_export.bars import FLOAT32, bars_of, measure
-from ki_export.cases import compact_cases, standard_cases
-from ki_export.changed import changed_weights
-from ki_export.comparison import compare
-from ki_export.cutting import cut
-from ki_export.localize import sample
-from ki_export.parity import compare_with_checkpoint
-from ki_export.progress import Progress
-from ki_export.segments import SegmentPool
-from ki_export.sides import choose_method, open_sides
+from ki_edge.progress import Progress
+from ki_export import cli, exporter
+from ki_export.parity import cli as parity_cli
+from ki_export.parity import localize, segments, sides
+from ki_export.parity.bars import FLOAT32, bars_of, measure
+from ki_export.parity.cases import compact_cases, standard_cases
+from ki_export.parity.comparison import compare
+from ki_export.parity.cutting import cut
+from ki_export.parity.localize import sample
+from ki_export.parity.parity import compare_with_checkpoint
+from ki_export.parity.segments import SegmentPool
+from ki_export.parity.sides import choose_method, open_sides
+from ki_export.weights.changed import changed_weights
 
 from .conftest import CONFIG, OPENPI_KEYS
 

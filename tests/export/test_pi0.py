@@ -10,16 +10,17 @@ import pytest
 import torch
 
 from ki_edge.bundle import Bundle
-from ki_edge.contract import PolicyContract, generic
+from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import ArgumentError, DatasetError
-from ki_edge.model import Checkpoint, save_checkpoint
-from ki_edge.normalize import NormStats, write_norm_stats
-from ki_export.comparison import observe
+from ki_edge.model import load_model, save_checkpoint
+from ki_edge.policy.contract import PolicyContract, generic
+from ki_edge.policy.normalize import NormStats, write_norm_stats
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
-from ki_export.parity import compare_with_checkpoint
-from ki_export.recorded import compare_with_recording
-from ki_export.reference import ReferencePolicy
+from ki_export.parity.comparison import observe
+from ki_export.parity.parity import compare_with_checkpoint
+from ki_export.parity.recorded import compare_with_recording
+from ki_export.parity.reference import ReferencePolicy
 from ki_runtime import Policy, Sampler
 
 from .conftest import CONFIG, random_model
@@ -65,7 +66,7 @@ def sampler(bundle):
 @pytest.fixture
 def case(bundle):
     """Two observations, unlike each other."""
-    from ki_export.cases import standard_cases
+    from ki_export.parity.cases import standard_cases
 
     return standard_cases(bundle.manifest.config, cameras=2, max_prompt=12, num_steps=4, forced=())[-1]
 
@@ -103,7 +104,7 @@ def test_denoise_graph(bundle):
 @torch.no_grad()
 def test_runtime(folder, sampler, case):
     """Each row of the batch has its own state."""
-    model = Checkpoint.open(folder).load_model()
+    model = load_model(Checkpoint.open(folder))
     arguments = {"state": case.state, "noise": case.noise, "num_steps": 3}
     actions = sampler.sample_actions(*case.inputs, **arguments)
     expected = model.sample_actions(observe(case), noise=torch.from_numpy(case.noise), num_steps=3)
@@ -167,7 +168,7 @@ def test_recorded_outputs(folder, bundle, case, tmp_path):
     inputs |= {f"image_mask/{camera}": case.camera_mask[:, i] for i, camera in enumerate(cameras)}
     inputs |= {"tokenized_prompt": case.prompt_tokens, "tokenized_prompt_mask": case.prompt_mask}
     inputs |= {"noise": case.noise, "num_steps": 4}
-    model = Checkpoint.open(folder).load_model()
+    model = load_model(Checkpoint.open(folder))
     actions = model.sample_actions(observe(case), noise=torch.from_numpy(case.noise), num_steps=4).numpy()
     np.savez(tmp_path / "outputs.npz", actions=actions)
     np.savez(tmp_path / "inputs.npz", **inputs)

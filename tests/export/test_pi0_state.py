@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from ki_edge import graphs
+from ki_edge.checkpoints import Checkpoint
 from ki_edge.config import Pi05Config
-from ki_edge.contract import generic
 from ki_edge.errors import ArgumentError, CheckpointError
-from ki_edge.model import Checkpoint, save_checkpoint
-from ki_edge.normalize import NormStats, write_norm_stats
+from ki_edge.model import save_checkpoint
+from ki_edge.policy.contract import generic
+from ki_edge.policy.normalize import NormStats, write_norm_stats
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
-from ki_export.reference import ReferencePolicy
+from ki_export.parity.reference import ReferencePolicy
 from ki_runtime import Policy
 
 from .conftest import CONFIG, random_model

@@ -8,12 +8,13 @@ import pytest
 
 from ki_edge.bundle import Bundle
 from ki_edge.errors import ArgumentError
-from ki_edge.images import LOWEST, fit_image
-from ki_export import cli, parity_cli
+from ki_edge.policy.images import LOWEST, fit_image
+from ki_export import cli
+from ki_export.parity import cli as parity_cli
+from ki_export.parity.reference import ReferencePolicy
 from ki_export.policies import PolicyRequest
-from ki_export.reference import ReferencePolicy
 from ki_runtime import Policy, Sampler
-from ki_runtime.policy import read_assets
+from ki_runtime.policy.policy import read_assets
 
 # folder of the golden policy -> the flags that it needs, the method of its maker
 POLICIES = {

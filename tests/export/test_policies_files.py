@@ -8,15 +8,15 @@ import pytest
 
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.errors import ArgumentError, CheckpointError, ContractError
-from ki_edge.fast import FastCodec
-from ki_edge.prompt import PromptTokenizer
-from ki_edge.transforms import InputPipeline
+from ki_edge.policy.fast import FastCodec
+from ki_edge.policy.prompt import PromptTokenizer
+from ki_edge.policy.transforms import InputPipeline
 from ki_export.exporter import export
-from ki_export.opening import Where
 from ki_export.options import ExportOptions
+from ki_export.parity.reference import ReferencePolicy
 from ki_export.policies import PolicyRequest, describe_policy, read_policy
-from ki_export.reference import ReferencePolicy
-from ki_runtime.policy import read_assets
+from ki_export.source.opening import Where
+from ki_runtime.policy.policy import read_assets
 
 GEMMA = GemmaConfig(width=16, depth=1, mlp_dim=16, num_heads=1, num_kv_heads=1, head_dim=16)
 VISION = VisionConfig(width=16, depth=1, mlp_dim=16, num_heads=1, patch_size=14, image_size=224)

@@ -8,10 +8,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
-from ki_edge.contract import Camera, generic
 from ki_edge.errors import CheckpointError
-from ki_edge.normalize import NormStats, write_norm_stats
-from ki_edge.transforms import InputPipeline, OutputPipeline
+from ki_edge.policy.contract import Camera, generic
+from ki_edge.policy.normalize import NormStats, write_norm_stats
+from ki_edge.policy.transforms import InputPipeline, OutputPipeline
 from ki_export.policies import PolicyRequest, describe_policy, read_policy
 from ki_export.policies.lerobot_steps import relative_mask
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
-from ki_edge.contract import FastContract, PolicyContract, droid, generic
 from ki_edge.errors import ArgumentError, CheckpointError, ContractError
-from ki_edge.normalize import NormStats, read_norm_stats, write_norm_stats
-from ki_edge.prompt import PromptTokenizer
+from ki_edge.policy.contract import FastContract, PolicyContract, droid, generic
+from ki_edge.policy.normalize import NormStats, read_norm_stats, write_norm_stats
+from ki_edge.policy.prompt import PromptTokenizer
 from ki_export.policies import PolicyRequest, decode_vocabulary, describe_policy, read_policy
 
 GEMMA = GemmaConfig(width=16, depth=1, mlp_dim=16, num_heads=1, num_kv_heads=1, head_dim=16)

@@ -10,11 +10,11 @@ import onnxruntime
 import pytest
 
 from ki_export.exporter import export
-from ki_export.int8 import choose, quantize_weight
 from ki_export.options import ExportOptions
 from ki_export.passes.quantize import Int8Weight, quantize
-from ki_runtime.ort_session import cpu_options
-from ki_runtime.sampler import Sampler
+from ki_export.weights.int8 import choose, quantize_weight
+from ki_runtime.backends.ort import cpu_options
+from ki_runtime.policy.sampler import Sampler
 
 from .conftest import CONFIG
 from .test_passes import Builder, ops

@@ -8,15 +8,15 @@ import torch
 
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import ArgumentError, BundleError, ExportError
-from ki_edge.model import Observation
-from ki_export.calibration import calibration
-from ki_export.decision import Decision, decide, forms, shift
+from ki_edge.model import Observation, load_model
+from ki_export.graphs.tracing import trace_all
 from ki_export.policies import PolicyRequest, decode_vocabulary, read_policy
-from ki_export.ranges import LARGEST, Audit, Extent, Range, audit, scaling
-from ki_export.ranges_report import picture, read_ranges, rows, summary
-from ki_export.rehearsal import STEPS
-from ki_export.tracing import trace_all
-from ki_export.weights import Form, Rows, sources
+from ki_export.precision.calibration import calibration
+from ki_export.precision.decision import Decision, decide, forms, shift
+from ki_export.precision.ranges import LARGEST, Audit, Extent, Range, audit, scaling
+from ki_export.precision.ranges_report import picture, read_ranges, rows, summary
+from ki_export.precision.rehearsal import STEPS
+from ki_export.weights.weights import Form, Rows, sources
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def audited(checkpoint):
 
 def test_ranges_are_those_of_the_pytorch_model(audited):
     opened, observed, _, found = audited
-    model, seen = opened.load_model(), {}
+    model, seen = load_model(opened), {}
 
     def see(name):
         def hook(module, inputs, output):

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from ki_edge.checkpoints import Checkpoint
-from ki_edge.model import Observation
+from ki_edge.model import Observation, load_model
 from ki_export.arithmetic.session import arithmetic_sampler
 from ki_export.exporter import export
+from ki_export.graphs.tracing import quiet
 from ki_export.options import ExportOptions
 from ki_export.passes.attention import fuse_attention
-from ki_export.tracing import quiet
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "random_checkpoint.py"
 DISK = 9_000_000_000  # bytes that checkpoint, bundle and engines take
@@ -43,7 +43,7 @@ def hot(tmp_path_factory):
 def test_float16_holds_the_bars_at_real_widths(hot):
     path, bundle = hot
     assert bundle.manifest.weights["exponents"]  # it is hot
-    model, sampler, rng = Checkpoint.open(path).load_model(), arithmetic_sampler(bundle), np.random.default_rng(5)
+    model, sampler, rng = load_model(Checkpoint.open(path)), arithmetic_sampler(bundle), np.random.default_rng(5)
     config = model.config
     inputs = (
         rng.integers(0, 256, (1, 1, 224, 224, 3)).astype(np.uint8),

@@ -12,10 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 from ki_edge import graphs
 from ki_edge.bundle import Bundle, BundleWriter
 from ki_edge.errors import BackendError, BundleError, ExportError
-from ki_export import segments
-from ki_export.cutting import LAYER, cut
-from ki_export.segments import SegmentedSession, SegmentPool, run_segments
-from ki_runtime.backends import SessionOptions, choose_backend, open_session
+from ki_export.parity import segments
+from ki_export.parity.cutting import LAYER, cut
+from ki_export.parity.segments import SegmentedSession, SegmentPool, run_segments
+from ki_runtime.backends.registry import SessionOptions, choose_backend, open_session
 
 from .conftest import CONFIG
 

@@ -8,21 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-import ki_export.sixteen_bits
+import ki_export.precision.sixteen_bits
 from ki_edge.bundle import Bundle
 from ki_edge.checkpoints import Checkpoint
-from ki_edge.checkpoints.keys import EMBEDDING
+from ki_edge.checkpoints.layout.keys import EMBEDDING
 from ki_edge.errors import ArgumentError, BackendError, ExportError
-from ki_edge.model import Observation, save_checkpoint
+from ki_edge.model import Observation, load_model, save_checkpoint
 from ki_export.arithmetic.session import arithmetic_sampler
-from ki_export.changed import changed_weights
 from ki_export.cli import main
-from ki_export.decision import Decision
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
-from ki_export.parity import compare_with_checkpoint
-from ki_export.recorded import compare_with_recording
-from ki_export.weights import Form, place_weights
+from ki_export.parity.parity import compare_with_checkpoint
+from ki_export.parity.recorded import compare_with_recording
+from ki_export.precision.decision import Decision
+from ki_export.weights.changed import changed_weights
+from ki_export.weights.weights import Form, place_weights
 
 DATA = Path(__file__).parents[1] / "data"
 HOT = "backbone.layers.0.mlp"  # feeds the actions; the last layer's MLP serves FAST alone
@@ -68,7 +68,7 @@ def actions_of(model, inputs, noise):
 
 
 def test_float16_holds_the_bars_where_activations_pass_65504(exported, hot):
-    model, sampler = Checkpoint.open(hot).load_model(), arithmetic_sampler(exported)
+    model, sampler = load_model(Checkpoint.open(hot)), arithmetic_sampler(exported)
     for inputs, noise in observations(model.config, OBSERVATIONS):
         expected, given = actions_of(model, inputs, noise), sampler.sample_actions(*inputs, noise=noise)
         assert np.isfinite(given).all() and np.abs(given - expected).max() <= 5e-3
@@ -94,19 +94,19 @@ def test_what_was_audited_and_done_is_in_manifest_and_report(exported):
 
 def test_the_naive_cast_is_not_finite(hot, tmp_path, monkeypatch):
     """The same graphs without scaling, as exporters that only cast write them."""
-    monkeypatch.setattr(ki_export.sixteen_bits, "decide", lambda *_: Decision("fp16"))
+    monkeypatch.setattr(ki_export.precision.sixteen_bits, "decide", lambda *_: Decision("fp16"))
     naive = export(hot, tmp_path / "naive", ExportOptions(target="trt", model_only=True, verify=False))
     inputs, noise = next(observations(naive.manifest.config, 1))
     with pytest.raises(BackendError, match=r"denoise graph in float16 gave .* NaN or infinite"):
         arithmetic_sampler(naive).sample_actions(*inputs, noise=noise)
     with torch.no_grad():  # and so is the model itself, cast to float16
-        half = Checkpoint.open(hot).load_model(dtype=torch.float16)
+        half = load_model(Checkpoint.open(hot), dtype=torch.float16)
         hidden = torch.randn(1, 4, half.config.backbone.width).half() * 2
         assert not torch.isfinite(half.backbone.layers[0].mlp(hidden)).all()
 
 
 def test_a_naive_export_fails_its_proof(hot, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ki_export.sixteen_bits, "decide", lambda *_: Decision("fp16"))
+    monkeypatch.setattr(ki_export.precision.sixteen_bits, "decide", lambda *_: Decision("fp16"))
     assert main([str(hot), "-o", str(tmp_path / "b"), "--target", "trt", "--model-only"]) == 1
     assert "not finite" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()

@@ -15,17 +15,17 @@ from onnx import TensorProto, helper
 
 from ki_edge.bundle import Bundle, sha256
 from ki_edge.errors import ArgumentError, BackendError, BundleError
-from ki_edge.staging import staging
+from ki_edge.files.staging import staging
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
+from ki_runtime.gpu.device import Device, check_precision, parse_capabilities
 from ki_runtime.trt import build as building
 from ki_runtime.trt import compiling, memory, targets, trust
-from ki_runtime.trt.api import Api, parse_capabilities
+from ki_runtime.trt.api import Api
 from ki_runtime.trt.build import BuildOptions, build, build_bundle, ensure_engines, rebuild
-from ki_runtime.trt.device import Device
 from ki_runtime.trt.engines import ACTING, FAST, Engines
 from ki_runtime.trt.graph_file import GraphFile, read_graph
-from ki_runtime.trt.requirements import check_graph, check_precision
+from ki_runtime.trt.requirements import check_graph
 from ki_runtime.trt.selection import EngineSet, find, look
 
 AHEAD = BuildOptions(capabilities=((8, 6), (12, 0)))
@@ -295,7 +295,7 @@ class TestInterrupted:
         foreign = engines / ".0123456789abcdef.partial-77"
         foreign.mkdir()
         (foreign / "prefix.engine").write_bytes(b"somebody's")
-        script = "import os, signal, sys; from pathlib import Path; from ki_edge.staging import staging\n"
+        script = "import os, signal, sys; from pathlib import Path; from ki_edge.files.staging import staging\n"
         script += "with staging(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
         subprocess.run([sys.executable, "-c", script, str(engines / "0123456789abcdef")], check=False)
         assert len(list(engines.iterdir())) == 3

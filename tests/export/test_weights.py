@@ -12,14 +12,15 @@ from safetensors.torch import load_file, save_file
 from ki_edge.bundle import Bundle, sha256
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import CheckpointError, ExportError
+from ki_edge.files.safetensors_index import SafetensorsIndex
+from ki_edge.model import load_model
 from ki_edge.model.checkpoint import FLOAT32
-from ki_edge.safetensors_index import SafetensorsIndex
-from ki_export import weights
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
-from ki_export.safetensors_writer import Part, write_tensors
-from ki_export.weights import place_weights
-from ki_runtime.sampler import Sampler
+from ki_export.weights import weights
+from ki_export.weights.safetensors_writer import Part, write_tensors
+from ki_export.weights.weights import place_weights
+from ki_runtime.policy.sampler import Sampler
 
 from .conftest import OPENPI_KEYS
 
@@ -54,7 +55,7 @@ def test_pack_keeps_what_is_used_and_no_more(checkpoint, bundle, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_checkpoints_are_widened_exactly(copied, tmp_path, monkeypatch, dtype):
     """As openpi deploys: most tensors in 16 bits, some in float32. Pieces are smaller than a tensor here."""
-    monkeypatch.setattr("ki_edge.checkpoints.source.PIECE", 37)
+    monkeypatch.setattr("ki_edge.checkpoints.layout.source.PIECE", 37)
     file = copied / "model.safetensors"
     state = {k: v if FLOAT32.search(k) else v.to(dtype) for k, v in load_file(file).items()}
     save_file(state, file, metadata={"format": "pt"})
@@ -65,7 +66,7 @@ def test_low_precision_checkpoints_are_widened_exactly(copied, tmp_path, monkeyp
     state[OPENPI_KEYS.embedding] = state[OPENPI_KEYS.lm_head]
     for name, tensor in written.items():
         assert torch.equal(tensor, state[name].float())
-    model, config = Checkpoint.open(copied).load_model(), exported.manifest.config
+    model, config = load_model(Checkpoint.open(copied)), exported.manifest.config
     x = noise(config)
     actions = Sampler.open(exported, threads=1).sample_actions(*inputs(config), noise=x, num_steps=10)
     from ki_edge.model import Observation

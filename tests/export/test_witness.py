@@ -12,13 +12,16 @@ import pytest
 import torch
 
 from ki_edge.bundle import Bundle, BundleWriter
+from ki_edge.bundle.witness import WITNESS, read_witness
+from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import BackendError, BundleError
-from ki_edge.model import Checkpoint, Observation
-from ki_edge.witness import WITNESS, read_witness
-from ki_export import bars, cli, parity, parity_cli, witnessing
-from ki_export.cases import engine_cases, standard_cases
+from ki_edge.model import Observation, load_model
+from ki_export import cli
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
+from ki_export.parity import bars, parity, witnessing
+from ki_export.parity import cli as parity_cli
+from ki_export.parity.cases import engine_cases, standard_cases
 from ki_runtime import Sampler
 from ki_runtime.doctor.checkup import examine
 
@@ -33,7 +36,7 @@ class Wall:
         if name.split(".")[0] in BLOCKED or name.startswith(("ki_edge.model", "ki_edge.train")):
             raise ImportError(name + " is blocked")
 sys.meta_path.insert(0, Wall())
-from ki_export.parity_cli import main
+from ki_export.parity.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -60,7 +63,7 @@ def own(bundle, tmp_path):
 
 def reference(checkpoint, bundle, row):
     """The PyTorch model's actions and greedy tokens, asked directly."""
-    witness, model = read_witness(bundle), Checkpoint.open(checkpoint).load_model()
+    witness, model = read_witness(bundle), load_model(Checkpoint.open(checkpoint))
     inputs = [torch.from_numpy(array.copy()) for array in witness.inputs(row)]
     state = None if witness.state is None else torch.from_numpy(witness.state[row : row + 1].copy())
     observation = Observation(*inputs, state=state)
@@ -229,7 +232,7 @@ def test_cases_are_cut_to_what_an_engine_takes():
 KEEP = """
 import sys
 from pathlib import Path
-from ki_runtime.verdict import Row, Verdict, find, keep
+from ki_runtime.policy.verdict import Row, Verdict, find, keep
 folder = Path(sys.argv[1])
 for turn in range(100):
     row = Row("1 camera", 1e-4, 1e-4, 1e-3, 0.0, 1e-5, 0.0, 1e-5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
-from ki_edge.model import Observation, Pi05
+from ki_edge.model import Observation, Pi05, load_model
 
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 SMALL = Pi05Config(
@@ -53,7 +53,7 @@ def golden(data):
             prompt_mask=torch.from_numpy(inputs[text[1]]),
             **postfix,
         )
-        return Golden(Pi05.from_checkpoint(data / name), inputs, outputs, observation)
+        return Golden(load_model(data / name), inputs, outputs, observation)
 
     return load
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ki_edge.checkpoints.keys import checkpoint_key
+from ki_edge.checkpoints import Checkpoint
+from ki_edge.checkpoints.layout.keys import checkpoint_key
 from ki_edge.config import PI05, TINY, GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.errors import CheckpointError
-from ki_edge.model import Checkpoint, Pi05, save_checkpoint
+from ki_edge.files.safetensors_index import SafetensorsIndex
+from ki_edge.model import load_model, save_checkpoint
 from ki_edge.model.checkpoint import _variants
-from ki_edge.safetensors_index import SafetensorsIndex
 
 P = "paligemma_with_expert.paligemma."
 EMBEDDING = P + "model.language_model.embed_tokens.weight"
@@ -99,7 +100,7 @@ def test_heads_of_openpis_debug_variant_need_no_geometry_block(data, tmp_path):
 
 
 def test_both_layouts_hold_the_same_model(data):
-    first, second = (Pi05.from_checkpoint(data / name).state_dict() for name in ("openpi_a", "lerobot_a"))
+    first, second = (load_model(data / name).state_dict() for name in ("openpi_a", "lerobot_a"))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -115,8 +116,8 @@ def test_the_stored_embedding_wins_over_the_head(data, tmp_path, edit, name):
         tensors[prefix + LM_HEAD] += 1.0
 
     edit(untie, at)
-    embedding = Pi05.from_checkpoint(at).state_dict()["backbone.embed_tokens.weight"]
-    assert torch.equal(embedding, Pi05.from_checkpoint(data / name).state_dict()["backbone.embed_tokens.weight"])
+    embedding = load_model(at).state_dict()["backbone.embed_tokens.weight"]
+    assert torch.equal(embedding, load_model(data / name).state_dict()["backbone.embed_tokens.weight"])
 
 
 @pytest.mark.parametrize("name", ["openpi_a", "lerobot_a"])
@@ -124,27 +125,27 @@ def test_the_head_alone_is_the_embedding(data, tmp_path, edit, name):
     at = shutil.copytree(data / name, tmp_path / "head")
     prefix = "model." if name == "lerobot_a" else ""
     edit(lambda tensors: tensors.pop(prefix + EMBEDDING, None), at)
-    embedding = Pi05.from_checkpoint(at).state_dict()["backbone.embed_tokens.weight"]
+    embedding = load_model(at).state_dict()["backbone.embed_tokens.weight"]
     assert torch.equal(embedding, load_file(at / "model.safetensors")[prefix + LM_HEAD])
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_half_precision_files_are_widened(folder, edit, small_model, stored):
     edit(lambda tensors: tensors.update({name: value.to(stored) for name, value in tensors.items()}))
-    loaded = Pi05.from_checkpoint(folder).state_dict()
+    loaded = load_model(folder).state_dict()
     for name, value in small_model.state_dict().items():
         assert loaded[name].dtype == torch.float32
         assert torch.equal(loaded[name], value.to(stored).float()), name
 
 
 def test_parameters_that_stay_float32_are_openpis(data, real):
-    model = Pi05.from_checkpoint(data / "openpi_a", dtype=torch.bfloat16)
+    model = load_model(data / "openpi_a", dtype=torch.bfloat16)
     for name, value in model.state_dict().items():
         assert str(value.dtype) == f"torch.{real[checkpoint_key(name)][1]}", name
 
 
 def test_a_loaded_model_is_in_evaluation_mode(folder):
-    assert not Pi05.from_checkpoint(str(folder)).training
+    assert not load_model(str(folder)).training
 
 
 def test_entry_tells_where_a_tensor_lies(data):
@@ -155,7 +156,7 @@ def test_entry_tells_where_a_tensor_lies(data):
         with (data / name / "model.safetensors").open("rb") as file:
             file.seek(tensor.place.offset)
             content = torch.frombuffer(bytearray(file.read(tensor.nbytes)), dtype=torch.float32)
-        assert torch.equal(content.view(1024, 64), checkpoint.load_model().backbone.embed_tokens.weight)
+        assert torch.equal(content.view(1024, 64), load_model(checkpoint).backbone.embed_tokens.weight)
 
 
 # ---------------------------------------------------------------------- what is refused
@@ -249,7 +250,7 @@ def test_time_layers_under_the_name_that_pi0_gave_them(folder, edit, small_model
     edit(older)
     checkpoint = Checkpoint.open(folder)
     assert checkpoint.config.variant == "pi05"
-    assert torch.equal(checkpoint.load_model().time_mlp_in.weight, small_model.time_mlp_in.weight)
+    assert torch.equal(load_model(checkpoint).time_mlp_in.weight, small_model.time_mlp_in.weight)
 
 
 def test_another_model_is_named_by_its_keys(folder):
@@ -310,7 +311,7 @@ def test_round_trip(small_model, folder):
     checkpoint = Checkpoint.open(folder)
     assert checkpoint.config == small_model.config
     assert checkpoint.format == "openpi"
-    loaded = checkpoint.load_model().state_dict()
+    loaded = load_model(checkpoint).state_dict()
     assert loaded.keys() == small_model.state_dict().keys()
     assert all(torch.equal(loaded[name], value) for name, value in small_model.state_dict().items())
 
@@ -332,7 +333,7 @@ def test_saving_again_replaces_the_files(small_model, folder):
         small_model.action_out_proj.bias += 1.0
     small_model.half()
     save_checkpoint(small_model, str(folder), max_token_len=64)
-    bias = Pi05.from_checkpoint(folder).action_out_proj.bias
+    bias = load_model(folder).action_out_proj.bias
     assert torch.equal(bias, small_model.action_out_proj.bias.float())
     assert json.loads((folder / "config.json").read_text())["max_token_len"] == 64
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]

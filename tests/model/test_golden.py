@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ki_edge import flow
-from ki_edge.model import Pi05, sampling
+from ki_edge.model import load_model, sampling
 
 TOLERANCE = 2e-5  # the project's bar for float32 under the same time convention
 BFLOAT16 = 0.046  # openpi's own distance between bfloat16 and float32 on these actions (asserted below)
@@ -114,7 +114,7 @@ def test_bfloat16(data, golden):
     reference = case.outputs["actions"]
     openpi = np.abs(np.load(data / "openpi_a" / "actions_bf16.npy") - reference).max()
     assert openpi <= BFLOAT16
-    model = Pi05.from_checkpoint(data / "openpi_a", dtype=torch.bfloat16)
+    model = load_model(data / "openpi_a", dtype=torch.bfloat16)
     actions = model.sample_actions(case.observation, noise=torch.from_numpy(case.inputs["noise"]))
     assert actions.dtype == torch.float32
     close(actions, reference, BFLOAT16)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ki_edge.fast import FastCodec, FastIds
 from ki_edge.model import Observation, Pi05, loss, sampling
-from ki_edge.prompt import PromptTokenizer
+from ki_edge.policy.fast import FastCodec, FastIds
+from ki_edge.policy.prompt import PromptTokenizer
 
 SAME = 1e-6  # of the largest value: only the blocking of a longer matrix product may differ
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ki_edge.checkpoints.keys import checkpoint_key
+from ki_edge.checkpoints.layout.keys import checkpoint_key
 from ki_edge.errors import ArgumentError
 from ki_edge.model import Observation
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from ki_edge.model import Checkpoint, save_checkpoint, streaming
+from ki_edge.checkpoints import Checkpoint
+from ki_edge.model import save_checkpoint, streaming
 from ki_edge.model.sampling import denoise_trace
 from ki_edge.model.streaming import read_rows, streamed
 

@@ -9,8 +9,8 @@ from safetensors.numpy import save_file
 from ki_edge import flow, graphs
 from ki_edge.bundle import Bundle, Manifest, write_bundle
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
-from ki_runtime.sampler import Sampler
-from ki_runtime.session import HostBuffer, Session
+from ki_runtime.backends.session import HostBuffer, Session
+from ki_runtime.policy.sampler import Sampler
 
 CONFIG = Pi05Config(
     vision=VisionConfig(width=8, depth=1, mlp_dim=8, num_heads=2, patch_size=2, image_size=4),

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from ki_edge.contract import generic
 from ki_edge.errors import BackendError
+from ki_edge.policy.contract import generic
 from ki_runtime.robots import EpisodeStatus
 
 HORIZON, DIM = 5, 2

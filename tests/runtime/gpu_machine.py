@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 
 from ki_edge import graphs
-from ki_runtime.backends import SessionOptions
-from ki_runtime.sampler import Sampler
-from ki_runtime.trt.buffers import Gpu
-from ki_runtime.trt.cuda import Cuda
+from ki_runtime.backends.registry import SessionOptions
+from ki_runtime.gpu.buffers import Gpu
+from ki_runtime.gpu.cuda import Cuda
+from ki_runtime.policy.sampler import Sampler
 from ki_runtime.trt.profiles import profiles
 from ki_runtime.trt.session import Connection
 

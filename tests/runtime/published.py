@@ -3,8 +3,8 @@
 from dataclasses import replace
 from hashlib import sha256
 
+from ki_runtime.gpu.device import Device
 from ki_runtime.trt.api import Api
-from ki_runtime.trt.device import Device
 from ki_runtime.trt.engines import EngineFile, Engines, identify
 
 ORIN = Device("Orin", (8, 7), 16 << 30, multiprocessors=8)

@@ -7,9 +7,8 @@ import pytest
 
 from ki_edge import graphs
 from ki_edge.errors import BackendError, DeviceMemoryError
-from ki_runtime import backends, ort_cuda_session
-from ki_runtime import sampler as sampler_module
-from ki_runtime.backends import (
+from ki_runtime.backends import registry as backends
+from ki_runtime.backends.registry import (
     BACKENDS,
     NAMES,
     NotInstalled,
@@ -19,10 +18,12 @@ from ki_runtime.backends import (
     connect,
     open_session,
 )
-from ki_runtime.cli import main
-from ki_runtime.policy import Policy
-from ki_runtime.proof import own_version
-from ki_runtime.sampler import Sampler
+from ki_runtime.control.cli import main
+from ki_runtime.gpu import ort_cuda as ort_cuda_session
+from ki_runtime.policy import sampler as sampler_module
+from ki_runtime.policy.policy import Policy
+from ki_runtime.policy.proof import own_version
+from ki_runtime.policy.sampler import Sampler
 
 from .conftest import FakeEngine
 
@@ -177,7 +178,7 @@ def test_bfloat16_does_not_run_on_a_cpu(make_bundle):
 
 @pytest.mark.parametrize("name", ["trt", "trt-rtx"])
 def test_int8_is_for_the_cpu(machine, make_bundle, name, monkeypatch):
-    from ki_runtime.trt import cuda
+    from ki_runtime.gpu import cuda
 
     from .fake_gpu import FakeCuda
 

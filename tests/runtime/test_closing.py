@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ki_edge.errors import BackendError, RobotError
-from ki_runtime.interrupts import Interrupted
-from ki_runtime.loop import ControlLoop, LoopOptions, Watcher
+from ki_runtime.control.interrupts import Interrupted
+from ki_runtime.control.loop import ControlLoop, LoopOptions, Watcher
 
 from .fake_robot import CountingRobot, Failing, FormulaPolicy
 

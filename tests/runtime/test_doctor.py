@@ -14,8 +14,8 @@ from ki_runtime.doctor import checkup, cli, packages
 from ki_runtime.doctor.checkup import examine
 from ki_runtime.doctor.host import Host
 from ki_runtime.doctor.memory import needs
+from ki_runtime.gpu.device import Device
 from ki_runtime.trt.api import Api
-from ki_runtime.trt.device import Device
 from ki_runtime.trt.engines import EngineFile, Engines, identify
 from ki_runtime.trt.graph_file import GraphFile, read_graph
 

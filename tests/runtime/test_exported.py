@@ -11,21 +11,21 @@ import torch
 
 from ki_edge import graphs
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
-from ki_edge.contract import FastContract, generic
-from ki_edge.fast import FastCodec
 from ki_edge.model import Observation, Pi05, save_checkpoint
 from ki_edge.model.sampling import denoise_trace
-from ki_edge.normalize import NormStats, write_norm_stats
-from ki_edge.prompt import PromptTokenizer
-from ki_export import tracing
+from ki_edge.policy.contract import FastContract, generic
+from ki_edge.policy.fast import FastCodec
+from ki_edge.policy.normalize import NormStats, write_norm_stats
+from ki_edge.policy.prompt import PromptTokenizer
 from ki_export.exporter import export
+from ki_export.graphs import tracing
 from ki_export.options import ExportOptions
-from ki_export.reference import ReferencePolicy
+from ki_export.parity.reference import ReferencePolicy
 from ki_runtime import ControlLoop, LoopOptions, Policy, Sampler
-from ki_runtime.backends import SessionOptions, choose_backend, open_session
-from ki_runtime.ort_session import OrtSession
+from ki_runtime.backends.ort import OrtSession
+from ki_runtime.backends.registry import SessionOptions, choose_backend, open_session
+from ki_runtime.backends.session import Bucket
 from ki_runtime.robots import EpisodeStatus
-from ki_runtime.session import Bucket
 
 GEMMA = GemmaConfig(width=32, depth=2, mlp_dim=48, num_heads=4, num_kv_heads=2, head_dim=8)
 CONFIG = Pi05Config(

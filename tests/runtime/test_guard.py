@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from ki_edge.contract import generic
 from ki_edge.errors import BackendError, RobotError
-from ki_edge.normalize import NormStats
-from ki_runtime.guard import Guard, finite_actions
-from ki_runtime.loop import ControlLoop, LoopOptions
+from ki_edge.policy.contract import generic
+from ki_edge.policy.normalize import NormStats
+from ki_runtime.control.loop import ControlLoop, LoopOptions
+from ki_runtime.policy.guard import Guard, finite_actions
 from ki_runtime.robots.base import checked_action
 
 from .fake_robot import DIM, HORIZON, CountingRobot, FormulaPolicy
@@ -121,8 +121,8 @@ def test_the_policy_itself_refuses_actions_beyond_float32(fake_policy_parts):
 @pytest.fixture
 def fake_policy_parts(make_bundle, fake_sampler, tokenizer_model):
     """(Policy whose statistics map ordinary model actions beyond float32, an observation)."""
-    from ki_edge.prompt import PromptTokenizer
-    from ki_runtime.policy import Policy, PolicyAssets
+    from ki_edge.policy.prompt import PromptTokenizer
+    from ki_runtime.policy.policy import Policy, PolicyAssets
 
     contract = generic(["cam"], state_dim=2, action_dim=2, action_horizon=5, model_action_dim=6, image_size=(4, 4))
     near, wide = (NormStats(q01=np.zeros(2), q99=np.ones(2)) for _ in range(2))

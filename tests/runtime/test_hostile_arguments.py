@@ -8,15 +8,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ki_edge.contract import Camera, FastContract, generic
 from ki_edge.errors import ArgumentError, KiEdgeError, ObservationError
-from ki_edge.fast import FastCodec, FastIds
-from ki_edge.normalize import NormStats, compute_stats, normalize, unnormalize
-from ki_edge.prompt import PromptTokenizer, digitize_state, pad
-from ki_runtime.backends import SessionOptions
-from ki_runtime.loop import LoopOptions
-from ki_runtime.policy import Policy
-from ki_runtime.sampler import Sampler
+from ki_edge.policy.contract import Camera, FastContract, generic
+from ki_edge.policy.fast import FastCodec, FastIds
+from ki_edge.policy.normalize import NormStats, compute_stats, normalize, unnormalize
+from ki_edge.policy.prompt import PromptTokenizer, digitize_state, pad
+from ki_runtime.backends.registry import SessionOptions
+from ki_runtime.control.loop import LoopOptions
+from ki_runtime.policy.policy import Policy
+from ki_runtime.policy.sampler import Sampler
 
 from .conftest import CONFIG
 from .test_policy import assets, codec, make_policy  # noqa: F401

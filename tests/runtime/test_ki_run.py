@@ -10,7 +10,8 @@ import pytest
 
 from ki_edge.commands import tell
 from ki_edge.errors import BackendError
-from ki_runtime import backends, cli
+from ki_runtime.backends import registry as backends
+from ki_runtime.control import cli
 
 from .fake_robot import CountingRobot, Failing, FormulaPolicy
 
@@ -26,7 +27,7 @@ def run(monkeypatch, capsys):
             loaded.append((*positional, options))
             return policy or FormulaPolicy()
 
-        monkeypatch.setattr("ki_runtime.policy.Policy.load", load)
+        monkeypatch.setattr("ki_runtime.policy.policy.Policy.load", load)
         monkeypatch.setattr(cli, "open_robot", lambda name: robot or CountingRobot())
         status = cli.main(["some/bundle", "--robot", "gym:FetchReach-v4", *arguments])
         out, err = capsys.readouterr()
@@ -95,7 +96,7 @@ def test_interrupt_while_loading(monkeypatch, capsys):
     def load(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ki_runtime.policy.Policy.load", load)
+    monkeypatch.setattr("ki_runtime.policy.policy.Policy.load", load)
     assert cli.main(["bundle", "--robot", "gym:FetchReach-v4"]) == 130
     assert capsys.readouterr().err == "ki-run: interrupted; nothing was run\n"
 
@@ -114,7 +115,7 @@ def test_missing_bundle_and_unknown_backend(capsys, tmp_path, arguments, message
 
 
 def test_unknown_robot(capsys, monkeypatch):
-    monkeypatch.setattr("ki_runtime.policy.Policy.load", lambda *_, **__: FormulaPolicy())
+    monkeypatch.setattr("ki_runtime.policy.policy.Policy.load", lambda *_, **__: FormulaPolicy())
     assert cli.main(["bundle", "--robot", "gym:Unknown-v0"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("ki-run: error: unknown robot 'gym:Unknown-v0'") and len(error.splitlines()) == 1
@@ -153,9 +154,12 @@ def test_importing_the_package_loads_nothing_heavy():
 
 def test_the_runtime_never_needs_torch_or_the_exporter():
     heavy = {"torch", "onnx", "ki_export", "PIL", "matplotlib", "tokenizers", "sentencepiece", "imageio", "gymnasium"}
-    modules = "loop, policy, sampler, recorder, cli, decode, plots, film"
-    assert not loaded_after(f"from ki_runtime import {modules}") & {*heavy, "onnxruntime"}
-    assert not loaded_after("import ki_runtime.ort_session") & heavy
+    modules = (
+        "from ki_runtime.control import cli, film, loop, plots, recorder\n"
+        "from ki_runtime.policy import decode, policy, sampler"
+    )
+    assert not loaded_after(modules) & {*heavy, "onnxruntime"}
+    assert not loaded_after("import ki_runtime.backends.ort") & heavy
 
 
 def test_every_public_name_is_there():

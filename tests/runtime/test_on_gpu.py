@@ -14,7 +14,7 @@ from ki_edge.bundle import Bundle
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
 from ki_runtime import Sampler
-from ki_runtime.backends import BACKENDS
+from ki_runtime.backends.registry import BACKENDS
 from ki_runtime.trt.build import MODULES, BuildOptions, build_bundle
 
 GPU_BACKENDS = [backend for backend in BACKENDS if backend.device == "GPU"]

@@ -6,13 +6,13 @@ import pytest
 
 from ki_edge import graphs
 from ki_edge.errors import BackendError, BundleError, DeviceError, DeviceMemoryError
-from ki_runtime.backends import SessionOptions
-from ki_runtime.ort_cuda_session import TRIAL, OrtCudaSession, check_placement, connect, obstacle, start
-from ki_runtime.ort_session import OrtSession, onnxruntime
-from ki_runtime.session import Sequential, shape_of
-from ki_runtime.trt import cuda
-from ki_runtime.trt.buffers import Gpu
-from ki_runtime.trt.cuda import Cuda
+from ki_runtime.backends.ort import OrtSession, onnxruntime
+from ki_runtime.backends.registry import SessionOptions
+from ki_runtime.backends.session import Sequential, shape_of
+from ki_runtime.gpu import cuda
+from ki_runtime.gpu.buffers import Gpu
+from ki_runtime.gpu.cuda import Cuda
+from ki_runtime.gpu.ort_cuda import TRIAL, OrtCudaSession, check_placement, connect, obstacle, start
 
 from .fake_gpu import FakeCuda
 from .test_sessions import SIZES, euler_nodes, write_graph

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from ki_edge.contract import Camera, FastContract, generic
 from ki_edge.errors import ArgumentError, BackendError, BundleError, ObservationError, PromptError
-from ki_edge.fast import FastCodec, FastIds
-from ki_edge.normalize import NormStats, read_norm_stats, write_norm_stats
-from ki_edge.prompt import PromptTokenizer
-from ki_edge.transforms import InputPipeline, OutputPipeline
-from ki_runtime import policy as policy_module
-from ki_runtime.policy import Policy, read_assets
+from ki_edge.policy.contract import Camera, FastContract, generic
+from ki_edge.policy.fast import FastCodec, FastIds
+from ki_edge.policy.normalize import NormStats, read_norm_stats, write_norm_stats
+from ki_edge.policy.prompt import PromptTokenizer
+from ki_edge.policy.transforms import InputPipeline, OutputPipeline
+from ki_runtime.policy import policy as policy_module
+from ki_runtime.policy.policy import Policy, read_assets
 
 from .conftest import CONFIG, EOS
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ki_edge.bundle.witness import WITNESS
 from ki_edge.errors import BackendError, BundleError, DeviceMemoryError
-from ki_edge.witness import WITNESS
-from ki_runtime import verdict as verdicts
-from ki_runtime.cli import main
-from ki_runtime.proof import examine, own_version, repeat_proof, standing
-from ki_runtime.sampler import Sampler
+from ki_runtime.control.cli import main
+from ki_runtime.policy import verdict as verdicts
+from ki_runtime.policy.proof import examine, own_version, standing
+from ki_runtime.policy.proving import repeat_proof
+from ki_runtime.policy.sampler import Sampler
 
 from .witnesses import Backends, Wrong, observations, packed, proven_bundle, witness_of
 
@@ -125,7 +126,7 @@ def test_another_engine_driver_or_witness_is_proven_again(what, monkeypatch, mak
     if what in ("driver", "engine"):
         machine.facts["trt"][what] = "another"
     elif what == "version":
-        monkeypatch.setattr("ki_runtime.proof.version", lambda name: "9.9")
+        monkeypatch.setattr("ki_runtime.policy.proof.version", lambda name: "9.9")
     elif what == "weights":
         bundle.manifest.files["weights.safetensors"]["sha256"] = "another"
     else:

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from ki_edge.errors import DeviceMemoryError
-from ki_runtime.backends import SessionOptions, Setting
-from ki_runtime.proof import Prover
-from ki_runtime.trt.cuda import Cuda
+from ki_runtime.backends.registry import SessionOptions, Setting
+from ki_runtime.gpu.cuda import Cuda
+from ki_runtime.policy.proof import Prover
 
 from .gpu_machine import Machine
 from .witnesses import observations, proven_bundle

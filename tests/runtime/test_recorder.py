@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from ki_edge.errors import ArgumentError, BackendError, RobotError
-from ki_runtime import film, plots
-from ki_runtime.loop import ControlLoop, LoopOptions
-from ki_runtime.recorder import Recorder
+from ki_runtime.control import film, plots
+from ki_runtime.control.loop import ControlLoop, LoopOptions
+from ki_runtime.control.recorder import Recorder
 from ki_runtime.robots.replay import ReplayRobot, record_episode
 
 from .fake_robot import HORIZON, CountingRobot, Failing, FormulaPolicy

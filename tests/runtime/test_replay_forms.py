@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ki_edge.contract import droid
 from ki_edge.errors import RobotError
-from ki_runtime.loop import ControlLoop
+from ki_edge.policy.contract import droid
+from ki_runtime.control.loop import ControlLoop
 from ki_runtime.robots import open_robot
 
 from .fake_robot import FormulaPolicy

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ki_edge.errors import BackendError, DeviceMemoryError
-from ki_runtime.room import within_memory
+from ki_runtime.policy.room import within_memory
 from ki_runtime.trt.bindings import RECORD_TRIES
 
 from .gpu_machine import CLOSE, Machine, noise

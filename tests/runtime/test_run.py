@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ki_edge.contract import generic
 from ki_edge.errors import ArgumentError, BackendError, DeviceError, RobotError
-from ki_runtime.loop import ControlLoop, LoopOptions, Watcher, episode_noise
-from ki_runtime.telemetry import Episode, LatencyLog, RunReport
+from ki_edge.policy.contract import generic
+from ki_runtime.control.loop import ControlLoop, LoopOptions, Watcher, episode_noise
+from ki_runtime.control.telemetry import Episode, LatencyLog, RunReport
 
 from .fake_robot import HORIZON, CountingRobot, Failing, FormulaPolicy
 

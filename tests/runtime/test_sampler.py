@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from ki_edge import flow
-from ki_edge.contract import FastContract, generic
 from ki_edge.errors import ArgumentError, BackendError, BundleError
-from ki_edge.prompt import PromptTokenizer
-from ki_runtime.decode import choices_of
-from ki_runtime.sampler import Sampler
+from ki_edge.policy.contract import FastContract, generic
+from ki_edge.policy.prompt import PromptTokenizer
+from ki_runtime.policy.decode import choices_of
+from ki_runtime.policy.sampler import Sampler
 
 from .conftest import BAR, CONFIG, EOS, FAST_COUNT, FAST_FIRST
 
@@ -406,7 +406,7 @@ def test_unknown_backend(make_bundle):
 
 
 def test_missing_backend_says_what_to_install(make_bundle, monkeypatch):
-    monkeypatch.setattr("ki_runtime.backends.find_spec", lambda name: None)
+    monkeypatch.setattr("ki_runtime.backends.registry.find_spec", lambda name: None)
     with pytest.raises(
         BackendError,
         match=r"no backend can run this: trt: .*; ort: no onnxruntime package; pip install 'ki-edge\[ort\]'",

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 
 from ki_edge.errors import BackendError
-from ki_runtime import ort_cuda_session, ort_session
-from ki_runtime.backends import BACKENDS
-from ki_runtime.trt import facts, session
-from ki_runtime.trt.cuda import Cuda
-from ki_runtime.trt.facts import gpu_facts
+from ki_runtime.backends import ort as ort_session
+from ki_runtime.backends.registry import BACKENDS
+from ki_runtime.gpu import identity as facts
+from ki_runtime.gpu import ort_cuda as ort_cuda_session
+from ki_runtime.gpu.cuda import Cuda
+from ki_runtime.gpu.identity import gpu_facts
+from ki_runtime.trt import session
 
 from .fake_gpu import FakeCuda
 

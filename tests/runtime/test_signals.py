@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from ki_runtime.interrupts import Interrupted, Interrupts
+from ki_runtime.control.interrupts import Interrupted, Interrupts
 from ki_runtime.robots.replay import record_episode
 
 STEPS = 40
@@ -19,9 +19,9 @@ STEPS = 40
 KI_RUN = """
 import signal, sys, time
 import numpy as np
-from ki_edge.contract import generic
-from ki_runtime import cli
-from ki_runtime.policy import Policy
+from ki_edge.policy.contract import generic
+from ki_runtime.control import cli
+from ki_runtime.policy.policy import Policy
 from ki_runtime.robots.replay import ReplayRobot
 
 ignored = sys.argv[1].split(",")

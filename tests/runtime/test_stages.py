@@ -9,8 +9,8 @@ from safetensors.numpy import load_file, save_file
 from ki_edge import flow
 from ki_edge.bundle import Bundle
 from ki_edge.errors import BackendError, BundleError
-from ki_runtime.denoise import runtime_weights
-from ki_runtime.sampler import StageTimes
+from ki_runtime.policy.denoise import runtime_weights
+from ki_runtime.policy.sampler import StageTimes
 
 from .conftest import CONFIG
 

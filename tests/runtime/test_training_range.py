@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from ki_edge.contract import generic
-from ki_edge.normalize import NormStats
-from ki_runtime.training_range import TrainingRange
+from ki_edge.policy.contract import generic
+from ki_edge.policy.normalize import NormStats
+from ki_runtime.policy.training_range import TrainingRange
 
 RADIANS = np.array([-1.5, -0.5, 0.2, 0.7])
 STATS = NormStats(mean=np.zeros(4), std=[0.6, 0.3, 0.1, 0.0], q01=[-1.6, -0.9, 0.1, 0.7], q99=[1.6, 0.9, 0.4, 0.7])

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from ki_edge.errors import ArgumentError, BackendError, DeviceError
-from ki_runtime.session import HostBuffer
-from ki_runtime.trt import buffers, contexts, cuda
-from ki_runtime.trt.buffers import Gpu
-from ki_runtime.trt.cuda import ABSENT, LOST, Cuda, current_device
+from ki_runtime.backends.session import HostBuffer
+from ki_runtime.gpu import buffers, cuda
+from ki_runtime.gpu.buffers import Gpu
+from ki_runtime.gpu.cuda import ABSENT, LOST, Cuda, current_device
+from ki_runtime.trt import contexts
 
 from .fake_gpu import FakeCuda, real
 

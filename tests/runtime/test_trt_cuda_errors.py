@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from ki_edge.errors import ArgumentError, BackendError, DeviceError, DeviceMemoryError
-from ki_runtime.trt import cuda
-from ki_runtime.trt.buffers import Gpu
-from ki_runtime.trt.cuda import Cuda
+from ki_runtime.gpu import cuda
+from ki_runtime.gpu.buffers import Gpu
+from ki_runtime.gpu.cuda import Cuda
 
 from .fake_gpu import FakeCuda, real
 

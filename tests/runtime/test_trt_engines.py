@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from ki_edge.bundle import Bundle
-from ki_edge.contract import generic
 from ki_edge.errors import BackendError
-from ki_runtime.trt.device import Device
+from ki_edge.policy.contract import generic
+from ki_runtime.gpu.device import Device
 from ki_runtime.trt.engines import ACTING, Engines, Identity, identify
 from ki_runtime.trt.profiles import Profile, profiles
 from ki_runtime.trt.selection import EngineSet, find, look

@@ -9,10 +9,10 @@ import pytest
 
 from ki_edge import graphs
 from ki_edge.errors import BackendError
-from ki_runtime.backends import SessionOptions
+from ki_runtime.backends.registry import SessionOptions
+from ki_runtime.gpu.cuda import Cuda
+from ki_runtime.gpu.device import Device
 from ki_runtime.trt import bindings, contexts, session
-from ki_runtime.trt.cuda import Cuda
-from ki_runtime.trt.device import Device
 from ki_runtime.trt.engines import ACTING, FAST
 from ki_runtime.trt.session import obstacle
 

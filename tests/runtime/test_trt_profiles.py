@@ -4,8 +4,8 @@ import pytest
 
 from ki_edge import graphs
 from ki_edge.config import PI05
-from ki_edge.contract import FastContract, droid, generic, pi0_aloha
 from ki_edge.errors import ArgumentError, BackendError
+from ki_edge.policy.contract import FastContract, droid, generic, pi0_aloha
 from ki_runtime.trt.profiles import FORCED, PROMPT_BUCKET, Profile, bucket, profiles
 
 

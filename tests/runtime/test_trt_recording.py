@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ki_runtime.denoise import MAX_TABLES
+from ki_runtime.policy.denoise import MAX_TABLES
 from ki_runtime.trt import contexts
 
 from .gpu_machine import CLOSE, Machine, noise

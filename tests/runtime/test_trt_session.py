@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from ki_edge import graphs
-from ki_edge.contract import FastContract, generic
 from ki_edge.errors import BackendError
+from ki_edge.policy.contract import FastContract, generic
 from ki_runtime.trt.bindings import CACHE_BUCKET, TensorRTSession
 
 from .conftest import CONFIG

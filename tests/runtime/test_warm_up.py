@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from ki_edge.contract import Camera, FastContract, generic
 from ki_edge.errors import ArgumentError, BackendError, PromptError
-from ki_runtime.policy import Policy, read_assets
-from ki_runtime.session import Bucket
-from ki_runtime.warming import likely_cameras, prompt_lengths
+from ki_edge.policy.contract import Camera, FastContract, generic
+from ki_runtime.backends.session import Bucket
+from ki_runtime.policy.policy import Policy, read_assets
+from ki_runtime.policy.warming import likely_cameras, prompt_lengths
 
 from .conftest import CONFIG, FAST_COUNT, FAST_FIRST
 from .gpu_machine import Machine

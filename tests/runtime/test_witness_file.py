@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ki_edge.bundle.witness import ARRAYS, picture_type, read_witness
 from ki_edge.errors import BundleError
-from ki_edge.witness import ARRAYS, picture_type, read_witness
 
 from .conftest import CONFIG
 from .witnesses import observations, packed, proven_bundle, witness_of

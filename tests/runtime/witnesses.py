@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from ki_edge.witness import Continuation, Witness
-from ki_runtime import backends
-from ki_runtime.backends import BACKENDS, Setting
-from ki_runtime.sampler import Sampler
+from ki_edge.bundle.witness import Continuation, Witness
+from ki_runtime.backends import registry as backends
+from ki_runtime.backends.registry import BACKENDS, Setting
+from ki_runtime.policy.sampler import Sampler
 
 from .conftest import CONFIG, FakeEngine, FakeSession
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ki_edge.model import Checkpoint
+from ki_edge.checkpoints import Checkpoint
 from ki_edge.train import cli
 from ki_edge.train.plot import plot_losses, read_log
 

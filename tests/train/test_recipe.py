@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from ki_edge.contract import PolicyContract
 from ki_edge.errors import DatasetError, KiEdgeError
-from ki_edge.fast import FastCodec, FastIds
-from ki_edge.normalize import read_norm_stats
-from ki_edge.prompt import PromptTokenizer
+from ki_edge.policy.contract import PolicyContract
+from ki_edge.policy.fast import FastCodec, FastIds
+from ki_edge.policy.normalize import read_norm_stats
+from ki_edge.policy.prompt import PromptTokenizer
 from ki_edge.train.demonstrations import Demonstrations
 from ki_edge.train.recipe import LOC_BINS, Examples, Recipe, Tokens
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import ArgumentError, CheckpointError, DatasetError
-from ki_edge.model import Checkpoint, Observation, Pi05
+from ki_edge.model import Observation, load_model
 from ki_edge.train.centering import CenteredPatches
 from ki_edge.train.loop import TrainSettings
 from ki_edge.train.run import open_trainer
@@ -68,7 +69,7 @@ def test_training_then_inference(train, tmp_path):
         assert last < 0.8 * first, term
     observation = first_frames(trainer)
     noise = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0))
-    loaded = Pi05.from_checkpoint(tmp_path / "run")
+    loaded = load_model(tmp_path / "run")
     actions = loaded.sample_actions(observation, noise=noise)
     assert torch.isfinite(actions).all()
     # ema 0: the saved average is the model; its centred patches were folded into an ordinary embedding
@@ -195,7 +196,7 @@ def test_starting_from_a_checkpoint(train, tmp_path):
     """The run begins as the checkpoint, although its mean picture is now taken out."""
     train("first")
     trainer, _ = train("second", stop=0, init=tmp_path / "first")
-    start, model = Pi05.from_checkpoint(tmp_path / "first"), trainer.model.eval()
+    start, model = load_model(tmp_path / "first"), trainer.model.eval()
     assert CenteredPatches.center_of(model) is not None
     pixels = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     # what the folded embedding loses in float32; the network behind it may make a thousand times more of it

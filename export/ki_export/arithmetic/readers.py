@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ki_edge.checkpoints import TensorSource
 from ki_edge.errors import BundleError
+from ki_export.weights.weights import Rows
 
-from ..weights import Rows
 from .operators import TYPES
 
 

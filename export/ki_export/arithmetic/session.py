@@ -14,8 +14,8 @@ import torch
 from ki_edge import graphs
 from ki_edge.bundle import Bundle
 from ki_edge.graphs import GraphSpec
-from ki_runtime.sampler import Sampler
-from ki_runtime.session import Binding, Buffer, HostBuffer, Session
+from ki_runtime.backends.session import Binding, Buffer, HostBuffer, Session
+from ki_runtime.policy.sampler import Sampler
 
 from .evaluator import BUDGET, Evaluator, Shelf, WeightReader
 from .readers import FileWeights

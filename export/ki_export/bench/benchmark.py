@@ -13,8 +13,8 @@ import numpy as np
 
 from ki_edge.bundle import Bundle
 from ki_edge.config import Pi05Config
-from ki_runtime.backends import choose_backend
-from ki_runtime.sampler import Sampler
+from ki_runtime.backends.registry import choose_backend
+from ki_runtime.policy.sampler import Sampler
 
 from .machine import OtherLoad, cores, describe
 from .options import BenchOptions, Case, cases

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ki_edge.commands import Parser, run_command, show, show_json, tell
 from ki_edge.errors import BackendError, ExportError
-from ki_edge.writing import write_file
+from ki_edge.files.writing import write_file
 
 from .options import CAMERAS, DTYPES, PROMPT_TOKENS, BenchOptions
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from ki_runtime.ort_session import cpu_options, onnxruntime
+from ki_runtime.backends.ort import cpu_options, onnxruntime
 
 from .rounds import Contender, Samples
 from .work import INT8, Product, Work

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ki_edge.contract import PolicyContract
+    from ki_edge.policy.contract import PolicyContract
 
 WATCH_S = 0.002  # between two readings of the anonymous memory
 
@@ -77,7 +77,7 @@ def run_model(options: argparse.Namespace) -> tuple[object, float]:
     """The same with the model alone."""
     import numpy as np
 
-    from ki_edge.images import model_pictures
+    from ki_edge.policy.images import model_pictures
     from ki_runtime import Sampler
 
     sampler = Sampler.open(options.bundle, options.backend, threads=options.threads)

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ki_edge.checkpoints import Checkpoint
 from ki_edge.config import Pi05Config
 from ki_edge.errors import ArgumentError
 from ki_edge.flow import denoise_times, step_size
-from ki_edge.model import Checkpoint, PiModel
+from ki_edge.model import PiModel, load_model
 from ki_edge.model.layers import key_bias, rope_angles
 
 from .rounds import Contender
@@ -28,7 +29,7 @@ from .stages import F32, Inputs
 def load(checkpoint: Path, dtype: str, threads: int) -> PiModel:
     """The model in one dtype; PyTorch computes with `threads` threads from then on."""
     torch.set_num_threads(threads)
-    return Checkpoint.open(checkpoint).load_model(dtype=getattr(torch, dtype))
+    return load_model(Checkpoint.open(checkpoint), dtype=getattr(torch, dtype))
 
 
 def check_same_model(model: PiModel, config: Pi05Config, checkpoint: Path) -> None:

@@ -13,12 +13,12 @@ import numpy.typing as npt
 from ki_edge import graphs
 from ki_edge.bundle import Bundle
 from ki_edge.config import Pi05Config
-from ki_edge.contract import PolicyContract
-from ki_edge.images import model_pictures
-from ki_runtime.backends import SessionOptions, connect
-from ki_runtime.decode import Choices, FastStage
-from ki_runtime.prefix import PrefixStage, prepare_inputs
-from ki_runtime.sampler import Sampler
+from ki_edge.policy.contract import PolicyContract
+from ki_edge.policy.images import model_pictures
+from ki_runtime.backends.registry import SessionOptions, connect
+from ki_runtime.policy.decode import Choices, FastStage
+from ki_runtime.policy.prefix import PrefixStage, prepare_inputs
+from ki_runtime.policy.sampler import Sampler
 
 from .options import CAMERA_SLOTS, PADDED_PROMPT, Case
 from .rounds import Contender

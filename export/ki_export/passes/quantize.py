@@ -53,8 +53,8 @@ class Rows:
 def quantize(model: ir.Model, chosen: Callable[[str], bool]) -> list[Int8Weight]:
     """Rewrite every Gemm whose weight's name is `chosen`; what the chosen weights have become.
 
-    The new initializers have no values yet: `ki_export.int8` computes them. ValueError if a chosen weight is used in a
-    way that cannot be quantised. For the end, after all exact passes.
+    The new initializers have no values yet: `ki_export.weights.int8` computes them. ValueError if a chosen weight is
+    used in a way that cannot be quantised. For the end, after all exact passes.
     """
     quantizer = _Quantizer(model.graph)
     found: dict[ir.Value, Int8Weight] = {}

@@ -6,9 +6,9 @@ Every check runs as soon as what it needs is known, so a policy that lacks a par
 from __future__ import annotations
 
 from ki_edge.config import Pi05Config
-from ki_edge.contract import Feature, PolicyContract
 from ki_edge.errors import CheckpointError
-from ki_edge.prompt import PromptTokenizer
+from ki_edge.policy.contract import Feature, PolicyContract
+from ki_edge.policy.prompt import PromptTokenizer
 
 from .records import Record
 

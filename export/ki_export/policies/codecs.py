@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ki_edge.errors import ArgumentError, CheckpointError, ContractError
-from ki_edge.fast import CODEC_FILE, CONFIG_FILE, tokenizer_place
-from ki_edge.reading import read_file
+from ki_edge.files.reading import read_file
+from ki_edge.policy.fast import CODEC_FILE, CONFIG_FILE, tokenizer_place
 
 from .tokenizers import snapshots
 

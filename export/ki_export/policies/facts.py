@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ki_edge.config import Pi05Config
-from ki_edge.contract import FastContract, PolicyContract
 from ki_edge.errors import ArgumentError, CheckpointError, ContractError
-from ki_edge.fast import CODEC_FILE, FastCodec, tokenizer_place
-from ki_edge.prompt import PromptTokenizer
+from ki_edge.policy.contract import FastContract, PolicyContract
+from ki_edge.policy.fast import CODEC_FILE, FastCodec, tokenizer_place
+from ki_edge.policy.prompt import PromptTokenizer
 
 from .checks import check_policy
 from .codecs import find_codec
@@ -63,9 +63,9 @@ def describe_policy(
 ) -> PolicyFacts:
     """What a checkpoint folder and a request tell of a policy. What is missing is listed, what is wrong is an error.
 
-    `settings` is config.json, `format` one of `ki_edge.checkpoints.formats.Format`, `config` the model's geometry if it
-    is known, `horizon_from` where its horizon comes from, None if that is no more than a placeholder. CheckpointError,
-    ContractError, ArgumentError: the same that an export of the policy would meet.
+    `settings` is config.json, `format` a Format of `ki_edge.checkpoints.layout.formats`, `config` the model's geometry
+    if it is known, `horizon_from` where its horizon comes from, None if that is no more than a placeholder.
+    CheckpointError, ContractError, ArgumentError: the same that an export of the policy would meet.
     """
     if request.lerobot_version is not None and format != "lerobot":
         raise ArgumentError(f"--lerobot-version is for LeRobot's checkpoints; {folder} is {format}: leave it out")

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ki_edge.contract import PolicyContract
 from ki_edge.errors import ExportError
-from ki_edge.normalize import NormStats, write_norm_stats
-from ki_edge.prompt import PromptTokenizer
-from ki_edge.writing import write_file
+from ki_edge.files.writing import write_file
+from ki_edge.policy.contract import PolicyContract
+from ki_edge.policy.normalize import NormStats, write_norm_stats
+from ki_edge.policy.prompt import PromptTokenizer
 
 from .codecs import codec_files
 from .statistics import NORM_STATS, Statistics

@@ -12,10 +12,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ki_edge.checkpoints.formats import WEIGHTS
+from ki_edge.checkpoints.layout.formats import WEIGHTS
 from ki_edge.config import Pi05Config
-from ki_edge.contract import PolicyContract
 from ki_edge.errors import CheckpointError
+from ki_edge.policy.contract import PolicyContract
 
 from .lerobot_buffers import read_buffers, read_old_statistics
 from .lerobot_config import CONFIG, Notes, read_config

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ki_edge.checkpoints.formats import SHARDS, WEIGHTS
+from ki_edge.checkpoints.layout.formats import SHARDS, WEIGHTS
 from ki_edge.errors import CheckpointError
-from ki_edge.normalize import NormStats, checked_stats
-from ki_edge.safetensors_index import SafetensorsIndex
+from ki_edge.files.safetensors_index import SafetensorsIndex
+from ki_edge.policy.normalize import NormStats, checked_stats
 
 from .lerobot_config import CONFIG, Notes
 from .lerobot_options import is_text_map

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ki_edge.contract import Camera
 from ki_edge.errors import CheckpointError
+from ki_edge.policy.contract import Camera
 
 from .lerobot_options import RENAME
 from .lerobot_processors import STATE, Processor

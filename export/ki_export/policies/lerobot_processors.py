@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from ki_edge.errors import CheckpointError
-from ki_edge.normalize import NormStats, checked_stats
-from ki_edge.reading import read_file, read_object
-from ki_edge.safetensors_index import SafetensorsIndex
+from ki_edge.files.reading import read_file, read_object
+from ki_edge.files.safetensors_index import SafetensorsIndex
+from ki_edge.policy.normalize import NormStats, checked_stats
 
 from .lerobot_options import (
     ABSOLUTE,

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ki_edge.contract import MODEL_ACTION_DIM
 from ki_edge.errors import ArgumentError, CheckpointError
-from ki_edge.images import Resize, inner_size
-from ki_edge.reading import read_object
+from ki_edge.files.reading import read_object
+from ki_edge.policy.contract import MODEL_ACTION_DIM
+from ki_edge.policy.images import Resize, inner_size
 
 from .lerobot_cameras import EMPTY
 from .lerobot_config import CONFIG, Notes

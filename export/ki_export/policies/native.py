@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ki_edge.config import Pi05Config
-from ki_edge.contract import PolicyContract
 from ki_edge.errors import ArgumentError, CheckpointError
+from ki_edge.policy.contract import PolicyContract
 
 from .records import Record
 from .request import PolicyRequest

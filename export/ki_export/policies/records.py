@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ki_edge.contract import PolicyContract
+from ki_edge.policy.contract import PolicyContract
 
 from .statistics import Statistics
 

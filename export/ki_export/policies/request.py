@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ki_edge.config import Pi05Config
-from ki_edge.contract import PolicyContract
 from ki_edge.errors import ArgumentError, CheckpointError
-from ki_edge.presets import PRESETS, PUBLIC, SHORT, Preset, find_preset
+from ki_edge.policy.contract import PolicyContract
+from ki_edge.policy.presets import PRESETS, PUBLIC, SHORT, Preset, find_preset
 
 NAMES = "|".join(SHORT)
 LEROBOT_VERSIONS = ("0.4", "0.5")  # what they differ in is in lerobot_version.py

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ki_edge.errors import ArgumentError, CheckpointError
-from ki_edge.normalize import NormStats, read_norm_stats
+from ki_edge.policy.normalize import NormStats, read_norm_stats
 
 NORM_STATS = "norm_stats.json"
 MAX_BYTES = 64_000_000

@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 
 from ki_edge.errors import ArgumentError, CheckpointError
-from ki_edge.reading import read_file
-from ki_edge.words import MAX_TOKENIZER, is_json
+from ki_edge.files.reading import read_file
+from ki_edge.policy.words import MAX_TOKENIZER, is_json
 
 from .paths import is_inside
 from .records import PALIGEMMA

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from ki_edge.bundle import Bundle
 from ki_edge.errors import BackendError, KiEdgeError
+from ki_runtime.gpu.device import Device
+from ki_runtime.trt.api import Api
+from ki_runtime.trt.engines import ACTING, FAST, default_graphs
+from ki_runtime.trt.graph_file import GraphFile, read_graph
+from ki_runtime.trt.memory import OVERHEAD, needed
+from ki_runtime.trt.requirements import check_graph
+from ki_runtime.trt.selection import EngineSet, build_command, look
 
-from ..trt.api import Api
-from ..trt.device import Device
-from ..trt.engines import ACTING, FAST, default_graphs
-from ..trt.graph_file import GraphFile, read_graph
-from ..trt.memory import OVERHEAD, needed
-from ..trt.requirements import check_graph
-from ..trt.selection import EngineSet, build_command, look
 from .finding import Finding
 from .gpu import Gpu
 from .host import Host

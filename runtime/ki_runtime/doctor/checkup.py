@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ki_edge.errors import BackendError
+from ki_runtime.gpu.device import check_precision
+from ki_runtime.policy.proof import Standing
+from ki_runtime.trt.api import Api
 
-from ..proof import Standing
-from ..trt.api import Api
-from ..trt.requirements import check_precision
 from .bundle import Contents, Fit, check_bundle, check_engines, check_room
 from .finding import Checkup, Finding, Verdict
 from .gpu import Gpu, check_gpu

@@ -14,9 +14,8 @@ from typing import Any
 
 from ki_edge.bundle import Bundle
 from ki_edge.errors import KiEdgeError
-
-from ..backends import choose_backend
-from ..proof import Standing, standing
+from ki_runtime.backends.registry import choose_backend
+from ki_runtime.policy.proof import Standing, standing
 
 COMMAND_S = 20  # seconds that a command may take
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from ki_edge.checkpoints.keys import BACKBONE, EMBEDDING, EXPERT, parameter_shapes
+from ki_edge.checkpoints.layout.keys import BACKBONE, EMBEDDING, EXPERT, parameter_shapes
 from ki_edge.config import GemmaConfig, Pi05Config
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}

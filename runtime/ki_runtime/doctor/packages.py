@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..trt.api import OLDEST, TITLES, Api
-from ..trt.requirements import OPERATORS, OPSETS
+from ki_runtime.trt.api import OLDEST, TITLES, Api
+from ki_runtime.trt.requirements import OPERATORS, OPSETS
+
 from .finding import Finding
 from .gpu import Gpu
 from .host import Host

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from ki_edge.bundle import Bundle
+from ki_edge.bundle.witness import has_witness
 from ki_edge.errors import KiEdgeError
-from ki_edge.witness import has_witness
+from ki_runtime.policy.proof import Standing, without_witness
 
-from ..proof import Standing, without_witness
 from .finding import Finding
 from .host import Host
 

@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..trt.memory import available_memory
+from ki_runtime.trt.memory import available_memory
+
 from .finding import Finding
 from .host import Host
 

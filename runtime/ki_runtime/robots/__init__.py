@@ -1,6 +1,8 @@
 """Robots that a policy can drive: simulated, or replayed from a file. Needs numpy only until one is opened."""
 
 from ki_edge.errors import RobotError
-from ki_runtime.robots.base import EpisodeStatus, Robot, open_robot
+
+from .base import EpisodeStatus, Robot
+from .opening import open_robot
 
 __all__ = ["EpisodeStatus", "Robot", "RobotError", "open_robot"]

@@ -1,6 +1,5 @@
-"""What a control loop needs from a robot, and how a robot is opened by name."""
+"""What a control loop needs from a robot."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -63,36 +62,3 @@ def checked_action(action: ArrayLike, size: int, robot: str) -> NDArray[np.float
     if not np.isfinite(values).all():
         raise RobotError(f"{robot}: the action {given.tolist()} is not finite in float32; it was not applied")
     return values
-
-
-def open_robot(spec: str, **options: Any) -> Robot:
-    """Open the robot named by `spec`, "gym:FetchReach-v4" or "replay:FILE"; `options` go to its constructor.
-
-    The simulator is imported only for the robot that needs it.
-    """
-    kind, _, rest = spec.partition(":")
-    opener = _OPENERS.get(kind)
-    if opener is None or not rest:
-        raise _unknown(spec)
-    return opener(rest, options)
-
-
-def _open_gym(env: str, options: dict[str, Any]) -> Robot:
-    if env != "FetchReach-v4":
-        raise _unknown(f"gym:{env}")
-    from ki_runtime.robots.fetch import GymRobot
-
-    return GymRobot(**options)
-
-
-def _open_replay(path: str, options: dict[str, Any]) -> Robot:
-    from ki_runtime.robots.replay import ReplayRobot
-
-    return ReplayRobot(path, **options)
-
-
-def _unknown(spec: str) -> RobotError:
-    return RobotError(f"unknown robot {spec!r}: expected gym:FetchReach-v4 or replay:FILE")
-
-
-_OPENERS: dict[str, Callable[[str, dict[str, Any]], Robot]] = {"gym": _open_gym, "replay": _open_replay}

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ki_edge.errors import RobotError
-from ki_runtime.robots.base import EpisodeStatus, checked_action
+
+from .base import EpisodeStatus, checked_action
 
 STATE_NAMES = ("gripper_x", "gripper_y", "gripper_z", "left_finger", "right_finger")
 ACTION_NAMES = ("x", "y", "z", "gripper")

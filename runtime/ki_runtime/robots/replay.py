@@ -1,6 +1,6 @@
 """A recorded episode as a robot: `replay:FILE` shows its observations and keeps the actions predicted for them.
 
-The file is described in `ki_edge.episode_file`; `record_episode` writes one.
+The file is described in `ki_edge.recordings.episode_file`; `record_episode` writes one.
 """
 
 import os
@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_edge.contract import PolicyContract
-from ki_edge.episode_file import RecordedEpisode, header_fault, value_fault
-from ki_edge.episodes import EpisodeView
 from ki_edge.errors import DatasetError, RobotError
-from ki_runtime.robots.base import EpisodeStatus, checked_action
+from ki_edge.policy.contract import PolicyContract
+from ki_edge.recordings.episode_file import RecordedEpisode, header_fault, value_fault
+from ki_edge.recordings.episodes import EpisodeView
+
+from .base import EpisodeStatus, checked_action
 
 CONTROL_HZ = 25.0  # of a recording for which nobody says it
 

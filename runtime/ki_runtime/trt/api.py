@@ -19,12 +19,11 @@ from importlib import import_module
 from typing import Any
 
 from ki_edge.errors import ArgumentError, BackendError
-
-from ..session import first_line
+from ki_runtime.backends.session import first_line
+from ki_runtime.gpu.device import Capability
 
 OLDEST = {"tensorrt": (10, 3), "tensorrt_rtx": (1, 7), "tensorrt_lean": (10, 3)}
 STRONG_TYPING_ONLY = (11,)
-Capability = tuple[int, int]
 Sink = Callable[[str, str], None]  # severity ("error", "warning", "info"), message
 
 TITLES = {"tensorrt": "TensorRT", "tensorrt_rtx": "TensorRT-RTX", "tensorrt_lean": "TensorRT lean runtime"}
@@ -199,17 +198,3 @@ class Api:
         if errors:
             raise errors[0]
         return done
-
-
-def parse_capabilities(text: str) -> tuple[Capability, ...]:
-    """ "8.6,12.0" -> ((8, 6), (12, 0)), sorted; ArgumentError for anything else."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(re.fullmatch(r"\d{1,2}\.\d", part) for part in parts):
-        raise ArgumentError(f"compute capability {text!r}: expected numbers such as 8.6, or several as 8.6,12.0")
-    found = sorted({(int(major), int(minor)) for major, minor in (part.split(".") for part in parts)})
-    return tuple(found)
-
-
-def describe_capabilities(capabilities: Sequence[Capability]) -> str:
-    """((8, 6), (12, 0)) -> "8.6, 12.0"."""
-    return ", ".join(f"{major}.{minor}" for major, minor in capabilities)

@@ -16,13 +16,13 @@ from weakref import WeakValueDictionary
 from ki_edge import graphs
 from ki_edge.errors import BackendError, DeviceError, DeviceMemoryError
 from ki_edge.graphs import GraphSpec
+from ki_runtime.backends.registry import SessionOptions
+from ki_runtime.backends.session import Binding, Bucket, Buffer, Session
+from ki_runtime.gpu.buffers import DeviceBuffer, Gpu, owned
+from ki_runtime.gpu.cuda import Recording
 
-from ..backends import SessionOptions
-from ..session import Binding, Bucket, Buffer, Session
 from .api import Api
-from .buffers import DeviceBuffer, Gpu, owned
 from .contexts import Context, EngineContexts, Scratch, Shape, Shapes
-from .cuda import Recording
 from .profiles import PROMPT_BUCKET
 
 CACHE_BUCKET = 64  # places in a FAST cache

@@ -16,17 +16,17 @@ from pathlib import Path
 
 from ki_edge.bundle import Bundle
 from ki_edge.errors import ArgumentError, BackendError, KiEdgeError
-from ki_edge.publishing import publishing
+from ki_edge.files.publishing import publishing
+from ki_runtime.gpu.device import Capability, Device, check_precision, describe_capabilities, parse_capabilities
 
-from .api import Api, Capability, describe_capabilities, parse_capabilities
+from .api import Api
 from .compiling import Settings, compile_graph
-from .device import Device
 from .engines import ACTING, FOLDER, RECORD, Engines, default_graphs, identify
 from .graph_file import GraphFile, read_graph
 from .identity import EngineFile, Identity
 from .memory import check_disk, check_memory, check_size, estimate
 from .profiles import profiles
-from .requirements import check_graph, check_precision
+from .requirements import check_graph
 from .selection import EngineSet, build_command, look
 from .targets import MODULES, capabilities_of, this_device
 from .trust import remember

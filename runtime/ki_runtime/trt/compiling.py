@@ -14,11 +14,12 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from ki_edge.errors import BackendError, KiEdgeError
-from ki_edge.reading import read_file
-from ki_edge.writing import reason, write_file, writing
+from ki_edge.files.reading import read_file
+from ki_edge.files.writing import reason, write_file, writing
+from ki_runtime.backends.session import first_line
+from ki_runtime.gpu.device import Capability
 
-from ..session import first_line
-from .api import Api, Capability
+from .api import Api
 from .profiles import Profile
 
 MAX_TIMINGS = 1 << 28  # bytes of a timing cache

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from ki_edge.errors import BackendError, KiEdgeError
-from ki_edge.reading import read_file
-from ki_edge.writing import write_file
+from ki_edge.files.reading import read_file
+from ki_edge.files.writing import write_file
+from ki_runtime.backends.session import first_line
+from ki_runtime.gpu.buffers import Gpu
+from ki_runtime.gpu.cuda import Memory
 
-from ..session import first_line
 from .api import Api
-from .buffers import Gpu
-from .cuda import Memory
 
 MAX_KERNELS = 1 << 30  # bytes of a file of compiled kernels
 Shape = tuple[int, ...]

@@ -16,11 +16,11 @@ from typing import Any
 from ki_edge import graphs
 from ki_edge.bundle import Bundle, sha256
 from ki_edge.errors import BackendError, BundleError
-from ki_edge.reading import read_object
-from ki_edge.writing import write_file
+from ki_edge.files.reading import read_object
+from ki_edge.files.writing import write_file
+from ki_runtime.gpu.device import Capability, Device
 
-from .api import Api, Capability
-from .device import Device
+from .api import Api
 from .identity import EngineFile, Identity, Profiles
 from .profiles import profiles
 

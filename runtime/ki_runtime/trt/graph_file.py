@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ki_edge.bundle.external_data import MOST_BYTES
 from ki_edge.errors import BundleError
-from ki_edge.external_data import MOST_BYTES
-from ki_edge.protobuf import Value, fields, varints
-from ki_edge.reading import read_file
+from ki_edge.files.protobuf import Value, fields, varints
+from ki_edge.files.reading import read_file
 
 # Field numbers of onnx.proto
 MODEL_GRAPH, MODEL_OPSET = 7, 8

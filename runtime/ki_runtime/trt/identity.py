@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .api import Capability
+from ki_runtime.gpu.device import Capability
+
 from .profiles import Profile
 
 FILE_NAME = re.compile(r"\w[\w.-]{0,99}")

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ki_edge.errors import BackendError
+from ki_runtime.gpu.device import Device
 
 from .api import Api
-from .device import Device
 
 GB = 1e9
 BASE = 0.25 * GB

@@ -16,9 +16,9 @@ from typing import Any
 
 from ki_edge import graphs
 from ki_edge.bundle import Bundle, Manifest
-from ki_edge.contract import FastContract, PolicyContract
 from ki_edge.errors import ArgumentError, BackendError
 from ki_edge.graphs import TensorSpec
+from ki_edge.policy.contract import FastContract, PolicyContract
 
 PROMPT_BUCKET = 16
 TYPICAL_PROMPT = 64  # tokens for which kernels are chosen

@@ -6,11 +6,9 @@ RTX has its own version numbers and imports all of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from ki_edge.errors import BackendError
 
-from .api import Api, Capability, describe_capabilities
+from .api import Api
 from .graph_file import GraphFile
 
 # Operator -> first TensorRT that imports it; None: no version does.
@@ -29,8 +27,6 @@ OPERATORS: dict[str, tuple[int, int] | None] = {
 }
 # Newest opset, and the first TensorRT whose parser knows it.
 OPSETS: tuple[tuple[int, tuple[int, int]], ...] = ((20, (10, 3)), (22, (10, 6)), (23, (10, 11)), (24, (10, 13)))
-BF16_NEEDS: Capability = (8, 0)
-PRECISIONS = ("float32", "float16", "bfloat16")
 
 
 def check_graph(api: Api, name: str, graph: GraphFile) -> None:
@@ -51,20 +47,6 @@ def check_graph(api: Api, name: str, graph: GraphFile) -> None:
         needed = "a newer TensorRT than exists yet" if known is None else f"TensorRT {_text(known)}"
         raise BackendError(
             f"graph {name}: opset {graph.opset} needs {needed}, installed is {api.version_text}: export with --opset 20"
-        )
-
-
-def check_precision(precision: str, capabilities: Sequence[Capability]) -> None:
-    """BackendError if TensorRT, or a GPU of one of these capabilities, cannot compute in a bundle's precision."""
-    if precision not in PRECISIONS:
-        raise BackendError(
-            f"precision {precision} is for the CPU: export the checkpoint with --target trt --precision fp16"
-        )
-    old = [capability for capability in capabilities if capability < BF16_NEEDS]
-    if precision == "bfloat16" and old:
-        raise BackendError(
-            f"bfloat16 needs compute capability 8.0 or newer, not {describe_capabilities(old)}: "
-            "export with --precision fp16"
         )
 
 

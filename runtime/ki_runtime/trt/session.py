@@ -16,18 +16,18 @@ from ki_edge import graphs
 from ki_edge.bundle import Bundle
 from ki_edge.errors import BackendError
 from ki_edge.graphs import GraphSpec
+from ki_runtime.backends.registry import GraphOpener, SessionOptions, Setting
+from ki_runtime.backends.session import Loaded
+from ki_runtime.gpu.buffers import Gpu
+from ki_runtime.gpu.cuda import Cuda
+from ki_runtime.gpu.device import check_precision
+from ki_runtime.gpu.identity import gpu_facts
 
-from ..backends import GraphOpener, SessionOptions, Setting
-from ..session import Loaded
 from .api import Api
 from .bindings import TensorRTSession
-from .buffers import Gpu
 from .build import ensure_engines, rebuild
 from .contexts import Scratch, refusing
-from .cuda import Cuda
 from .engines import ACTING, Engines
-from .facts import gpu_facts
-from .requirements import check_precision
 from .selection import EngineSet, find
 
 ELEMENT_TYPES = {"uint8": "UINT8", "bool": "BOOL", "int32": "INT32", "float32": "FLOAT"}

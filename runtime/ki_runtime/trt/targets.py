@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from ki_edge.errors import BackendError
+from ki_runtime.gpu.device import Capability, Device, check_precision, describe_capabilities, parse_capabilities
 
-from .api import Api, Capability, describe_capabilities, parse_capabilities
-from .device import Device
-from .requirements import check_precision
+from .api import Api
 
 MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}  # target -> module
 
@@ -60,7 +59,7 @@ def _check_known(api: Api, wanted: Sequence[Capability]) -> None:
 def this_device(api: Api) -> Device:
     """This machine's GPU; BackendError where there is none, and what can be done."""
     try:
-        device: Device = import_module("ki_runtime.trt.cuda").current_device()
+        device: Device = import_module("ki_runtime.gpu.cuda").current_device()
     except BackendError as error:
         raise BackendError(f"{error}; {_elsewhere(api)}") from error
     return device

@@ -1,0 +1,1 @@
+"""From the model to ONNX graphs: wrappers, tracing, the checker."""

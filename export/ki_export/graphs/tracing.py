@@ -1,0 +1,157 @@
+"""From a module on the meta device to an ONNX graph with the contract's names, cleaned by the passes.
+
+No weight is read: initializers carry names and shapes, and get their place in the weights file later. The graphs of a
+deep model take a minute each, so they are traced in two processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from ki_edge import graphs
+from ki_edge.bundle import DecodeVocabulary
+from ki_edge.config import Pi05Config
+from ki_edge.errors import ExportError
+from ki_edge.graphs import GraphSpec
+from ki_export.passes import PASSES
+
+from .wrappers import Traceable, traceables
+
+MODULE = "model."  # where the wrappers hold the model
+MIN_OPSET = 18
+DEEP = 8  # layers of a model that is worth two processes
+PROCESSES = 2  # 0.6 GB each
+NOWHERE = "none"
+ONNX_TYPES = {
+    "uint8": ir.DataType.UINT8,
+    "bool": ir.DataType.BOOL,
+    "int32": ir.DataType.INT32,
+    "float32": ir.DataType.FLOAT,
+}
+
+
+def trace_all(config: Pi05Config, vocabulary: DecodeVocabulary, opset: int) -> dict[str, ir.Model]:
+    """The three graphs of a model, by name. ExportError if one cannot be traced."""
+    names = [spec.name for spec in graphs.specs(config)]
+    if config.backbone.depth < DEEP or (os.cpu_count() or 1) == 1:
+        sizes = graphs.sizes(config, len(vocabulary.ids))
+        return {t.spec.name: trace(t, opset, sizes) for t in traceables(config, vocabulary)}
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    try:
+        with ProcessPoolExecutor(PROCESSES, spawn) as pool:
+            graphs_of = [pool.submit(_trace_apart, config, vocabulary, name, opset) for name in names]
+            return {name: unpack(future.result()) for name, future in zip(names, graphs_of, strict=True)}
+    except BrokenProcessPool:
+        raise ExportError("a tracing process was killed: is there 1.5 GB of memory free?") from None
+
+
+def _trace_apart(config: Pi05Config, vocabulary: DecodeVocabulary, name: str, opset: int) -> bytes:
+    """In a process of its own: one graph, packed."""
+    torch.set_num_threads(1)
+    wanted = next(t for t in traceables(config, vocabulary) if t.spec.name == name)
+    return pack(trace(wanted, opset, graphs.sizes(config, len(vocabulary.ids))))
+
+
+def pack(model: ir.Model) -> bytes:
+    """A traced graph as bytes. Its weights have no values: any place in a file stands in for them."""
+    empty = [value for value in model.graph.initializers.values() if value.const_value is None]
+    for value in empty:
+        shape = value.shape or ir.Shape([])
+        value.const_value = ir.ExternalTensor(NOWHERE, 0, 0, ir.DataType.FLOAT, shape=shape, name=str(value.name))
+    packed: bytes = ir.to_proto(model).SerializeToString()
+    for value in empty:
+        value.const_value = None
+    return packed
+
+
+def unpack(packed: bytes) -> ir.Model:
+    """What `pack` packed."""
+    model: ir.Model = ir.from_proto(onnx.ModelProto.FromString(packed))
+    for value in model.graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = None
+    return model
+
+
+def trace(traceable: Traceable, opset: int, sizes: Mapping[str, int]) -> ir.Model:
+    """The graph of one wrapper. `sizes`: constants of `graphs.sizes`. ExportError if the tracer or a pass fails."""
+    spec = traceable.spec
+    try:
+        with quiet():
+            model = _export(traceable, opset)
+            prepare(model)
+            for apply in PASSES:
+                apply(model)
+            finish(model, spec, sizes)
+    except (torch.onnx.errors.OnnxExporterError, ValueError, RuntimeError) as error:
+        first = str(error).strip().split("\n", 1)[0]
+        raise ExportError(f"graph {spec.name} cannot be traced at opset {opset}: {first}; try --opset 20") from error
+    return model
+
+
+def _export(traceable: Traceable, opset: int) -> ir.Model:
+    program = torch.onnx.export(
+        traceable.module,
+        traceable.inputs,
+        dynamo=True,
+        optimize=False,
+        verbose=False,
+        opset_version=opset,
+        dynamic_shapes=traceable.dynamic_shapes,
+        input_names=[tensor.name for tensor in traceable.spec.inputs],
+        output_names=[tensor.name for tensor in traceable.spec.outputs],
+    )
+    if program is None:
+        raise RuntimeError("the tracer gave no program")
+    model: ir.Model = program.model
+    return model
+
+
+def prepare(model: ir.Model) -> None:
+    """Initializers under the model's own parameter names, and without values."""
+    initializers = model.graph.initializers
+    for name, value in list(initializers.items()):
+        del initializers[name]
+        value.name, value.const_value = name.removeprefix(MODULE), None
+        initializers[value.name] = value
+
+
+def finish(model: ir.Model, spec: GraphSpec, sizes: Mapping[str, int]) -> None:
+    """Types and symbolic dims of the contract on inputs and outputs; our own name and the oldest file version."""
+    graph = model.graph
+    for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
+        for value, tensor in zip(values, tensors, strict=True):
+            if value.dtype != ONNX_TYPES[tensor.dtype]:
+                raise ValueError(f"'{tensor.name}' is {value.dtype} in the graph, the contract says {tensor.dtype}")
+            value.name, value.shape = tensor.name, ir.Shape(tensor.resolve(sizes))
+    graph.name = spec.name
+    opset = model.opset_imports[""]
+    model.ir_version = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
+    model.producer_name = "ki-export"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what tracer and passes say about packages that are not installed and weights that have no values."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""The proof that a bundle equals its model: cases, bars, comparison, diagnosis, report."""

@@ -1,0 +1,108 @@
+"""After a failed bar: which layer is the first to go wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from ki_edge.bundle import Bundle
+from ki_edge.model import PiModel
+from ki_edge.model.streaming import EmbeddingRows
+from ki_export.arithmetic.evaluator import Evaluator, Shelf
+from ki_export.arithmetic.readers import FileWeights
+from ki_export.arithmetic.session import SIXTEEN_BITS
+
+from .cutting import Segment, cut
+from .segments import SegmentPool, run_segments
+
+Array = npt.NDArray[Any]
+# times the layer's largest output: below it an error is rounding, or that of the layers before it
+LAYER_BARS = {"float32": 2e-5, "int8": 0.5, "float16": 2e-2, "bfloat16": 0.2}
+LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Embedding, EmbeddingRows)
+SAMPLES = 1 << 18  # values kept of a layer's output, so that those of a large model fit into memory
+PRIMES = (1, 2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103)
+
+
+def first_wrong_layer(
+    bundle: Bundle, graph: str, feeds: Mapping[str, Array], model: PiModel, run: Callable[[], object]
+) -> str | None:
+    """Name of the first layer whose output differs, or None if every layer is within rounding.
+
+    `run` makes the model compute what `graph` computes from `feeds`.
+    """
+    bar = LAYER_BARS[bundle.manifest.precision]
+    with _recorded(model) as expected:
+        run()
+    if bundle.manifest.precision in SIXTEEN_BITS:
+        return _first_wrong_value(bundle, graph, feeds, expected, bar)
+    parts = cut(onnx.load(bundle.graph(graph), load_external_data=False))
+    segments = [part.with_outputs([name for name in _made(part) if name in expected]) for part in parts]
+    for made, segment in run_segments(segments, SegmentPool(bundle.path, budget=0), feeds):
+        for name in _made(segment):
+            if name in expected and name in made and not _close(made[name], *expected[name], bar):
+                return name
+    return None
+
+
+def _first_wrong_value(
+    bundle: Bundle, graph: str, feeds: Mapping[str, Array], expected: Mapping[str, tuple[int, Array]], bar: float
+) -> str | None:
+    """The same in the arithmetic of a 16-bit graph."""
+    wrong: list[str] = []
+
+    def watch(node: ir.Node, _: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> None:
+        for value, tensor in zip(node.outputs, outputs, strict=True):
+            name = str(value.name)
+            if name in expected and not _close(tensor.float().numpy(), *expected[name], bar):
+                wrong.append(name)
+
+    evaluator = Evaluator(ir.load(bundle.graph(graph)).graph, Shelf(FileWeights(bundle.path)))
+    evaluator.run([{name: torch.from_numpy(array) for name, array in feeds.items()}], watch)
+    return wrong[0] if wrong else None
+
+
+def _made(segment: Segment) -> list[str]:
+    """The values that a segment computes, in order."""
+    return [str(name) for node in segment.model.graph.node for name in node.output]
+
+
+def _close(given: Array, size: int, expected: Array, bar: float) -> bool:
+    if given.size != size:
+        return False
+    error = float(np.abs(sample(given) - expected).max(initial=0.0))
+    return error <= bar * max(1.0, float(np.abs(expected).max(initial=0.0)))
+
+
+def sample(values: Array) -> Array:
+    """Every value of a small array, flat; of a large one every p-th, p prime so that no column is left out."""
+    step = next((prime for prime in PRIMES if values.size <= prime * SAMPLES), PRIMES[-1])
+    return values.reshape(-1)[::step].copy()
+
+
+@contextmanager
+def _recorded(model: PiModel) -> Iterator[dict[str, tuple[int, Array]]]:
+    """(size, sample) of the outputs of the model's layers by name, filled while the block runs."""
+    outputs: dict[str, tuple[int, Array]] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            outputs[name] = output.numel(), sample(output.detach().numpy())
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(keep(name)) for name, module in model.named_modules() if isinstance(module, LAYERS)
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()

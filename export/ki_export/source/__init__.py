@@ -1,0 +1,1 @@
+"""A checkpoint before its export: opened, examined, described."""

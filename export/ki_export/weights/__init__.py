@@ -1,0 +1,1 @@
+"""Where a bundle's weights lie: shared, copied, converted, quantised."""

@@ -1,0 +1,124 @@
+"""Which weights of a bundle are not its checkpoint's: every value of both files, a piece at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from ki_edge.bundle import Bundle
+from ki_edge.checkpoints import Checkpoint, TensorSource
+from ki_edge.checkpoints.layout.keys import EMBEDDING, checkpoint_key
+from ki_edge.checkpoints.layout.source import PIECE, encode
+from ki_edge.errors import BundleError
+from ki_export.graphs.wrappers import UNEMBEDDING, runs
+from ki_export.passes.quantize import Int8Weight
+
+from .int8 import quantize_weight
+
+STORED = {onnx.TensorProto.FLOAT: "F32", onnx.TensorProto.BFLOAT16: "BF16", onnx.TensorProto.FLOAT16: "F16"}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """`count` rows from `first` of a checkpoint tensor, as bytes at `offset` of a file, in a safetensors type."""
+
+    key: str
+    path: Path
+    offset: int
+    dtype: str
+    first: int = 0
+    count: int | None = None
+
+
+def changed_weights(bundle: Bundle, checkpoint: Checkpoint) -> list[str]:
+    """Checkpoint keys whose values in the bundle are not the checkpoint's, or not those quantised, in graph order."""
+    scaled = exponents(bundle)
+    found = [stored.key for stored in _runtime(bundle) if not _equal(stored, checkpoint.source)]
+    for graph in bundle.manifest.graphs:
+        proto = onnx.load(bundle.graph(graph), load_external_data=False)
+        external = {t.name: t for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
+        for key, parts in _quantized(external, checkpoint.source).items():
+            if key not in found and not _quantized_equal(bundle, key, *parts, checkpoint.source):
+                found.append(key)
+        for tensor in external.values():
+            stored = _stored(bundle, checkpoint, tensor)
+            if stored is None or stored.key in found:
+                continue
+            if not _equal(stored, checkpoint.source, scaled.get(stored.key, 0)):
+                found.append(stored.key)
+    return found
+
+
+def exponents(bundle: Bundle) -> dict[str, int]:
+    """Checkpoint key -> k of the weights that are stored divided by 2^k. BundleError if the manifest is malformed."""
+    found = bundle.manifest.weights.get("exponents", {})
+    if not isinstance(found, dict) or not all(type(k) is int for k in found.values()):
+        raise BundleError(f"{bundle.path}: manifest 'weights': exponents must be integers by checkpoint key")
+    return found
+
+
+def _runtime(bundle: Bundle) -> Iterator[Stored]:
+    """The weights that the runtime reads by itself."""
+    index = bundle.weights()
+    for key, name in bundle.manifest.weights["runtime"].items():
+        entry = index.entries[str(name)]
+        yield Stored(key, index.path, entry.offset, entry.dtype)
+
+
+def _quantized(external: Mapping[str, Any], source: TensorSource) -> dict[str, tuple[Any, Any]]:
+    """Checkpoint keys of quantised weights with their two initializers."""
+    names = [Int8Weight.of(name.removesuffix(".int8")) for name in external if name.endswith(".int8")]
+    return {
+        checkpoint_key(weight.weight): (external[weight.values], external[weight.scales])
+        for weight in names
+        if weight.scales in external and checkpoint_key(weight.weight) in source.tensors
+    }
+
+
+def _stored(bundle: Bundle, checkpoint: Checkpoint, tensor: Any) -> Stored | None:
+    """Where an initializer's values are and what they must be; None if they are not a checkpoint tensor as it is."""
+    path, offset = _place(bundle, tensor)
+    dtype = STORED.get(tensor.data_type)
+    if dtype is None:
+        return None
+    if tensor.name.startswith(UNEMBEDDING) and tensor.name.removeprefix(UNEMBEDDING).isdigit():
+        first, count = runs(bundle.manifest.vocabulary)[int(tensor.name.removeprefix(UNEMBEDDING))]
+        return Stored(EMBEDDING, path, offset, dtype, first, count)
+    key = checkpoint_key(tensor.name)
+    return Stored(key, path, offset, dtype) if key in checkpoint.source.tensors else None
+
+
+def _place(bundle: Bundle, tensor: Any) -> tuple[Path, int]:
+    places = {entry.key: entry.value for entry in tensor.external_data}
+    return bundle.file(places["location"]), int(places.get("offset", 0))
+
+
+def _equal(stored: Stored, source: TensorSource, exponent: int = 0) -> bool:
+    """Whether the bytes are the checkpoint's values / 2^exponent, rounded to the stored type; the file is read."""
+    shape = source.tensors[stored.key].shape
+    rows = shape[0] if stored.count is None else stored.count
+    row = source.tensors[stored.key].elements // shape[0]
+    step, offset = max(1, PIECE // row), stored.offset
+    factor = np.float32(2.0**-exponent)
+    for start in range(stored.first, stored.first + rows, step):
+        values = source.rows(stored.key, start, min(start + step, stored.first + rows))
+        expected = encode(values * factor if exponent else values, stored.dtype)
+        if not np.array_equal(np.fromfile(stored.path, np.uint8, expected.size, offset=offset), expected):
+            return False
+        offset += expected.size
+    return True
+
+
+def _quantized_equal(bundle: Bundle, key: str, values: Any, scales: Any, source: TensorSource) -> bool:
+    """Whether two initializers are what quantising a checkpoint tensor gives."""
+    expected_values, expected_scales = quantize_weight(source, key)
+    for tensor, expected in ((values, expected_values.tobytes()), (scales, expected_scales.tobytes())):
+        path, offset = _place(bundle, tensor)
+        if np.fromfile(path, np.uint8, len(expected), offset=offset).tobytes() != expected:
+            return False
+    return True

@@ -1,0 +1,208 @@
+"""The bundle's weights: one safetensors file that all three graphs point into.
+
+Where the checkpoint's own file holds what the graphs need, in the type they need it, it has the same bytes: a reflink,
+or a copy where the file system has none, or on request a hard link. Else only the tensors in use are written, streamed
+and converted piece by piece. Tensors in use are finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ki_edge.bundle import DecodeVocabulary
+from ki_edge.checkpoints import Checkpoint, TensorSource
+from ki_edge.checkpoints.layout.keys import EMBEDDING, checkpoint_key
+from ki_edge.checkpoints.layout.source import encode
+from ki_edge.errors import ExportError
+from ki_edge.files.safetensors_index import SafetensorsIndex
+from ki_export.graphs.wrappers import UNEMBEDDING, runs
+
+from .finite import check_finite, finite_pieces
+from .int8 import SCALES, VALUES, Int8Weights, split_key
+from .safetensors_writer import Part, write_tensors
+from .shared_file import link_file, own_file
+
+WEIGHTS = "weights.safetensors"
+LARGEST_F16 = 65504.0
+ONNX_TYPES = {
+    "F32": ir.DataType.FLOAT,
+    "BF16": ir.DataType.BFLOAT16,
+    "F16": ir.DataType.FLOAT16,
+    "I8": ir.DataType.INT8,
+}
+Stored = Literal["float32", "stored"]  # types in the file: all float32, or as the checkpoint stores them
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a tensor is stored: safetensors' name of the type, values divided by 2^exponent."""
+
+    dtype: str = "F32"
+    exponent: int = 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where an initializer's values come from: a checkpoint tensor, or `count` of its rows from `first` on."""
+
+    key: str
+    first: int = 0
+    count: int | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The written file. `names`: checkpoint key -> name in the file.
+
+    `how`: reflinked, copied, linked, packed or converted. `sha256` of a file that was written tensor by tensor.
+    """
+
+    index: SafetensorsIndex
+    names: Mapping[str, str]
+    how: str
+    sha256: str | None = None
+
+
+def sources(model: ir.Model, vocabulary: DecodeVocabulary) -> dict[str, Rows]:
+    """The origin of every initializer of a traced graph that has no value yet."""
+    parts = runs(vocabulary)
+    found = {}
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None:
+            if name.startswith(UNEMBEDDING):
+                first, count = parts[int(name.removeprefix(UNEMBEDDING))]
+                found[name] = Rows(EMBEDDING, first, count)
+            else:
+                found[name] = Rows(checkpoint_key(name))
+    return found
+
+
+def place_weights(
+    checkpoint: Checkpoint,
+    folder: Path,
+    used: Iterable[str],
+    *,
+    stored: Stored = "float32",
+    pack: bool = False,
+    link: bool = False,
+    forms: Mapping[str, Form] | None = None,
+) -> Weights:
+    """Put weights.safetensors into `folder`, holding at least the checkpoint keys `used`. ExportError if it cannot.
+
+    `forms`: keys that are stored in another way than `stored` says; `link`: share the checkpoint's file, which must
+    hold what the graphs need, as they need it.
+    """
+    keys, path, forms = sorted(set(used)), folder / WEIGHTS, forms or {}
+    names = None if pack or forms else _names_in_one_file(checkpoint.source, keys, stored)
+    if names is not None:
+        check_finite(checkpoint.source, keys)
+        file = checkpoint.source.files[0]
+        how = link_file(file, path) if link else own_file(file, path)
+        return Weights(SafetensorsIndex(path), names, how)
+    if link:
+        raise ExportError(
+            f"{checkpoint.path}: --link needs one safetensors file with every weight in the type that the graphs take "
+            "(float32, or any with --weights stored): leave it out"
+        )
+    parts = _parts(checkpoint.source, keys, stored, forms)
+    tensors = checkpoint.source.tensors
+    same = all(part.name in tensors and part.dtype == tensors[part.name].dtype for part in parts)
+    digest = write_tensors(path, parts, {"format": "pt"})
+    return Weights(SafetensorsIndex(path), {key: key for key in keys}, "packed" if same else "converted", digest)
+
+
+def attach(model: ir.Model, origins: Mapping[str, Rows], weights: Weights) -> None:
+    """Point every initializer of `origins` to its bytes in the weights file. Nothing is read."""
+    for name, rows in origins.items():
+        value = model.graph.initializers[name]
+        entry = weights.index.entries[weights.names[rows.key]]
+        shape = entry.shape if rows.count is None else (rows.count, *entry.shape[1:])
+        if value.shape is None or tuple(value.shape) != shape:
+            raise ExportError(f"graph {model.graph.name}: '{name}' is {value.shape}, but its weights are {list(shape)}")
+        if value.dtype is not None and value.dtype != ONNX_TYPES[entry.dtype]:
+            raise ExportError(f"graph {model.graph.name}: '{name}' is {value.dtype}, but its weights are {entry.dtype}")
+        row = entry.nbytes // entry.shape[0]
+        value.const_value = ir.ExternalTensor(
+            WEIGHTS,
+            offset=entry.offset + rows.first * row,
+            length=shape[0] * row,
+            dtype=ONNX_TYPES[entry.dtype],
+            shape=ir.Shape(shape),
+            name=name,
+            base_dir=weights.index.path.parent,
+        )
+
+
+def _names_in_one_file(source: TensorSource, keys: Iterable[str], stored: Stored) -> dict[str, str] | None:
+    """Each key's name in the checkpoint's only file; None if its bytes cannot be used as they lie there."""
+    names = {}
+    for key in keys:
+        tensor = source.tensors.get(key)
+        if tensor is None or tensor.place is None or len(source.files) != 1:
+            return None
+        if stored == "float32" and tensor.dtype != "F32":
+            return None
+        names[key] = tensor.place.name
+    return names
+
+
+def _parts(source: TensorSource, keys: Iterable[str], stored: Stored, forms: Mapping[str, Form]) -> list[Part]:
+    """The tensors of the weights file: as the checkpoint stores them, widened, rounded, or quantised."""
+    weights, parts = Int8Weights(source), []
+    for key in _in_file_order(source, keys):
+        base, kind = split_key(key)
+        rows, *columns = source.tensors[base].shape
+        if kind == VALUES:
+            parts.append(Part(key, "I8", (*columns, rows), partial(weights.values, base)))
+        elif kind == SCALES:
+            parts.append(Part(key, "F32", (rows,), partial(weights.scales, base)))
+        elif key in forms:
+            parts.append(Part(key, forms[key].dtype, (rows, *columns), partial(_formed, source, key, forms[key])))
+        elif stored == "stored":
+            parts.append(Part(key, source.tensors[key].dtype, (rows, *columns), partial(_stored, source, key)))
+        else:
+            parts.append(Part(key, "F32", (rows, *columns), partial(_checked, key, partial(source.pieces, key))))
+    return parts
+
+
+def _checked(key: str, pieces: Callable[[], Iterable[npt.NDArray[Any]]]) -> Iterator[npt.NDArray[Any]]:
+    return finite_pieces(key, pieces())
+
+
+def _stored(source: TensorSource, key: str) -> Iterator[npt.NDArray[np.uint8]]:
+    """A tensor's bytes in its stored type."""
+    for values in finite_pieces(key, source.pieces(key)):
+        yield encode(values, source.tensors[key].dtype)
+
+
+def _formed(source: TensorSource, key: str, form: Form) -> Iterator[npt.NDArray[np.uint8]]:
+    """A tensor's bytes in its form. ExportError if a value does not fit the type."""
+    factor = np.float32(2.0**-form.exponent)
+    for values in finite_pieces(key, source.pieces(key)):
+        if form.dtype == "F16" and np.abs(values).max(initial=0.0) * factor > LARGEST_F16:
+            raise ExportError(
+                f"'{key}' holds {np.abs(values).max():.3g}, and float16 ends at {LARGEST_F16:.0f}: "
+                "keep it with --keep-fp32, or use --precision bf16"
+            )
+        yield encode(values * factor, form.dtype)
+
+
+def _in_file_order(source: TensorSource, keys: Iterable[str]) -> list[str]:
+    """So that a file is read from its beginning to its end."""
+
+    order = {key: at for at, key in enumerate(source.tensors)}  # layer after layer where there are no places
+
+    def position(key: str) -> tuple[str, int, str]:
+        base, kind = split_key(key)
+        place = source.tensors[base].place
+        return ("", order[base], kind) if place is None else (place.index.path.name, place.offset, kind)
+
+    return sorted(keys, key=position)

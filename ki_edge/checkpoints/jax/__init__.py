@@ -1,0 +1,1 @@
+"""JAX (orbax) checkpoints: names, arrays in zarr stores, openpi's layout of them."""

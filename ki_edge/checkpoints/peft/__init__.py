@@ -1,0 +1,1 @@
+"""PEFT adapters over a base checkpoint, merged while reading."""

@@ -1,0 +1,1 @@
+"""Reading and writing files safely: bounded sizes, atomic replacement, folders published in one step."""

@@ -1,0 +1,1 @@
+"""What makes a model a policy: contract, prompt, FAST, normalisation, pictures, transforms. numpy at import."""

@@ -1,0 +1,1 @@
+"""Recorded episodes and model inputs, read from .npz files."""

@@ -1,0 +1,218 @@
+"""ONNX Runtime on the CPU, every tensor bound to memory that the runtime owns.
+
+Prepacking copies a weight into the engine's own form, in anonymous memory, and lets go of its pages of the file: as
+much memory, but none that other sessions share or that the system can take back. It pays where few rows meet a weight,
+in the denoise graph (a third of the time in float32), and for 8-bit weights everywhere (two to three times as fast);
+float32 weights of the other graphs stay in the mapped file (docs/precision.md has the figures). Weights of 16 bits are
+widened while running, one at a time: the engine must neither fold the widening at load nor plan the memory of all
+widened weights at once.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ki_edge import graphs
+from ki_edge.bundle import Bundle
+from ki_edge.errors import ArgumentError, BackendError, BundleError
+from ki_edge.graphs import Dim, GraphSpec, TensorSpec
+
+from .registry import GraphOpener, SessionOptions, Setting
+from .session import Binding, Buffer, HostBuffer, Session, first_line
+
+ELEMENT_TYPES = {"uint8": "uint8", "bool": "bool", "int32": "int32", "float32": "float"}
+ERRORS_ONLY = 3
+VECTOR_UNITS = (
+    *("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16"),
+    *("asimd", "asimddp", "bf16", "i8mm", "sve", "sve2"),
+)
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """How a bundle's weights are used: `packed` into the engine's own form, or `widened` from 16 bits while running."""
+
+    packed: bool = False
+    widened: bool = False
+
+
+class OrtBinding:
+    """One IoBinding; the OrtValues alias numpy arrays, which are kept alive here."""
+
+    def __init__(self, session: Any, name: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> None:
+        self._session = session
+        self._name = name
+        self._io = session.io_binding()
+        for tensor, buffer in inputs.items():
+            self._io.bind_ortvalue_input(tensor, _ort_value(buffer))
+        for tensor, buffer in outputs.items():
+            self._io.bind_ortvalue_output(tensor, _ort_value(buffer))
+        self._buffers = (*inputs.values(), *outputs.values())
+
+    def run(self) -> None:
+        try:
+            self._session.run_with_iobinding(self._io)
+        except Exception as error:  # the library raises its own types and bare RuntimeError
+            raise BackendError(f"onnxruntime failed in graph {self._name}: {first_line(error)}") from error
+
+
+class OrtSession(Session):
+    """An InferenceSession of the CPU provider."""
+
+    def __init__(
+        self,
+        path: Path,
+        spec: GraphSpec,
+        sizes: Mapping[str, int],
+        options: SessionOptions,
+        layout: WeightLayout | None = None,
+    ) -> None:
+        super().__init__(spec, sizes)
+        ort = onnxruntime()
+        layout = layout or WeightLayout()
+        engine = _engine_options(options, layout)
+        off = ["ConstantFolding"] if layout.widened else None
+        try:
+            self._session = ort.InferenceSession(
+                path, engine, providers=["CPUExecutionProvider"], disabled_optimizers=off
+            )
+        except Exception as error:
+            raise BackendError(
+                f"onnxruntime {ort.__version__} cannot load {path}: {first_line(error)}; "
+                "check the bundle with --verify, or upgrade onnxruntime"
+            ) from error
+        check_signature(path, spec.inputs, self._session.get_inputs(), sizes)
+        check_signature(path, spec.outputs, self._session.get_outputs(), sizes)
+
+    def allocate(self, shape: Sequence[int], dtype: str) -> Buffer:
+        return HostBuffer(np.zeros(shape, dtype))
+
+    def _bind(self, buffers: Mapping[str, Buffer]) -> Binding:
+        inputs = {tensor.name: buffers[tensor.name] for tensor in self.inputs}
+        outputs = {tensor.name: buffers[tensor.name] for tensor in self.outputs}
+        return OrtBinding(self._session, self.spec.name, inputs, outputs)
+
+
+def obstacle(bundle: Bundle | None, package: str) -> str | None:
+    """Why ONNX Runtime's CPU provider cannot run this bundle, or None."""
+    if bundle is not None and bundle.manifest.precision == "bfloat16":
+        return (
+            "ONNX Runtime has no bfloat16 products on a CPU: run the bundle on a GPU, "
+            "or export with --precision fp32 or int8"
+        )
+    return None
+
+
+def connect(bundle: Bundle, package: str, options: SessionOptions) -> GraphOpener:
+    """What opens the bundle's graphs on the CPU."""
+    return lambda graph: open_session(bundle, graph, options)
+
+
+def setting(bundle: Bundle, package: str, names: Sequence[str]) -> Setting:
+    """Results depend on the engine's version and on the processor, whose kernels it chooses."""
+    facts = {"onnxruntime": str(onnxruntime().__version__), "processor": processor()}
+    return Setting(facts, bundle.path / "engines" / "ort")
+
+
+def open_session(bundle: Bundle, graph: GraphSpec, options: SessionOptions) -> OrtSession:
+    """Load one graph of a bundle on the CPU."""
+    manifest = bundle.manifest
+    sizes = graphs.sizes(manifest.config, len(manifest.vocabulary.ids))
+    widened = manifest.weights.get("types") == "stored"
+    packed = manifest.precision == "int8" or (graph.name == graphs.DENOISE.name and not widened)
+    layout = WeightLayout(packed if options.prepack is None else options.prepack, widened)
+    return OrtSession(bundle.graph(graph.name), graph, sizes, options, layout)
+
+
+def check_signature(path: Path, wanted: Sequence[TensorSpec], found: Sequence[Any], sizes: Mapping[str, int]) -> None:
+    """BundleError unless the graph's tensors are those of graphs.py: names in order, element types, dimensions."""
+    names, expected = [arg.name for arg in found], [tensor.name for tensor in wanted]
+    if names != expected:
+        raise BundleError(f"{path}: tensors {names} where {expected} are expected: export the checkpoint again")
+    for tensor, arg in zip(wanted, found, strict=True):
+        dims = tensor.resolve(sizes)
+        fits = len(arg.shape) == len(dims) and all(map(_same_dim, dims, arg.shape))
+        if not fits or arg.type != f"tensor({ELEMENT_TYPES[tensor.dtype]})":
+            raise BundleError(
+                f"{path}: '{tensor.name}' is {arg.type}{arg.shape}, expected {tensor.dtype}{list(dims)}: "
+                "the graph does not belong to this manifest; export the checkpoint again"
+            )
+
+
+def _same_dim(wanted: Dim, found: object) -> bool:
+    """A constant must be equal or left open by the graph; a free dimension must not be a constant."""
+    return found == wanted if isinstance(wanted, int) and isinstance(found, int) else not isinstance(found, int)
+
+
+def _engine_options(options: SessionOptions, layout: WeightLayout) -> Any:
+    threads = options.threads
+    if threads is not None and (not isinstance(threads, int) or isinstance(threads, bool) or threads < 1):
+        raise ArgumentError(f"threads {threads!r}: expected a positive integer, or None for the engine's choice")
+    engine = cpu_options(packed=layout.packed)
+    engine.intra_op_num_threads = threads or 0
+    engine.enable_mem_pattern = engine.enable_cpu_mem_arena = not layout.widened
+    return engine
+
+
+def cpu_options(*, packed: bool) -> Any:
+    """The engine's options that every session on a CPU has, whoever opens it: products of bytes are exact everywhere.
+
+    `packed`: whether weights are kept in memory in the engine's own form.
+    """
+    engine = onnxruntime().SessionOptions()
+    engine.inter_op_num_threads = 1
+    engine.log_severity_level = ERRORS_ONLY
+    engine.add_session_config_entry("session.disable_prepacking", "0" if packed else "1")
+    _add_bytes_exactly(engine)
+    return engine
+
+
+def _add_bytes_exactly(engine: Any) -> None:
+    """Set an engine's options so that products of bytes are added in 32 bits, on a CPU that does not anyway.
+
+    CPUs with VNNI or AMX do. Other x86 adds pairs in 16 bits, which overflow; the engine has a way around that, which
+    is several times slower and which it would take on every CPU if told to.
+    """
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    if x86 and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(_cpu_info("flags").split()):
+        engine.add_session_config_entry("session.x64quantprecision", "1")
+
+
+def processor() -> str:
+    """Architecture, model and vector units of this machine's processor: what engines choose their kernels by."""
+    names = ("model name", "cpu family", "model", "CPU implementer", "CPU part")
+    model = " ".join(found for name in names if (found := _cpu_info(name))) or platform.processor()
+    units = sorted(set(VECTOR_UNITS) & set((_cpu_info("flags") or _cpu_info("Features")).split()))
+    return " ".join([platform.machine(), model, *units])
+
+
+def _cpu_info(name: str) -> str:
+    """A line's value of the kernel's description of the first processor that has it; empty without one."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    found = next((line for line in lines if line.split(":")[0].strip() == name), "")
+    return found.partition(":")[2].strip()
+
+
+def _ort_value(buffer: Buffer) -> Any:
+    if not isinstance(buffer, HostBuffer):
+        raise BackendError(f"onnxruntime on the CPU cannot bind a {type(buffer).__name__} of another backend")
+    return onnxruntime().OrtValue.ortvalue_from_numpy(buffer.array)
+
+
+def onnxruntime() -> Any:
+    """The engine; imported when the first session is opened, so that this module can be imported without it.
+
+    From 1.31 on it keeps an identifier of the machine in the home directory and reports its use over the network, at
+    once when it is imported. A robot does not, unless its owner sets ORT_DISABLE_TELEMETRY=0.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    return import_module("onnxruntime")

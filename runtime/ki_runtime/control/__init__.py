@@ -1,0 +1,1 @@
+"""The control loop on the robot: pacing, interrupts, recording; `ki-run`."""

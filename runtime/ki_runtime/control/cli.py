@@ -1,0 +1,135 @@
+"""ki-run: run a bundle on a robot."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+
+from ki_edge.commands import Parser, run_command, show, show_json, tell
+from ki_runtime.backends.registry import NAMES
+from ki_runtime.robots import open_robot
+
+from .interrupts import Interrupts
+from .loop import ControlLoop, LoopOptions, Watcher
+from .recorder import Recorder, check_folder
+from .telemetry import Episode
+
+
+class Progress(Watcher):
+    """A bar over the episodes with the successes so far. A terminal that is gone does not stop the robot."""
+
+    def __init__(self, episodes: int) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(total=episodes, unit="episode", disable=None)
+        self._successes = 0
+
+    def episode_ended(self, index: int, episode: Episode) -> None:
+        if episode.success is not None:
+            self._successes += episode.success
+            self._bar.set_postfix_str(f"success {self._successes}/{index + 1}", refresh=False)
+        with suppress(OSError):
+            self._bar.update()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self._bar.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0; 2 for an error, which is one line on stderr; 128 + n after signal n (130 for Ctrl-C)."""
+    options = _parser().parse_args(arguments)
+    return run_command("ki-run", lambda: _run(options), "nothing was run")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from ki_runtime.policy.policy import Policy
+
+    if options.record:
+        check_folder(options.record)  # before a large model is loaded, and engines are built
+    loop_options = LoopOptions(
+        episodes=options.episodes,
+        seed=options.seed,
+        execute=options.execute,
+        num_steps=options.num_steps,
+        prompt=options.prompt,
+        max_steps=options.max_steps,
+        max_hz=options.max_hz,
+    )
+    policy = Policy.load(
+        options.bundle,
+        options.backend,
+        threads=options.threads,
+        verify=options.verify if options.digest is None else options.digest,
+        build=True,
+        trust_engines=options.trust_engines,
+        say=tell,
+    )
+    with Interrupts() as interrupts, interrupts.held(), ExitStack() as opened:
+        robot = open_robot(options.robot)
+        opened.callback(robot.close)
+        loop = ControlLoop(policy, robot, loop_options, interrupts=interrupts)
+        with interrupts.released():
+            policy.warm_up(prompt=options.prompt, num_steps=options.num_steps)  # before anything moves
+        recorder = Recorder(options.record) if options.record else None  # nothing was written before
+        loop.watch(Progress(options.episodes), *([recorder] if recorder else []))
+        opened.pop_all()  # from here on the loop closes the robot
+        status = 0
+        try:
+            loop.run()
+        except KeyboardInterrupt as stop:
+            status = 128 + int(getattr(stop, "signum", signal.SIGINT))
+        except Exception:
+            with suppress(OSError):
+                _print(options, loop, recorder, interrupted=True)
+            raise
+        _print(options, loop, recorder, interrupted=status != 0)
+    return status
+
+
+def _print(options: argparse.Namespace, loop: ControlLoop, recorder: Recorder | None, *, interrupted: bool) -> None:
+    report = loop.report(interrupted=interrupted)
+    if options.json:
+        facts = {"bundle": options.bundle, "robot": options.robot, "seed": options.seed, **report.to_json()}
+        show_json(facts)
+        return
+    lines = [*report.lines(), *(recorder.notes if recorder else ())]
+    if options.record:
+        lines = [*lines, f"recorded      {options.record}"]
+    elif options.robot.startswith("replay:"):
+        lines = [*lines, "add --record DIR to plot the predicted actions against the recorded ones"]
+    show(lines)
+
+
+def _parser() -> Parser:
+    defaults = LoopOptions()
+    parser = Parser(prog="ki-run", description="Run a bundle on a robot, or on a recording of one.")
+    add = parser.add_argument
+    add("bundle", metavar="BUNDLE", help="folder written by ki-export")
+    add("--robot", required=True, metavar="NAME", help="gym:FetchReach-v4, or replay:FILE for a recorded episode")
+    add("--episodes", type=int, default=defaults.episodes, metavar="N", help="default %(default)s")
+    add("--seed", type=int, default=defaults.seed, metavar="S", help="episode i uses seed S + i; default %(default)s")
+    add("--prompt", metavar="TEXT", help="instruction, instead of the robot's own")
+    add("--backend", default="auto", metavar="NAME", help=f"{', '.join(NAMES)}; default: the fastest one that can")
+    add("--threads", type=int, metavar="N", help="CPU threads of the engine; default: its own choice")
+    add("--num-steps", type=int, metavar="N", help="denoising steps; default: the bundle's")
+    add("--execute", type=int, metavar="K", help="actions executed per inference; default: the contract's")
+    add("--max-steps", type=int, metavar="N", help="end an episode after N actions")
+    add("--max-hz", type=float, metavar="HZ", help="actions a second at most; default: as fast as the robot takes them")
+    add("--record", metavar="DIR", help="keep films, steps.jsonl and plots in this folder")
+    add("--json", action="store_true", help="print the report as JSON")
+    add("--trust-engines", action="store_true", help="load engines with code of the host's that were built elsewhere")
+    add("--verify", action="store_true", help="check the bundle's hashes before running")
+    add(
+        "--digest",
+        metavar="HEX",
+        help="run only the bundle of this digest, which its export printed; checks all hashes",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The GPU: CUDA calls, memory, identity, ONNX Runtime's CUDA session."""

@@ -1,0 +1,1 @@
+"""From an observation to actions: `Policy`, `Sampler`, their stages, the witness's proof."""

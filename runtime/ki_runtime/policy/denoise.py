@@ -1,0 +1,196 @@
+"""From noise to actions: the Euler loop over the denoise graph.
+
+Everything a step needs is bound before the loop starts: x_t and x_next swap between two buffers, K/V are the prefix
+graph's own outputs, and each step has its row of the modulation table. The loop itself only runs bindings, and all of
+them as one sequence, which a backend may record and replay.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+
+from ki_edge import flow
+from ki_edge.bundle import Bundle
+from ki_edge.config import Pi05Config
+from ki_edge.errors import BackendError, BundleError, DeviceMemoryError
+from ki_runtime.backends.session import Binding, Buffer, Session, Storage
+
+from .prefix import Prefix
+
+F32 = npt.NDArray[np.float32]
+MAX_TABLES = 4
+FLOATS = ("F32", "BF16", "F16")  # types that the runtime computes a modulation from
+TensorReader = Callable[[str], npt.NDArray[np.floating[Any]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Clock:
+    """What depends on the number of steps alone, on the device: modulation f32 [M, R] of each step, dt f32 []."""
+
+    rows: tuple[Buffer, ...]
+    dt: Buffer
+
+
+@dataclass(frozen=True, eq=False)
+class _Loop:
+    clock: Clock
+    steps: tuple[Binding, ...]
+    whole: Binding  # all steps
+    places: tuple[Buffer, Buffer]  # x before even steps, x before odd steps
+    once: dict[str, Buffer]  # inputs that are written once for all steps: π0's state
+
+    def x(self, step: int) -> Buffer:
+        """Where x lies before this step."""
+        return self.places[step % 2]
+
+    def start(self, noise: F32, once: Mapping[str, F32]) -> None:
+        """Write everything that the first step needs."""
+        self.x(0).write(noise)
+        for name, buffer in self.once.items():
+            buffer.write(once[name])
+
+
+class DenoiseStage:
+    """The denoise graph with its memory. `tensor(name)` reads a checkpoint tensor for the modulation table.
+
+    `once` holds the graph's other inputs by name, the same for all steps: {"state": f32 [B, Z]} for a π0, else nothing.
+    """
+
+    def __init__(self, session: Session, tensor: TensorReader, config: Pi05Config, convention: str) -> None:
+        self._session = session
+        self._tensor, self._config, self._convention = tensor, config, convention
+        self.forget()
+
+    def run(self, prefix: Prefix, noise: F32, num_steps: int, once: Mapping[str, F32]) -> F32:
+        """Actions f32 [B, H, A], in the model's space, from noise of that shape."""
+        try:
+            loop = self._loop(prefix, num_steps)
+            loop.start(noise, once)
+            loop.whole.run()
+            return loop.x(num_steps).read()
+        except DeviceMemoryError:
+            raise  # the caller may make room and try again
+        except (BackendError, MemoryError):
+            self.forget()
+            raise
+
+    def drop_oldest(self) -> bool:
+        """Let go of the step count that was not used for longest, and of the loops with it."""
+        if len(self._clocks) < 2:
+            return False
+        stale, _ = self._clocks.popitem(last=False)
+        for loops in self._loops.values():
+            loops.pop(stale, None)
+        return True
+
+    def states(self, prefix: Prefix, noise: F32, num_steps: int, once: Mapping[str, F32]) -> F32:
+        """x before every step and after the last, f32 [steps + 1, B, H, A]."""
+        try:
+            return self._states(prefix, noise, num_steps, once)
+        except DeviceMemoryError:
+            raise
+        except (BackendError, MemoryError):
+            self.forget()
+            raise
+
+    def _states(self, prefix: Prefix, noise: F32, num_steps: int, once: Mapping[str, F32]) -> F32:
+        loop = self._loop(prefix, num_steps)
+        loop.start(noise, once)
+        states = [loop.x(0).read()]
+        for i, step in enumerate(loop.steps):
+            step.run()
+            states.append(loop.x(i + 1).read())
+        return np.stack(states)
+
+    def forget(self) -> None:
+        """Let go of all memory: nothing of a failed run is left for later ones."""
+        self._storage = Storage(self._session)
+        self._clocks: OrderedDict[int, Clock] = OrderedDict()
+        self._loops: WeakKeyDictionary[Prefix, dict[int, _Loop]] = WeakKeyDictionary()  # by number of steps
+
+    def _loop(self, prefix: Prefix, num_steps: int) -> _Loop:
+        clock = self.clock(num_steps)
+        loops = self._loops.setdefault(prefix, {})
+        if num_steps not in loops or loops[num_steps].clock is not clock:
+            loops[num_steps] = self._bind(prefix, clock)
+            for stale in set(loops) - set(self._clocks):
+                del loops[stale]
+        return loops[num_steps]
+
+    def _bind(self, prefix: Prefix, clock: Clock) -> _Loop:
+        symbols = {**self._session.sizes, "B": prefix.batch}
+        spec = self._session.spec
+        even = self._storage.take(spec.tensor("x_t"), symbols)
+        odd = self._storage.take(spec.tensor("x_next"), symbols)
+        common = {"dt": clock.dt, "prefix_k": prefix.k, "prefix_v": prefix.v, "prefix_mask": prefix.mask}
+        others = [tensor for tensor in spec.inputs if tensor.name not in (*common, "x_t", "modulation")]
+        once = {tensor.name: self._storage.take(tensor, symbols) for tensor in others}
+        common.update(once)
+        swap = ({"x_t": even, "x_next": odd}, {"x_t": odd, "x_next": even})
+        steps = [self._session.bind({**common, **swap[i % 2], "modulation": row}) for i, row in enumerate(clock.rows)]
+        return _Loop(clock, tuple(steps), self._session.sequence(steps), (even, odd), once)
+
+    def clock(self, num_steps: int) -> Clock:
+        """The modulation rows of one step count, computed at its first use. ArgumentError for a bad count."""
+        flow.check_steps(num_steps)
+        if num_steps not in self._clocks:
+            self._clocks[num_steps] = self._wind(num_steps)
+        self._clocks.move_to_end(num_steps)
+        if len(self._clocks) > MAX_TABLES:
+            self._clocks.popitem(last=False)
+        return self._clocks[num_steps]
+
+    def _wind(self, num_steps: int) -> Clock:
+        times = flow.denoise_times(num_steps, self._convention)
+        with np.errstate(all="ignore"):  # of weights that are not finite, which is told below
+            table = flow.modulation_table(self._tensor, times, self._config)  # [steps, M, R]
+        if not np.isfinite(table).all():
+            raise BackendError(
+                "the time modulation is not finite: the weights of time_mlp or of the expert's norms hold NaN or huge "
+                "values; export the checkpoint again"
+            )
+        rows = []
+        for row in table:
+            rows.append(self._session.allocate(row.shape, "float32"))
+            rows[-1].write(row)
+        dt = self._session.allocate((), "float32")
+        dt.write(np.asarray(flow.step_size(num_steps)))
+        return Clock(tuple(rows), dt)
+
+
+def runtime_weights(bundle: Bundle) -> TensorReader:
+    """Reader of the checkpoint tensors that the runtime itself computes with, by their checkpoint names.
+
+    BundleError if the manifest does not say where one of them lies, or what lies there is of another shape or type.
+    """
+    recorded = bundle.manifest.weights.get("runtime")
+    names = recorded if isinstance(recorded, dict) else {}
+    weights = bundle.weights()
+    missing = [name for name in flow.modulation_weights(bundle.manifest.config) if str(names.get(name)) not in weights]
+    if missing:
+        raise BundleError(
+            f"{bundle.path}: the manifest or the weights file lacks '{missing[0]}' ({len(missing)} such), which the "
+            "time modulation needs: export the checkpoint again"
+        )
+    expected = flow.modulation_weights(bundle.manifest.config)
+    for name, shape in expected.items():
+        stored = str(names[name])
+        swapped = [other for other in expected if other != name and f".{stored}".endswith(f".{other}")]
+        if swapped:
+            raise BundleError(
+                f"{bundle.path}: the manifest gives '{stored}' as '{name}': they are swapped; export it again"
+            )
+        entry = weights.entries[stored]
+        if entry.shape != shape or entry.dtype not in FLOATS:
+            raise BundleError(
+                f"{weights.path}: '{stored}', which the manifest gives as '{name}', is {entry.dtype} "
+                f"{list(entry.shape)}, expected {list(shape)} in {', '.join(FLOATS)}: export the checkpoint again"
+            )
+    return lambda name: weights.array(str(names[name]))

@@ -1,0 +1,39 @@
+"""The witness run because somebody asks for it: `ki-parity BUNDLE --backend NAME`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ki_edge import graphs
+from ki_edge.bundle import Bundle
+from ki_edge.bundle.witness import read_witness
+from ki_edge.errors import BackendError
+from ki_runtime.backends.registry import SessionOptions, connect
+
+from .proof import Prover
+from .sampler import Sampler
+from .verdict import ACTIONS, FAST, Verdict
+
+
+def repeat_proof(bundle: Bundle, backend: str, say: Callable[[str], object]) -> list[Verdict]:
+    """Run the witness on a backend ("auto": the first that can), whatever was found before.
+
+    Actions first, then FAST tokens where the policy has them. The verdicts are written down and hold from then on.
+    BundleError if the bundle has no witness, BackendError if the backend cannot run it; an engine that is wrong is a
+    verdict.
+    """
+    read_witness(bundle)
+    options = SessionOptions(say=say)
+    connection = connect(bundle, backend, options, graphs.specs(bundle.manifest.config)[:2])
+    sampler = Sampler(bundle, connection.open, connection.backend)
+    prover = Prover(bundle, connection.backend, options)
+    found = [prover.repeat(ACTIONS, sampler)]
+    contract = bundle.manifest.contract
+    if contract is not None and contract.get("fast") is not None:
+        try:
+            sampler.prepare_fast()
+        except BackendError as error:
+            say(f"FAST tokens are not proven: {error}")
+        else:
+            found.append(prover.repeat(FAST, sampler))
+    return found

@@ -1,0 +1,334 @@
+"""A bundle as a model: tensors in, tensors out, no robot and no tokenizer. `Policy` builds on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock, RLock, local
+
+import numpy as np
+import numpy.typing as npt
+
+from ki_edge import flow, graphs
+from ki_edge.arguments import array_of, seed_of
+from ki_edge.bundle import Bundle
+from ki_edge.commands import tell
+from ki_edge.config import Pi05Config
+from ki_edge.errors import ArgumentError, BackendError
+from ki_edge.graphs import GraphSpec
+from ki_runtime.backends.registry import Backend, Connection, SessionOptions, check_name, connect
+from ki_runtime.backends.session import Bucket, Session
+
+from .decode import Choices, FastStage, check_decoding, choices_of
+from .denoise import DenoiseStage, runtime_weights
+from .opening import detached, folder_of, sampling_of
+from .prefix import PrefixStage, prepare_inputs, prepare_state
+from .proof import Prover
+from .room import Result, Stage, within_memory
+from .verdict import ACTIONS, FAST
+
+F32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Nanoseconds that a call spent in each stage; 0 for a stage that it did not use.
+
+    A GPU's stages are queued without waiting in between: there only their sum is the time that they took.
+    """
+
+    prefix: int = 0
+    denoise: int = 0
+    fast: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Everything that parity compares, of one batch, in float32 on the host.
+
+    S counts only the tokens that some row uses; `columns` i64 [S] tells their place among the N*P + T of the untrimmed
+    prefix.
+    """
+
+    prefix_k: F32  # [L, B, K, S, D]
+    prefix_v: F32  # [L, B, K, S, D]
+    prefix_mask: npt.NDArray[np.bool_]  # [B, S]
+    columns: Int64  # [S]
+    x: F32  # [steps + 1, B, H, A]: noise, x after every step
+
+
+class Sampler:
+    """The three graphs of a bundle over one backend. Calls from several threads wait for each other."""
+
+    def __init__(
+        self, bundle: Bundle, open_graph: Callable[[GraphSpec], Session], backend: Backend | None = None
+    ) -> None:
+        self.bundle = bundle
+        self.backend = backend  # what runs it, and why the backends before it were passed over; None: not by name
+        self._times = local()
+        self._open_graph = open_graph
+        self._lock = Lock()
+        self._config = bundle.manifest.config
+        convention, self._num_steps = sampling_of(bundle)
+        prefix, denoise, self._fast_spec = graphs.specs(self._config)
+        self._sessions: dict[str, Session] = {}  # by graph
+        self._prefix = PrefixStage(self._opened(prefix))
+        self._denoise = DenoiseStage(self._opened(denoise), runtime_weights(bundle), self._config, convention)
+        self._fast: FastStage | None = None  # opened at its first use
+        self._unproven: Prover | None = None  # what proves FAST tokens before the first of them
+        self._proving = RLock()
+        self._choices: dict[bool, Choices] = {}
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | Path | Bundle,
+        backend: str = "auto",
+        *,
+        threads: int | None = None,
+        verify: bool | str = False,
+        build: bool = False,
+        trust_engines: bool = False,
+        say: Callable[[str], object] | None = None,
+    ) -> Sampler:
+        """Open a bundle folder, or take an opened one.
+
+        `threads`: CPU threads of a graph; `verify`: check all hashes, and as text also that the bundle has this digest,
+        the one that its export printed; `build`: build TensorRT engines that are missing, which takes minutes to tens
+        of minutes; `trust_engines`: also load engines for the lean runtime that were not built here, which run code
+        that they bring; `say`: told which backend was taken and why, and how building and proving engines come along;
+        None: to stderr, and the backend only if it is slow for this bundle, nothing proves it, or another that is
+        installed was passed over.
+
+        BundleError for a damaged bundle; BackendError for a backend that is missing, refuses a graph, does not
+        reproduce the bundle's witness, or whose engines are missing and are not to be built: it says the command.
+        """
+        check_name(backend)
+        opened = (
+            bundle
+            if isinstance(bundle, Bundle) and verify is False
+            else Bundle.open(folder_of(bundle), verify=verify, say=say or tell)
+        )
+        options = SessionOptions(threads, say=say or tell, verify=verify is not False, build=build, trust=trust_engines)
+        first = graphs.specs(opened.manifest.config)[:2]
+        sampler = cls._proven(opened, connect(opened, backend, options, first), options)
+        chosen = sampler.backend
+        precision = opened.manifest.precision
+        if chosen is not None and (say is not None or chosen.surprising(precision)):
+            options.say(chosen.describe(precision))
+        opened.check_unchanged()
+        return sampler
+
+    @classmethod
+    def _proven(cls, bundle: Bundle, connection: Connection, options: SessionOptions) -> Sampler:
+        """The sampler of the first backend that reproduces the witness; FAST tokens are proven when they are wanted."""
+        while True:
+            sampler: Sampler | None = None
+            try:
+                sampler = cls(bundle, connection.open, connection.backend)
+                prover = Prover(bundle, connection.backend, options)
+                sampler.backend = replace(connection.backend, proof=prover.require(ACTIONS, sampler))
+                sampler._unproven = prover
+            except BackendError as error:
+                refused, following = detached(error), connection.instead
+            else:
+                return sampler
+            del sampler, connection  # their memory may be needed by the next
+            connection = following(refused)
+
+    @property
+    def config(self) -> Pi05Config:
+        """The model's geometry."""
+        return self._config
+
+    @property
+    def timing(self) -> StageTimes:
+        """Of this thread's last call: those of other threads never mix in."""
+        times: StageTimes = getattr(self._times, "last", StageTimes())
+        return times
+
+    @property
+    def prompt_bucket(self) -> Bucket:
+        """The lengths that prompts are padded to."""
+        return self._prefix.prompt_bucket
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps when a call does not say."""
+        return self._num_steps
+
+    def sample_actions(
+        self,
+        images: npt.ArrayLike,
+        camera_mask: npt.ArrayLike,
+        prompt_tokens: npt.ArrayLike,
+        prompt_mask: npt.ArrayLike,
+        *,
+        state: npt.ArrayLike | None = None,
+        noise: npt.ArrayLike | None = None,
+        seed: int | None = None,
+        num_steps: int | None = None,
+    ) -> F32:
+        """Actions f32 [B, H, A] in the model's normalised space.
+
+        images u8 [B, N, h, w, 3] RGB (f32 in [-1, 1] where `config.pictures` is float32), camera_mask bool [B, N],
+        prompt_tokens integer [B, T], prompt_mask bool [B, T];
+        state f32 [B, A], for a π0 alone: normalised, zeros past the robot's numbers;
+        noise f32 [B, H, A] (x at t = 1), or drawn from `seed` (None: a fresh one). ArgumentError for what does not fit,
+        BackendError for actions that are not finite.
+        """
+        inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
+        once = prepare_state(state, inputs.batch, self._config)
+        steps = self._steps(num_steps)
+        x = self._noise(noise, seed, inputs.batch)
+
+        def run() -> F32:
+            start = time.perf_counter_ns()
+            prefix = self._prefix.run(inputs)
+            middle = time.perf_counter_ns()
+            actions = self._denoise.run(prefix, x, steps, once)
+            self._times.last = StageTimes(prefix=middle - start, denoise=time.perf_counter_ns() - middle)
+            return actions
+
+        actions = self._alone(run)
+        self._check_finite(actions)
+        return actions
+
+    def sample_fast_tokens(
+        self,
+        images: npt.ArrayLike,
+        camera_mask: npt.ArrayLike,
+        prompt_tokens: npt.ArrayLike,
+        prompt_mask: npt.ArrayLike,
+        *,
+        max_tokens: int,
+        forced: Sequence[int] = (),
+        constrained: bool = True,
+    ) -> Int64:
+        """Greedy continuation of the prompt: ids i64 [B, n] of the model's vocabulary, n <= max_tokens.
+
+        `forced` ids are fed first and are not returned. A row ends at EOS and is padded with it. `constrained` allows
+        only the FAST ids, "|" and EOS. Inputs as in `sample_actions`; ArgumentError for what does not fit.
+        """
+        inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
+        forced = check_decoding(max_tokens, forced, self._config.vocab_size)
+        if not isinstance(constrained, bool | np.bool_):
+            raise ArgumentError(f"constrained {constrained!r:.60}: expected True or False")
+        constrained = bool(constrained)
+        self._prove_fast()
+
+        def run() -> Int64:
+            choices, stage = self._choices_of(constrained), self._fast_stage()
+            start = time.perf_counter_ns()
+            prefix = self._prefix.run(inputs)
+            middle = time.perf_counter_ns()
+            tokens = stage.run(prefix, inputs, choices, max_tokens, forced)
+            self._times.last = StageTimes(prefix=middle - start, fast=time.perf_counter_ns() - middle)
+            return tokens
+
+        return self._alone(run)
+
+    def prepare_fast(self) -> None:
+        """Open the FAST graph now rather than at its first use. BackendError if it cannot be opened."""
+        with self._lock:
+            self._fast_stage()
+
+    def trace(
+        self,
+        images: npt.ArrayLike,
+        camera_mask: npt.ArrayLike,
+        prompt_tokens: npt.ArrayLike,
+        prompt_mask: npt.ArrayLike,
+        *,
+        state: npt.ArrayLike | None = None,
+        noise: npt.ArrayLike | None = None,
+        seed: int | None = None,
+        num_steps: int | None = None,
+    ) -> Trace:
+        """What `sample_actions` computes with the same arguments, with its K/V and x after every step."""
+        inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
+        once = prepare_state(state, inputs.batch, self._config)
+        steps = self._steps(num_steps)
+        x = self._noise(noise, seed, inputs.batch)
+
+        def run() -> Trace:
+            prefix = self._prefix.run_eagerly(inputs)
+            states = self._denoise.states(prefix, x, steps, once)
+            kept = inputs.columns.size  # a padded prompt has masked tokens behind them
+            k, v, mask = prefix.k.read(), prefix.v.read(), prefix.mask.read()
+            return Trace(k[..., :kept, :], v[..., :kept, :], mask[:, :kept], inputs.columns, states)
+
+        return self._alone(run)
+
+    def _alone(self, run: Callable[[], Result]) -> Result:
+        """One call at a time, within the device's memory; what the host's cannot hold is an error of the backend."""
+        with self._lock:
+            try:
+                return within_memory(self._stages, run)
+            except MemoryError as error:
+                self._prefix.forget()
+                raise BackendError(f"the host's memory does not suffice for this call: {error}") from None
+
+    def _noise(self, noise: npt.ArrayLike | None, seed: int | None, batch: int) -> F32:
+        shape = (batch, self._config.action_horizon, self._config.action_dim)
+        if noise is None:
+            return np.random.default_rng(seed_of(seed)).standard_normal(shape, np.float32)
+        if seed is not None:
+            raise ArgumentError("noise and seed were both given: the seed would have no effect, pass one of them")
+        given = array_of(noise, "noise")
+        if given.shape != shape or given.dtype != np.float32:
+            raise ArgumentError(f"noise: expected float32 {list(shape)}, got {given.dtype} {list(given.shape)}")
+        if not np.isfinite(given).all():
+            raise ArgumentError("noise holds NaN or infinity")
+        return given
+
+    def _check_finite(self, actions: F32) -> None:
+        bad = int((~np.isfinite(actions)).sum())
+        if bad:
+            precision = self.bundle.manifest.precision
+            raise BackendError(
+                f"the denoise graph in {precision} gave {bad} of {actions.size} numbers that are NaN or infinite; "
+                "nothing is sent to the robot. Check the bundle with ki-parity; "
+                f"{precision if precision != 'float32' else 'the backend'} is unsafe for this checkpoint"
+            )
+
+    def _steps(self, num_steps: int | None) -> int:
+        steps = self._num_steps if num_steps is None else num_steps
+        flow.check_steps(steps)
+        return steps
+
+    def _choices_of(self, constrained: bool) -> Choices:
+        if constrained not in self._choices:
+            self._choices[constrained] = choices_of(self.bundle, constrained)
+        return self._choices[constrained]
+
+    def _prove_fast(self) -> None:
+        """Before the first FAST token. Other threads wait for it; within it, decoding is the proof itself."""
+        with self._proving:
+            prover, self._unproven = self._unproven, None
+            if prover is not None:
+                try:
+                    self.prepare_fast()  # an engine must exist to be proven
+                    prover.require(FAST, self)
+                except BaseException:
+                    self._unproven = prover
+                    raise
+
+    def _stages(self) -> tuple[Stage, ...]:
+        return (self._prefix, self._denoise) if self._fast is None else (self._fast, self._prefix, self._denoise)
+
+    def session(self, graph: str) -> Session | None:
+        """The session of a graph; None while it is not open."""
+        return self._sessions.get(graph)
+
+    def _opened(self, spec: GraphSpec) -> Session:
+        self._sessions[spec.name] = self._open_graph(spec)
+        return self._sessions[spec.name]
+
+    def _fast_stage(self) -> FastStage:
+        if self._fast is None:
+            self._fast = FastStage(self._opened(self._fast_spec))
+        return self._fast
