@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from .bars import Measurement
 from .comparison import RUNTIME, Array, Comparison
@@ -30,8 +31,7 @@ def pictures(comparison: Comparison) -> list[tuple[str, bytes]]:
 
 
 def _lines(measurements: Sequence[Measurement], label: str, bar: float | None) -> bytes:
-    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = _axes()
     for (graph, tensor), points in _by_tensor(measurements):
         places = sorted({m.place for m in points if m.place is not None})
         worst = [max(m.error for m in points if m.place == place) for place in places]
@@ -44,8 +44,7 @@ def _lines(measurements: Sequence[Measurement], label: str, bar: float | None) -
     if bar is not None:
         axes.axhline(bar, color="#b3261e", lw=1, ls="--", label=f"bar {bar:.0e}")
     axes.set(xlabel=label, ylabel=measurements[0].metric, yscale="log")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.legend(fontsize=8, frameon=False)
     return _png(figure)
 
@@ -60,16 +59,23 @@ def _by_tensor(measurements: Iterable[Measurement]) -> list[tuple[tuple[str, str
 def _traces(ours: Array, theirs: Array) -> bytes:
     """Actions [H,A]: the dimensions that move most."""
     dims = sorted(range(theirs.shape[1]), key=lambda d: -float(theirs[:, d].std()))[:SHOWN_ACTIONS]
-    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = _axes()
     for colour, dim in enumerate(sorted(dims)):
         axes.plot(theirs[:, dim], color=f"C{colour}", lw=4, alpha=0.3)
         axes.plot(ours[:, dim], color=f"C{colour}", lw=1.2, ls="--", label=f"dim {dim}")
     axes.set(xlabel="action of the chunk (wide: reference, dashed: bundle)", ylabel="normalised action")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False, ncols=3)
     return _png(figure)
+
+
+def _axes() -> tuple[Figure, Axes]:
+    """A figure with margins by hand: the layouts that find them draw everything twice."""
+    figure = Figure(figsize=(7.2, 3.4))
+    figure.subplots_adjust(left=0.11, right=0.98, bottom=0.14, top=0.97)
+    axes = figure.add_subplot()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    return figure, axes
 
 
 def _png(figure: Figure) -> bytes:
