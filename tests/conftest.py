@@ -26,13 +26,13 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """shared(name, make) -> what make(path) made there, once for all processes that run the tests. Do not change it."""
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """made_once(name, make) -> what make(path) made, once for all processes that run the tests. Do not change it."""
     base = tmp_path_factory.getbasetemp()
-    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made_once"
     root.mkdir(exist_ok=True)
 
-    def once(name: str, make: Callable[[Path], object]) -> Path:
+    def find(name: str, make: Callable[[Path], object]) -> Path:
         place = root / name
         with (root / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for it; a process that dies lets it go
@@ -43,7 +43,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[
                 (place / "done").touch()
         return place / "made"
 
-    return once
+    return find
 
 
 @pytest.fixture(scope="session")
@@ -94,14 +94,14 @@ def succeed(*command: object) -> None:
 
 
 @pytest.fixture(scope="session")
-def fetch_bundle(fetch_checkpoint: Path, shared: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+def fetch_bundle(fetch_checkpoint: Path, made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The shipped policy, exported and verified by the command that users run."""
     export = (sys.executable, "-m", "ki_export.cli", fetch_checkpoint, "--target", "ort", "-o")
-    return shared("fetch_bundle", lambda path: succeed(*export, path))
+    return made_once("fetch_bundle", lambda path: succeed(*export, path))
 
 
 @pytest.fixture(scope="session")
-def fetch_replay(shared: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+def fetch_replay(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """One episode of the scripted expert, recorded from the simulator."""
     script = Path(__file__).parents[1] / "examples" / "fetch" / "demonstrations.py"
 
@@ -110,7 +110,7 @@ def fetch_replay(shared: Callable[[str, Callable[[Path], object]], Path]) -> Pat
         replay = ("--replay", folder / "expert.npz")
         succeed(sys.executable, script, folder / "data", "--scenes", 1, "--workers", 1, *replay)
 
-    return shared("fetch_replay", record) / "expert.npz"
+    return made_once("fetch_replay", record) / "expert.npz"
 
 
 @pytest.fixture

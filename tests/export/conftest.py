@@ -43,10 +43,10 @@ OPENPI_KEYS = SimpleNamespace(
 
 
 @pytest.fixture(scope="session", autouse=True)
-def traced_once(request, shared):
+def traced_once(request, made_once):
     """Tracing is slow, so each graph is traced once, and again only after a change of anything that shapes it."""
     trace, cache = ki_export.graphs.tracing.trace, getattr(request.config, "cache", None)
-    folder = cache.mkdir("ki_export_traces") if cache else shared("traces", Path.mkdir)
+    folder = cache.mkdir("ki_export_traces") if cache else made_once("traces", Path.mkdir)
     version = hashlib.sha256(repr((torch.__version__, onnx.__version__, version_of("onnxscript"))).encode())
     for package in (ki_edge.model, ki_export.passes):
         for file in sorted(Path(package.__file__).parent.glob("*.py")):
@@ -109,15 +109,15 @@ def save_policy(folder, tokenizer_model):
 
 
 @pytest.fixture(scope="session")
-def checkpoint(shared, tokenizer_model):
+def checkpoint(made_once, tokenizer_model):
     """That policy. Do not change it: copy it."""
-    return shared("checkpoint", lambda folder: save_policy(folder, tokenizer_model))
+    return made_once("checkpoint", lambda folder: save_policy(folder, tokenizer_model))
 
 
 @pytest.fixture(scope="session")
-def bundle(checkpoint, shared):
+def bundle(checkpoint, made_once):
     """The exported, proven policy."""
-    return Bundle.open(shared("bundle", lambda path: export(checkpoint, path, ExportOptions())))
+    return Bundle.open(made_once("bundle", lambda path: export(checkpoint, path, ExportOptions())))
 
 
 @pytest.fixture
