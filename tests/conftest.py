@@ -89,7 +89,7 @@ def fetch_checkpoint() -> Path:
 
 
 def succeed(*command: object) -> None:
-    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=550, check=False)
     assert result.returncode == 0, result.stderr
 
 
