@@ -19,6 +19,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: each process has a core for itself
 
 
+LONGEST = ("test_real_widths.py", "test_trt_build.py", "test_parity.py", "test_fetch.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: else the last of them runs alone while the other processes have nothing left."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def pytest_xdist_auto_num_workers() -> int:
     """What `-n auto` means: as many processes as cores that this one may use and as the memory has room for."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
