@@ -37,6 +37,7 @@ from .manifest_fields import check_fields
 
 SCHEMA = 1
 TRIES = 5
+OF_CHECKPOINTS = ("model.safetensors", "model.safetensors.index.json", "adapter_config.json", "params")
 Say = Callable[[str], object]
 
 
@@ -129,6 +130,10 @@ class Bundle:
 
     @classmethod
     def _open(cls, folder: Path, identity: tuple[int, int], verify: bool | str, say: Say) -> Bundle:
+        if not (folder / MANIFEST).exists() and any((folder / name).exists() for name in OF_CHECKPOINTS):
+            raise BundleError(
+                f"{folder} is a checkpoint, not a bundle; run ki-export first: ki-export {folder} -o BUNDLE"
+            )
         bundle = cls(folder, read_manifest(folder / MANIFEST), identity)
         check_inside(folder, MANIFEST)
         if verify is not False:

@@ -150,7 +150,7 @@ class PolicyContract:
             _require(self.fast.id_offset - self.fast.size + 1 >= 0, f"fast: {self.fast} gives ids below 0")
             folder = self.fast.folder
             _require(
-                folder not in ("", ".", "..") and not set(folder) & set("/\\"), f"fast: folder {folder!r} is no name"
+                folder not in ("", ".", "..") and not set(folder) & set("/\\"), f"fast: folder {folder!r} is not a name"
             )
 
     def to_json(self) -> dict[str, Any]:

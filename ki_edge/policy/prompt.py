@@ -89,7 +89,7 @@ class PromptTokenizer:
         if len(prompt) > MAX_CHARACTERS:
             raise PromptError(f"the prompt has {len(prompt)} characters, at most {MAX_CHARACTERS}: shorten it")
         if any("\ud800" <= char <= "\udfff" for char in prompt):
-            raise PromptError(f"the prompt {prompt!r:.80} holds halves of characters, which are no text: send Unicode")
+            raise PromptError(f"the prompt {prompt!r:.80} holds halves of characters, which are not text: send Unicode")
         clean = prompt.strip().replace("_", " ")
         clean = clean.lower() if self.format == "ki" else clean.replace("\n", " ")
         if not clean.strip():
