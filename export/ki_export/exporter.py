@@ -209,10 +209,21 @@ def _signatures(plan: Plan) -> dict[str, dict[str, Any]]:
             "inputs": describe(spec.inputs),
             "outputs": describe(spec.outputs),
             "opset": plan.models[spec.name].opset_imports[""],
-            "ops": sorted({node.op_type for node in plan.models[spec.name].graph}),
+            "ops": sorted({_operator(node) for node in plan.models[spec.name].graph}),
+            "weight_bytes": _weight_bytes(plan.models[spec.name]),
         }
         for spec in graphs.specs(plan.checkpoint.config)
     }
+
+
+def _operator(node: ir.Node) -> str:
+    return f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+
+
+def _weight_bytes(model: ir.Model) -> int:
+    """Of all weights at their declared types; two uses of one place count once."""
+    tensors = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    return sum({getattr(tensor, "offset", None) or tensor.name: tensor.nbytes for tensor in tensors}.values())
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class Manifest:
     contract: dict[str, Any] | None  # PolicyContract.to_json(); None: model only, no tokenizer or statistics
     sampling: dict[str, Any]  # {"time_convention": "openpi"|"lerobot", "num_steps": int}
     precision: str  # "float32"
-    graphs: dict[str, dict[str, Any]]  # graph name -> {"file", "inputs", "outputs"}
+    graphs: dict[str, dict[str, Any]]  # graph name -> {"file", "inputs", "outputs", "opset", "ops", "weight_bytes"}
     weights: dict[str, Any]  # {"file": ..., "runtime": {checkpoint name: name in the file}}
     decode_vocabulary: dict[str, Any]  # DecodeVocabulary as a dict
     tools: dict[str, str]  # versions of what wrote it

@@ -15,6 +15,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_FILES = 10_000
 MAX_NAME = 500  # characters of a path in the bundle, or of a tensor
 MAX_BYTES = 1 << 50  # of a file
+MAX_OPSET = 1000
 MAX_NAMES = 100_000  # tensors that the runtime is told of
 MAX_EXTRA = 100_000  # tokens of the decode vocabulary beside its range
 
@@ -63,6 +64,13 @@ def _graphs(graphs: Mapping[str, Any]) -> None:
         for side in ("inputs", "outputs"):
             if not isinstance(graph.get(side, {}), dict | list):
                 raise _Wrong(f"graphs['{name}'] needs its {side} in a list or an object")
+        for key, most in (("opset", MAX_OPSET), ("weight_bytes", MAX_BYTES)):
+            value = graph.get(key, 0)
+            if type(value) is not int or not 0 <= value <= most:
+                raise _Wrong(f"graphs['{name}'].{key} is {value!r:.80}, expected an integer of at most {most}")
+        ops = graph.get("ops", [])
+        if not isinstance(ops, list) or not all(isinstance(op, str) and _is_name(op) for op in ops):
+            raise _Wrong(f"graphs['{name}'].ops must be a list of operators' names")
 
 
 def _weights(weights: Mapping[str, Any]) -> None:

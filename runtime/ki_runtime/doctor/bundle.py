@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ki_edge.bundle import Bundle
-from ki_edge.errors import BackendError, KiEdgeError
+from ki_edge.errors import BackendError, BundleError, KiEdgeError
 from ki_runtime.gpu.device import Device
 from ki_runtime.trt.api import Api
 from ki_runtime.trt.engines import ACTING, FAST, default_graphs
-from ki_runtime.trt.graph_file import GraphFile, read_graph
 from ki_runtime.trt.memory import OVERHEAD, needed
-from ki_runtime.trt.requirements import check_graph
+from ki_runtime.trt.requirements import check_graph, weight_bytes
 from ki_runtime.trt.selection import EngineSet, build_command, look
 
 from .finding import Finding
@@ -27,10 +25,9 @@ NAME, ENGINES = "bundle", "engines"
 
 @dataclass(frozen=True)
 class Contents:
-    """An opened bundle, its graphs as their files say, and what they need."""
+    """An opened bundle, and the memory that it needs."""
 
     bundle: Bundle
-    graphs: Mapping[str, GraphFile]
     needs: Needs
 
     @property
@@ -67,8 +64,9 @@ def read_contents(folder: Path) -> Contents:
     """Open a bundle; BundleError if it is damaged."""
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
-    graphs = {name: read_graph(bundle.graph(name)) for name in manifest.graphs}
-    return Contents(bundle, graphs, needs(manifest.config, len(manifest.vocabulary.ids), manifest.precision))
+    for name in manifest.graphs:
+        bundle.graph(name)
+    return Contents(bundle, needs(manifest.config, len(manifest.vocabulary.ids), manifest.precision))
 
 
 def check_room(need: Needs, gpu: Gpu | None, memory: Memory | None) -> Finding | None:
@@ -119,10 +117,13 @@ def _obstacle(host: Host, contents: Contents, api: Api, gpu: Gpu, memory: Memory
         return f"{api.title} does not compile for {gpu.sm}", "use TensorRT"
     try:
         for name in ACTING:
-            check_graph(api, name, contents.graphs[name])
+            check_graph(api, name, contents.bundle.manifest.graphs[name])
     except BackendError as error:
         return str(error), "upgrade TensorRT, or export again as the message says"
-    sizes = [contents.graphs[name].weight_bytes for name in ACTING]  # what else is built may fail
+    try:
+        sizes = [weight_bytes(contents.bundle, name) for name in ACTING]  # what else is built may fail
+    except BundleError as error:
+        return str(error), "export the checkpoint again"
     disk, free = sum(sizes) + int(OVERHEAD), host.free_bytes(folder)
     if disk > free:
         return f"engines need {disk / 1e9:.1f} GB of disk", f"free {(disk - free) / 1e9:.1f} GB at {folder}"
