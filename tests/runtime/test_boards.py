@@ -99,7 +99,7 @@ def test_engines_compiled_ahead_of_time_are_listed(make_bundle):
     folder = put_ahead(bundle)
     text = found(examine(bundle.path, Machine()), "engine files", "ok")[0].text
     assert text.startswith(f"{folder.name}: prefix, denoise, fast_decode, 12 bytes, TensorRT-RTX 1.7.1 for ")
-    assert text.endswith("compute capability 8.6,12.0 (ahead of time): not usable here, there is no GPU")
+    assert text.endswith("compute capability 8.6, 12.0 (ahead of time): not usable here, there is no GPU")
     other = found(examine(bundle.path, orin()), "engine files", "ok")[0].text
     assert other.endswith("not usable here, TensorRT-RTX is not installed")
 
