@@ -9,6 +9,7 @@ import pytest
 
 from ki_edge.bundle import SCHEMA, Bundle, DecodeVocabulary, Manifest, sha256, write_bundle
 from ki_edge.bundle.files import BUILT
+from ki_edge.bundle.manifest_fields import check_fields
 from ki_edge.config import TINY
 from ki_edge.errors import BundleError
 
@@ -253,7 +254,7 @@ def test_other_schema(write, schema, message):
         ({"weights": {"file": "weights.safetensors", "runtime": []}}, r"'weights\.runtime' must be an object"),
         ({"weights": {"file": "weights.safetensors", "runtime": {"a": 3}}}, "expected names of tensors"),
         ({"weights": {"file": "weights.safetensors", "runtime": {"a": "b\x07"}}}, "expected names of tensors"),
-        ({"tools": {"torch": 2}}, r"tools\['torch'\] is no text"),
+        ({"tools": {"torch": 2}}, r"tools\['torch'\] is not text"),
         ({"parity": {"verified": "yes"}}, r"'parity\.verified' must be true or false"),
         ({"decode_vocabulary": {"first": 1, "count": 1, "extra": [1] * 100_001}}, "has 100001 tokens, at most"),
         ({"files": {"prefix.onnx": {"size": True, "sha256": "0" * 64}}}, "needs an integer size"),
@@ -368,7 +369,9 @@ def test_what_is_no_bundle_is_never_replaced(write, tmp_path, kind, force):
     else:
         target.symlink_to(home if kind == "link to a folder" else tmp_path / "nothing")
     before = tree(tmp_path)
-    with pytest.raises(BundleError, match="is no bundle, so --force does not" if force else "exists: choose another"):
+    with pytest.raises(
+        BundleError, match="is not a bundle, so --force does not" if force else "exists: choose another"
+    ):
         write(force=force)
     assert tree(tmp_path) == before
     assert target.is_symlink() == kind.endswith(("link", "link to a folder"))
@@ -384,7 +387,7 @@ def test_a_bundle_with_foreign_files_is_not_replaced(write, tmp_path, name):
     (path / name).parent.mkdir(parents=True, exist_ok=True)
     (path / name).write_text("precious")
     before = tree(tmp_path)
-    with pytest.raises(BundleError, match=f"holds {name}, which is no part of the bundle: move it elsewhere first"):
+    with pytest.raises(BundleError, match=f"holds {name}, which is not part of the bundle: move it elsewhere first"):
         write(force=True)
     assert tree(tmp_path) == before
     (path / name).unlink()
@@ -396,7 +399,7 @@ def test_a_bundle_with_foreign_files_is_not_replaced(write, tmp_path, name):
 def test_a_folder_with_another_kind_of_manifest_is_not_replaced(write, tmp_path, content):
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "manifest.json").write_text(content)
-    with pytest.raises(BundleError, match="is no bundle, so --force does not replace it: remove it yourself"):
+    with pytest.raises(BundleError, match="is not a bundle, so --force does not replace it: remove it yourself"):
         write(force=True)
     assert tree(tmp_path) == {"bundle/manifest.json": content.encode()}
 
@@ -440,3 +443,29 @@ def test_what_a_kill_leaves_of_our_own_writing_is_ours():
     assert not any(
         BUILT.fullmatch(name) for name in ("notes.txt", "engines/0a/notes.txt", "checkpoint/model.safetensors")
     )
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors", "_METADATA"])
+def test_a_checkpoint_given_as_a_bundle(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(BundleError, match=r"is a checkpoint, not a bundle: run ki-export .* -o BUNDLE first"):
+        Bundle.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"opset": "20"}, "opset is '20', expected an integer"),
+        ({"opset": 10**9}, "opset is 1000000000, expected an integer of at most"),
+        ({"weight_bytes": -1}, "weight_bytes is -1, expected an integer"),
+        ({"weight_bytes": True}, "weight_bytes is True, expected an integer"),
+        ({"ops": "Gemm"}, "ops must be a list of operators' names"),
+        ({"ops": ["Gemm", 3]}, "ops must be a list of operators' names"),
+    ],
+)
+def test_what_a_graph_says_of_itself(tmp_path, change, message):
+    path = tmp_path / "manifest.json"
+    path.write_text("{}")
+    data = {"files": {}, "graphs": {"prefix": {"file": "prefix.onnx", **change}}}
+    with pytest.raises(BundleError, match=message):
+        check_fields(path, data)

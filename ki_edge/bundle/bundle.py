@@ -37,6 +37,7 @@ from .manifest_fields import check_fields
 
 SCHEMA = 1
 TRIES = 5
+CHECKPOINT = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "params", "_METADATA")
 Say = Callable[[str], object]
 
 
@@ -188,6 +189,10 @@ class Bundle:
 def read_manifest(path: Path) -> Manifest:
     """Parse manifest.json; BundleError says what is wrong with it."""
     if not path.is_file():
+        if any((path.parent / name).exists() for name in CHECKPOINT):
+            raise BundleError(
+                f"{path.parent} is a checkpoint, not a bundle: run ki-export {path.parent} -o BUNDLE first"
+            )
         raise BundleError(
             f"{path.parent} has no {MANIFEST}: not a bundle, or its export was interrupted; export it again"
         )

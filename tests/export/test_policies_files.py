@@ -127,7 +127,7 @@ def test_what_is_given_as_tokenizer(folder, words, tmp_path):
     with pytest.raises(ArgumentError, match=r"--tokenizer .*gone: no such file; .* hf download"):
         describe(folder, tokenizer=tmp_path / "gone")
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ContractError, match=r"the tokenizer tokenizer\.json is no tokenizer\.json"):
+    with pytest.raises(ContractError, match=r"the tokenizer tokenizer\.json is not a tokenizer\.json"):
         describe(folder, tokenizer=tmp_path / "tokenizer.json")
 
 
@@ -174,7 +174,7 @@ def test_a_codec_in_the_layout_of_the_hubs_cache(fast_v5, folder, tmp_path):
             "'scale' is '10', expected a number",
         ),
         (lambda f: (f / "processor_config.json").write_text('{"scale": 10}'), "'min_token' is None"),
-        (lambda f: (f / "bpe_tokenizer" / "tokenizer.json").write_text("{}"), r"is no tokenizer\.json"),
+        (lambda f: (f / "bpe_tokenizer" / "tokenizer.json").write_text("{}"), r"is not a tokenizer\.json"),
     ],
 )
 def test_what_a_codec_lacks_is_named(fast_v5, folder, change, message):

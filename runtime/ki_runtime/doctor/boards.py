@@ -109,7 +109,7 @@ def room(board: Board, need: Needs, api: Api) -> Room:
 def plan(board: Board, folder: Path | None) -> dict[str, Any]:
     """Whether a bundle fits a board, or without one the full-size π0.5, in each precision, as JSON values.
 
-    BundleError for a folder that is no bundle.
+    BundleError for a folder that is not a bundle.
     """
     contents = None if folder is None else read_contents(folder)
     config, rows = PI05, FAST_ROWS
