@@ -9,7 +9,6 @@ import pytest
 
 from ki_edge.bundle import SCHEMA, Bundle, DecodeVocabulary, Manifest, sha256, write_bundle
 from ki_edge.bundle.files import BUILT
-from ki_edge.bundle.manifest_fields import check_fields
 from ki_edge.config import TINY
 from ki_edge.errors import BundleError
 
@@ -443,29 +442,3 @@ def test_what_a_kill_leaves_of_our_own_writing_is_ours():
     assert not any(
         BUILT.fullmatch(name) for name in ("notes.txt", "engines/0a/notes.txt", "checkpoint/model.safetensors")
     )
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors", "_METADATA"])
-def test_a_checkpoint_given_as_a_bundle(tmp_path, name):
-    (tmp_path / name).write_bytes(b"")
-    with pytest.raises(BundleError, match=r"is a checkpoint, not a bundle: run ki-export .* -o BUNDLE first"):
-        Bundle.open(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"opset": "20"}, "opset is '20', expected an integer"),
-        ({"opset": 10**9}, "opset is 1000000000, expected an integer of at most"),
-        ({"weight_bytes": -1}, "weight_bytes is -1, expected an integer"),
-        ({"weight_bytes": True}, "weight_bytes is True, expected an integer"),
-        ({"ops": "Gemm"}, "ops must be a list of operators' names"),
-        ({"ops": ["Gemm", 3]}, "ops must be a list of operators' names"),
-    ],
-)
-def test_what_a_graph_says_of_itself(tmp_path, change, message):
-    path = tmp_path / "manifest.json"
-    path.write_text("{}")
-    data = {"files": {}, "graphs": {"prefix": {"file": "prefix.onnx", **change}}}
-    with pytest.raises(BundleError, match=message):
-        check_fields(path, data)
