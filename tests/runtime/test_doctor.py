@@ -17,8 +17,7 @@ from ki_runtime.doctor.memory import needs
 from ki_runtime.gpu.device import Device
 from ki_runtime.trt.api import Api
 from ki_runtime.trt.engines import EngineFile, Engines, identify
-
-from .conftest import graph_entry
+from ki_runtime.trt.requirements import GraphFacts, graph_facts
 
 ORIN, THOR, RTX_4090, RTX_2080, H200 = (8, 7), (11, 0), (8, 9), (7, 5), (9, 0)
 MEMINFO = "MemTotal: {0} kB\nMemFree: 1 kB\nMemAvailable: {1} kB\nSwapTotal: {2} kB\nSwapFree: {2} kB\n"
@@ -314,9 +313,12 @@ def test_wrong_python_platform_and_full_disk():
 # ---------------------------------------------------------------------- bundles
 
 
-def graph_entries(**changed):
-    """The manifest's graphs, some of them not as usual."""
-    return {name: changed.get(name) or graph_entry(name) for name in ("prefix", "denoise", "fast_decode")}
+@pytest.fixture
+def graphs(monkeypatch):
+    """What the bundle's graphs are said to hold; the bundles of these tests have no real ones."""
+    found = {name: GraphFacts(20, ["Gemm"], 1000) for name in ("prefix", "denoise", "fast_decode")}
+    monkeypatch.setattr(bundle_checks, "graph_facts", lambda bundle, name: found[name])
+    return found
 
 
 def put_engines(bundle, version="10.3.0", device="Orin", capability=ORIN, size=4):
@@ -334,7 +336,7 @@ def on_orin(bundle, memory=(32e9, 28e9, 0), **modules):
     return examine(bundle.path, orin(memory, **modules))
 
 
-def test_engines_that_fit(make_bundle):
+def test_engines_that_fit(make_bundle, graphs):
     bundle = make_bundle(precision="float16")
     put_engines(bundle)
     result = on_orin(bundle)
@@ -351,7 +353,7 @@ def test_engines_that_fit(make_bundle):
         ({"size": 3}, "it is truncated"),
     ],
 )
-def test_engines_that_must_be_built(make_bundle, made, reason):
+def test_engines_that_must_be_built(make_bundle, graphs, made, reason):
     bundle = make_bundle(precision="float16")
     if made:
         put_engines(bundle, **made)
@@ -362,25 +364,25 @@ def test_engines_that_must_be_built(make_bundle, made, reason):
     assert next(v for v in result.verdicts if v.backend == "trt").detail == "Orin, once its engines are built"
 
 
-def test_runtime_without_a_builder(make_bundle):
+def test_runtime_without_a_builder(make_bundle, graphs):
     host = orin(tensorrt_lean=tensorrt("10.3.0", builder=False))
     del host.modules["tensorrt"]
     result = examine(make_bundle(precision="float16").path, host)
     assert why_not(result, "trt") == "TensorRT lean runtime 10.3.0 has no builder"
 
 
-def test_graphs_that_are_too_new_for_the_parser(make_bundle):
-    entries = graph_entries(denoise=graph_entry("denoise", 23, ["Attention"]))
-    result = on_orin(make_bundle(precision="float16", graphs=entries))
+def test_graphs_that_are_too_new_for_the_parser(make_bundle, graphs):
+    graphs["denoise"] = GraphFacts(23, ["Attention"], 1000)
+    result = on_orin(make_bundle(precision="float16"))
     assert "Attention needs TensorRT 10.14" in why_not(result, "trt")
 
 
-def test_full_size_on_small_boards(make_bundle, monkeypatch):
+def test_full_size_on_small_boards(make_bundle, graphs, monkeypatch):
     """Eight gigabytes cannot hold a full-size policy in 16 bits; sixteen can, and need swap to build its engines."""
     full = needs(PI05, 2050, "float16")
     monkeypatch.setattr(bundle_checks, "needs", lambda *_: full)
-    large = graph_entry("prefix", weight_bytes=full.graphs["prefix"].weights)
-    bundle = make_bundle(precision="float16", graphs=graph_entries(prefix=large))
+    graphs["prefix"] = GraphFacts(20, [], full.graphs["prefix"].weights)
+    bundle = make_bundle(precision="float16")
     small = on_orin(bundle, memory=(8e9, 6e9, 0))
     assert "too little" in found(small, "model memory", "problem")[0].text
     medium = on_orin(bundle, memory=(16e9, 14e9, 0))
@@ -396,7 +398,7 @@ def test_full_size_on_small_boards(make_bundle, monkeypatch):
     assert "FAST" in found(without_fast, "model memory", "warning")[0].fix
 
 
-def test_no_room_for_engines(make_bundle):
+def test_no_room_for_engines(make_bundle, graphs):
     host, bundle = orin(), make_bundle(precision="float16")
     host.disk = 100
     assert "of disk" in why_not(examine(bundle.path, host), "trt")
@@ -404,7 +406,7 @@ def test_no_room_for_engines(make_bundle):
     assert "cannot be written" in why_not(examine(bundle.path, host), "trt")
 
 
-def test_precisions(make_bundle):
+def test_precisions(make_bundle, graphs):
     eight = on_orin(make_bundle("eight", precision="int8"))
     assert "int8 is for the CPU" in why_not(eight, "trt") and runs(eight) == {"ort"}
     sixteen = make_bundle("sixteen", precision="bfloat16")
@@ -415,13 +417,13 @@ def test_precisions(make_bundle):
     assert not turing.runs
 
 
-def test_what_the_runtime_says_counts(make_bundle):
+def test_what_the_runtime_says_counts(make_bundle, graphs):
     host = orin()
     host.obstacle = lambda backend, bundle: "the device is busy" if backend == "trt" else None
     assert why_not(examine(make_bundle(precision="float16").path, host), "trt") == "the device is busy"
 
 
-def test_broken_and_foreign_bundles(make_bundle):
+def test_broken_and_foreign_bundles(make_bundle, graphs):
     bundle = make_bundle()
     (bundle.path / "denoise.onnx").write_bytes(b"short")
     result = examine(bundle.path, Machine(modules={"onnxruntime": CPU_ORT}))
@@ -442,7 +444,7 @@ def test_weights_are_those_of_the_graphs(fetch_bundle):
         model = onnx.load(bundle.graph(name), load_external_data=False)
         stored = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 0]
         assert graph.weights == pytest.approx(4 * sum(prod(tensor.dims) for tensor in stored), rel=0.01), name
-        assert graph.weights == pytest.approx(bundle.manifest.graphs[name]["weight_bytes"], rel=0.05), name
+        assert graph.weights == pytest.approx(graph_facts(bundle, name).weight_bytes, rel=0.05), name
 
 
 def test_command_on_a_real_bundle(fetch_bundle, capsys):
@@ -471,7 +473,7 @@ def test_command_on_this_machine(capsys):
     assert len(checked) + len(fixes) + 1 == len(lines)
 
 
-def test_json(make_bundle, capsys):
+def test_json(make_bundle, graphs, capsys):
     assert cli.main([str(make_bundle().path), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["runs"] is True and report["facts"]["bundle"]["precision"] == "float32"

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ki_edge.bundle import Bundle
-from ki_edge.errors import BackendError, BundleError, KiEdgeError
+from ki_edge.errors import BackendError, KiEdgeError
 from ki_runtime.gpu.device import Device, describe_capabilities
 from ki_runtime.trt.api import TITLES, Api
 from ki_runtime.trt.engines import ACTING, FAST, Engines, default_graphs
 from ki_runtime.trt.memory import OVERHEAD, needed
-from ki_runtime.trt.requirements import check_graph, weight_bytes
+from ki_runtime.trt.requirements import GraphFacts, check_graph, graph_facts
 from ki_runtime.trt.selection import EngineSet, build_command, folders_in, look, mismatches
 
 from .finding import Finding, in_bytes
@@ -26,9 +26,10 @@ NAME, ENGINES = "bundle", "engines"
 
 @dataclass(frozen=True)
 class Contents:
-    """An opened bundle, and the memory that it needs."""
+    """An opened bundle, its graphs as the manifest says, and what they need."""
 
     bundle: Bundle
+    graphs: Mapping[str, GraphFacts]
     needs: Needs
 
     @property
@@ -65,9 +66,8 @@ def read_contents(folder: Path) -> Contents:
     """Open a bundle; BundleError if it is damaged."""
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
-    for name in manifest.graphs:
-        bundle.graph(name)
-    return Contents(bundle, needs(manifest.config, len(manifest.vocabulary.ids), manifest.precision))
+    graphs = {name: graph_facts(bundle, name) for name in manifest.graphs}
+    return Contents(bundle, graphs, needs(manifest.config, len(manifest.vocabulary.ids), manifest.precision))
 
 
 def check_room(need: Needs, gpu: Gpu | None, memory: Memory | None) -> Finding | None:
@@ -153,13 +153,10 @@ def _obstacle(host: Host, contents: Contents, api: Api, gpu: Gpu, memory: Memory
         return f"{api.title} does not compile for {gpu.sm}", "use TensorRT"
     try:
         for name in ACTING:
-            check_graph(api, name, contents.bundle.manifest.graphs[name])
+            check_graph(api, name, contents.graphs[name])
     except BackendError as error:
         return str(error), "upgrade TensorRT, or export again as the message says"
-    try:
-        sizes = [weight_bytes(contents.bundle, name) for name in ACTING]  # what else is built may fail
-    except BundleError as error:
-        return str(error), "export the checkpoint again"
+    sizes = [contents.graphs[name].weight_bytes for name in ACTING]  # what else is built may fail
     disk, free = sum(sizes) + int(OVERHEAD), host.free_bytes(folder)
     if disk > free:
         return f"engines need {in_bytes(disk)} of disk", f"free {in_bytes(disk - free)} at {folder}"

@@ -179,9 +179,7 @@ def _facts(host: Host, machine: Machine) -> dict[str, Any]:
             "precision": machine.bundle.precision,
             "acting_bytes": need.acting,
             "with_fast_bytes": need.with_fast,
-            "weight_bytes": {
-                name: graph.get("weight_bytes") for name, graph in machine.bundle.bundle.manifest.graphs.items()
-            },
+            "weight_bytes": {name: graph.weight_bytes for name, graph in machine.bundle.graphs.items()},
         }
     return {
         "python": ".".join(map(str, host.python)),

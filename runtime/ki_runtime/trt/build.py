@@ -25,7 +25,7 @@ from .engines import ACTING, FOLDER, RECORD, Engines, default_graphs, identify
 from .identity import EngineFile, Identity
 from .memory import check_disk, check_memory, check_size, estimate
 from .profiles import profiles
-from .requirements import check_graph, weight_bytes
+from .requirements import GraphFacts, check_graph, graph_facts
 from .selection import EngineSet, build_command, look
 from .targets import MODULES, capabilities_of, this_device
 from .trust import remember
@@ -144,7 +144,7 @@ def _build_folder(
     """Compile these graphs into one folder, all or nothing, unless they are there."""
     capabilities = capabilities_of(api, device, options.capabilities, lean=options.lean)
     check_precision(bundle.manifest.precision, capabilities)
-    sizes = {name: weight_bytes(bundle, name) for name in names}
+    graphs = {name: graph_facts(bundle, name) for name in names}
     shapes = profiles(bundle, options.batch)
     identity = identify(bundle, api, device, capabilities, profiles=shapes, graphs=names, lean=options.lean)
     folder = bundle.path / FOLDER / identity.key
@@ -152,14 +152,14 @@ def _build_folder(
     if existing is not None:
         say(f"{folder}: engines are there already")
         return existing
-    for name, size in sizes.items():
-        check_graph(api, name, bundle.manifest.graphs[name])
+    for name, graph in graphs.items():
+        check_graph(api, name, graph)
         if not options.ignore_memory:
-            check_memory(api, name, size, device)
+            check_memory(api, name, graph.weight_bytes, device)
     with publishing(folder, _check_replaceable, BackendError) as partial:
-        check_disk(partial, sum(sizes.values()))
-        _announce(api, identity, sizes, device, say)
-        _compile(bundle, api, identity, sizes, options, partial, say)
+        check_disk(partial, sum(graph.weight_bytes for graph in graphs.values()))
+        _announce(api, identity, graphs, device, say)
+        _compile(bundle, api, identity, graphs, options, partial, say)
     made = Engines.read(folder)
     if options.lean:
         _remember(made, say)
@@ -179,26 +179,26 @@ def _compile(
     bundle: Bundle,
     api: Api,
     identity: Identity,
-    sizes: dict[str, int],
+    graphs: dict[str, GraphFacts],
     options: BuildOptions,
     folder: Path,
     say: Say,
 ) -> None:
     settings = Settings(options.workspace, identity.capabilities, options.lean, _timings(folder.parent, identity))
     files: dict[str, EngineFile] = {}
-    for name, size in sizes.items():
+    for name, graph in graphs.items():
         path, log = folder / f"{name}.engine", folder / f"{name}.log"
         made = compile_graph(api, bundle.graph(name), identity.profiles[name], path, log, settings)
-        check_size(name, made.size, size, identity.precision, say)
-        files[name] = EngineFile(path.name, made.size, made.sha256, size, round(made.seconds, 1))
+        check_size(name, made.size, graph.weight_bytes, identity.precision, say)
+        files[name] = EngineFile(path.name, made.size, made.sha256, graph.weight_bytes, round(made.seconds, 1))
         say(f"compiled {name}: {made.size / 1e6:.1f} MB ({made.seconds:.1f} s)")
     Engines(folder, identity, files).write()
 
 
-def _announce(api: Api, identity: Identity, sizes: dict[str, int], device: Device | None, say: Say) -> None:
+def _announce(api: Api, identity: Identity, graphs: dict[str, GraphFacts], device: Device | None, say: Say) -> None:
     where = identity.device or f"compute capability {describe_capabilities(identity.capabilities)}"
-    cost = estimate(api, list(sizes.values()), device)
-    say(f"compiling {', '.join(sizes)} with {api.title} for {where}: {cost}")
+    cost = estimate(api, [graph.weight_bytes for graph in graphs.values()], device)
+    say(f"compiling {', '.join(graphs)} with {api.title} for {where}: {cost}")
 
 
 def _graphs(bundle: Bundle, options: BuildOptions) -> tuple[str, ...]:

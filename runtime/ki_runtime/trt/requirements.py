@@ -1,4 +1,4 @@
-"""What a graph asks of TensorRT, as the bundle's manifest records it, told before anything is built.
+"""What a graph asks of TensorRT and of the GPU, told before anything is built.
 
 The table holds what the parser of TensorRT 10.3 does not import; everything else that the exporter writes, it does.
 RTX has its own version numbers and imports all of it.
@@ -6,10 +6,12 @@ RTX has its own version numbers and imports all of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ki_edge.bundle import Bundle
+from ki_edge.checkpoints.layout.counts import graph_bytes
+from ki_edge.dtypes import BY_NAME
 from ki_edge.errors import BackendError, BundleError
 
 from .api import Api
@@ -32,23 +34,31 @@ OPERATORS: dict[str, tuple[int, int] | None] = {
 OPSETS: tuple[tuple[int, tuple[int, int]], ...] = ((20, (10, 3)), (22, (10, 6)), (23, (10, 11)), (24, (10, 13)))
 
 
-def weight_bytes(bundle: Bundle, name: str) -> int:
-    """Of all weights of a graph, shared ones once. BundleError if its export did not record them."""
-    found = bundle.manifest.graphs[name].get("weight_bytes")
-    if found is None:
-        raise BundleError(
-            f"{bundle.path}: the manifest does not say how large the weights of graph {name} are, since an earlier "
-            "version exported it: export the checkpoint again to build engines"
-        )
-    return int(found)
+@dataclass(frozen=True)
+class GraphFacts:
+    """What the manifest says of a graph; `weight_bytes`: at their declared types, of what is shared once."""
+
+    opset: int
+    operators: Sequence[str]
+    weight_bytes: int
 
 
-def check_graph(api: Api, name: str, graph: Mapping[str, Any]) -> None:
-    """BackendError naming the operator or opset of graph `name` that this TensorRT does not import, and the cure.
+def graph_facts(bundle: Bundle, name: str) -> GraphFacts:
+    """Of a graph whose file was looked at. BundleError if it is damaged, or if the manifest does not tell."""
+    bundle.graph(name)
+    manifest, found = bundle.manifest, bundle.manifest.graphs[name]
+    if "opset" not in found or "ops" not in found:
+        raise BundleError(f"{bundle.path}: the manifest lacks the opset of graph {name}: export the checkpoint again")
+    size = found.get("weight_bytes")
+    if size is None:  # older exports did not count them
+        low = BY_NAME[manifest.precision].nbytes
+        size = graph_bytes(manifest.config, len(manifest.vocabulary.ids), low)[name]
+    return GraphFacts(found["opset"], found["ops"], size)
 
-    `graph`: its entry in the manifest.
-    """
-    for operator in graph.get("ops", ()):
+
+def check_graph(api: Api, name: str, graph: GraphFacts) -> None:
+    """BackendError naming the operator or opset of graph `name` that this TensorRT does not import, and the cure."""
+    for operator in graph.operators:
         first = OPERATORS.get(operator, (0, 0))
         if first is None:
             raise BackendError(
@@ -59,12 +69,11 @@ def check_graph(api: Api, name: str, graph: Mapping[str, Any]) -> None:
                 f"graph {name}: {operator} needs TensorRT {_text(first)}, installed is {api.version_text}: install a "
                 "newer one, or export with --attention decomposed"
             )
-    opset = graph.get("opset", 0)
-    known = next((first for newest, first in OPSETS if opset <= newest), None)
+    known = next((first for newest, first in OPSETS if graph.opset <= newest), None)
     if known is None or (not api.is_rtx and api.version < known):
         needed = "a newer TensorRT than exists yet" if known is None else f"TensorRT {_text(known)}"
         raise BackendError(
-            f"graph {name}: opset {opset} needs {needed}, installed is {api.version_text}: export with --opset 20"
+            f"graph {name}: opset {graph.opset} needs {needed}, installed is {api.version_text}: export with --opset 20"
         )
 
 
