@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from ki_edge.config import PI05
 from ki_edge.dtypes import PRECISIONS
 from ki_export.source.devices import DEVICES, Device, floor_ms, stages
-from ki_runtime.doctor.boards import BOARDS, FAST_ROWS, GB, tensorrt
+from ki_runtime.doctor.boards import BOARDS, GB
 from ki_runtime.doctor.memory import Needs, needs
+from ki_runtime.doctor.plan import FAST_ROWS, tensorrt
 from ki_runtime.trt.api import Api
 from ki_runtime.trt.memory import needed
 

@@ -5,9 +5,10 @@ import json
 import pytest
 
 from ki_runtime.doctor import cli
-from ki_runtime.doctor.boards import BOARDS, find_board, lines, plan
+from ki_runtime.doctor.boards import BOARDS, find_board
 from ki_runtime.doctor.checkup import examine
 from ki_runtime.doctor.finding import in_bytes
+from ki_runtime.doctor.plan import lines, plan
 from ki_runtime.gpu.device import Device
 from ki_runtime.trt.api import Api
 from ki_runtime.trt.engines import EngineFile, Engines, identify

@@ -37,7 +37,8 @@ def _examine(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from .boards import find_board, lines, plan
+    from .boards import find_board
+    from .plan import lines, plan
 
     board = find_board(options.board)
     found = plan(board, options.bundle)
