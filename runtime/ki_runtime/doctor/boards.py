@@ -1,4 +1,4 @@
-"""Boards and graphics cards that one may buy, from their makers' figures; the exporter and the benchmarks read them too."""
+"""Boards and graphics cards that one may buy, by their makers' figures; exporter and benchmarks read them too."""
 
 from __future__ import annotations
 
