@@ -14,7 +14,6 @@ import torch
 
 import ki_edge.model
 import ki_export.graphs.tracing
-import ki_export.graphs.wrappers
 import ki_export.passes
 from ki_edge.bundle import DecodeVocabulary
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
@@ -48,15 +47,14 @@ def traced_once(request, tmp_path_factory):
     trace, cache = ki_export.graphs.tracing.trace, getattr(request.config, "cache", None)
     folder = cache.mkdir("ki_export_traces") if cache else tmp_path_factory.mktemp("traces")
     version = hashlib.sha256(repr((torch.__version__, onnx.__version__, version_of("onnxscript"))).encode())
-    for package in (ki_edge.model, ki_export.passes):
+    for package in (ki_edge.model, ki_export.passes, ki_export.graphs):
         for file in sorted(Path(package.__file__).parent.glob("*.py")):
             version.update(file.read_bytes())
-    for module in (ki_export.graphs.tracing, ki_export.graphs.wrappers):
-        version.update(Path(module.__file__).read_bytes())
 
     def remembered(traceable, opset, sizes):
         tensors = (*traceable.spec.inputs, *traceable.spec.outputs)
-        key = repr((traceable.module.model.config, [t.resolve(sizes) for t in tensors], opset, traceable.module))
+        shapes = [t.resolve(sizes) for t in tensors]
+        key = repr((traceable.module.model.config, traceable.depths, shapes, opset, traceable.module))
         path = folder / (hashlib.sha256(version.digest() + key.encode()).hexdigest()[:32] + ".onnx")
         if not path.exists():
             partial = path.with_suffix(f".{os.getpid()}")

@@ -154,8 +154,10 @@ def test_progress_and_summary(checkpoint, tmp_path, capsys):
     output = capsys.readouterr()
     lines = output.err.splitlines()
     assert output.out == "" and all(line.startswith("ki-export: ") for line in lines)
-    assert lines[0].startswith("ki-export: traced the graphs (")
-    assert lines[1].startswith("ki-export: wrote graphs and weights (")
+    assert lines[0] == "ki-export: tracing prefix, denoise and fast_decode"
+    starts = [*(f"traced {name} (" for name in ("prefix", "denoise", "fast_decode")), "traced the graphs ("]
+    for line, start in zip(lines[1:], [*starts, "wrote graphs and weights ("], strict=False):
+        assert line.startswith(f"ki-export: {start}")
     assert re.search(r"weights (copied|reflinked)\), verified, worst error .* digest [0-9a-f]{64}$", lines[-1])
 
 
