@@ -54,7 +54,7 @@ class OrbaxSource(TensorSource):
         """
         folder = folder / "params" if (folder / "params").is_dir() else folder
         if not (folder / METADATA).is_file():
-            raise CheckpointError(f"{folder}: no {METADATA}, so this is no complete orbax folder: copy it again")
+            raise CheckpointError(f"{folder}: no {METADATA}, so this is not a complete orbax folder: copy it again")
         _files(folder)
         metadata = read_json(folder / METADATA)
         ocdbt = (folder / MANIFEST).is_file()
