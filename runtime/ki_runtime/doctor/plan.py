@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,30 +23,17 @@ FAST_ROWS = 2050  # columns of the FAST logits of the full-size model
 FLAGS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
-@dataclass(frozen=True)
-class Room:
-    """Bytes that a policy needs in one precision, and `build`: host memory for compiling its largest engine."""
-
-    acting: int
-    with_fast: int
-    build: int
-    free: float
-
-    @property
-    def fits(self) -> bool:
-        return self.acting <= self.free
-
-
 def tensorrt(version: str) -> Api:
     """A TensorRT that need not be installed, for estimates."""
     return Api(SimpleNamespace(), "tensorrt", tuple(map(int, re.findall(r"\d+", version))), version)
 
 
-def room(board: Board, need: Needs, api: Api) -> Room:
-    """What a policy needs there. FAST's engine is built only where it is wanted, so the others count."""
+def room(board: Board, need: Needs, api: Api) -> dict[str, Any]:
+    """Bytes that a policy needs there; `build`: host memory for compiling its largest engine, but for FAST's."""
     sizes = [need.graphs[name].weights for name in ("prefix", "denoise")]
     build = max(needed(api, size, shared=board.shared) for size in sizes)
-    return Room(need.acting, need.with_fast, build, board.free)
+    found = {"acting": need.acting, "with_fast": need.with_fast, "build": build, "free": board.free}
+    return found | {"fits": need.acting <= board.free}
 
 
 def plan(board: Board, folder: Path | None) -> dict[str, Any]:
@@ -59,10 +45,8 @@ def plan(board: Board, folder: Path | None) -> dict[str, Any]:
     config, rows = PI05, FAST_ROWS
     if contents is not None:
         config, rows = contents.bundle.manifest.config, len(contents.bundle.manifest.vocabulary.ids)
-    api, rooms = tensorrt(board.software[1]), {}
-    for precision in FLAGS:
-        found = room(board, needs(config, rows, precision), api)
-        rooms[precision] = vars(found) | {"fits": found.fits}
+    api = tensorrt(board.software[1])
+    rooms = {precision: room(board, needs(config, rows, precision), api) for precision in FLAGS}
     own = None if contents is None else contents.precision
     obstacle = None
     try:
