@@ -174,15 +174,6 @@ def test_names_that_are_not_there(write):
 # ---------------------------------------------------------------------- damaged, foreign, hostile
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "adapter_config.json", "params"])
-def test_a_checkpoint_is_no_bundle(tmp_path, name):
-    (tmp_path / name).touch()
-    with pytest.raises(
-        BundleError, match=r"is a checkpoint, not a bundle; run ki-export first: ki-export \S+ -o BUNDLE$"
-    ):
-        Bundle.open(tmp_path)
-
-
 def test_no_bundle(tmp_path):
     refused(tmp_path / "none", "no bundle at")
     (tmp_path / "file").write_text("")

@@ -37,7 +37,7 @@ from .manifest_fields import check_fields
 
 SCHEMA = 1
 TRIES = 5
-OF_CHECKPOINTS = ("model.safetensors", "model.safetensors.index.json", "adapter_config.json", "params")
+CHECKPOINT = ("model.safetensors", "model.safetensors.index.json", "adapter_config.json", "params", "_METADATA")
 Say = Callable[[str], object]
 
 
@@ -63,7 +63,7 @@ class Manifest:
     contract: dict[str, Any] | None  # PolicyContract.to_json(); None: model only, no tokenizer or statistics
     sampling: dict[str, Any]  # {"time_convention": "openpi"|"lerobot", "num_steps": int}
     precision: str  # "float32"
-    graphs: dict[str, dict[str, Any]]  # graph name -> {"file", "inputs", "outputs"}
+    graphs: dict[str, dict[str, Any]]  # graph name -> {"file", "inputs", "outputs", "opset", "ops", "weight_bytes"}
     weights: dict[str, Any]  # {"file": ..., "runtime": {checkpoint name: name in the file}}
     decode_vocabulary: dict[str, Any]  # DecodeVocabulary as a dict
     tools: dict[str, str]  # versions of what wrote it
@@ -130,10 +130,6 @@ class Bundle:
 
     @classmethod
     def _open(cls, folder: Path, identity: tuple[int, int], verify: bool | str, say: Say) -> Bundle:
-        if not (folder / MANIFEST).exists() and any((folder / name).exists() for name in OF_CHECKPOINTS):
-            raise BundleError(
-                f"{folder} is a checkpoint, not a bundle; run ki-export first: ki-export {folder} -o BUNDLE"
-            )
         bundle = cls(folder, read_manifest(folder / MANIFEST), identity)
         check_inside(folder, MANIFEST)
         if verify is not False:
@@ -193,6 +189,10 @@ class Bundle:
 def read_manifest(path: Path) -> Manifest:
     """Parse manifest.json; BundleError says what is wrong with it."""
     if not path.is_file():
+        if any((path.parent / name).exists() for name in CHECKPOINT):
+            raise BundleError(
+                f"{path.parent} is a checkpoint, not a bundle: run ki-export {path.parent} -o BUNDLE first"
+            )
         raise BundleError(
             f"{path.parent} has no {MANIFEST}: not a bundle, or its export was interrupted; export it again"
         )

@@ -41,7 +41,7 @@ def _files(files: Mapping[str, Any]) -> None:
     seen: dict[str, str] = {}
     for name, facts in files.items():
         if len(name) > MAX_NAME or not name.isprintable():
-            raise _Wrong(f"'files' has {name[:80]!r}, which is not the name of a file")
+            raise _Wrong(f"'files' has {name[:80]!r}, which cannot be the name of a file")
         other = seen.setdefault(name.casefold(), name)
         if other != name:
             raise _Wrong(f"'files' has both '{other}' and '{name}', which are one file on some disks")

@@ -145,7 +145,7 @@ def _from_cache(hub: Any, repo: str, revision: str | None, at: str, cause: Excep
         folder = None
     if folder is None or not _has_weights(path.relative_to(folder).as_posix() for path in folder.rglob("*")):
         raise CheckpointError(
-            f"{repo}{at} is not a folder, is not in the local cache ({_cache(hub)}), and {_why(cause)}: connect, "
+            f"{repo}{at} is not a folder here, is not in the local cache ({_cache(hub)}), and {_why(cause)}: connect, "
             f"or {elsewhere}"
         ) from None
     return folder

@@ -148,7 +148,7 @@ class PromptTokenizer:
 
     def _state(self, state: npt.ArrayLike | None) -> npt.NDArray[np.float64]:
         if state is None:
-            raise ObservationError(f'prompt format "{self.format}" contains the state, and none was given')
+            raise ObservationError(f'prompt format "{self.format}" contains the state, but no state was given')
         array = array_of(state, "state", ObservationError)
         if array.ndim != 1 or array.size == 0:
             raise ObservationError(f"the state in the prompt must be of shape [s], got {array.shape}")

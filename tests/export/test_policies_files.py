@@ -115,16 +115,20 @@ def test_tokenizer_json_in_the_hubs_cache(folder, words, caches):
 
 
 def test_what_is_given_as_tokenizer(folder, words, tmp_path):
+    openpis = tmp_path / "big_vision"
+    openpis.mkdir()
+    shutil.copy(words / "tokenizer.model", openpis / "paligemma_tokenizer.model")
     for given, source in (
         (words, "tokenizer.model"),
         (words / "tokenizer.json", "tokenizer.json"),
         (folder / "tokenizer", "tokenizer.json"),
+        (openpis, "paligemma_tokenizer.model"),
     ):
         assert describe(folder, tokenizer=given).tokenizer.source == source
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArgumentError, match=r"a folder without tokenizer\.model and tokenizer\.json; .* hf download"):
         describe(folder, tokenizer=tmp_path / "empty")
-    with pytest.raises(ArgumentError, match=r"--tokenizer .*gone: no such file; .* hf download"):
+    with pytest.raises(ArgumentError, match=r"--tokenizer .*gone: there is no such file; .* hf download"):
         describe(folder, tokenizer=tmp_path / "gone")
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ContractError, match=r"the tokenizer tokenizer\.json is not a tokenizer\.json"):

@@ -117,7 +117,9 @@ def leaf_names(metadata: Mapping[str, Any], folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{folder / METADATA} lists {len(keys)} parameters, expected 1 to {MAX_LEAVES}")
     for key in keys:
         if not key or not all(part.isprintable() and "/" not in part and part not in ("", ".", "..") for part in key):
-            raise CheckpointError(f"{folder / METADATA} names a parameter {key!r:.80}, which is not a name in a tree")
+            raise CheckpointError(
+                f"{folder / METADATA} names a parameter {key!r:.80}, which cannot be a name in a tree"
+            )
     paths = [key[1:] if key[:1] == ["params"] else key for key in keys]
     if all(path[-1:] == ["value"] for path in paths):
         paths = [path[:-1] for path in paths]

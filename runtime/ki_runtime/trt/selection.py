@@ -98,6 +98,11 @@ def look(
     return EngineSet(chosen)
 
 
+def folders_in(bundle: Bundle) -> list[tuple[Path, Engines | str]]:
+    """Every folder of engines in a bundle, with them or why they cannot be read."""
+    return [(folder, engines) for folder, _, engines in map(_read, _folders(bundle))]
+
+
 def _folders(bundle: Bundle) -> list[Path]:
     return sorted(path.parent for path in (bundle.path / FOLDER).glob(f"[!.]*/{RECORD}"))
 
