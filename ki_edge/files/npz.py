@@ -40,7 +40,7 @@ def read_npz(
     """
     try:
         if not path.is_file():
-            raise error(f"{path}: {'no regular file' if path.exists() else 'no such file'}; expected arrays (.npz)")
+            raise error(f"{path}: {'not a regular file' if path.exists() else 'no such file'}; expected arrays (.npz)")
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             if len(entries) > MAX_ENTRIES:

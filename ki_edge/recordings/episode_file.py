@@ -87,7 +87,7 @@ def read_headers(path: Path) -> dict[str, Header]:
     """Shape and dtype of every array of an .npz file, without its data. DatasetError if it is none."""
     try:
         if path.exists() and not path.is_file():
-            raise DatasetError(f"{path}: no regular file; expected an .npz written by record_episode")
+            raise DatasetError(f"{path}: not a regular file; expected an .npz written by record_episode")
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             if len(entries) > MAX_ARRAYS:

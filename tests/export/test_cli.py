@@ -137,7 +137,7 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(checkpoint, tmp_path, caps
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("years of work")
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "precious"), "--force"]) == 2
-    assert "no bundle" in capsys.readouterr().err
+    assert "not a bundle" in capsys.readouterr().err
     assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
 
 
