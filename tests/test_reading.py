@@ -71,7 +71,11 @@ def test_only_regular_files_of_bounded_size(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")  # reading it would wait forever
     (tmp_path / "long").write_bytes(b"1" * 11)
     cases = {tmp_path / "fifo": "not a regular", Path("/dev/zero"): "not a regular", tmp_path: "not a regular"}
-    cases |= {tmp_path / "long": "more than 10", tmp_path / "none": "No such file", tmp_path / "a\0b": "cannot be a file name"}
+    cases |= {
+        tmp_path / "long": "more than 10",
+        tmp_path / "none": "No such file",
+        tmp_path / "a\0b": "cannot be a file",
+    }
     for path, said in cases.items():
         with pytest.raises(BundleError, match=said):
             read_file(path, 10, BundleError)

@@ -47,7 +47,7 @@ def open_words(model: str | Path | bytes) -> Words:
         raise ContractError(f"a tokenizer is a path or bytes, got {type(model).__name__}")
     content, where = model, "the given bytes"
     if not isinstance(content, bytes):
-        if os.path.isdir(content):  # False also for what cannot be a path
+        if os.path.isdir(content):  # noqa: PTH112  False also for what cannot be a path
             raise ContractError(f"{content} is a folder: give its tokenizer.model or tokenizer.json")
         content, where = read_file(Path(content), MAX_TOKENIZER, ContractError), str(content)
     return _open_json(content, where) if is_json(content) else _open_pieces(content, where)
