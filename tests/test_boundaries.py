@@ -72,7 +72,7 @@ DIRECTIONS: dict[str, str] = {
         "ki_export.policies ki_export.precision ki_export.source ki_export.weights"
     ),
     "ki_export": (
-        "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.files ki_edge.policy ki_runtime.gpu "
+        "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.files ki_runtime.gpu "
         "ki_runtime.trt ki_export.graphs ki_export.parity ki_export.passes ki_export.policies "
         "ki_export.precision ki_export.source ki_export.weights"
     ),

@@ -7,7 +7,9 @@ from ki_edge.bundle.manifest_fields import check_fields
 from ki_edge.errors import BundleError
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors", "_METADATA"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model.safetensors.index.json", "adapter_config.json", "params", "_METADATA"]
+)
 def test_a_checkpoint_given_as_a_bundle(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(BundleError, match=r"is a checkpoint, not a bundle: run ki-export .* -o BUNDLE first"):

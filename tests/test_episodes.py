@@ -151,6 +151,10 @@ def test_what_is_no_episode(tmp_path, arrays, message):
 
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.npz")
-    for name, message in (("pipe.npz", "not a regular file"), (".", "not a regular"), ("none.npz", "no such file")):
+    for name, message in (
+        ("pipe.npz", "not a regular file"),
+        (".", "not a regular file"),
+        ("none.npz", "no such file"),
+    ):
         with pytest.raises(DatasetError, match=message):
             RecordedEpisode.open(tmp_path / name)

@@ -1,7 +1,10 @@
-"""From a checkpoint to a verified bundle of three ONNX graphs (ki-export).
+"""From a checkpoint to a verified bundle of three ONNX graphs: ki-export and the order of its work.
 
-from ki_export import ExportOptions, export
-bundle = export("checkpoint", "bundle", ExportOptions())
+    from ki_export import ExportOptions, export
+    bundle = export("checkpoint", "bundle", ExportOptions())
+
+Imports: graphs, parity, passes, policies, precision, source, weights; of ki_edge: bundle, checkpoints, files, policy;
+of ki_runtime: gpu, trt.
 """
 
 from typing import TYPE_CHECKING

@@ -37,7 +37,7 @@ from .manifest_fields import check_fields
 
 SCHEMA = 1
 TRIES = 5
-CHECKPOINT = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "params", "_METADATA")
+CHECKPOINT = ("model.safetensors", "model.safetensors.index.json", "adapter_config.json", "params", "_METADATA")
 Say = Callable[[str], object]
 
 

@@ -21,7 +21,7 @@ PROMPTS = (("prompt_only_tokens", "prompt_only_mask"), ("tokenized_prompt", "tok
 def read_arrays(path: Path) -> dict[str, Array]:
     """All arrays of an .npz file; DatasetError if it is missing or no such file."""
     if not path.is_file():
-        raise DatasetError(f"no such file: {path}: expected recorded arrays (.npz); name it with --inputs or --outputs")
+        raise DatasetError(f"{path}: no such file, expected recorded arrays (.npz)")
     return read_npz(path, MAX_BYTES, DatasetError)
 
 

@@ -4,6 +4,8 @@
     actions = Policy.load("bundle").infer(observation)["actions"]  # float64 [H, a], robot units
 
 Names are imported when they are first used, so that `import ki_runtime` costs nothing.
+
+Imports: nothing.
 """
 
 from typing import TYPE_CHECKING

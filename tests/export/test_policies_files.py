@@ -226,5 +226,5 @@ def test_a_training_step_whose_horizon_is_given(data, words, contract, horizon):
 def test_read_policy_lists_what_is_missing(folder):
     shutil.rmtree(folder / "tokenizer")
     settings = json.loads((folder / "config.json").read_text())
-    with pytest.raises(CheckpointError, match="is no complete policy: no tokenizer at 'tokenizer'"):
+    with pytest.raises(CheckpointError, match="is not a complete policy: no tokenizer at 'tokenizer'"):
         read_policy(folder, "lerobot", settings, MODEL, PolicyRequest())

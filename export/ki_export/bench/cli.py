@@ -93,7 +93,12 @@ def _parser() -> Parser:
     add("--rounds", type=int, default=defaults.rounds, metavar="N", help="measurements; default: %(default)s")
     add("--warm-up", type=float, default=defaults.warm_up_s, metavar="S", help="seconds at most; default: %(default)s")
     add("--fast", action="store_true", help="measure FAST decoding too")
-    add("--against", type=Path, metavar="CHECKPOINT", help="run PyTorch on it as openpi does, and tell the ratio")
+    add(
+        "--against",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="also run this checkpoint in PyTorch, as openpi does, and compare",
+    )
     add("--dtypes", type=_words, default=DTYPES, metavar="TYPE,...", help=f"of PyTorch; default: {','.join(DTYPES)}")
     add("--output", type=Path, metavar="PNG|FOLDER", help="write a picture and the JSON there")
     add("--json", action="store_true", help="print the report as JSON")

@@ -57,7 +57,7 @@ def build_command(bundle: Bundle, api: Api, graphs: Sequence[str] = ACTING) -> s
     """What to type to build engines of these graphs for this machine."""
     more = "" if set(graphs) <= set(default_graphs(bundle)) else f" --graphs {','.join(graphs)}"
     more += " --target trt-rtx" if api.is_rtx else " --lean (run where tensorrt is installed)" if api.is_lean else ""
-    return f"ki-export --build {bundle.path}{more}"
+    return f"ki-build {bundle.path}{more}"
 
 
 def look(
