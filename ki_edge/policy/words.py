@@ -4,6 +4,7 @@ Both give the same ids for the same tokenizer. The names of special tokens, such
 prompt cannot put one in.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ def open_words(model: str | Path | bytes) -> Words:
         raise ContractError(f"a tokenizer is a path or bytes, got {type(model).__name__}")
     content, where = model, "the given bytes"
     if not isinstance(content, bytes):
-        if Path(content).is_dir():
+        if os.path.isdir(content):  # noqa: PTH112  False also for what cannot be a path
             raise ContractError(f"{content} is a folder: give its tokenizer.model or tokenizer.json")
         content, where = read_file(Path(content), MAX_TOKENIZER, ContractError), str(content)
     return _open_json(content, where) if is_json(content) else _open_pieces(content, where)
