@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ki_edge.commands import Parser, run_command, show, show_json, tell
 from ki_edge.errors import ArgumentError
-from ki_edge.graphs import GRAPHS
+from ki_edge.graphs import FAST_DECODE, GRAPHS
 from ki_edge.policy.presets import SHORT
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ def _export(arguments: argparse.Namespace) -> int:
         raise ArgumentError("--json goes with --inspect")
     target = arguments.target or "ort"
     ahead = _ahead_of_time(arguments, target)
-    if _graph_names(arguments.graphs) is not None and not ahead:
+    names = _graph_names(arguments.graphs)
+    if names is not None and not ahead:
         raise ArgumentError("--graphs says which engines are built: it goes with --build or --compute-capability")
     from .exporter import export
     from .options import ExportOptions
@@ -81,6 +82,7 @@ def _export(arguments: argparse.Namespace) -> int:
         verify=not arguments.no_verify,
         force=arguments.force,
         full_vocabulary=arguments.full_vocabulary,
+        fast_head=True if FAST_DECODE.name in (names or ()) else arguments.fast_head,
         pack=arguments.pack,
         link=arguments.link,
         precision=arguments.precision,
@@ -184,7 +186,7 @@ def _request(arguments: argparse.Namespace) -> PolicyRequest:
 def _parser() -> Parser:
     parser = Parser(
         prog=NAME,
-        description="Write the three ONNX graphs of a checkpoint with their weights, and prove them against PyTorch.",
+        description="Write the ONNX graphs of a checkpoint with their weights, and prove them against PyTorch.",
     )
     parser.add_argument(
         "checkpoint",
@@ -215,6 +217,12 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     add("--no-verify", action="store_true", help="publish without proof; the manifest says so")
     add("--force", action="store_true", help="replace an existing bundle, once the new one is proven")
     add("--full-vocabulary", action="store_true", help="keep the logits of all tokens, not only FAST's")
+    add(
+        "--fast-head",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="export the decoding of FAST tokens too (if the contract has FAST; of a model alone, if it is a π0.5)",
+    )
     add("--pack", action="store_true", help="write only the tensors in use, instead of the checkpoint's whole file")
     add("--link", action="store_true", help="share the checkpoint's file (hard link); checked at every open")
 

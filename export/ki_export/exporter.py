@@ -1,4 +1,4 @@
-"""Export: trace the three graphs, place the weights, describe the bundle, prove it, publish it.
+"""Export: trace the graphs, place the weights, describe the bundle, prove it, publish it.
 
 The weights are never loaded to write a bundle, only to prove it.
 """
@@ -33,7 +33,7 @@ from ki_export.weights.int8 import choose
 from ki_export.weights.weights import ONNX_TYPES, WEIGHTS, Rows, Weights, attach, place_weights, sources
 
 from .options import PRECISIONS, ExportOptions
-from .policies import PolicyFiles, decode_vocabulary
+from .policies import PolicyFiles, decode_vocabulary, has_fast_head
 
 NUM_STEPS = 10
 Say = Callable[[str], object]
@@ -71,6 +71,10 @@ def export(
     opened, files = examined.checkpoint, examined.files()
     if files is not None:
         opened = opened.with_pictures(files.contract.pictures)
+    if options.fast_head is None:
+        options = replace(options, fast_head=options.full_vocabulary or has_fast_head(opened.config, files))
+    if files is not None and not options.fast_head:
+        files = replace(files, contract=replace(files.contract, fast=None))
     with write_bundle(output, force=options.force) as writer, ThreadPoolExecutor(1) as hasher:
         ctime_ns = opened.source.files[0].stat().st_ctime_ns
         hashes = hasher.submit(hash_files, opened.source.files)
@@ -87,7 +91,7 @@ def export(
 
 def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOptions, say: Say) -> Plan:
     config = checkpoint.config
-    vocabulary = decode_vocabulary(config, files, full=options.full_vocabulary)
+    vocabulary = decode_vocabulary(config, files, full=options.full_vocabulary, fast_head=bool(options.fast_head))
     # an unfit recording is told before minutes of tracing
     observed = observations(checkpoint, files, options.calibrate) if options.sixteen else None
     with _stage(say, "traced the graphs"):
@@ -211,7 +215,7 @@ def _signatures(plan: Plan) -> dict[str, dict[str, Any]]:
             "opset": plan.models[spec.name].opset_imports[""],
             "ops": sorted({node.op_type for node in plan.models[spec.name].graph}),
         }
-        for spec in graphs.specs(plan.checkpoint.config)
+        for spec in graphs.specs(plan.checkpoint.config, fast=bool(plan.vocabulary.ids))
     }
 
 

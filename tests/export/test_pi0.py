@@ -76,7 +76,7 @@ def test_proof(bundle):
     assert report["verified"] is True
     compared = {(m["graph"], m["tensor"]) for m in report["measurements"]}
     assert {("denoise", "x_next"), ("runtime", "modulation"), ("runtime", "x"), ("runtime", "actions")} <= compared
-    assert {("prefix", "prefix_k"), ("fast_decode", "logits"), ("runtime", "greedy_ids")} <= compared
+    assert ("prefix", "prefix_k") in compared and {graph for graph, _ in compared} == {"prefix", "denoise", "runtime"}
     assert max(m["error"] for m in report["measurements"]) <= BAR
 
 

@@ -42,8 +42,8 @@ ONNX_TYPES = {
 
 
 def trace_all(config: Pi05Config, vocabulary: DecodeVocabulary, opset: int) -> dict[str, ir.Model]:
-    """The three graphs of a model, by name. ExportError if one cannot be traced."""
-    names = [spec.name for spec in graphs.specs(config)]
+    """The graphs of a model, by name; without a vocabulary not fast_decode. ExportError if one cannot be traced."""
+    names = [spec.name for spec in graphs.specs(config, fast=bool(vocabulary.ids))]
     if config.backbone.depth < DEEP or (os.cpu_count() or 1) == 1:
         sizes = graphs.sizes(config, len(vocabulary.ids))
         return {t.spec.name: trace(t, opset, sizes) for t in traceables(config, vocabulary)}

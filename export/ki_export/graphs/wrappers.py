@@ -1,4 +1,4 @@
-"""The three graphs as PyTorch modules: each forwards its contract's inputs to one method of the model.
+"""The graphs as PyTorch modules: each forwards its contract's inputs to one method of the model.
 
 Nothing here computes. Inputs, their order, types and free dimensions come from `ki_edge.graphs`.
 """
@@ -104,13 +104,15 @@ def runs(vocabulary: DecodeVocabulary) -> list[tuple[int, int]]:
 
 
 def traceables(config: Pi05Config, vocabulary: DecodeVocabulary) -> list[Traceable]:
-    """The three graphs of a model without weights: everything lies on the meta device."""
+    """The graphs of a model without weights, on the meta device; fast_decode if there is a vocabulary."""
     with torch.device("meta"):
         model = build(config).eval().requires_grad_(False)
     denoise = StateDenoiseModule if config.has_state else DenoiseModule
-    modules = (PrefixModule(model), denoise(model), FastDecodeModule(model, vocabulary))
+    modules: list[nn.Module] = [PrefixModule(model), denoise(model)]
+    modules += [FastDecodeModule(model, vocabulary)] if vocabulary.ids else []
     sizes = {**graphs.sizes(config, len(vocabulary.ids)), **TRACED_SIZES}
-    return [_traceable(spec, module.eval(), sizes) for spec, module in zip(graphs.specs(config), modules, strict=True)]
+    wanted = graphs.specs(config, fast=bool(vocabulary.ids))
+    return [_traceable(spec, module.eval(), sizes) for spec, module in zip(wanted, modules, strict=True)]
 
 
 def _traceable(spec: GraphSpec, module: nn.Module, sizes: dict[str, int]) -> Traceable:

@@ -91,7 +91,7 @@ def compare(sides: Sides, cases: Sequence[Case], progress: Progress) -> Comparis
         result.measurements += found
         result.answers.append(answer)
         result.traces = result.traces or traces
-        result.cases.append(case.describe())
+        result.cases.append({**case.describe(), **({} if sides.has_fast else {"fast_tokens": 0})})
         worst = max(found, key=lambda m: m.severity)
         progress.say(f"compared {case.name}: worst {worst.error:.1e} of {worst.limit:.1e} ({worst.where})")
     return result
@@ -135,7 +135,7 @@ def observe(case: Case) -> Observation:
 
 
 def _prefix(sides: Sides, case: Case, observation: Observation, reference: tuple[Tensor, ...]) -> Iterator[Measurement]:
-    graph, _, _ = graphs.specs(sides.bundle.manifest.config)
+    graph, _ = graphs.specs(sides.bundle.manifest.config)
     given = sides.run(
         graph,
         observation.images,
@@ -172,7 +172,7 @@ def _denoise(
     rows = sides.model.modulation(torch.from_numpy(times))
     table = modulation_table(runtime_weights(sides.bundle), times, manifest.config)
     dt = torch.tensor(step_size(case.num_steps))
-    _, graph, _ = graphs.specs(manifest.config)
+    _, graph = graphs.specs(manifest.config)
     fixed = prefix if observation.state is None else (*prefix, observation.state)
     for step, row in enumerate(rows):
         yield measure(case.name, RUNTIME, "modulation", table[step], row.numpy(), step, sides.bars)

@@ -7,7 +7,7 @@ export.
 from .facts import PolicyFacts, describe_policy, read_policy
 from .files import PolicyFiles
 from .request import PolicyRequest
-from .vocabulary import decode_vocabulary
+from .vocabulary import decode_vocabulary, has_fast_head
 
 __all__ = [
     "PolicyFacts",
@@ -15,5 +15,6 @@ __all__ = [
     "PolicyRequest",
     "decode_vocabulary",
     "describe_policy",
+    "has_fast_head",
     "read_policy",
 ]

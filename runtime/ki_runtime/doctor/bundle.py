@@ -77,9 +77,10 @@ def check_room(need: Needs, gpu: Gpu | None, memory: Memory | None) -> Finding |
     have = gpu.memory if gpu is not None and own else memory.available if memory is not None else None
     if have is None:
         return None
+    fast = f", with FAST {need.with_fast / 1e9:.1f} GB" if need.with_fast > need.acting else ""
     text = (
-        f"acting {need.acting / 1e9:.1f} GB, with FAST {need.with_fast / 1e9:.1f} GB (weights, K/V, activations; "
-        f"estimated); {have / 1e9:.1f} GB {'on the GPU' if own else 'available'}"
+        f"acting {need.acting / 1e9:.1f} GB{fast} (weights, K/V, activations; estimated); "
+        f"{have / 1e9:.1f} GB {'on the GPU' if own else 'available'}"
     )
     if need.acting > have:
         fix = "stop other programs, export with a smaller --precision, or use a larger board"
