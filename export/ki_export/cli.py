@@ -71,6 +71,9 @@ def _export(arguments: argparse.Namespace) -> int:
     names = _graph_names(arguments.graphs)
     if names is not None and not ahead:
         raise ArgumentError("--graphs says which engines are built: it goes with --build or --compute-capability")
+    builds_fast = FAST_DECODE.name in (names or ())
+    if builds_fast and arguments.fast_head is False:
+        raise ArgumentError(f"--graphs {FAST_DECODE.name} builds what --no-fast-head leaves away: leave one out")
     from .exporter import export
     from .options import ExportOptions
 
@@ -82,7 +85,7 @@ def _export(arguments: argparse.Namespace) -> int:
         verify=not arguments.no_verify,
         force=arguments.force,
         full_vocabulary=arguments.full_vocabulary,
-        fast_head=True if FAST_DECODE.name in (names or ()) else arguments.fast_head,
+        fast_head=builds_fast or arguments.fast_head,
         pack=arguments.pack,
         link=arguments.link,
         precision=arguments.precision,
