@@ -1,6 +1,7 @@
 # make demo    sets everything up, exports the Fetch policy, proves it equal to PyTorch, moves the simulated arm
 # make test    sets everything up and runs all checks
 # make test-elsewhere   the same tests as a stranger's machine may run them: another user, random order, read-only home
+# make test-integrations   the wheel on the other Pythons, in environments of their own
 # make lint    style and types only
 # make train-demo   demonstrations and training of the Fetch policy (about an hour and a half on two cores)
 
@@ -12,7 +13,7 @@ ROBOT := gym:FetchReach-v4
 EPISODES ?= 20
 export MUJOCO_GL ?= egl
 
-.PHONY: setup demo test test-elsewhere lint train-demo clean
+.PHONY: setup demo test test-elsewhere test-integrations lint train-demo clean
 
 setup: $(VENV)/.ready
 
@@ -37,6 +38,9 @@ test: setup
 
 test-elsewhere: setup
 	tests/elsewhere.sh
+
+test-integrations: setup
+	$(BIN)/python -m pytest -m integration
 
 lint: setup
 	$(BIN)/ruff check .

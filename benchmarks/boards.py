@@ -1,4 +1,4 @@
-"""What a full-size policy needs on boards of 8 to 64 GB, as a table: weights, activations, and building engines.
+"""What a full-size policy needs of boards and cards: memory to act and to build engines, and the least time.
 
     python benchmarks/boards.py
     python benchmarks/boards.py --precision float32 --tensorrt 10.13
@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from types import SimpleNamespace
 
-from gpu_report import markdown
-
 from ki_edge.config import PI05
-from ki_runtime.doctor.memory import BYTES, Needs, needs
+from ki_edge.dtypes import PRECISIONS
+from ki_export.source.devices import DEVICES, Device, floor_ms, stages
+from ki_runtime.doctor.memory import Needs, needs
 from ki_runtime.trt.api import Api
 from ki_runtime.trt.memory import needed
 
@@ -25,6 +26,45 @@ BOARDS = (8, 16, 32, 64)  # GB
 RESERVED = 2.5e9
 FAST_ROWS = 2050  # columns of the FAST logits
 GB = 1e9
+CASES = ((2, 30), (3, 200))  # cameras present, tokens of the prompt
+STEPS = 10
+Row = Sequence[str]
+
+
+def markdown(head: Row, rows: Sequence[Row]) -> list[str]:
+    """A table."""
+    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
+
+
+def floors() -> list[str]:
+    """Least time of an inference with 16-bit weights on known devices, by case and stage."""
+    head = ["", "GB/s", "TFLOP/s", *(f"{cameras} cameras, {prompt} tokens" for cameras, prompt in CASES)]
+    rows = []
+    for device in DEVICES:
+        cells = [_parts(device, cameras, prompt) for cameras, prompt in CASES]
+        rows.append([device.name, f"{device.bandwidth:g}", f"{device.peak16:g}", *cells])
+    return markdown(head, rows)
+
+
+def floor(device: Device, cameras: int, prompt: int, steps: int = STEPS) -> dict[str, float]:
+    """Milliseconds of each stage; `prefix` is the graph, vision tower and backbone, and `step` one of `denoise`."""
+    vision, prefix, denoise = (
+        floor_ms(stage, device, 2) for stage in stages(PI05, cameras=cameras, prompt=prompt, steps=steps)
+    )
+    return {"prefix": vision + prefix, "step": denoise / steps, "total": vision + prefix + denoise}
+
+
+def device_of(gpu: str) -> Device | None:
+    """The known device that a GPU's name holds ("NVIDIA H200" is an H200)."""
+    words = gpu.lower().replace("-", " ").split()
+    if "laptop" in words:
+        return None  # of the same name and slower
+    return next((device for device in DEVICES if set(device.name.lower().split()[-1:]) <= set(words)), None)
+
+
+def _parts(device: Device, cameras: int, prompt: int) -> str:
+    best = floor(device, cameras, prompt)
+    return f"{best['total']:.1f} = {best['prefix']:.1f} + {STEPS} x {best['step']:.2f}"
 
 
 def graph_table(need: Needs, api: Api) -> list[str]:
@@ -55,7 +95,7 @@ def board_table(need: Needs, api: Api) -> list[str]:
 def main() -> None:
     """Parse and print."""
     parser = argparse.ArgumentParser(description="Memory of a full-size policy on Jetson boards, from its shapes.")
-    parser.add_argument("--precision", choices=sorted(BYTES), default="float16")
+    parser.add_argument("--precision", choices=sorted(dtype.name for dtype in PRECISIONS.values()), default="float16")
     parser.add_argument("--tensorrt", default="10.3", metavar="VERSION", help="that builds the engines (%(default)s)")
     options = parser.parse_args()
     need = needs(PI05, FAST_ROWS, options.precision)

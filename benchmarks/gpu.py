@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / part) for part in (".", "export", "runtime")]  # works where nothing is installed
 
-from gpu_report import floors  # noqa: E402
+from boards import device_of, floor, floors, markdown  # noqa: E402
 from gpu_steps import PRECISIONS, Benchmark  # noqa: E402
 
 from ki_edge import commands  # noqa: E402
@@ -56,10 +57,82 @@ def _run(options: argparse.Namespace) -> int:
     if not options.rehearse:
         require_gpu()
     options.output.mkdir(parents=True, exist_ok=True)
-    text = benchmark.run()
+    results, records = benchmark.run()
+    gpu = results.get("environment", {}).get("gpu") or "no GPU"
+    text = "\n".join(section(gpu, results, records, rehearsal=options.rehearse))
     (options.output / "gpu.md").write_text(text + "\n", encoding="utf-8")
     print(text)
     return 0
+
+
+def section(gpu: str, results: Mapping[str, Any], records: Sequence[Any], *, rehearsal: bool) -> Iterator[str]:
+    """Everything that was measured, for docs/gpu.md."""
+    facts = results.get("environment", {})
+    yield f"## {gpu}, {facts.get('date', '')}"
+    yield ""
+    if rehearsal:
+        yield "**A rehearsal on a CPU with a tiny model: these numbers mean nothing.**"
+        yield ""
+    yield ", ".join(f"{name} {value}" for name, value in facts.items() if name != "date" and value)
+    yield ""
+    yield from _latency(gpu, results)
+    yield from _parity(results)
+    yield from _left_out(records)
+
+
+def _latency(gpu: str, results: Mapping[str, Any]) -> Iterator[str]:
+    device = device_of(gpu)
+    for name, measured in results.items():
+        if not name.startswith("latency"):
+            continue
+        best = floor(device, measured["cameras"], measured["tokens"]) if device is not None else None
+        yield f"### {name[0].upper()}{name[1:]}: {measured['rounds']} rounds in turn, medians"
+        yield ""
+        rows = []
+        for contender, times in measured["contenders"].items():
+            share = f"{100 * best['total'] / times['total']:.0f} %" if best is not None else ""
+            memory = measured["memory_mb"].get(contender)
+            cells = [f"{times[key]:.2f}" for key in ("total", "p90", "prefix", "step")]
+            rows.append([contender, *cells, share, f"{memory / 1e3:.1f}" if memory is not None else ""])
+        head = ["ms", "inference, p50", "p90", "prefix", "denoise step", "floor / p50", "GPU memory, GB"]
+        yield from markdown(head, rows)
+        yield ""
+        if best is not None:
+            parts = ", ".join(f"{key} {value:.2f}" for key, value in best.items())
+            yield f"Floor of the {device.name if device else ''} with 16-bit weights, ms: {parts}."
+            yield ""
+
+
+def _parity(results: Mapping[str, Any]) -> Iterator[str]:
+    found = [row for name, rows in results.items() if name.startswith("parity") for row in rows]
+    if not found:
+        return
+    yield "### Actions against the float32 PyTorch model"
+    yield ""
+    rows = [
+        [
+            row["model"],
+            row["contender"],
+            f"{row['cosine']:.8f}",
+            f"{row['max_abs']:.1e}",
+            f"{row['relative_l2']:.1e}",
+            str(row["observations"]),
+        ]
+        for row in found
+    ]
+    yield from markdown(["model", "", "smallest cosine", "max abs", "relative L2", "observations"], rows)
+    yield ""
+
+
+def _left_out(records: Sequence[Any]) -> Iterator[str]:
+    missing = [record for record in records if record.state != "done"]
+    if not missing:
+        return
+    yield "Not measured:"
+    yield ""
+    for record in missing:
+        yield f"- {record.name}: {record.state}, {record.note}"
+    yield ""
 
 
 def _parser() -> commands.Parser:

@@ -1,4 +1,4 @@
-"""Processes of the GPU benchmark: contenders that are asked, and commands that end, each within a time limit."""
+"""Time limits of the GPU benchmark: steps within a budget, commands that end, and processes that are asked."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ki_edge.errors import KiEdgeError
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = [str(ROOT), str(ROOT / "export"), str(ROOT / "runtime")]
@@ -20,6 +24,59 @@ WORKER = Path(__file__).with_name("gpu_worker.py")
 
 class Failed(Exception):
     """A step of the benchmark did not work; the message is one line for the report."""
+
+
+@dataclass
+class Record:
+    """What happened to a step. `state`: "done", "failed", "skipped"; `note`: why."""
+
+    name: str
+    state: str
+    seconds: float
+    note: str = ""
+
+
+@dataclass
+class Budget:
+    """`results` is what the steps return, by name; it is written to `file` after each of them."""
+
+    seconds: float
+    file: Path
+    results: dict[str, Any] = field(default_factory=dict)
+    records: list[Record] = field(default_factory=list)
+    start: float = field(default_factory=time.monotonic)
+
+    @property
+    def left(self) -> float:
+        """Seconds until the end of the budget."""
+        return self.seconds - (time.monotonic() - self.start)
+
+    def step(self, name: str, least: float, run: Callable[[], Any], needs: tuple[str, ...] = ()) -> Any:
+        """Run a step if `least` seconds are left and the steps that it `needs` are done; its result, or None."""
+        missing = [need for need in needs if need not in self.results]
+        if missing:
+            return self._note(Record(name, "skipped", 0.0, f"without {', '.join(missing)}"))
+        if self.left < least:
+            return self._note(
+                Record(name, "skipped", 0.0, f"needs {least:.0f} s, {max(0.0, self.left):.0f} s are left")
+            )
+        sys.stderr.write(f"{self.seconds - self.left:5.0f} s  {name}\n")
+        begun = time.monotonic()
+        try:
+            result = run()
+        except (Failed, KiEdgeError, OSError, ImportError) as error:
+            note = " ".join(str(error).split()) or type(error).__name__
+            return self._note(Record(name, "failed", time.monotonic() - begun, note))
+        self.results[name] = result
+        self._note(Record(name, "done", time.monotonic() - begun))
+        return result
+
+    def _note(self, record: Record) -> None:
+        self.records.append(record)
+        if record.state != "done":
+            sys.stderr.write(f"{self.seconds - self.left:5.0f} s  {record.name}: {record.state}: {record.note}\n")
+        content = {"steps": [asdict(each) for each in self.records], "results": self.results}
+        self.file.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 def environment(site: Path | None) -> dict[str, str]:

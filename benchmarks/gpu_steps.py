@@ -9,10 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu_budget import Budget, Record
+from boards import CASES
 from gpu_measure import latency, parity, warm_up
-from gpu_process import Command, Contender, Failed, environment_facts, gpu_memory_mb
-from gpu_report import CASES, section
+from gpu_process import Budget, Command, Contender, Failed, Record, environment_facts, gpu_memory_mb
 
 from ki_export.bench.machine import cores
 
@@ -240,8 +239,8 @@ class Benchmark:
             if ready is None:
                 contender.close()
 
-    def run(self) -> str:
-        """All steps; the section for docs/gpu.md."""
+    def run(self) -> tuple[dict[str, Any], list[Record]]:
+        """All steps; their results by name, and what happened to each."""
         try:
             for plan in self.plan():
                 least = plan.least if self.device == "cuda" else 1.0
@@ -251,5 +250,4 @@ class Benchmark:
                 contender.close()
             for command in (*self._exports.values(), *([self._drawing] if self._drawing else [])):
                 command.close()
-        gpu = self.budget.results.get("environment", {}).get("gpu") or "no GPU"
-        return "\n".join(section(gpu, self.budget.results, self.budget.records, rehearsal=self.device == "cpu"))
+        return self.budget.results, self.budget.records

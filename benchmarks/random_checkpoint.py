@@ -26,13 +26,12 @@ from tqdm import tqdm
 
 from ki_edge.checkpoints.layout.keys import EMBEDDING, EXPERT_HEAD, LM_HEAD, checkpoint_key
 from ki_edge.config import PI05, Pi05Config
+from ki_edge.dtypes import STORED
 from ki_edge.model import Pi05
 
 F32 = npt.NDArray[np.float32]
 Shape = tuple[int, ...]
 PIECE = 1 << 22  # values drawn at a time
-BYTES = {"BF16": 2, "F32": 4}
-PRECISIONS = {"BF16": "bfloat16", "F32": "float32"}
 HEAT = {
     "gate_proj": 256.0,
     "up_proj": 256.0,
@@ -111,7 +110,7 @@ def header(shapes: Mapping[str, Shape], dtype: str) -> bytes:
     content: dict[str, object] = {"__metadata__": {EMBEDDING: LM_HEAD, "format": "pt"}}
     end = 0
     for key, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * BYTES[dtype]
+        begin, end = end, end + math.prod(shape) * STORED[dtype].nbytes
         content[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -137,7 +136,7 @@ def write_checkpoint(folder: Path, *, depth: int, dtype: str = "BF16", seed: int
         "action_horizon": config.action_horizon,
         "paligemma_variant": "gemma_2b",
         "action_expert_variant": "gemma_300m",
-        "precision": PRECISIONS[dtype],
+        "precision": STORED[dtype].name,
     }
     (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     partial.replace(folder / "model.safetensors")
@@ -149,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write a random π0.5 checkpoint with the real model's widths.")
     parser.add_argument("out", type=Path, metavar="OUT", help="checkpoint folder to write")
     parser.add_argument("--depth", type=int, default=2, help="Gemma layers (%(default)s; the real model has 18)")
-    parser.add_argument("--dtype", choices=sorted(BYTES), default="BF16", help="stored type (%(default)s)")
+    parser.add_argument("--dtype", choices=("BF16", "F32"), default="BF16", help="stored type (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hot", type=int, metavar="LAYER", help="a layer whose activations leave float16's range")
     options = parser.parse_args()
@@ -159,7 +158,7 @@ def main() -> None:
         parser.error(f"--hot must be a layer from 0 to {options.depth - 1}")
     depth, dtype, seed = options.depth, options.dtype, options.seed
     count = write_checkpoint(options.out, depth=depth, dtype=dtype, seed=seed, hot=options.hot)
-    print(f"{options.out}: {count / 1e9:.3f} B parameters, {count * BYTES[options.dtype] / 1e9:.2f} GB")
+    print(f"{options.out}: {count / 1e9:.3f} B parameters, {count * STORED[options.dtype].nbytes / 1e9:.2f} GB")
 
 
 if __name__ == "__main__":

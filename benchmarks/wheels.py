@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib.metadata import requires
 from pathlib import Path
 
-from gpu_report import markdown
+from boards import markdown
 
 OLDEST_GLIBC = 17
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -39,22 +38,3 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(where, refresh=False)
             self._bar.update()
-
-
-def peak_memory() -> int | None:
-    """Bytes of memory that this process has had at most, mapped files included; None where the system does not say."""
-    return _kernel("/proc/self/status", "VmHWM")
-
-
-def available_memory() -> int | None:
-    """Bytes of memory that programs may still take; None where the system does not say."""
-    return _kernel("/proc/meminfo", "MemAvailable")
-
-
-def _kernel(path: str, name: str) -> int | None:
-    """A line such as "VmHWM:  123 kB", in bytes."""
-    try:
-        lines = Path(path).read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

@@ -1,15 +1,82 @@
-"""What may import what: the runtime and everything it uses run where torch, onnx and the backends do not exist."""
+"""What may import what: folders in one direction, and the runtime where torch, onnx and the backends do not exist."""
 
+import ast
+import graphlib
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+HOMES = {"ki_edge": ROOT, "ki_runtime": ROOT / "runtime", "ki_export": ROOT / "export"}
+# Folder -> the other folders that it may import. `ki_edge` alone is what lies in that folder itself, as for all others.
+DIRECTIONS: dict[str, str] = {
+    "ki_edge": "",
+    "ki_edge.files": "ki_edge",
+    "ki_edge.bundle": "ki_edge ki_edge.files",
+    "ki_edge.checkpoints.layout": "ki_edge ki_edge.files",
+    "ki_edge.checkpoints.jax": "ki_edge ki_edge.checkpoints.layout",
+    "ki_edge.checkpoints.peft": "ki_edge ki_edge.checkpoints.layout ki_edge.files",
+    "ki_edge.checkpoints": (
+        "ki_edge ki_edge.checkpoints.jax ki_edge.checkpoints.layout ki_edge.checkpoints.peft ki_edge.files"
+    ),
+    "ki_edge.model": "ki_edge ki_edge.checkpoints ki_edge.checkpoints.layout ki_edge.files",
+    "ki_edge.policy": "ki_edge ki_edge.files",
+    "ki_edge.recordings": "ki_edge ki_edge.files ki_edge.policy",
+    "ki_edge.train": "ki_edge ki_edge.checkpoints ki_edge.files ki_edge.model ki_edge.policy",
+    "ki_runtime": "",
+    "ki_runtime.backends": "ki_edge ki_edge.bundle",
+    "ki_runtime.gpu": "ki_edge ki_edge.bundle ki_runtime.backends",
+    "ki_runtime.policy": "ki_edge ki_edge.bundle ki_edge.files ki_edge.policy ki_runtime.backends",
+    "ki_runtime.robots": "ki_edge ki_edge.policy ki_edge.recordings",
+    "ki_runtime.control": "ki_edge ki_edge.policy ki_runtime.backends ki_runtime.policy ki_runtime.robots",
+    "ki_runtime.trt": (
+        "ki_edge ki_edge.bundle ki_edge.checkpoints.layout ki_edge.files ki_edge.policy ki_runtime.backends "
+        "ki_runtime.gpu"
+    ),
+    "ki_runtime.doctor": (
+        "ki_edge ki_edge.bundle ki_edge.checkpoints.layout ki_runtime.backends ki_runtime.gpu "
+        "ki_runtime.policy ki_runtime.trt"
+    ),
+    "ki_export.bench": (
+        "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.files ki_edge.model ki_edge.policy ki_runtime "
+        "ki_runtime.backends ki_runtime.policy"
+    ),
+    "ki_export.passes": "",
+    "ki_export.graphs": "ki_edge ki_edge.bundle ki_edge.model ki_export.passes",
+    "ki_export.policies": "ki_edge ki_edge.bundle ki_edge.checkpoints.layout ki_edge.files ki_edge.policy",
+    "ki_export.source": (
+        "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.checkpoints.layout ki_edge.checkpoints.peft "
+        "ki_edge.files ki_edge.policy ki_export.policies"
+    ),
+    "ki_export.weights": (
+        "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.checkpoints.layout ki_edge.files "
+        "ki_export.graphs ki_export.passes"
+    ),
+    "ki_export.arithmetic": (
+        "ki_edge ki_edge.bundle ki_edge.checkpoints ki_runtime.backends ki_runtime.policy ki_export.weights"
+    ),
+    "ki_export.precision": (
+        "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.checkpoints.layout ki_edge.files ki_edge.policy "
+        "ki_edge.recordings ki_export.arithmetic ki_export.graphs ki_export.passes ki_export.policies "
+        "ki_export.weights"
+    ),
+    "ki_export.parity": (
+        "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.checkpoints.layout ki_edge.files ki_edge.model "
+        "ki_edge.policy ki_edge.recordings ki_runtime.backends ki_runtime.policy ki_export.arithmetic "
+        "ki_export.policies ki_export.precision ki_export.source ki_export.weights"
+    ),
+    "ki_export": (
+        "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.files ki_edge.policy ki_runtime.gpu "
+        "ki_runtime.trt ki_export.graphs ki_export.parity ki_export.passes ki_export.policies "
+        "ki_export.precision ki_export.source ki_export.weights"
+    ),
+}
 BLOCKED = (
     "torch",
     "onnx",
@@ -43,6 +110,46 @@ for package in ("ki_edge", "ki_runtime"):
         done.append(module.name)
 print(json.dumps(done))
 """
+
+
+def folder_of(module: str) -> str:
+    """The folder of a module or package."""
+    home = HOMES[module.split(".")[0]]
+    return module if (home / module.replace(".", "/")).is_dir() else module.rpartition(".")[0]
+
+
+def imported(path: Path, folder: str) -> Iterator[str]:
+    """Folders of our own that a file imports, wherever in it, but for what only the type checker reads."""
+    nodes: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        nodes.extend(ast.iter_child_nodes(node))
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom):
+            parents = folder.split(".")
+            base = ".".join([*parents[: len(parents) + 1 - node.level], *filter(None, [node.module])])
+            module = base if node.level else str(node.module)
+            names = [f"{module}.{name}" if is_module(f"{module}.{name}") else module for name in names]
+        yield from (folder_of(name) for name in names if name.split(".")[0] in HOMES)
+
+
+def is_module(name: str) -> bool:
+    place = HOMES.get(name.split(".")[0], ROOT) / name.replace(".", "/")
+    return place.is_dir() or place.with_suffix(".py").is_file()
+
+
+def test_folders_import_in_one_direction() -> None:
+    found: dict[str, set[str]] = {}
+    for package, home in HOMES.items():
+        for path in (home / package).rglob("*.py"):
+            folder = ".".join(path.parent.relative_to(home).parts)
+            found.setdefault(folder, set()).update(set(imported(path, folder)) - {folder})
+    assert {folder: sorted(others) for folder, others in found.items()} == {
+        folder: sorted(others.split()) for folder, others in DIRECTIONS.items()
+    }
+    assert list(graphlib.TopologicalSorter(found).static_order())  # CycleError names the circle
 
 
 def modules_that_import(source: str) -> list[str]:

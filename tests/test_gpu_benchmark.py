@@ -88,18 +88,18 @@ def test_rehearsal(fetch_bundle, tmp_path):
 
 def test_floors_are_the_rooflines(modules):
     """By hand, for the H200: the larger of operations / peak and bytes / bandwidth, stage by stage."""
-    import gpu_report
+    import boards
 
     h200 = next(device for device in DEVICES if device.name == "H200")
     tokens, heads = 2 * 256 + 30, 2048
     vision = 2 * (2 * 411e6 * 256 + 4 * 256**2 * 1152 * 27)
     backbone = 2 * 1.873e9 * tokens + 4 * tokens**2 * heads * 17
     compute = (vision + backbone) / 989e9  # ms
-    found = gpu_report.floor(h200, 2, 30)
+    found = boards.floor(h200, 2, 30)
     assert found["prefix"] == pytest.approx(compute, rel=0.01)
     assert found["step"] == pytest.approx(2 * 311e6 / 4800e6, rel=0.01)
     assert found["total"] == pytest.approx(found["prefix"] + 10 * found["step"])
-    assert any("H200" in line and "3.8 = 2.5 + 10 x 0.13" in line for line in gpu_report.floors())
+    assert any("H200" in line and "3.8 = 2.5 + 10 x 0.13" in line for line in boards.floors())
 
 
 @pytest.mark.parametrize(
@@ -113,20 +113,19 @@ def test_floors_are_the_rooflines(modules):
     ],
 )
 def test_known_devices(modules, gpu, device):
-    import gpu_report
+    import boards
 
-    found = gpu_report.device_of(gpu)
+    found = boards.device_of(gpu)
     assert (found.name if found else None) == device
 
 
 def test_budget_skips_what_does_not_fit(modules, tmp_path):
-    import gpu_budget
-    from gpu_process import Failed
+    from gpu_process import Budget, Failed
 
     def fail():
         raise Failed("out of\nmemory")
 
-    budget = gpu_budget.Budget(100.0, tmp_path / "gpu.json")
+    budget = Budget(100.0, tmp_path / "gpu.json")
     assert budget.step("quick", 1, lambda: 7) == 7
     assert budget.step("long", 200, lambda: 8) is None
     assert budget.step("after", 1, lambda: 9, ("long",)) is None
@@ -177,7 +176,7 @@ def test_stage_times_come_from_two_step_counts(modules):
 
 
 def test_observations_are_the_same_everywhere(modules):
-    from gpu_inputs import Case, draw
+    from gpu_measure import Case, draw
 
     first, second = (draw(PI05, Case(2, 30, 10, seed=3)) for _ in range(2))
     for one, other in zip(first.arrays, second.arrays, strict=True):
@@ -188,7 +187,7 @@ def test_observations_are_the_same_everywhere(modules):
 
 
 def test_two_observations_at_once_have_other_cameras_and_prompts(modules):
-    from gpu_inputs import Case, draw
+    from gpu_measure import Case, draw
 
     found = draw(PI05, Case(2, 31, 10, seed=3, batch=2))
     assert found.camera_mask.tolist() == [[True, True, False], [False, True, True]]
@@ -216,8 +215,8 @@ def test_parity_has_two_at_once_where_contenders_take_it(modules, tmp_path, batc
 def test_torch_side_holds_nothing_on_the_host(modules, data, padded):
     """On the meta device any tensor that was made elsewhere raises, as it would on a GPU."""
     import torch
-    from gpu_inputs import Case, draw
-    from gpu_torch import TorchSide
+    from gpu_measure import Case, draw
+    from gpu_worker import TorchSide
 
     side = TorchSide(data / "openpi_a", "bfloat16", "cpu", None, padded=padded)
     observation = draw(side.config, Case(2, 30, 10))

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import venv
 import zipfile
 from pathlib import Path
 
@@ -54,11 +53,35 @@ def test_wheel_holds_the_three_packages(wheel: Path) -> None:
     assert {name for name in names if ".dist-info/" not in name} == expected
 
 
+def interpreter(version: str) -> str | None:
+    """A Python of that version: on the path, or one of pyenv's."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    ours = max(map(str, pyenv.glob(f"versions/{version}.*/bin/python")), default=None)
+    return ours or shutil.which(f"python{version}")
+
+
 def test_wheel_alone_runs_a_bundle(wheel: Path, fetch_bundle: Path, fetch_replay: Path, tmp_path: Path) -> None:
+    runs_alone(sys.executable, wheel, fetch_bundle, fetch_replay, tmp_path, "-c", ROOT / "constraints.txt")
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("version", ["3.10", "3.12", "3.13"])
+def test_wheel_runs_a_bundle_on(
+    version: str, wheel: Path, fetch_bundle: Path, fetch_replay: Path, tmp_path: Path
+) -> None:
+    """With the newest packages that the index has for that Python."""
+    if (python := interpreter(version)) is None:
+        pytest.skip(f"no Python {version} here, neither python{version} nor one of pyenv's")
+    runs_alone(python, wheel, fetch_bundle, fetch_replay, tmp_path)
+
+
+def runs_alone(
+    interpreter: str, wheel: Path, fetch_bundle: Path, fetch_replay: Path, tmp_path: Path, *pins: str | Path
+) -> None:
     home = tmp_path / "robot"
-    venv.create(home, with_pip=True)
+    run([interpreter, "-m", "venv", home])
     python = home / "bin" / "python"
-    run([python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", f"{wheel}[ort]"])
+    run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pins, f"{wheel}[ort]"])
     installed = {p["name"].lower() for p in json.loads(run([python, "-m", "pip", "list", "--format=json"]).stdout)}
     assert not installed & {"torch", "onnx", "safetensors", "transformers"}
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

@@ -18,7 +18,7 @@ from ki_edge.policy.presets import SHORT
 
 if TYPE_CHECKING:
     from ki_edge.bundle import Bundle
-    from ki_export.source.opening import Where
+    from ki_export.source.opening import CheckpointRef
 
     from .policies import PolicyRequest
 
@@ -167,10 +167,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _where(arguments: argparse.Namespace) -> Where:
-    from ki_export.source.opening import Where
+def _where(arguments: argparse.Namespace) -> CheckpointRef:
+    from ki_export.source.opening import CheckpointRef
 
-    return Where(arguments.checkpoint, arguments.revision, arguments.base, arguments.horizon)
+    return CheckpointRef(arguments.checkpoint, arguments.revision, arguments.base, arguments.horizon)
 
 
 def _request(arguments: argparse.Namespace) -> PolicyRequest:

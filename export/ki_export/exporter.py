@@ -18,6 +18,7 @@ import onnx_ir as ir
 from ki_edge import flow, graphs
 from ki_edge.bundle import Bundle, BundleWriter, DecodeVocabulary, Manifest, sha256, write_bundle
 from ki_edge.checkpoints import Checkpoint
+from ki_edge.dtypes import PRECISIONS, STORED
 from ki_edge.errors import CheckpointError, ExportError
 from ki_edge.files.writing import writing
 from ki_export.graphs.checker import check
@@ -27,12 +28,12 @@ from ki_export.passes.quantize import quantize
 from ki_export.passes.stored import keep_stored_types
 from ki_export.precision.sixteen_bits import Lowered, Request, lower_models, observations
 from ki_export.source.examination import examine
-from ki_export.source.opening import Where
+from ki_export.source.opening import CheckpointRef
 from ki_export.source.provenance import Hashes, hash_files, provenance, tool_versions
 from ki_export.weights.int8 import choose
-from ki_export.weights.weights import ONNX_TYPES, WEIGHTS, Rows, Weights, attach, place_weights, sources
+from ki_export.weights.weights import WEIGHTS, TensorSlice, Weights, attach, place_weights, sources
 
-from .options import PRECISIONS, ExportOptions
+from .options import ExportOptions
 from .policies import PolicyFiles, decode_vocabulary, has_fast_head
 
 NUM_STEPS = 10
@@ -47,7 +48,7 @@ class Plan:
     files: PolicyFiles | None
     vocabulary: DecodeVocabulary
     models: Mapping[str, ir.Model]
-    origins: Mapping[str, Mapping[str, Rows]]
+    origins: Mapping[str, Mapping[str, TensorSlice]]
     lowered: Lowered | None = None
     ctime_ns: int = 0  # of the checkpoint's first file, before anything of it was read
 
@@ -59,14 +60,14 @@ class Plan:
 
 
 def export(
-    checkpoint: str | Path | Where, output: str | Path, options: ExportOptions, say: Say = lambda _: None
+    checkpoint: str | Path | CheckpointRef, output: str | Path, options: ExportOptions, say: Say = lambda _: None
 ) -> Bundle:
     """Write a bundle for a checkpoint and return it, opened.
 
     `say` gets a line a stage. CheckpointError, BundleError or ExportError for what is wrong with the input, ParityError
     if the result differs from the model; then nothing is left at `output` but what was there before.
     """
-    where = checkpoint if isinstance(checkpoint, Where) else Where(str(checkpoint))
+    where = checkpoint if isinstance(checkpoint, CheckpointRef) else CheckpointRef(str(checkpoint))
     examined = examine(where, options.policy, say, model_only=options.model_only)
     opened, files = examined.checkpoint, examined.files()
     if files is not None:
@@ -112,8 +113,8 @@ def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOpti
     if options.weights == "stored":
         tensors = checkpoint.source.tensors
         for name, model in models.items():
-            types = {at: tensors[row.key].dtype for at, row in origins[name].items() if row.key in tensors}
-            keep_stored_types(model, {at: ONNX_TYPES[dtype] for at, dtype in types.items()})
+            types = {at: STORED[tensors[row.key].dtype] for at, row in origins[name].items() if row.key in tensors}
+            keep_stored_types(model, {at: ir.DataType(dtype.onnx) for at, dtype in types.items()})
     return Plan(checkpoint, files, vocabulary, models, origins, lowered)
 
 
@@ -175,15 +176,16 @@ def _manifest(plan: Plan, options: ExportOptions, weights: Weights, hashes: Hash
     origin = provenance(plan.checkpoint, hashes, weights.how)
     if plan.lowered is not None and plan.lowered.audit is not None:
         origin["calibration"] = plan.lowered.audit.source
+    precision = PRECISIONS[str(options.precision)].name
     return Manifest(
         model=config.to_dict(),
         contract=contract.to_json() if contract is not None else None,
         sampling={"time_convention": convention, "num_steps": steps},
-        precision=PRECISIONS[str(options.precision)],
+        precision=precision,
         graphs=_signatures(plan),
         weights={
             "file": WEIGHTS,
-            "types": PRECISIONS[str(options.precision)] if options.sixteen else options.weights,
+            "types": precision if options.sixteen else options.weights,
             **_exponents(plan),
             "runtime": {key: weights.names[key] for key in flow.modulation_weights(config)},
         },
@@ -213,10 +215,26 @@ def _signatures(plan: Plan) -> dict[str, dict[str, Any]]:
             "inputs": describe(spec.inputs),
             "outputs": describe(spec.outputs),
             "opset": plan.models[spec.name].opset_imports[""],
-            "ops": sorted({node.op_type for node in plan.models[spec.name].graph}),
+            "ops": sorted({_operator(node) for node in plan.models[spec.name].graph}),
+            "weight_bytes": _weight_bytes(plan.models[spec.name]),
         }
         for spec in graphs.specs(plan.checkpoint.config, fast=bool(plan.vocabulary.ids))
     }
+
+
+def _operator(node: ir.Node) -> str:
+    return node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}.{node.op_type}"
+
+
+def _weight_bytes(model: ir.Model) -> int:
+    """Of all weights and constants of a graph; of two that lie at one place, once."""
+    found: dict[object, int] = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None:
+            place = (tensor.offset, tensor.length) if isinstance(tensor, ir.ExternalTensor) else name
+            found[place] = tensor.nbytes
+    return sum(found.values())
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from .policies import PolicyRequest
 TARGETS = ("ort", "trt", "trt-rtx")
 OPSET = 20
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
-PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}  # as the manifest calls them
 SIXTEEN = ("fp16", "bf16")
 DEFAULTS: Mapping[str, Precision] = {"ort": "fp32", "trt": "fp16", "trt-rtx": "fp16"}  # precision of each target
 

@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ki_edge.dtypes import PRECISIONS
 from ki_edge.errors import BundleError
 from ki_edge.graphs import GRAPHS
 
-PRECISIONS = ("float32", "float16", "bfloat16", "int8")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_FILES = 10_000
 MAX_NAME = 500  # characters of a path in the bundle, or of a tensor
 MAX_BYTES = 1 << 50  # of a file
+MAX_OPSET = 1000
 MAX_NAMES = 100_000  # tensors that the runtime is told of
 MAX_EXTRA = 100_000  # tokens of the decode vocabulary beside its range
 
@@ -63,6 +64,13 @@ def _graphs(graphs: Mapping[str, Any]) -> None:
         for side in ("inputs", "outputs"):
             if not isinstance(graph.get(side, {}), dict | list):
                 raise _Wrong(f"graphs['{name}'] needs its {side} in a list or an object")
+        for field, most in (("opset", MAX_OPSET), ("weight_bytes", MAX_BYTES)):
+            number = graph.get(field, 0)
+            if type(number) is not int or not 0 <= number <= most:
+                raise _Wrong(f"graphs['{name}'] needs its {field} as an integer up to {most}")
+        operators = graph.get("ops", [])
+        if not isinstance(operators, list) or not all(isinstance(op, str) and _is_name(op) for op in operators):
+            raise _Wrong(f"graphs['{name}'] needs its ops in a list of names")
 
 
 def _weights(weights: Mapping[str, Any]) -> None:
@@ -75,9 +83,10 @@ def _weights(weights: Mapping[str, Any]) -> None:
 
 
 def _words(data: Mapping[str, Any]) -> None:
-    if data["precision"] not in PRECISIONS:
+    known = [dtype.name for dtype in PRECISIONS.values()]
+    if data["precision"] not in known:
         raise _Wrong(
-            f"precision {data['precision']!r:.40}, known are {', '.join(PRECISIONS)}: upgrade ki-edge, or export again"
+            f"precision {data['precision']!r:.40}, known are {', '.join(known)}: upgrade ki-edge, or export again"
         )
     for name, version in data["tools"].items():
         if not isinstance(version, str):

@@ -21,7 +21,6 @@ from ki_edge.checkpoints.layout.keys import (
 )
 from ki_edge.checkpoints.layout.source import (
     F32,
-    WIDTHS,
     FileState,
     SafetensorsSource,
     StoredTensor,
@@ -29,6 +28,7 @@ from ki_edge.checkpoints.layout.source import (
     file_state,
 )
 from ki_edge.config import Pi05Config, Pictures
+from ki_edge.dtypes import FLOATS
 from ki_edge.errors import CheckpointError
 from ki_edge.files.safetensors_index import SafetensorsIndex
 
@@ -142,8 +142,8 @@ def check_tensors(tensors: Mapping[str, StoredTensor], config: Pi05Config) -> No
         tensor = tensors[key]
         if tensor.shape != shape:
             raise CheckpointError(f"'{key}' has shape {list(tensor.shape)}, expected {list(shape)}")
-        if tensor.dtype not in WIDTHS:
-            raise CheckpointError(f"'{key}' has dtype {tensor.dtype}, expected {', '.join(WIDTHS)}")
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(f"'{key}' has dtype {tensor.dtype}, expected {', '.join(FLOATS)}")
 
 
 def _horizon(found: Found, given: int | None, default: int | None) -> int:

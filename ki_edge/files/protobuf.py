@@ -31,15 +31,6 @@ def fields(data: memoryview) -> Iterator[tuple[int, Value]]:
         at += length
 
 
-def varints(data: memoryview) -> list[int]:
-    """A packed list of integers."""
-    at, found = 0, []
-    while at < len(data):
-        value, at = _varint(data, at)
-        found.append(value)
-    return found
-
-
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
     value = shift = 0
     while shift <= LONGEST:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ki_edge.dtypes import STORED
 from ki_edge.errors import CheckpointError
 
 from .reading import parse_json
@@ -24,10 +25,6 @@ MAX_HEADER = 32_000_000  # bytes; a π0.5 with an adapter takes about 200,000
 MAX_AXES = 8
 MAX_NAME = 1000  # characters
 TYPE = re.compile(r"[A-Z][A-Z0-9_]{0,15}")  # how safetensors writes a type, known here or not
-_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4,
-          "I64": 8, "U64": 8, "F64": 8}  # fmt: skip
-_NUMPY = {"BOOL": "?", "U8": "u1", "I8": "i1", "I16": "<i2", "U16": "<u2", "F16": "<f2", "I32": "<i4", "U32": "<u4",
-          "F32": "<f4", "I64": "<i8", "U64": "<u8", "F64": "<f8"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,9 +70,10 @@ class SafetensorsIndex:
         if entry.dtype == "BF16":
             wide = raw.copy().view("<u2").astype(np.uint32) << 16
             return wide.view(np.float32).reshape(entry.shape)
-        if entry.offset % np.dtype(_NUMPY[entry.dtype]).itemsize:
+        dtype = STORED[entry.dtype]
+        if entry.offset % dtype.nbytes:
             raw = raw.copy()  # numpy handles unaligned views, but slowly and not everywhere
-        return raw.view(_NUMPY[entry.dtype]).reshape(entry.shape)
+        return raw.view(dtype.numpy).reshape(entry.shape)
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.entries:
@@ -120,11 +118,11 @@ def _parse_entry(path: Path, name: str, item: Any, base: int, size: int) -> Tens
         sound = False
     if not sound:
         raise CheckpointError(f"{path}: the header entry of tensor '{name}' is malformed")
-    if dtype not in _BYTES:
+    if dtype not in STORED:
         raise CheckpointError(
             f"{path}: tensor '{name}' has the type {dtype}, which is not supported: save the model in BF16, F16 or F32"
         )
-    if end - begin != math.prod(shape) * _BYTES[dtype]:
+    if end - begin != math.prod(shape) * STORED[dtype].nbytes:
         raise CheckpointError(f"{path}: tensor '{name}' {dtype}{list(shape)} does not fit its {end - begin} bytes")
     if base + end > size:
         raise CheckpointError(

@@ -118,9 +118,9 @@ class EmbeddingRows(nn.Module):
         self.num_embeddings, self.embedding_dim = source.tensors[EMBEDDING].shape
 
     @property
-    def weight(self) -> Rows:
+    def weight(self) -> TableSlice:
         """All rows, none of them read yet."""
-        return Rows(self._source, np.arange(self.num_embeddings))
+        return TableSlice(self._source, np.arange(self.num_embeddings))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids int [...] -> f32 [...,W]."""
@@ -129,7 +129,7 @@ class EmbeddingRows(nn.Module):
         return torch.from_numpy(rows).reshape(*tokens.shape, self.embedding_dim)
 
 
-class Rows(Sequence[Tensor]):
+class TableSlice(Sequence[Tensor]):
     """Some rows of the embedding table in order, as matrices f32 [n,W] of at most PART bytes, read when taken."""
 
     def __init__(self, source: TensorSource, ids: Int64) -> None:
@@ -144,11 +144,11 @@ class Rows(Sequence[Tensor]):
     @overload
     def __getitem__(self, which: slice) -> Sequence[Tensor]: ...
     @overload
-    def __getitem__(self, which: Tensor) -> Rows: ...
+    def __getitem__(self, which: Tensor) -> TableSlice: ...
     def __getitem__(self, which: Any) -> Any:
         """The matrix at an integer place; or the rows of an integer tensor, as indexing a table would give them."""
         if isinstance(which, Tensor):
-            return Rows(self._source, self._ids[which.numpy()])
+            return TableSlice(self._source, self._ids[which.numpy()])
         if isinstance(which, slice):
             return [self[at] for at in range(*which.indices(len(self)))]
         if not -len(self) <= which < len(self):
@@ -158,7 +158,7 @@ class Rows(Sequence[Tensor]):
 
 
 def read_rows(source: TensorSource, ids: Int64) -> F32:
-    """Rows of the embedding table f32 [n,W], each run of consecutive ids at once."""
+    """TableSlice of the embedding table f32 [n,W], each run of consecutive ids at once."""
     out = np.empty((len(ids), source.tensors[EMBEDDING].shape[1]), np.float32)
     for start, stop in _runs(ids):
         out[start:stop] = source.rows(EMBEDDING, int(ids[start]), int(ids[stop - 1]) + 1)

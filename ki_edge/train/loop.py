@@ -26,7 +26,7 @@ from ki_edge.model import Observation, Pi05
 from ki_edge.model.checkpoint import save_checkpoint, write_safetensors
 
 from .centering import CenteredPatches
-from .facts import Facts, check_same
+from .fingerprint import Fingerprint, check_same
 from .recipe import Examples, Recipe, Tokens
 
 STATE_FILE, LOG_FILE = "state.safetensors", "log.jsonl"
@@ -78,7 +78,7 @@ class Trainer:
     """One run in the folder `out`: checkpoint (the moving average), training state, log."""
 
     def __init__(
-        self, model: Pi05, examples: Examples, recipe: Recipe, settings: TrainSettings, out: Path, facts: Facts
+        self, model: Pi05, examples: Examples, recipe: Recipe, settings: TrainSettings, out: Path, facts: Fingerprint
     ) -> None:
         self.facts = facts
         self.model, self.examples, self.recipe, self.settings, self.out = model.train(), examples, recipe, settings, out
@@ -209,7 +209,7 @@ class Trainer:
         return True
 
 
-def read_facts(path: Path) -> tuple[int, Facts]:
+def read_facts(path: Path) -> tuple[int, Fingerprint]:
     """The step of a training state, and what its run is made of. CheckpointError if it does not tell."""
     metadata = SafetensorsIndex(path).metadata
     step, text = metadata.get("step", ""), metadata.get(FACTS)

@@ -15,7 +15,7 @@ from ki_edge.model import load_model
 
 from .centering import CenteredPatches, mean_picture
 from .demonstrations import Demonstrations
-from .facts import Facts, as_json, digest_weights, gather
+from .fingerprint import Fingerprint, as_json, digest_weights, gather
 from .initialization import from_scratch
 from .loop import STATE_FILE, Trainer, TrainSettings, read_facts
 from .recipe import Examples, Recipe
@@ -57,7 +57,7 @@ def open_trainer(
     recipe = Recipe.fit(data, config)
     model = from_scratch(recipe.config, seed=settings.seed, knowledge_insulation=settings.knowledge_insulation)
     center = mean_picture(torch.from_numpy(np.array(data.images[:CENTER_FRAMES])))
-    start: Facts | None = None
+    start: Fingerprint | None = None
     if init is not None:
         state = _initial_state(Path(init), recipe.config)
         start = digest_weights(state)

@@ -11,7 +11,7 @@ from ki_export.options import ExportOptions
 from ki_export.parity.cases import standard_cases
 from ki_export.passes.attention import fuse_attention
 from ki_export.passes.lower import lower
-from ki_export.passes.sites import VALUES
+from ki_export.passes.products import VALUES
 
 
 @pytest.fixture(scope="module")

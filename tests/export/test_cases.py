@@ -15,7 +15,7 @@ from ki_export.exporter import export
 from ki_export.options import ExportOptions
 from ki_export.policies import PolicyRequest
 from ki_export.source.inspection import inspect
-from ki_export.source.opening import Where
+from ki_export.source.opening import CheckpointRef
 
 BEFORE = "policy_preprocessor.json"
 RENAME = {"observation.images.front": "observation.images.base_0_rgb"}
@@ -103,11 +103,11 @@ def renamed(names):
 def verdicts(folder, request, **where):
     """What --inspect and the export say: "" for one that can start, the error, or the list of what is missing."""
     try:
-        inspected = "; ".join(inspect(Where(str(folder), **where), request).missing)
+        inspected = "; ".join(inspect(CheckpointRef(str(folder), **where), request).missing)
     except KiEdgeError as error:
         inspected = str(error)
     try:
-        export(Where(str(folder), **where), folder.parent / "bundle", ExportOptions(policy=request))
+        export(CheckpointRef(str(folder), **where), folder.parent / "bundle", ExportOptions(policy=request))
     except TracedError:
         exported = ""
     except KiEdgeError as error:
@@ -171,7 +171,7 @@ def test_the_horizon_of_a_preset_with_several_is_asked_for(data, tmp_path, words
     inspected, exported = verdicts(folder, request)
     assert inspected in exported and "--horizon" in inspected
     assert "15 (pi05_droid), 16 (pi05_droid_finetune)" in inspected
-    found = inspect(Where(str(folder)), request)
+    found = inspect(CheckpointRef(str(folder)), request)
     assert found.to_json()["geometry"]["action_horizon"] is None and found.to_json()["contract"] is None
     assert not any("action_horizon" in line for line in found.lines())
     for where, contract, horizon, source in (
@@ -181,7 +181,7 @@ def test_the_horizon_of_a_preset_with_several_is_asked_for(data, tmp_path, words
     ):
         request = PolicyRequest(tokenizer=words, contract=contract)
         assert verdicts(folder, request, **where) == ("", "")
-        policy = inspect(Where(str(folder), **where), request).found.policy
+        policy = inspect(CheckpointRef(str(folder), **where), request).found.policy
         assert policy.contract.action_horizon == horizon and policy.known["action_horizon"] == source
         assert policy.files.contract == policy.contract and set(policy.known) == set(policy.contract.to_json())
 
@@ -217,7 +217,7 @@ def test_buffers_of_old_lerobot_are_its_statistics(data, tmp_path, words):
     contract.save(tmp_path / "mine.json")
     request = PolicyRequest(tokenizer=words, contract=str(tmp_path / "mine.json"))
     assert verdicts(folder, request) == ("", "")
-    files = inspect(Where(str(folder)), request).found.policy.files
+    files = inspect(CheckpointRef(str(folder)), request).found.policy.files
     np.testing.assert_array_equal(files.stats["state"].mean, [1.0] * 6)
     np.testing.assert_array_equal(files.stats["actions"].std, [2.0] * 6)
     generic(slots, **sizes, **lerobot).save(tmp_path / "mine.json")
@@ -227,6 +227,6 @@ def test_buffers_of_old_lerobot_are_its_statistics(data, tmp_path, words):
 
 def test_the_model_alone_ignores_the_policy(data, tmp_path):
     folder = make(data, tmp_path / "checkpoint", "lerobot", old(BUFFERS, "QUANTILES"))
-    assert inspect(Where(str(folder)), PolicyRequest(), model_only=True).missing == []
+    assert inspect(CheckpointRef(str(folder)), PolicyRequest(), model_only=True).missing == []
     with pytest.raises(TracedError):
         export(folder, tmp_path / "bundle", ExportOptions(model_only=True))

@@ -11,7 +11,7 @@ from ki_export import cli
 from ki_export.policies import PolicyRequest
 from ki_export.source.devices import DEVICES, floor_ms, stages
 from ki_export.source.inspection import inspect
-from ki_export.source.opening import Where
+from ki_export.source.opening import CheckpointRef
 
 # milliseconds by hand from the same formula, with rounded counts of weights: cameras, prompt -> device -> (16, 8 bit)
 BY_HAND = {
@@ -67,11 +67,11 @@ def test_json(data, capsys):
 def test_a_complete_policy(fetch_checkpoint, capsys):
     assert cli.main(["--inspect", str(fetch_checkpoint)]) == 0
     assert "complete: ki-export can make a policy of it" in capsys.readouterr().out
-    assert inspect(Where(str(fetch_checkpoint)), PolicyRequest()).missing == []
+    assert inspect(CheckpointRef(str(fetch_checkpoint)), PolicyRequest()).missing == []
 
 
 def test_what_given_options_change(data):
-    found = inspect(Where(str(data / "openpi_a")), PolicyRequest(contract="libero"))
+    found = inspect(CheckpointRef(str(data / "openpi_a")), PolicyRequest(contract="libero"))
     assert all("--contract" not in sentence for sentence in found.missing)
     assert any("--tokenizer" in sentence for sentence in found.missing)
 
@@ -80,8 +80,8 @@ def test_a_step_of_training_does_not_record_its_horizon(data, tmp_path):
     shutil.copy(data / "openpi_a" / "model.safetensors", tmp_path)
     config = json.loads((data / "openpi_a" / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({"tiny": config["tiny"]}))
-    assert "--horizon" in inspect(Where(str(tmp_path)), PolicyRequest()).missing[0]
-    for where in (Where(str(tmp_path), horizon=10), Where(str(tmp_path))):
+    assert "--horizon" in inspect(CheckpointRef(str(tmp_path)), PolicyRequest()).missing[0]
+    for where in (CheckpointRef(str(tmp_path), horizon=10), CheckpointRef(str(tmp_path))):
         request = PolicyRequest(contract=None if where.horizon else "pi05_droid")
         assert not any("--horizon" in sentence for sentence in inspect(where, request).missing)
 

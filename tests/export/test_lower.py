@@ -6,14 +6,14 @@ import onnx_ir as ir
 import pytest
 
 from ki_export.passes.lower import lower
-from ki_export.passes.sites import EMBEDDING, sites
+from ki_export.passes.products import EMBEDDING, matrix_products
 
 FLOAT, HALF, BFLOAT = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16
 FLOAT32_OPS = ("Softmax", "LayerNormalization", "Gelu", "Cos", "Sin", "Pow", "ReduceMean", "Sqrt", "Div", "Conv")
 
 
 def test_every_product_of_every_layer_has_a_name(traced):
-    names = {name: [site.name for site in sites(model.graph)] for name, model in traced.items()}
+    names = {name: [site.name for site in matrix_products(model.graph)] for name, model in traced.items()}
     layer = [f"self_attn.{part}" for part in ("k_proj", "v_proj", "q_proj", "scores", "values", "o_proj")]
     layer += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
     for depth in range(2):
@@ -36,7 +36,7 @@ def test_products_are_low_and_everything_between_is_float32(traced, dtype):
             assert len(kinds) <= 1, f"{node.op_type} {node.name} mixes {kinds}"  # a strongly typed engine refuses it
             if node.op_type in FLOAT32_OPS:
                 assert kinds == {FLOAT}
-        for site in sites(model.graph):
+        for site in matrix_products(model.graph):
             assert {value.dtype for value in (*site.node.inputs[:2], *site.node.outputs)} == {dtype}, site.name
             assert site.weight is None or site.weight.name in low
         assert all(value.dtype not in (HALF, BFLOAT) for value in (*model.graph.inputs, *model.graph.outputs))
@@ -64,7 +64,7 @@ def test_what_is_kept_stays_as_it_was(traced):
 def test_one_product_can_be_kept(traced):
     kept = "backbone.layers.0.self_attn.scores"
     lower(traced["prefix"], HALF, {kept}.__contains__)
-    found = {site.name: site.node.inputs[0].dtype for site in sites(traced["prefix"].graph)}
+    found = {site.name: site.node.inputs[0].dtype for site in matrix_products(traced["prefix"].graph)}
     assert found.pop(kept) == FLOAT and set(found.values()) == {HALF}
 
 
@@ -77,7 +77,7 @@ def test_a_table_kept_for_one_graph_is_kept_for_all(traced):
 def test_values_that_are_only_moved_between_two_products_are_not_widened(traced):
     """The result of an attention goes to o_proj, and V to the attention, without a detour through float32."""
     lower(traced["prefix"], HALF, lambda name: False)
-    nodes = {site.name: site.node for site in sites(traced["prefix"].graph)}
+    nodes = {site.name: site.node for site in matrix_products(traced["prefix"].graph)}
     for product, at in (("backbone.layers.0.self_attn.o_proj", 0), ("backbone.layers.0.self_attn.values", 1)):
         value = nodes[product].inputs[at]
         while value.producer().op_type in ("Reshape", "Transpose"):
@@ -88,6 +88,6 @@ def test_values_that_are_only_moved_between_two_products_are_not_widened(traced)
 
 def test_a_shared_operand_is_cast_once(traced):
     lower(traced["denoise"], HALF, lambda name: False)
-    nodes = {site.name: site.node for site in sites(traced["denoise"].graph)}
+    nodes = {site.name: site.node for site in matrix_products(traced["denoise"].graph)}
     operands = {nodes[f"expert.layers.0.self_attn.{part}_proj"].inputs[0] for part in "qkv"}
     assert len(operands) == 1

@@ -20,7 +20,7 @@ from ki_export import exporter
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
 from ki_export.weights import finite, shared_file
-from ki_export.weights.weights import Form, place_weights
+from ki_export.weights.weights import StorageFormat, place_weights
 from ki_runtime.policy.sampler import Sampler
 
 WEIGHTS, MODEL = "weights.safetensors", "model.safetensors"
@@ -265,7 +265,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(copied, tmp_path, monke
         place(copied, tmp_path, **options)
 
 
-@pytest.mark.parametrize("form", [Form("F16"), Form("BF16"), Form("F32", 2)])
+@pytest.mark.parametrize("form", [StorageFormat("F16"), StorageFormat("BF16"), StorageFormat("F32", 2)])
 def test_also_where_they_are_lowered_or_quantised(copied, tmp_path, form):
     state = load_file(copied / MODEL)
     state[KEY][0, 0] = float("nan")

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import time
-from functools import partial
 
 import numpy as np
 import onnx
@@ -18,20 +17,17 @@ from ki_edge.checkpoints import Checkpoint
 from ki_edge.config import PI05
 from ki_edge.errors import ArgumentError
 from ki_edge.files.safetensors_index import SafetensorsIndex
-from ki_edge.model.streaming import streamed
 from ki_edge.progress import Progress
 from ki_export import cli, exporter
 from ki_export.parity import cli as parity_cli
-from ki_export.parity import localize, segments, sides
+from ki_export.parity import localize, pair
 from ki_export.parity.bars import FLOAT32, bars_of, measure
 from ki_export.parity.cases import compact_cases, standard_cases
 from ki_export.parity.comparison import compare
-from ki_export.parity.cutting import cut
 from ki_export.parity.localize import sample
+from ki_export.parity.pair import choose_method, open_pair
 from ki_export.parity.parity import compare_with_checkpoint
-from ki_export.parity.segments import SegmentPool
-from ki_export.parity.sides import choose_method, open_sides
-from ki_export.weights.changed import changed_weights
+from ki_export.weights.differences import differing_weights
 
 from .conftest import CONFIG, OPENPI_KEYS
 
@@ -64,18 +60,14 @@ def packed(bundle, tmp_path):
 
 
 @pytest.fixture
-def small_segments(monkeypatch):
-    """Nothing stays in memory: a segment a layer, and no session or weight kept."""
-    each_layer = partial(cut, limit=0)
-    monkeypatch.setattr(segments, "cut", each_layer)
-    monkeypatch.setattr(localize, "cut", each_layer)
-    monkeypatch.setattr(sides, "SegmentPool", partial(SegmentPool, budget=0))
-    monkeypatch.setattr(sides, "streamed", partial(streamed, budget=0))
+def nothing_held(monkeypatch):
+    """No weight of a streamed model stays in memory."""
+    monkeypatch.setattr(pair, "BUDGET", 0)
 
 
 @pytest.mark.parametrize("method", ["resident", "streamed"])
 @pytest.mark.parametrize(("key", "where", "layer"), DAMAGE)
-def test_a_damaged_weight_is_found_and_named(checkpoint, packed, key, where, layer, method, small_segments):
+def test_a_damaged_weight_is_found_and_named(checkpoint, packed, key, where, layer, method, nothing_held):
     damage(packed.path / "weights.safetensors", key)
     comparison = compare_with_checkpoint(packed, Checkpoint.open(checkpoint), lambda line: None, method=method)
     assert where in comparison.explanation
@@ -118,15 +110,15 @@ def test_a_wrong_graph_with_right_weights_is_blamed_on_the_graph(checkpoint, pac
 
 
 def test_changed_weights_of_an_untouched_bundle(checkpoint, bundle):
-    assert changed_weights(bundle, Checkpoint.open(checkpoint)) == []
+    assert differing_weights(bundle, Checkpoint.open(checkpoint)) == []
 
 
-def test_both_methods_find_the_same(checkpoint, bundle, small_segments):
+def test_both_methods_find_the_same(checkpoint, bundle, nothing_held):
     """On the same cases: the same comparisons with the same reference, bit for bit; errors differ by rounding."""
     opened = Checkpoint.open(checkpoint)
     cases = standard_cases(CONFIG, cameras=3, max_prompt=20, num_steps=4, forced=(3, 5))
     resident, pieces = (
-        compare(with_ids(open_sides(bundle, opened, method, silent()), bundle), cases, silent())
+        compare(with_ids(open_pair(bundle, opened, method, silent()), bundle), cases, silent())
         for method in ("resident", "streamed")
     )
     assert (resident.method, pieces.method) == ("resident", "streamed") and resident.cases == pieces.cases
@@ -156,7 +148,7 @@ def with_ids(sides, bundle):
 @pytest.mark.parametrize(
     "key", [f"{BACKBONE}layers.1.mlp.down_proj.weight", f"{BACKBONE}layers.0.mlp.down_proj.weight"]
 )
-def test_a_weight_that_is_not_a_number(checkpoint, packed, key, method, small_segments):
+def test_a_weight_that_is_not_a_number(checkpoint, packed, key, method, nothing_held):
     """Also where the runtime itself refuses the logits that come of it."""
     file = packed.path / "weights.safetensors"
     with file.open("r+b") as out:
@@ -167,7 +159,7 @@ def test_a_weight_that_is_not_a_number(checkpoint, packed, key, method, small_se
     assert "first wrong layer backbone.layers" in comparison.explanation
 
 
-def test_a_single_value_of_one_layer(checkpoint, packed, small_segments):
+def test_a_single_value_of_one_layer(checkpoint, packed, nothing_held):
     """Flipped bits of one weight, in one column of one layer."""
     key, file = f"{BACKBONE}layers.0.mlp.gate_proj.weight", packed.path / "weights.safetensors"
     with file.open("r+b") as out:
@@ -179,8 +171,8 @@ def test_a_single_value_of_one_layer(checkpoint, packed, small_segments):
     assert f"weight '{key}'" in comparison.explanation
 
 
-def test_an_export_of_a_large_model_says_that_it_was_streamed(checkpoint, tmp_path, monkeypatch, small_segments):
-    monkeypatch.setattr(sides, "RESIDENT", 1000)
+def test_an_export_of_a_large_model_says_that_it_was_streamed(checkpoint, tmp_path, monkeypatch, nothing_held):
+    monkeypatch.setattr(pair, "RESIDENT", 1000)
     lines = []
     bundle = exporter.export(checkpoint, tmp_path / "bundle", exporter.ExportOptions(), lines.append)
     parity = bundle.manifest.parity
@@ -192,14 +184,14 @@ def test_an_export_of_a_large_model_says_that_it_was_streamed(checkpoint, tmp_pa
 
 
 @pytest.mark.parametrize("options", [{"precision": "int8"}, {"weights": "stored"}])
-def test_a_damaged_weight_of_another_form_is_found_and_named(copied, tmp_path, options, small_segments):
+def test_a_damaged_weight_of_another_form_is_found_and_named(copied, tmp_path, options, nothing_held):
     """Quantised weights, and 16-bit ones in the checkpoint's own file: whole they pass, damaged they are named."""
     file = copied / "model.safetensors"
     state = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
     save_file(state, file, metadata={"format": "pt"})
     opened = Checkpoint.open(copied)
     bundle = exporter.export(copied, tmp_path / "bundle", exporter.ExportOptions(pack=True, verify=False, **options))
-    assert changed_weights(bundle, opened) == []
+    assert differing_weights(bundle, opened) == []
     for method in ("resident", "streamed"):
         comparison = compare_with_checkpoint(bundle, opened, lambda line: None, method=method)
         assert comparison.explanation is None and comparison.worst.error > 0

@@ -15,7 +15,7 @@ from ki_export.exporter import export
 from ki_export.options import ExportOptions
 from ki_export.parity.reference import ReferencePolicy
 from ki_export.policies import PolicyRequest, describe_policy, read_policy
-from ki_export.source.opening import Where
+from ki_export.source.opening import CheckpointRef
 from ki_runtime.policy.policy import read_assets
 
 GEMMA = GemmaConfig(width=16, depth=1, mlp_dim=16, num_heads=1, num_kv_heads=1, head_dim=16)
@@ -210,7 +210,10 @@ def test_a_state_longer_than_the_models_width(data, words):
 def test_a_training_step_whose_horizon_is_given(data, words, contract, horizon):
     folder = data / "policies" / "o14_droid_finetune"
     request = PolicyRequest(tokenizer=words, contract=contract)
-    policy, golden = ReferencePolicy(Where(str(folder), horizon=horizon), request), np.load(folder / "golden.npz")
+    policy, golden = (
+        ReferencePolicy(CheckpointRef(str(folder), horizon=horizon), request),
+        np.load(folder / "golden.npz"),
+    )
     np.testing.assert_allclose(infer(policy, golden, 1), golden["1/actions"], rtol=0, atol=2e-5)
     with pytest.raises(CheckpointError, match=r"action horizon is not recorded .*15 \(pi05_droid\), 16"):
         ReferencePolicy(folder, PolicyRequest(tokenizer=words, contract="droid"))

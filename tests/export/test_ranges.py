@@ -16,7 +16,7 @@ from ki_export.precision.decision import Decision, decide, forms, shift
 from ki_export.precision.ranges import LARGEST, Audit, Extent, Range, audit, scaling
 from ki_export.precision.ranges_report import picture, read_ranges, rows, summary
 from ki_export.precision.rehearsal import STEPS
-from ki_export.weights.weights import Form, Rows, sources
+from ki_export.weights.weights import StorageFormat, TensorSlice, sources
 
 
 @pytest.fixture(scope="module")
@@ -199,9 +199,16 @@ def test_scalings_are_told_as_what_they_are():
 
 def test_forms_follow_the_decision():
     decision = Decision("fp16", {}, {"a": 3, "b": -2})
-    origins = {"g": {"a.weight": Rows("A"), "b.weight": Rows("B"), "c.weight": Rows("C"), "c.bias": Rows("D")}}
+    origins = {
+        "g": {
+            "a.weight": TensorSlice("A"),
+            "b.weight": TensorSlice("B"),
+            "c.weight": TensorSlice("C"),
+            "c.bias": TensorSlice("D"),
+        }
+    }
     found = forms(decision, {"a.weight", "c.weight"}, origins)
-    assert found == {"A": Form("F16", 3), "B": Form("F32", -2), "C": Form("F16", 0)}
+    assert found == {"A": StorageFormat("F16", 3), "B": StorageFormat("F32", -2), "C": StorageFormat("F16", 0)}
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000, '{"ranges": [1]}', '{"sensitivity": 3}'])

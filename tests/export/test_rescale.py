@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ki_export.arithmetic.evaluator import Evaluator
+from ki_export.passes.products import matrix_products
 from ki_export.passes.rescale import rescale
-from ki_export.passes.sites import sites
 
 
 class Drawn:
@@ -74,7 +74,7 @@ def test_names_of_layers_stay(prefix):
     rescale(prefix, {"backbone.layers.0.mlp.down_proj": 3})
     values = {value.name: node.op_type for node in prefix.graph for value in node.outputs}
     assert values["backbone.layers.0.mlp.down_proj"] == "Mul"
-    assert "backbone.layers.0.mlp.down_proj" in [site.name for site in sites(prefix.graph)]
+    assert "backbone.layers.0.mlp.down_proj" in [site.name for site in matrix_products(prefix.graph)]
 
 
 def test_nothing_to_scale_changes_nothing(prefix):

@@ -21,8 +21,8 @@ from ki_export.options import ExportOptions
 from ki_export.parity.parity import compare_with_checkpoint
 from ki_export.parity.recorded import compare_with_recording
 from ki_export.precision.decision import Decision
-from ki_export.weights.changed import changed_weights
-from ki_export.weights.weights import Form, place_weights
+from ki_export.weights.differences import differing_weights
+from ki_export.weights.weights import StorageFormat, place_weights
 
 DATA = Path(__file__).parents[1] / "data"
 HOT = "backbone.layers.0.mlp"  # feeds the actions; the last layer's MLP serves FAST alone
@@ -150,13 +150,13 @@ def test_weights_are_stored_in_their_types(exported):
 def test_a_damaged_weight_is_noticed(exported, hot, tmp_path):
     copy = shutil.copytree(exported.path, tmp_path / "copy")
     bundle, checkpoint = Bundle.open(copy), Checkpoint.open(hot)
-    assert changed_weights(bundle, checkpoint) == []
+    assert differing_weights(bundle, checkpoint) == []
     key = LAYER + "mlp.up_proj.weight"
     entry = bundle.weights().entries[key]
     with (copy / "weights.safetensors").open("r+b") as file:
         file.seek(entry.offset + 10)
         file.write(b"\x00\x3c")
-    assert changed_weights(bundle, checkpoint) == [key]
+    assert differing_weights(bundle, checkpoint) == [key]
     comparison = compare_with_checkpoint(bundle, checkpoint, lambda _: None)
     assert comparison.explanation is not None and key in comparison.explanation
 
@@ -218,7 +218,7 @@ def test_a_weight_that_no_observation_used_is_refused_when_it_is_written(tmp_pat
         model.backbone.embed_tokens.weight[3, 3] = 1e5
     save_checkpoint(model, tmp_path / "c")
     with pytest.raises(ExportError, match=r"embed_tokens.*holds 1e\+05, and float16 ends at 65504.*--precision bf16"):
-        place_weights(Checkpoint.open(tmp_path / "c"), tmp_path, [EMBEDDING], forms={EMBEDDING: Form("F16")})
+        place_weights(Checkpoint.open(tmp_path / "c"), tmp_path, [EMBEDDING], forms={EMBEDDING: StorageFormat("F16")})
 
 
 def test_stored_weights_and_int8_keep_their_meaning():

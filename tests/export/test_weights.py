@@ -173,4 +173,4 @@ def test_a_weight_of_another_shape_is_refused(checkpoint, tmp_path):
     value = ir.Value(name="w", shape=ir.Shape([3, 3]), type=ir.TensorType(ir.DataType.FLOAT))
     graph = ir.Graph([], [], nodes=[], initializers=[value], name="g")
     with pytest.raises(ExportError, match="'w' is"):
-        weights.attach(ir.Model(graph, ir_version=9), {"w": weights.Rows(OPENPI_KEYS.embedding)}, placed)
+        weights.attach(ir.Model(graph, ir_version=9), {"w": weights.TensorSlice(OPENPI_KEYS.embedding)}, placed)

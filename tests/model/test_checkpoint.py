@@ -299,8 +299,8 @@ def test_bad_horizon(folder, horizon):
     ],
 )
 def test_bad_geometry_block(folder, part, value, message):
-    block = json.loads((folder / "config.json").read_text())["tiny"]
-    configure(folder, tiny={**block, part: value})
+    block = json.loads((folder / "config.json").read_text())["head_sizes"]
+    configure(folder, head_sizes={**block, part: value})
     refused(folder, message)
 
 

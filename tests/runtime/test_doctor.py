@@ -17,7 +17,7 @@ from ki_runtime.doctor.memory import needs
 from ki_runtime.gpu.device import Device
 from ki_runtime.trt.api import Api
 from ki_runtime.trt.engines import EngineFile, Engines, identify
-from ki_runtime.trt.graph_file import GraphFile, read_graph
+from ki_runtime.trt.requirements import GraphFacts, graph_facts
 
 ORIN, THOR, RTX_4090, RTX_2080, H200 = (8, 7), (11, 0), (8, 9), (7, 5), (9, 0)
 MEMINFO = "MemTotal: {0} kB\nMemFree: 1 kB\nMemAvailable: {1} kB\nSwapTotal: {2} kB\nSwapFree: {2} kB\n"
@@ -316,8 +316,8 @@ def test_wrong_python_platform_and_full_disk():
 @pytest.fixture
 def graphs(monkeypatch):
     """What the bundle's graphs are said to hold; the bundles of these tests have no real ones."""
-    found = {name: GraphFile(20, {"Gemm": 1}, 1000) for name in ("prefix", "denoise", "fast_decode")}
-    monkeypatch.setattr(bundle_checks, "read_graph", lambda path: found[path.stem])
+    found = {name: GraphFacts(20, ["Gemm"], 1000) for name in ("prefix", "denoise", "fast_decode")}
+    monkeypatch.setattr(bundle_checks, "graph_facts", lambda bundle, name: found[name])
     return found
 
 
@@ -372,7 +372,7 @@ def test_runtime_without_a_builder(make_bundle, graphs):
 
 
 def test_graphs_that_are_too_new_for_the_parser(make_bundle, graphs):
-    graphs["denoise"] = GraphFile(23, {"Attention": 18}, 1000)
+    graphs["denoise"] = GraphFacts(23, ["Attention"], 1000)
     result = on_orin(make_bundle(precision="float16"))
     assert "Attention needs TensorRT 10.14" in why_not(result, "trt")
 
@@ -381,7 +381,7 @@ def test_full_size_on_small_boards(make_bundle, graphs, monkeypatch):
     """Eight gigabytes cannot hold a full-size policy in 16 bits; sixteen can, and need swap to build its engines."""
     full = needs(PI05, 2050, "float16")
     monkeypatch.setattr(bundle_checks, "needs", lambda *_: full)
-    graphs["prefix"] = GraphFile(20, {}, full.graphs["prefix"].weights)
+    graphs["prefix"] = GraphFacts(20, [], full.graphs["prefix"].weights)
     bundle = make_bundle(precision="float16")
     small = on_orin(bundle, memory=(8e9, 6e9, 0))
     assert "too little" in found(small, "model memory", "problem")[0].text
@@ -444,7 +444,7 @@ def test_weights_are_those_of_the_graphs(fetch_bundle):
         model = onnx.load(bundle.graph(name), load_external_data=False)
         stored = [t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) > 0]
         assert graph.weights == pytest.approx(4 * sum(prod(tensor.dims) for tensor in stored), rel=0.01), name
-        assert graph.weights == pytest.approx(read_graph(bundle.graph(name)).weight_bytes, rel=0.05), name
+        assert graph.weights == pytest.approx(graph_facts(bundle, name).weight_bytes, rel=0.05), name
 
 
 def test_command_on_a_real_bundle(fetch_bundle, capsys):

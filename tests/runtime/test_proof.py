@@ -60,7 +60,11 @@ def test_a_right_engine_is_taken_and_its_verdict_written(monkeypatch, make_bundl
     (path,) = records(bundle)
     found = json.loads(path.read_text())
     assert found["passed"] is True and found["part"] == "actions" and found["date"].endswith("+00:00")
-    assert found["facts"]["driver"] == "560" and found["facts"]["backend"] == "trt" and "ki-edge" in found["facts"]
+    assert (
+        found["environment"]["driver"] == "560"
+        and found["environment"]["backend"] == "trt"
+        and "ki-edge" in found["environment"]
+    )
     assert [row["what"] for row in found["observations"]] == [
         "2 cameras, 5 tokens",
         "1 camera, 9 tokens",
@@ -124,7 +128,7 @@ def test_another_engine_driver_or_witness_is_proven_again(what, monkeypatch, mak
     Sampler.open(bundle)
     machine.engines["trt"] = again
     if what in ("driver", "engine"):
-        machine.facts["trt"][what] = "another"
+        machine.environment["trt"][what] = "another"
     elif what == "version":
         monkeypatch.setattr("ki_runtime.policy.proof.version", lambda name: "9.9")
     elif what == "weights":
@@ -152,19 +156,21 @@ def test_a_witness_whose_hash_differs_is_refused(monkeypatch, make_bundle, engin
 def test_the_backend_that_proved_the_bundle_needs_no_proof(monkeypatch, make_bundle, engine):
     used = engine()
     Backends(monkeypatch, {"ort": used})
-    facts = {"ki-edge": own_version(), "backend": "ort", "driver": "560", "engines": "prefix,denoise"}
-    bundle = proven_bundle(make_bundle, parity={"verified": True, "proven_by": facts})
+    environment = {"ki-edge": own_version(), "backend": "ort", "driver": "560", "engines": "prefix,denoise"}
+    bundle = proven_bundle(make_bundle, parity={"verified": True, "proven_by": environment})
     assert "proven at its export" in Sampler.open(bundle).backend.proof
     assert not used.calls and records(bundle) == []
-    other = proven_bundle(make_bundle, "other", parity={"verified": True, "proven_by": {**facts, "driver": "550"}})
+    other = proven_bundle(
+        make_bundle, "other", parity={"verified": True, "proven_by": {**environment, "driver": "550"}}
+    )
     assert "proven here on" in Sampler.open(other).backend.proof
     assert used.calls
 
 
 def test_a_later_refusal_outweighs_the_proof_at_the_export(monkeypatch, make_bundle, engine):
     machine = Backends(monkeypatch, {"ort": engine(off={"denoise": 1.0})})
-    facts = {"ki-edge": own_version(), "backend": "ort", "driver": "560", "engines": "prefix,denoise"}
-    bundle = proven_bundle(make_bundle, parity={"verified": True, "proven_by": facts})
+    environment = {"ki-edge": own_version(), "backend": "ort", "driver": "560", "engines": "prefix,denoise"}
+    bundle = proven_bundle(make_bundle, parity={"verified": True, "proven_by": environment})
     Sampler.open(bundle)
     assert not repeat_proof(bundle, "ort", lambda line: None)[0].passed
     machine.engines["ort"] = engine()
@@ -209,7 +215,7 @@ def test_fast_tokens_are_proven_when_they_are_first_wanted(monkeypatch, make_bun
         )
     assert len(records(bundle)) == 2 and standing(bundle, "trt").text.endswith("FAST tokens too")
 
-    machine.facts["trt"]["driver"] = "570"
+    machine.environment["trt"]["driver"] = "570"
     machine.engines["trt"] = engine(off={"fast_decode": 1})
     sampler = Sampler.open(bundle, say=lambda line: None)
     for _ in range(2):

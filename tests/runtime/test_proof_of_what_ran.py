@@ -33,10 +33,10 @@ def test_it_is_of_the_engines_that_were_loaded(proving):
     sampler = proving.machine.sampler()
     assert proving.prover.require("actions", sampler).startswith("proven here on ")
     (path,) = records(proving.machine)
-    facts = json.loads(path.read_text())["facts"]
+    environment = json.loads(path.read_text())["environment"]
     assert path.parent == proving.machine.bundle.path
-    assert (facts["engine prefix"], facts["engine denoise"]) == ("hash of prefix", "hash of denoise")
-    assert facts["driver"] == "560" and sampler.session("denoise").replays > 0
+    assert (environment["engine prefix"], environment["engine denoise"]) == ("hash of prefix", "hash of denoise")
+    assert environment["driver"] == "560" and sampler.session("denoise").replays > 0
 
 
 def test_without_a_replay_it_is_not_written_down_and_nothing_is_recorded_later(proving, monkeypatch):

@@ -8,10 +8,10 @@ import pytest
 from ki_edge.errors import BackendError
 from ki_runtime.backends import ort as ort_session
 from ki_runtime.backends.registry import BACKENDS
-from ki_runtime.gpu import identity as facts
+from ki_runtime.gpu import identity
 from ki_runtime.gpu import ort_cuda as ort_cuda_session
 from ki_runtime.gpu.cuda import Cuda
-from ki_runtime.gpu.identity import gpu_facts
+from ki_runtime.gpu.identity import gpu_environment
 from ki_runtime.trt import session
 
 from .fake_gpu import FakeCuda
@@ -20,37 +20,37 @@ from .fake_gpu import FakeCuda
 @pytest.fixture
 def kernel_module(tmp_path, monkeypatch):
     path = tmp_path / "version"
-    monkeypatch.setattr(facts, "KERNEL_MODULE", path)
+    monkeypatch.setattr(identity, "KERNEL_MODULE", path)
     return path
 
 
 def test_a_gpu_by_name_identity_and_driver(kernel_module, monkeypatch):
     cuda = FakeCuda()
-    found = gpu_facts(Cuda(cuda))
+    found = gpu_environment(Cuda(cuda))
     assert found == {"GPU": "Orin (8.7)", "GPU id": "unknown", "driver": "CUDA 12.6"}
     kernel_module.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue\n")
     properties = cuda.do_cudaGetDeviceProperties(0)[0]
     properties.uuid = SimpleNamespace(bytes=bytes(range(16)))
     monkeypatch.setattr(FakeCuda, "do_cudaGetDeviceProperties", lambda self, device: (properties,))
-    found = gpu_facts(Cuda(cuda))
+    found = gpu_environment(Cuda(cuda))
     assert found["GPU id"] == "000102030405060708090a0b0c0d0e0f" and found["driver"] == "550.54.15 CUDA 12.6"
     cuda.fail = {"cudaGetDeviceCount": 100}
     with pytest.raises(BackendError, match="no usable GPU"):
-        gpu_facts(Cuda(cuda))
+        gpu_environment(Cuda(cuda))
 
 
 def test_onnxruntime_by_version_and_processor(make_bundle, kernel_module, monkeypatch):
     bundle, backend = make_bundle(), next(b for b in BACKENDS if b.name == "ort")
     found = backend.setting(bundle, ("prefix",))
-    assert found.facts["backend"] == "ort" and found.folder == bundle.path / "engines" / "ort"
-    assert found.facts["onnxruntime"] == ort_session.onnxruntime().__version__
+    assert found.environment["backend"] == "ort" and found.folder == bundle.path / "engines" / "ort"
+    assert found.environment["onnxruntime"] == ort_session.onnxruntime().__version__
     lines = "model name\t: Some CPU\nmodel\t\t: 17\nflags\t\t: fpu avx2 avx512_vnni\n"
-    monkeypatch.setattr(ort_session, "_cpu_info", lambda name: _line(lines, name))
+    monkeypatch.setattr(ort_session, "cpu_info", lambda name: _line(lines, name))
     monkeypatch.setattr(ort_session.platform, "machine", lambda: "x86_64")
     assert ort_session.processor() == "x86_64 Some CPU 17 avx2 avx512_vnni"
     monkeypatch.setattr(ort_cuda_session.Cuda, "load", classmethod(lambda cls: Cuda(FakeCuda())))
     assert {"onnxruntime", "libraries", "GPU", "GPU id", "driver"} <= set(
-        ort_cuda_session.setting(bundle, "", ()).facts
+        ort_cuda_session.setting(bundle, "", ()).environment
     )
 
 
@@ -76,7 +76,7 @@ def test_tensorrt_without_engines_cannot_be_proven(make_bundle, monkeypatch, ker
     put_engines(bundle)
     found = session.setting(bundle, "tensorrt", ("prefix", "denoise"))
     recorded = json.loads(next(bundle.path.glob("engines/*/engine.json")).read_text())["graphs"]
-    assert {found.facts[f"engine {name}"] for name in ("prefix", "denoise")} == {
+    assert {found.environment[f"engine {name}"] for name in ("prefix", "denoise")} == {
         recorded[name]["sha256"] for name in ("prefix", "denoise")
     }
-    assert found.facts["tensorrt"] == "10.3.0" and found.folder.parent == bundle.path / "engines"
+    assert found.environment["tensorrt"] == "10.3.0" and found.folder.parent == bundle.path / "engines"

@@ -139,10 +139,10 @@ class Wrong(FakeEngine):
 
 
 class Backends:
-    """A machine with the backends of these names, which open {name: engine}. `facts`: {name: those of its setting}."""
+    """A machine with the backends of these names, which open {name: engine}. `environment`: {name: its setting's}."""
 
     def __init__(self, monkeypatch, engines):
-        self.engines, self.facts = engines, {name: {"driver": "560"} for name in engines}
+        self.engines, self.environment = engines, {name: {"driver": "560"} for name in engines}
         chosen = tuple(backend for backend in BACKENDS if backend.name in engines)
         monkeypatch.setattr(backends, "BACKENDS", tuple(replace(b, module=b.name) for b in chosen))
         monkeypatch.setattr(backends, "find_spec", lambda name: name)
@@ -150,7 +150,7 @@ class Backends:
 
     def module(self, name):
         def setting(bundle, package, names):
-            return Setting({**self.facts[name], "engines": ",".join(names)}, bundle.path / "engines" / name)
+            return Setting({**self.environment[name], "engines": ",".join(names)}, bundle.path / "engines" / name)
 
         return SimpleNamespace(
             obstacle=lambda bundle, package: None,

@@ -15,19 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ki_edge.dtypes import BY_ONNX
 from ki_edge.errors import ExportError
 
-TYPES = {  # by ONNX's number of the type
-    1: torch.float32,
-    2: torch.uint8,
-    3: torch.int8,
-    6: torch.int32,
-    7: torch.int64,
-    9: torch.bool,
-    10: torch.float16,
-    11: torch.float64,
-    16: torch.bfloat16,
-}
+TYPES = {number: getattr(torch, dtype.name) for number, dtype in BY_ONNX.items()}  # by ONNX's number of the type
 Attributes = Mapping[str, Any]
 Inputs = Sequence[Any]  # tensors, or None for an optional input that is left out
 Operator = Callable[[Inputs, Attributes], tuple[Tensor, ...]]

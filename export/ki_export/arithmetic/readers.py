@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ki_edge.checkpoints import TensorSource
 from ki_edge.errors import BundleError
-from ki_export.weights.weights import Rows
+from ki_export.weights.weights import TensorSlice
 
 from .operators import TYPES
 
@@ -43,7 +43,7 @@ class CheckpointWeights:
     """
 
     def __init__(
-        self, source: TensorSource, origins: Mapping[str, Rows], exponents: Mapping[str, int] | None = None
+        self, source: TensorSource, origins: Mapping[str, TensorSlice], exponents: Mapping[str, int] | None = None
     ) -> None:
         self._source, self._origins, self._exponents = source, origins, exponents or {}
 

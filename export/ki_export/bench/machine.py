@@ -10,6 +10,8 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ki_edge.proc import cpu_info
+
 PACKAGES = ("ki-edge", "onnxruntime", "torch", "numpy")
 
 
@@ -20,7 +22,12 @@ def cores() -> int:
 
 def describe() -> dict[str, str]:
     """Processor, cores, memory, versions and date."""
-    found = {"cpu": _processor(), "cores": str(cores()), "memory": _memory(), "python": platform.python_version()}
+    found = {
+        "cpu": cpu_info("model name") or cpu_info("Model") or platform.processor() or platform.machine(),
+        "cores": str(cores()),
+        "memory": _memory(),
+        "python": platform.python_version(),
+    }
     for package in PACKAGES:
         try:
             found[package] = version(package)
@@ -53,13 +60,6 @@ def _busy_seconds() -> float:
         return math.nan
     user, nice, system, _idle, _io_wait, irq, soft_irq, steal = map(int, path.read_text("ascii").split()[1:9])
     return (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model"))]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _memory() -> str:

@@ -32,20 +32,14 @@ class Watch(threading.Thread):
         self._over = threading.Event()
 
     def run(self) -> None:
+        from ki_edge.proc import STATUS, sizes
+
         while not self._over.wait(WATCH_S):
-            self.peak = max(self.peak, kernel_bytes("/proc/self/status", "RssAnon"))
+            self.peak = max(self.peak, sizes(STATUS).get("RssAnon", 0))
 
     def stop(self) -> None:
         self._over.set()
         self.join()
-
-
-def kernel_bytes(path: str, name: str) -> int:
-    """A line such as "VmHWM:  123 kB" of a file of /proc, in bytes."""
-    for line in Path(path).read_text(encoding="ascii").splitlines():
-        if line.startswith(name + ":"):
-            return 1024 * int(line.split()[1])
-    raise SystemExit(f"{path} has no {name}: this kernel does not tell the memory of a process")
 
 
 def black_observation(contract: PolicyContract, size: tuple[int, int] | None = None) -> dict[str, Any]:
@@ -132,14 +126,23 @@ def main() -> None:
     }
     if options.memory:
         watch.stop()
-        anonymous = kernel_bytes("/proc/self/smaps_rollup", "Anonymous")
-        report["memory"] = {
-            "rss_peak": kernel_bytes("/proc/self/status", "VmHWM"),
-            "rss": kernel_bytes("/proc/self/status", "VmRSS"),
-            "anonymous_peak": max(watch.peak, anonymous),
-            "anonymous": anonymous,
-        }
+        report["memory"] = _memory(watch.peak)
     sys.stdout.write(json.dumps(report) + "\n")
+
+
+def _memory(anonymous_peak: int) -> dict[str, int]:
+    from ki_edge.proc import STATUS, sizes
+
+    found = sizes(STATUS)
+    if not {"VmHWM", "VmRSS"} <= found.keys():
+        raise SystemExit(f"{STATUS} has no VmHWM: this kernel does not tell the memory of a process")
+    anonymous = sizes("/proc/self/smaps_rollup")["Anonymous"]
+    return {
+        "rss_peak": found["VmHWM"],
+        "rss": found["VmRSS"],
+        "anonymous_peak": max(anonymous_peak, anonymous),
+        "anonymous": anonymous,
+    }
 
 
 if __name__ == "__main__":

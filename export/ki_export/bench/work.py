@@ -11,17 +11,13 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
+from ki_edge.dtypes import BY_ONNX, FLOAT32, FLOATS
 from ki_edge.errors import BundleError
 from ki_edge.graphs import GraphSpec
 
 from .shapes import Shapes
 
 INT8 = "int8"
-NAMES: Mapping[int, str] = {
-    TensorProto.FLOAT: "float32",
-    TensorProto.FLOAT16: "float16",
-    TensorProto.BFLOAT16: "bfloat16",
-}
 PACKED: Mapping[int, int] = {TensorProto.INT4: 2, TensorProto.UINT4: 2}  # elements in a byte
 # operators that multiply matrices and that nobody here can count: better named than taken for nothing
 UNCOUNTED = frozenset({"Attention", "ConvInteger", "ConvTranspose", "Einsum", "GRU", "LSTM", "QLinearConv", "RNN"})
@@ -143,7 +139,8 @@ COUNTERS: Mapping[str, Counted] = {
 def _kind(node: onnx.NodeProto, shapes: Shapes) -> str:
     if node.op_type in ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"):
         return INT8
-    return NAMES.get(shapes.type_of(node.input[0]), "float32")
+    dtype = BY_ONNX.get(shapes.type_of(node.input[0]), FLOAT32)
+    return dtype.name if dtype.stored in FLOATS else FLOAT32.name
 
 
 def _attribute(node: onnx.NodeProto, name: str) -> int:

@@ -22,6 +22,7 @@ import torch
 from ki_edge import graphs
 from ki_edge.bundle import DecodeVocabulary
 from ki_edge.config import Pi05Config
+from ki_edge.dtypes import BY_NAME
 from ki_edge.errors import ExportError
 from ki_edge.graphs import GraphSpec
 from ki_export.passes import PASSES
@@ -33,12 +34,6 @@ MIN_OPSET = 18
 DEEP = 8  # layers of a model that is worth two processes
 PROCESSES = 2  # 0.6 GB each
 NOWHERE = "none"
-ONNX_TYPES = {
-    "uint8": ir.DataType.UINT8,
-    "bool": ir.DataType.BOOL,
-    "int32": ir.DataType.INT32,
-    "float32": ir.DataType.FLOAT,
-}
 
 
 def trace_all(config: Pi05Config, vocabulary: DecodeVocabulary, opset: int) -> dict[str, ir.Model]:
@@ -132,7 +127,7 @@ def finish(model: ir.Model, spec: GraphSpec, sizes: Mapping[str, int]) -> None:
     graph = model.graph
     for values, tensors in ((graph.inputs, spec.inputs), (graph.outputs, spec.outputs)):
         for value, tensor in zip(values, tensors, strict=True):
-            if value.dtype != ONNX_TYPES[tensor.dtype]:
+            if value.dtype != BY_NAME[tensor.dtype].onnx:
                 raise ValueError(f"'{tensor.name}' is {value.dtype} in the graph, the contract says {tensor.dtype}")
             value.name, value.shape = tensor.name, ir.Shape(tensor.resolve(sizes))
     graph.name = spec.name

@@ -18,7 +18,6 @@ from ki_edge.model import PiModel, build
 
 # Any sizes will do while tracing, as long as they differ from each other and from 1, which the tracer would bake in.
 TRACED_SIZES = {"B": 2, "N": 3, "T": 5, "S": 29, "C": 31, "Q": 7}
-TORCH_TYPES = {"uint8": torch.uint8, "bool": torch.bool, "int32": torch.int32, "float32": torch.float32}
 UNEMBEDDING = "unembedding."  # prefix of the names of the rows that can be predicted
 Outputs = tuple[Tensor, ...]
 
@@ -120,6 +119,6 @@ def _traceable(spec: GraphSpec, module: nn.Module, sizes: dict[str, int]) -> Tra
     free = {symbol: torch.export.Dim(symbol) for symbol in graphs.DYNAMIC}
     for tensor in spec.inputs:
         shape = [int(dim) for dim in tensor.resolve(sizes)]
-        inputs.append(torch.empty(shape, dtype=TORCH_TYPES[tensor.dtype], device="meta"))
+        inputs.append(torch.empty(shape, dtype=getattr(torch, tensor.dtype), device="meta"))
         shapes.append({axis: free[str(dim)] for axis, dim in enumerate(tensor.dims) if dim in free})
     return Traceable(spec, module, tuple(inputs), tuple(shapes))

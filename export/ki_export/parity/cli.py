@@ -48,7 +48,7 @@ def _witness(bundle: Bundle, arguments: argparse.Namespace) -> int:
     from ki_runtime.policy.verdict import table as witness_table
 
     verdicts = repeat_proof(bundle, arguments.backend, _say)
-    backend = verdicts[0].facts["backend"]
+    backend = verdicts[0].environment["backend"]
     if arguments.json:
         found = {"verified": all(v.passed for v in verdicts), "verdicts": [v.to_json() for v in verdicts]}
         show_json(found)

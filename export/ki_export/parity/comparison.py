@@ -26,7 +26,7 @@ from ki_runtime.policy.sampler import Trace
 
 from .bars import FLOAT32, Bar, Measurement, bars_of, measure
 from .cases import Case
-from .sides import Sides
+from .pair import ParityPair
 
 Array = npt.NDArray[Any]
 DIRECTION = "actions_direction"  # the actions again, held to another metric
@@ -83,46 +83,44 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare(sides: Sides, cases: Sequence[Case], progress: Progress) -> Comparison:
+def compare(pair: ParityPair, cases: Sequence[Case], progress: Progress) -> Comparison:
     """Every tensor of every case against the model."""
-    result = Comparison("the PyTorch model", sides.bundle.manifest.precision, sides.method)
+    result = Comparison("the PyTorch model", pair.bundle.manifest.precision, pair.method)
     for case in cases:
-        found, traces, answer = _compare_case(sides, case, progress)
+        found, traces, answer = _compare_case(pair, case, progress)
         result.measurements += found
         result.answers.append(answer)
         result.traces = result.traces or traces
-        result.cases.append({**case.describe(), **({} if sides.has_fast else {"fast_tokens": 0})})
+        result.cases.append({**case.describe(), **({} if pair.has_fast else {"fast_tokens": 0})})
         worst = max(found, key=lambda m: m.severity)
         progress.say(f"compared {case.name}: worst {worst.error:.1e} of {worst.limit:.1e} ({worst.where})")
     return result
 
 
 def _compare_case(
-    sides: Sides, case: Case, progress: Progress
+    pair: ParityPair, case: Case, progress: Progress
 ) -> tuple[list[Measurement], tuple[Array, Array], Answer]:
-    observation, config = observe(case), sides.model.config
+    observation, config = observe(case), pair.model.config
     steps, depth = case.num_steps, config.backbone.depth
-    with progress.stage("PyTorch prefix", sides.steps(config.vision.depth + depth)):
-        prefix = run_prefix(sides.model, observation)
-    with progress.stage("prefix graph", sides.steps(0, prefix=1)):
-        found = list(_prefix(sides, case, observation, prefix))
+    with progress.stage("PyTorch prefix", pair.steps(config.vision.depth + depth)):
+        prefix = run_prefix(pair.model, observation)
+    with progress.stage("prefix graph"):
+        found = list(_prefix(pair, case, observation, prefix))
     states = [torch.from_numpy(case.noise)]
-    with progress.stage("PyTorch and denoise graph", sides.steps(steps * config.expert.depth, denoise=steps)):
-        found += _denoise(sides, case, observation, prefix, states)
+    with progress.stage("PyTorch and denoise graph", pair.steps(steps * config.expert.depth)):
+        found += _denoise(pair, case, observation, prefix, states)
     fast = _Continued()
-    if sides.has_fast:
-        with progress.stage(
-            "PyTorch and FAST graph", sides.steps(case.max_tokens * depth, fast_decode=case.max_tokens)
-        ):
-            fast = _fast(sides, case, observation, prefix)
+    if pair.has_fast:
+        with progress.stage("PyTorch and FAST graph", pair.steps(case.max_tokens * depth)):
+            fast = _fast(pair, case, observation, prefix)
             found += fast.found
-    with progress.stage("the runtime's actions", sides.steps(0, prefix=1, denoise=steps)):
-        trace = sides.sampler.trace(*case.inputs, state=case.state, noise=case.noise, num_steps=steps)
-        found += _runtime(sides, case, trace, prefix, states)
-    if sides.has_fast and all(np.isfinite(m.error) for m in fast.found):  # else the runtime refuses to choose a token
-        with progress.stage("the runtime's FAST tokens", sides.steps(0, fast_decode=case.max_tokens)):
-            ids = sides.sampler.sample_fast_tokens(*case.inputs, **_decoding(sides, case))
-        found.append(measure(case.name, RUNTIME, "greedy_ids", ids, fast.ids, bars=sides.bars))
+    with progress.stage("the runtime's actions"):
+        trace = pair.sampler.trace(*case.inputs, state=case.state, noise=case.noise, num_steps=steps)
+        found += _runtime(pair, case, trace, prefix, states)
+    if pair.has_fast and all(np.isfinite(m.error) for m in fast.found):  # else the runtime refuses to choose a token
+        with progress.stage("the runtime's FAST tokens"):
+            ids = pair.sampler.sample_fast_tokens(*case.inputs, **_decoding(pair, case))
+        found.append(measure(case.name, RUNTIME, "greedy_ids", ids, fast.ids, bars=pair.bars))
     answer = Answer(case, states[-1].numpy(), fast.ids, *np.array(fast.decided, np.float32).reshape(-1, 3).T)
     return found, (trace.x[-1][0], states[-1][0].numpy()), answer
 
@@ -134,9 +132,11 @@ def observe(case: Case) -> Observation:
     return Observation(images, camera_mask, prompt_tokens, prompt_mask, state=state)
 
 
-def _prefix(sides: Sides, case: Case, observation: Observation, reference: tuple[Tensor, ...]) -> Iterator[Measurement]:
-    graph, _ = graphs.specs(sides.bundle.manifest.config)
-    given = sides.run(
+def _prefix(
+    pair: ParityPair, case: Case, observation: Observation, reference: tuple[Tensor, ...]
+) -> Iterator[Measurement]:
+    graph, _ = graphs.specs(pair.bundle.manifest.config)
+    given = pair.run(
         graph,
         observation.images,
         observation.camera_mask,
@@ -144,9 +144,9 @@ def _prefix(sides: Sides, case: Case, observation: Observation, reference: tuple
         observation.prompt_mask,
     )
     mask = reference[2].numpy()
-    yield measure(case.name, "prefix", "prefix_mask", given["prefix_mask"], mask, bars=sides.bars)
+    yield measure(case.name, "prefix", "prefix_mask", given["prefix_mask"], mask, bars=pair.bars)
     for name, expected in zip(("prefix_k", "prefix_v"), reference, strict=False):
-        yield from by_layer(case.name, "prefix", name, given[name], expected.numpy(), mask, sides.bars)
+        yield from by_layer(case.name, "prefix", name, given[name], expected.numpy(), mask, pair.bars)
 
 
 def by_layer(
@@ -164,23 +164,23 @@ def by_layer(
 
 
 def _denoise(
-    sides: Sides, case: Case, observation: Observation, prefix: tuple[Tensor, ...], states: list[Tensor]
+    pair: ParityPair, case: Case, observation: Observation, prefix: tuple[Tensor, ...], states: list[Tensor]
 ) -> Iterator[Measurement]:
     """Each step from the reference's x; appends the reference's states to `states`."""
-    manifest = sides.bundle.manifest
+    manifest = pair.bundle.manifest
     times = denoise_times(case.num_steps, manifest.sampling["time_convention"])
-    rows = sides.model.modulation(torch.from_numpy(times))
-    table = modulation_table(runtime_weights(sides.bundle), times, manifest.config)
+    rows = pair.model.modulation(torch.from_numpy(times))
+    table = modulation_table(runtime_weights(pair.bundle), times, manifest.config)
     dt = torch.tensor(step_size(case.num_steps))
     _, graph = graphs.specs(manifest.config)
     fixed = prefix if observation.state is None else (*prefix, observation.state)
     for step, row in enumerate(rows):
-        yield measure(case.name, RUNTIME, "modulation", table[step], row.numpy(), step, sides.bars)
-        expected = sides.model.denoise_step(states[-1], row, dt, *fixed)
-        given = sides.run(graph, states[-1], row, dt, *fixed)
-        yield measure(case.name, "denoise", "x_next", given["x_next"], expected.numpy(), step, sides.bars)
+        yield measure(case.name, RUNTIME, "modulation", table[step], row.numpy(), step, pair.bars)
+        expected = pair.model.denoise_step(states[-1], row, dt, *fixed)
+        given = pair.run(graph, states[-1], row, dt, *fixed)
+        yield measure(case.name, "denoise", "x_next", given["x_next"], expected.numpy(), step, pair.bars)
         velocity, wanted = (((x - states[-1].numpy()) / dt.numpy()) for x in (given["x_next"], expected.numpy()))
-        yield measure(case.name, "denoise", "velocity", velocity, wanted, step, sides.bars)
+        yield measure(case.name, "denoise", "velocity", velocity, wanted, step, pair.bars)
         states.append(expected)
 
 
@@ -193,31 +193,31 @@ class _Continued:
     decided: list[tuple[float, float, float]] = field(default_factory=list)
 
 
-def _fast(sides: Sides, case: Case, observation: Observation, prefix: tuple[Tensor, ...]) -> _Continued:
+def _fast(pair: ParityPair, case: Case, observation: Observation, prefix: tuple[Tensor, ...]) -> _Continued:
     """Every decoding step of the reference replayed through the graph."""
     result = _Continued()
     found, decided = result.found, result.decided
-    columns = sides.bundle.manifest.vocabulary.ids
-    allowed = np.isin(columns, sides.model.decode_ids or columns)
+    columns = pair.bundle.manifest.vocabulary.ids
+    allowed = np.isin(columns, pair.model.decode_ids or columns)
 
     def replay(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
-        given = sides.run(graphs.FAST_DECODE, *inputs)
+        given = pair.run(graphs.FAST_DECODE, *inputs)
         logits, *new = (tensor.numpy() for tensor in outputs)
         second, best = np.partition(logits[0, allowed], -2)[-2:]
         error = np.abs(given["logits"][0, allowed] - logits[0, allowed]).max()
         decided.append((float(best - second), float(error), float(np.abs(logits[0, allowed]).max())))
-        found.append(measure(case.name, "fast_decode", "logits", given["logits"], logits, None, sides.bars))
+        found.append(measure(case.name, "fast_decode", "logits", given["logits"], logits, None, pair.bars))
         for name, expected in zip(("new_k", "new_v"), new, strict=True):
             for layer, (ours, theirs) in enumerate(zip(given[name], expected, strict=True)):
-                found.append(measure(case.name, "fast_decode", name, ours, theirs, layer, sides.bars))
+                found.append(measure(case.name, "fast_decode", name, ours, theirs, layer, pair.bars))
 
-    with watched(sides.model, columns, replay), known_prefix(sides.model, prefix):
-        result.ids = sides.model.sample_fast_tokens(observation, **_decoding(sides, case)).numpy()
+    with watched(pair.model, columns, replay), known_prefix(pair.model, prefix):
+        result.ids = pair.model.sample_fast_tokens(observation, **_decoding(pair, case)).numpy()
     return result
 
 
-def _decoding(sides: Sides, case: Case) -> dict[str, Any]:
-    return {"max_tokens": case.max_tokens, "forced": case.forced, "constrained": bool(sides.model.decode_ids)}
+def _decoding(pair: ParityPair, case: Case) -> dict[str, Any]:
+    return {"max_tokens": case.max_tokens, "forced": case.forced, "constrained": bool(pair.model.decode_ids)}
 
 
 @contextmanager
@@ -260,11 +260,11 @@ def known_prefix(model: PiModel, prefix: tuple[Tensor, ...]) -> Iterator[None]:
 
 
 def _runtime(
-    sides: Sides, case: Case, trace: Trace, prefix: tuple[Tensor, ...], states: Sequence[Tensor]
+    pair: ParityPair, case: Case, trace: Trace, prefix: tuple[Tensor, ...], states: Sequence[Tensor]
 ) -> Iterator[Measurement]:
     """The whole pipeline, which leaves out absent cameras and padding."""
     k, v, mask = (tensor.numpy() for tensor in prefix)
-    mask, bars = mask[:, trace.columns], sides.bars
+    mask, bars = mask[:, trace.columns], pair.bars
     yield measure(case.name, RUNTIME, "prefix_mask", trace.prefix_mask, mask, bars=bars)
     for name, given, expected in (("prefix_k", trace.prefix_k, k), ("prefix_v", trace.prefix_v, v)):
         yield from by_layer(case.name, RUNTIME, name, given, expected[:, :, :, trace.columns], mask, bars)

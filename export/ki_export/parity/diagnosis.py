@@ -15,7 +15,7 @@ from ki_edge.flow import denoise_times, step_size
 from ki_edge.graphs import GraphSpec
 from ki_edge.model import PiModel
 from ki_edge.model.sampling import prefix as run_prefix
-from ki_export.weights.changed import changed_weights
+from ki_export.weights.differences import differing_weights
 
 from .bars import Measurement
 from .cases import Case
@@ -39,7 +39,7 @@ def explain(
     """One line about the first failure in the order of graphs and layers."""
     failure = min(comparison.failures, key=_order)
     line = f"{summary(failure)}; {len(comparison.failures)} of {len(comparison.measurements)} comparisons failed"
-    changed = changed_weights(bundle, checkpoint)
+    changed = differing_weights(bundle, checkpoint)
     layer = None
     if failure.graph != RUNTIME:
         case = next(case for case in cases if case.name == failure.case)

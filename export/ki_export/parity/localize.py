@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,12 @@ from ki_edge.model.streaming import EmbeddingRows
 from ki_export.arithmetic.evaluator import Evaluator, Shelf
 from ki_export.arithmetic.readers import FileWeights
 from ki_export.arithmetic.session import SIXTEEN_BITS
-
-from .cutting import Segment, cut
-from .segments import SegmentPool, run_segments
+from ki_runtime.backends.ort import load, weight_layout
+from ki_runtime.backends.registry import SessionOptions
 
 Array = npt.NDArray[Any]
+FLOAT = onnx.TensorProto.FLOAT
+SAMPLED = ".sampled"
 # times the layer's largest output: below it an error is rounding, or that of the layers before it
 LAYER_BARS = {"float32": 2e-5, "int8": 0.5, "float16": 2e-2, "bfloat16": 0.2}
 LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Embedding, EmbeddingRows)
@@ -43,13 +45,39 @@ def first_wrong_layer(
         run()
     if bundle.manifest.precision in SIXTEEN_BITS:
         return _first_wrong_value(bundle, graph, feeds, expected, bar)
-    parts = cut(onnx.load(bundle.graph(graph), load_external_data=False))
-    segments = [part.with_outputs([name for name in _made(part) if name in expected]) for part in parts]
-    for made, segment in run_segments(segments, SegmentPool(bundle.path, budget=0), feeds):
-        for name in _made(segment):
-            if name in expected and name in made and not _close(made[name], *expected[name], bar):
-                return name
+    watched = _watched(bundle.graph(graph), {name: size for name, (size, _) in expected.items()})
+    options = SessionOptions(prepack=False)
+    layout = weight_layout(bundle, graph, options)
+    engine = load(watched.SerializeToString(), options, layout, folder=bundle.path)
+    names: list[str] = [value.name for value in watched.graph.output]
+    for name, given in zip(names, engine.run(names, dict(feeds)), strict=True):
+        layer = name.removesuffix(SAMPLED)
+        if not _close(given, expected[layer][1], bar):
+            return layer
     return None
+
+
+def _watched(path: Path, sizes: Mapping[str, int]) -> onnx.ModelProto:
+    """A graph that gives a sample of each float32 value among `sizes` (its number of elements), in order, alone.
+
+    Whole, the outputs of all layers of a large model would take gigabytes.
+    """
+    model = onnx.load(path, load_external_data=False)
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    floats = {v.name for v in (*inferred.value_info, *inferred.output) if v.type.tensor_type.elem_type == FLOAT}
+    made = [name for node in model.graph.node for name in node.output if name in floats and name in sizes]
+    numbers = {"all": -1, "start": 0, "stop": np.iinfo(np.int64).max, **{f"{prime}": prime for prime in PRIMES}}
+    model.graph.initializer.extend(
+        onnx.numpy_helper.from_array(np.array([number], np.int64), f"sampling.{name}")
+        for name, number in numbers.items()
+    )
+    del model.graph.output[:]
+    for name in made:
+        bounds = ["sampling.start", "sampling.stop", "", f"sampling.{stride(sizes[name])}"]
+        flatten = onnx.helper.make_node("Reshape", [name, "sampling.all"], [f"{name}.flat"])
+        model.graph.node.extend([flatten, onnx.helper.make_node("Slice", [f"{name}.flat", *bounds], [name + SAMPLED])])
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name + SAMPLED, FLOAT, None))
+    return model
 
 
 def _first_wrong_value(
@@ -61,7 +89,7 @@ def _first_wrong_value(
     def watch(node: ir.Node, _: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> None:
         for value, tensor in zip(node.outputs, outputs, strict=True):
             name = str(value.name)
-            if name in expected and not _close(tensor.float().numpy(), *expected[name], bar):
+            if name in expected and not _close(sample(tensor.float().numpy()), expected[name][1], bar):
                 wrong.append(name)
 
     evaluator = Evaluator(ir.load(bundle.graph(graph)).graph, Shelf(FileWeights(bundle.path)))
@@ -69,22 +97,21 @@ def _first_wrong_value(
     return wrong[0] if wrong else None
 
 
-def _made(segment: Segment) -> list[str]:
-    """The values that a segment computes, in order."""
-    return [str(name) for node in segment.model.graph.node for name in node.output]
-
-
-def _close(given: Array, size: int, expected: Array, bar: float) -> bool:
-    if given.size != size:
+def _close(given: Array, expected: Array, bar: float) -> bool:
+    if given.shape != expected.shape:
         return False
-    error = float(np.abs(sample(given) - expected).max(initial=0.0))
+    error = float(np.abs(given - expected).max(initial=0.0))
     return error <= bar * max(1.0, float(np.abs(expected).max(initial=0.0)))
 
 
 def sample(values: Array) -> Array:
     """Every value of a small array, flat; of a large one every p-th, p prime so that no column is left out."""
-    step = next((prime for prime in PRIMES if values.size <= prime * SAMPLES), PRIMES[-1])
-    return values.reshape(-1)[::step].copy()
+    return values.reshape(-1)[:: stride(values.size)].copy()
+
+
+def stride(size: int) -> int:
+    """The p of `sample`, for an array of `size` values."""
+    return next((prime for prime in PRIMES if size <= prime * SAMPLES), PRIMES[-1])
 
 
 @contextmanager

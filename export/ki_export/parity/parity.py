@@ -12,21 +12,22 @@ from ki_edge.bundle.witness import WITNESS, read_witness
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import ArgumentError, ParityError
 from ki_edge.policy.contract import PolicyContract
-from ki_edge.progress import Progress, peak_memory
+from ki_edge.proc import peak_memory
+from ki_edge.progress import Progress
 from ki_export.arithmetic.session import SIXTEEN_BITS
 from ki_export.precision.ranges_report import read_ranges
 from ki_export.source.provenance import tool_versions
-from ki_export.weights.changed import changed_weights
+from ki_export.weights.differences import differing_weights
 from ki_runtime.backends.registry import choose_backend
 from ki_runtime.policy.decode import read_tokenizer
-from ki_runtime.policy.proof import proving_facts
+from ki_runtime.policy.proof import proving_environment
 
 from .bars import measure
 from .cases import Case, compact_cases, engine_cases, standard_cases
 from .comparison import RUNTIME, Comparison, compare
 from .diagnosis import explain, summary
+from .pair import Method, ParityPair, choose_method, open_engine, open_pair
 from .report import to_json, write_report
-from .sides import Method, Sides, choose_method, open_engine, open_sides
 from .witnessing import call_witness, limits
 
 MAX_PROMPT = 200  # tokens, where neither contract nor checkpoint says: π0.5's
@@ -36,7 +37,7 @@ CHANGED_WEIGHTS = "changed_weights"
 Say = Callable[[str], object]
 
 
-Then = Callable[[Sides, Comparison, Progress], None]
+Then = Callable[[ParityPair, Comparison, Progress], None]
 
 
 def prove(writer: BundleWriter, bundle: Bundle, checkpoint: Checkpoint, say: Say) -> Bundle:
@@ -46,8 +47,8 @@ def prove(writer: BundleWriter, bundle: Bundle, checkpoint: Checkpoint, say: Say
     """
     start = time.perf_counter()
 
-    def keep_witness(sides: Sides, comparison: Comparison, progress: Progress) -> None:
-        witness, found = call_witness(sides, comparison, progress)
+    def keep_witness(pair: ParityPair, comparison: Comparison, progress: Progress) -> None:
+        witness, found = call_witness(pair, comparison, progress)
         comparison.measurements += found
         witness.write(writer.folder / WITNESS)
 
@@ -58,9 +59,8 @@ def prove(writer: BundleWriter, bundle: Bundle, checkpoint: Checkpoint, say: Say
     write_report(writer.folder, comparison, facts, read_ranges(bundle.path))
     report = to_json(comparison, {})
     verdict = {key: report[key] for key in ("verified", "reference", "method", "cases", "worst")}
-    # 16-bit bundles are proven in exact arithmetic, and streamed ones in pieces: by no engine as the runtime opens it
-    if bundle.manifest.precision not in SIXTEEN_BITS and comparison.method == "resident":
-        verdict["proven_by"] = proving_facts(choose_backend("ort").setting(bundle, tuple(bundle.manifest.graphs)))
+    if bundle.manifest.precision not in SIXTEEN_BITS:  # those are proven in exact arithmetic, by no engine
+        verdict["proven_by"] = proving_environment(choose_backend("ort").setting(bundle, tuple(bundle.manifest.graphs)))
     peak = peak_memory()
     memory = "" if peak is None else f", peak memory {peak / 1e9:.1f} GB"
     say(f"verified, model {comparison.method} ({time.perf_counter() - start:.1f} s{memory})")
@@ -80,7 +80,7 @@ def compare_with_checkpoint(
 ) -> Comparison:
     """Cases of every kind against the PyTorch model; `explanation` tells of the first failure.
 
-    `method`: whether both sides are held whole or in pieces; None: as size of model and memory demand. `backend`: what
+    `method`: whether the model is held whole or streamed; None: as its size and the memory demand. `backend`: what
     computes the bundle, proven or not; None: ONNX Runtime on the CPU, and 16-bit bundles exactly in their types.
     `then`: what is done with both sides while they are open, if every bar holds.
     """
@@ -93,21 +93,21 @@ def compare_with_checkpoint(
     progress, method = Progress(say), method or choose_method(checkpoint.config)
     if backend is not None:
         return _compare_engine(bundle, checkpoint, method, progress, backend)
-    sides = open_sides(bundle, checkpoint, method, progress)
-    cases = _prepare(sides, checkpoint)
-    comparison = compare(sides, cases, progress)
+    pair = open_pair(bundle, checkpoint, method, progress)
+    cases = _prepare(pair, checkpoint)
+    comparison = compare(pair, cases, progress)
     comparison.reference = f"the PyTorch model of checkpoint {checkpoint.path.resolve().name}"
-    if CHANGED_WEIGHTS in sides.bars:
+    if CHANGED_WEIGHTS in pair.bars:
         with progress.stage("comparing all weights"):
-            changed = len(changed_weights(bundle, checkpoint))
-        found = measure("the weights file", RUNTIME, CHANGED_WEIGHTS, changed, 0, bars=sides.bars)
+            changed = len(differing_weights(bundle, checkpoint))
+        found = measure("the weights file", RUNTIME, CHANGED_WEIGHTS, changed, 0, bars=pair.bars)
         comparison.measurements.append(found)
     if then is not None and not comparison.failures:
-        then(sides, comparison, progress)
+        then(pair, comparison, progress)
     if comparison.failures:
         with progress.stage("looking for the cause"):
-            model = sides.model
-            del sides  # and with it the graphs' memory
+            model = pair.model
+            del pair  # and with it the graphs' memory
             comparison.explanation = explain(comparison, bundle, checkpoint, model, cases)
     return comparison
 
@@ -116,9 +116,9 @@ def _compare_engine(
     bundle: Bundle, checkpoint: Checkpoint, method: Method, progress: Progress, backend: str
 ) -> Comparison:
     """The same cases, as far as a backend's engines take them."""
-    sides, chosen = open_engine(bundle, checkpoint, method, progress, backend)
+    pair, chosen = open_engine(bundle, checkpoint, method, progress, backend)
     cameras, tokens = limits(bundle.manifest)
-    comparison = compare(sides, engine_cases(_prepare(sides, checkpoint), cameras=cameras, max_prompt=tokens), progress)
+    comparison = compare(pair, engine_cases(_prepare(pair, checkpoint), cameras=cameras, max_prompt=tokens), progress)
     comparison.reference = f"the PyTorch model of checkpoint {checkpoint.path.resolve().name}, on backend {chosen.name}"
     if comparison.failures:
         worst, failed = comparison.worst, len(comparison.failures)
@@ -135,9 +135,9 @@ def report_facts(bundle: Bundle) -> dict[str, Any]:
     return {"provenance": manifest.provenance, "sampling": manifest.sampling, "tools": tool_versions()}
 
 
-def _prepare(sides: Sides, checkpoint: Checkpoint) -> list[Case]:
+def _prepare(pair: ParityPair, checkpoint: Checkpoint) -> list[Case]:
     """The cases of a bundle; tells the model which ids it may emit."""
-    bundle, model = sides.bundle, sides.model
+    bundle, model = pair.bundle, pair.model
     manifest = bundle.manifest
     contract = None if manifest.contract is None else PolicyContract.from_json(manifest.contract)
     settings = checkpoint.settings
@@ -152,6 +152,6 @@ def _prepare(sides: Sides, checkpoint: Checkpoint) -> list[Case]:
             fast = range(first, contract.fast.id_offset + 1)
             model.decode_ids = tuple(dict.fromkeys((*fast, *tokenizer.end_ids, tokenizer.eos_id)))
     config, steps = manifest.config, manifest.sampling["num_steps"]
-    if sides.method == "streamed":
+    if pair.method == "streamed":
         return compact_cases(config, cameras=cameras, num_steps=steps, forced=forced)
     return standard_cases(config, cameras=cameras, max_prompt=int(prompt), num_steps=steps, forced=forced)

@@ -15,7 +15,7 @@ from ki_edge.model import Observation, load_model
 from ki_edge.policy.transforms import InputPipeline, ModelInputs, OutputPipeline, pad_last
 from ki_export.policies import PolicyRequest
 from ki_export.source.examination import examine
-from ki_export.source.opening import Where
+from ki_export.source.opening import CheckpointRef
 
 
 class ReferencePolicy:
@@ -24,8 +24,8 @@ class ReferencePolicy:
     It takes a checkpoint of any format; `request` gives what it does not record. CheckpointError if a part is missing.
     """
 
-    def __init__(self, checkpoint: str | Path | Where, request: PolicyRequest | None = None) -> None:
-        where = checkpoint if isinstance(checkpoint, Where) else Where(str(checkpoint))
+    def __init__(self, checkpoint: str | Path | CheckpointRef, request: PolicyRequest | None = None) -> None:
+        where = checkpoint if isinstance(checkpoint, CheckpointRef) else CheckpointRef(str(checkpoint))
         examined = examine(where, request or PolicyRequest())
         opened, files = examined.checkpoint, examined.files()
         assert files is not None  # None is for the model alone

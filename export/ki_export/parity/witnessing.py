@@ -23,28 +23,28 @@ from .bars import FAST_TIE, FLOAT32, WITNESS, Measurement, measure
 from .cases import Array, Case, compact_companions, twin
 from .comparison import DIRECTION, RUNTIME, Answer, Comparison, observe
 from .diagnosis import summary
-from .sides import Sides
+from .pair import ParityPair
 
 CAMERAS, TOKENS = 3, 200  # that engines of a bundle without a contract are built for
 
 
-def call_witness(sides: Sides, comparison: Comparison, progress: Progress) -> tuple[Witness, list[Measurement]]:
+def call_witness(pair: ParityPair, comparison: Comparison, progress: Progress) -> tuple[Witness, list[Measurement]]:
     """The witness of a bundle that passed, and what its own engine makes of the observations that were added.
 
     ParityError if that misses a bar.
     """
-    manifest = sides.bundle.manifest
+    manifest = pair.bundle.manifest
     cameras, tokens = limits(manifest)
     suitable = [answer for answer in comparison.answers if _fits(answer.case, cameras, tokens)]
     first = suitable[0]
-    config = sides.model.config
-    if sides.method == "streamed":
+    config = pair.model.config
+    if pair.method == "streamed":
         more = compact_companions(config, first.case, cameras=cameras, max_prompt=tokens)
     else:
         more = twin(config, first.case)
-    with progress.stage("the witness", sides.steps(config.vision.depth + config.backbone.depth)):
-        actions, found = _answer(sides, more)
-    fast = _continuation(manifest, first, bool(sides.model.decode_ids)) if sides.has_fast else None
+    with progress.stage("the witness", pair.steps(config.vision.depth + config.backbone.depth)):
+        actions, found = _answer(pair, more)
+    fast = _continuation(manifest, first, bool(pair.model.decode_ids)) if pair.has_fast else None
     answers = [(answer.case, answer.actions) for answer in suitable] + [(more, actions)]
     return _gather(manifest, fast, answers), found
 
@@ -63,15 +63,15 @@ def _fits(case: Case, cameras: int, tokens: int) -> bool:
 
 
 @torch.no_grad()
-def _answer(sides: Sides, case: Case) -> tuple[Array, list[Measurement]]:
+def _answer(pair: ParityPair, case: Case) -> tuple[Array, list[Measurement]]:
     """The reference's actions f32 [B,H,A]; ParityError if the proving engine's are not those."""
-    convention = sides.bundle.manifest.sampling["time_convention"]
+    convention = pair.bundle.manifest.sampling["time_convention"]
     noise, steps = torch.from_numpy(case.noise), case.num_steps
-    trace = denoise_trace(sides.model, observe(case), noise=noise, num_steps=steps, time_convention=convention)
+    trace = denoise_trace(pair.model, observe(case), noise=noise, num_steps=steps, time_convention=convention)
     expected = trace[-1].numpy()
-    given = sides.sampler.sample_actions(*case.inputs, state=case.state, noise=case.noise, num_steps=steps)
-    names = [name for name in ("actions", DIRECTION) if name in sides.bars]
-    found = [measure(case.name, RUNTIME, name, given, expected, bars=sides.bars) for name in names]
+    given = pair.sampler.sample_actions(*case.inputs, state=case.state, noise=case.noise, num_steps=steps)
+    names = [name for name in ("actions", DIRECTION) if name in pair.bars]
+    found = [measure(case.name, RUNTIME, name, given, expected, bars=pair.bars) for name in names]
     failed = next((m for m in found if not m.passed), None)
     if failed is not None:
         raise ParityError(f"{summary(failed)}; of the witness, though all cases passed: a bar is too close to rounding")

@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 
 from .cleanup import clean_up
-from .sites import VALUES, sites
+from .products import VALUES, matrix_products
 
 OPSET = 23
 CASTS = ("Cast",)
@@ -26,7 +26,7 @@ def fuse_attention(model: ir.Model) -> int:
 
     ValueError if a mask is not one that is added to the scores.
     """
-    found = sites(model.graph)
+    found = matrix_products(model.graph)
     rows = {site.name: int(site.weight.shape[0]) for site in found if site.weight is not None and site.weight.shape}  # type: ignore[arg-type]
     fused = 0
     for site in [site for site in found if site.name.endswith(f".{VALUES}")]:

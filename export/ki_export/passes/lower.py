@@ -13,7 +13,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from .cleanup import clean_up
-from .sites import EMBEDDING, sites
+from .products import EMBEDDING, matrix_products
 
 MOVES = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Identity")
 FLOAT = ir.DataType.FLOAT
@@ -26,7 +26,7 @@ def lower(model: ir.Model, dtype: ir.DataType, kept: Callable[[str], bool]) -> s
     and outputs keep their types.
     """
     lowering = _Lowering(model.graph, dtype)
-    for site in [site for site in sites(model.graph) if not kept(site.name)]:
+    for site in [site for site in matrix_products(model.graph) if not kept(site.name)]:
         lowering.product(site.node, site.weight)
     table = model.graph.initializers.get(f"{EMBEDDING}.weight")
     if table is not None and not kept(EMBEDDING):

@@ -42,7 +42,7 @@ class Int8Weight:
 
 
 @dataclass(frozen=True)
-class Rows:
+class QuantizedActivation:
     """A quantised activation: uint8 [rows, in], scale f32 [] of its largest row, what each row has of it [rows, 1]."""
 
     values: ir.Value
@@ -101,7 +101,7 @@ class _Quantizer:
 
     def __init__(self, graph: ir.Graph) -> None:
         self._graph = graph
-        self._rows: dict[ir.Value, Rows] = {}
+        self._rows: dict[ir.Value, QuantizedActivation] = {}
         self._zeros: dict[str, ir.Value] = {}  # by the number of rows
         self._shared: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # a product: itself before its shares, the shares
 
@@ -125,7 +125,7 @@ class _Quantizer:
             value.type, value.shape = output.type, output.shape
         ir.convenience.replace_nodes_and_values(self._graph, gemm, [gemm], steps.nodes, [output], [y])
 
-    def _quantize(self, steps: _Steps, x: ir.Value) -> Rows:
+    def _quantize(self, steps: _Steps, x: ir.Value) -> QuantizedActivation:
         deferred = self._defer_shares(x)
         last = steps.constant([-1], np.int64)
         largest = steps.add("ReduceMax", x, last, keepdims=0)
@@ -135,7 +135,7 @@ class _Quantizer:
         values = steps.add("QuantizeLinear", x, scales, self._zeros_for(steps, x, scales), axis=0)
         scale = steps.add("ReduceMax", scales, keepdims=0)
         shares = steps.add("Unsqueeze", steps.add("Div", scales, scale), last)
-        return Rows(values, scale, shares if deferred is None else steps.add("Mul", shares, deferred))
+        return QuantizedActivation(values, scale, shares if deferred is None else steps.add("Mul", shares, deferred))
 
     def _zeros_for(self, steps: _Steps, x: ir.Value, scales: ir.Value) -> ir.Value:
         """Zero points uint8 [rows]: one vector for all activations of so many rows."""

@@ -13,12 +13,12 @@ import numpy as np
 import onnx_ir as ir
 
 from .cleanup import clean_up
-from .sites import sites
+from .products import matrix_products
 
 
 def rescale(model: ir.Model, factors: Mapping[str, int]) -> None:
     """Multiply the result of each product in `factors` (site -> k) by 2^k, before its bias is added."""
-    for site in sites(model.graph):
+    for site in matrix_products(model.graph):
         exponent = factors.get(site.name, 0)
         if exponent:
             _multiply(model.graph, site.node, exponent)

@@ -4,13 +4,13 @@ A format records some of the contract; the rest is given by name or file. What n
 export.
 """
 
-from .facts import PolicyFacts, describe_policy, read_policy
+from .description import PolicyDescription, describe_policy, read_policy
 from .files import PolicyFiles
 from .request import PolicyRequest
 from .vocabulary import decode_vocabulary, has_fast_head
 
 __all__ = [
-    "PolicyFacts",
+    "PolicyDescription",
     "PolicyFiles",
     "PolicyRequest",
     "decode_vocabulary",

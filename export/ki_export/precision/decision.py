@@ -10,16 +10,15 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ki_edge.dtypes import PRECISIONS
 from ki_edge.errors import ArgumentError, ExportError
 from ki_export.passes.lower import lower
+from ki_export.passes.products import EMBEDDING, matrix_products
 from ki_export.passes.rescale import rescale
-from ki_export.passes.sites import EMBEDDING, sites
-from ki_export.weights.weights import Form, Rows
+from ki_export.weights.weights import StorageFormat, TensorSlice
 
 from .ranges import LARGEST, MARGIN, SMALL, Audit, Range
 
-TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
-STORED = {"fp16": "F16", "bf16": "BF16"}  # as safetensors calls them
 DOWN = ".down_proj"
 UP = ".up_proj"
 SHARE = 0.25  # of the products' weights that may stay float32 before float16 is pointless
@@ -139,25 +138,27 @@ def apply(decision: Decision, models: Mapping[str, ir.Model]) -> set[str]:
     low = set()
     for model in models.values():
         rescale(model, decision.factors)
-        low |= lower(model, TYPES[decision.precision], decision.kept.__contains__)
+        low |= lower(model, ir.DataType(PRECISIONS[decision.precision].onnx), decision.kept.__contains__)
     return low
 
 
-def forms(decision: Decision, low: set[str], origins: Mapping[str, Mapping[str, Rows]]) -> dict[str, Form]:
+def forms(
+    decision: Decision, low: set[str], origins: Mapping[str, Mapping[str, TensorSlice]]
+) -> dict[str, StorageFormat]:
     """Checkpoint key -> how the weights file stores it, of the initializers that are 16-bit or divided."""
     found = {}
     for rows_of in origins.values():
         for name, rows in rows_of.items():
             exponent = decision.exponents.get(name.removesuffix(".weight"), 0)
             if name in low:
-                found[rows.key] = Form(STORED[decision.precision], exponent)
+                found[rows.key] = StorageFormat(PRECISIONS[decision.precision].stored, exponent)
             elif exponent:
-                found[rows.key] = Form("F32", exponent)
+                found[rows.key] = StorageFormat("F32", exponent)
     return found
 
 
 def _chosen(patterns: Sequence[str], models: Mapping[str, ir.Model]) -> dict[str, str]:
-    names = list(dict.fromkeys(site.name for model in models.values() for site in sites(model.graph)))
+    names = list(dict.fromkeys(site.name for model in models.values() for site in matrix_products(model.graph)))
     kept: dict[str, str] = {}
     for pattern in patterns:
         found = [name for name in names if fnmatchcase(name, pattern)]
@@ -173,7 +174,7 @@ def _chosen(patterns: Sequence[str], models: Mapping[str, ir.Model]) -> dict[str
 def _check(decision: Decision, models: Mapping[str, ir.Model]) -> None:
     weights = {}
     for model in models.values():
-        for site in sites(model.graph):
+        for site in matrix_products(model.graph):
             if site.weight is not None and site.weight.shape is not None:
                 weights[str(site.weight.name)] = site.name, math.prod(site.weight.shape.numpy())
     total = sum(size for _, size in weights.values())

@@ -22,8 +22,8 @@ from ki_edge.bundle import DecodeVocabulary
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.checkpoints.layout.keys import EMBEDDING as EMBEDDING_KEY
 from ki_edge.errors import ExportError
-from ki_export.passes.sites import EMBEDDING, sites
-from ki_export.weights.weights import Rows
+from ki_export.passes.products import EMBEDDING, matrix_products
+from ki_export.weights.weights import TensorSlice
 
 from .calibration import Calibration
 from .rehearsal import Rehearsal
@@ -132,7 +132,7 @@ class Audit:
 def audit(
     checkpoint: Checkpoint,
     models: Mapping[str, ir.Model],
-    origins: Mapping[str, Mapping[str, Rows]],
+    origins: Mapping[str, Mapping[str, TensorSlice]],
     vocabulary: DecodeVocabulary,
     observed: Calibration,
     say: Callable[[str], object] = lambda _: None,
@@ -170,7 +170,7 @@ class _Watch:
         self._ranges: dict[ir.Node, Range] = {}
         self._unseen: dict[ir.Node, int] = {}  # elements of their weights that have not passed yet
         self._weight: Tensor | None = None  # the last one, or part of one, which all observations share
-        for site in sites(graph):
+        for site in matrix_products(graph):
             key = (str(graph.name), site.name)
             self._ranges[site.node] = result.ranges.setdefault(key, Range(site.name, str(graph.name)))
             shape = site.weight.shape if site.weight is not None else None

@@ -14,7 +14,7 @@ from ki_edge import flow, graphs
 from ki_edge.checkpoints import Checkpoint
 from ki_export.arithmetic.evaluator import Evaluator, Shelf, Watch
 from ki_export.arithmetic.readers import CheckpointWeights
-from ki_export.weights.weights import Rows
+from ki_export.weights.weights import TensorSlice
 
 from .calibration import Observed
 
@@ -34,7 +34,7 @@ class Rehearsal:
         self,
         checkpoint: Checkpoint,
         models: Mapping[str, ir.Model],
-        origins: Mapping[str, Mapping[str, Rows]],
+        origins: Mapping[str, Mapping[str, TensorSlice]],
         budget: int,
         exponents: Mapping[str, int] | None = None,
     ) -> None:

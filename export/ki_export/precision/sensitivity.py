@@ -20,8 +20,8 @@ from ki_edge import graphs
 from ki_edge.bundle import DecodeVocabulary
 from ki_edge.checkpoints import Checkpoint
 from ki_export.graphs.tracing import pack, quiet, unpack
-from ki_export.passes.sites import sites
-from ki_export.weights.weights import Rows, sources
+from ki_export.passes.products import matrix_products
+from ki_export.weights.weights import TensorSlice, sources
 
 from .calibration import Observed
 from .decision import Decision, apply
@@ -88,7 +88,7 @@ def _groups(models: Mapping[str, ir.Model], decision: Decision) -> dict[str, int
     """Weights of each group."""
     found: dict[str, dict[str, int]] = {}
     for model in models.values():
-        for site in sites(model.graph):
+        for site in matrix_products(model.graph):
             if site.name in decision.kept:
                 continue
             shape = site.weight.shape if site.weight is not None else None
@@ -106,7 +106,7 @@ def _actions(
 ) -> list[Tensor]:
     """Actions with only the groups `lowered` in 16 bits; all in float32 without a decision."""
     models = {name: unpack(data) for name, data in packed.items()}
-    origins: dict[str, Mapping[str, Rows]] = {name: sources(model, vocabulary) for name, model in models.items()}
+    origins: dict[str, Mapping[str, TensorSlice]] = {name: sources(model, vocabulary) for name, model in models.items()}
     exponents: Mapping[str, int] = {}
     if decision is not None:
         alone = _only(decision, models, lowered)
@@ -118,7 +118,7 @@ def _actions(
 
 
 def _only(decision: Decision, models: Mapping[str, ir.Model], lowered: tuple[str, ...]) -> Decision:
-    names = {site.name for model in models.values() for site in sites(model.graph)}
+    names = {site.name for model in models.values() for site in matrix_products(model.graph)}
     kept = {name: "not looked at" for name in names if group_of(name) not in lowered}
 
     def of(exponents: Mapping[str, int]) -> dict[str, int]:

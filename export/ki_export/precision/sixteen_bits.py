@@ -16,7 +16,7 @@ from ki_edge.errors import ExportError
 from ki_edge.files.writing import write_file
 from ki_export.graphs.tracing import quiet
 from ki_export.policies import PolicyFiles
-from ki_export.weights.weights import Form, sources
+from ki_export.weights.weights import StorageFormat, sources
 
 from .calibration import SYNTHETIC, Calibration, calibration
 from .decision import Decision, apply, decide, forms
@@ -49,7 +49,7 @@ class Lowered:
 
     decision: Decision
     audit: Audit | None
-    forms: Mapping[str, Form]
+    forms: Mapping[str, StorageFormat]
     costs: tuple[Cost, ...] = ()
 
     def write(self, folder: Path) -> None:
@@ -89,7 +89,7 @@ def lower_models(
     tensors = checkpoint.source.tensors
     for key in flow.modulation_weights(checkpoint.config):  # of the runtime alone, which widens them
         if key not in read:
-            stored[key] = Form(tensors[key].dtype)
+            stored[key] = StorageFormat(tensors[key].dtype)
     return Lowered(decision, found, stored, tuple(costs))
 
 

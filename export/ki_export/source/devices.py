@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ki_edge.config import GemmaConfig, Pi05Config
+from ki_edge.checkpoints.layout.counts import count_weights
+from ki_edge.config import Pi05Config
 
 
 @dataclass(frozen=True)
@@ -45,22 +46,17 @@ class Stage:
 
 def stages(config: Pi05Config, *, cameras: int, prompt: int, steps: int) -> tuple[Stage, ...]:
     """Vision, prefix and denoising of one inference with `cameras` present and a prompt of `prompt` tokens."""
-    vision, backbone, expert = config.vision, config.backbone, config.expert
-    tokens, horizon = cameras * vision.patches + prompt, config.action_horizon + config.has_state
-    tower = vision.depth * (4 * vision.width**2 + 2 * vision.width * vision.mlp_dim)
-    attention = 4 * vision.patches**2 * vision.width * vision.depth
-    live = backbone_weights(backbone)
-    heads = backbone.num_heads * backbone.head_dim
-    action = expert.depth * layer_weights(expert)
+    count, vision, backbone, expert = count_weights(config), config.vision, config.backbone, config.expert
+    patches, heads = vision.patches, backbone.num_heads * backbone.head_dim
+    tokens, horizon = cameras * patches + prompt, config.action_horizon + config.has_state
+    tower, live, action = (part.matrices for part in (count.vision, count.backbone, count.expert))
+    seeing = 2.0 * tower * patches + 4 * patches**2 * vision.width * vision.depth
+    reading = 2.0 * live * tokens + 4.0 * tokens**2 * heads * (backbone.depth - 1)
+    acting = 2.0 * action * horizon + 4.0 * horizon * (tokens + horizon) * heads * expert.depth
     return (
-        Stage("vision", tower, cameras * (2.0 * tower * vision.patches + attention)),
-        Stage("prefix", live, 2.0 * live * tokens + 4.0 * tokens**2 * heads * (backbone.depth - 1)),
-        Stage(
-            "denoise",
-            action,
-            2.0 * action * horizon + 4.0 * horizon * (tokens + horizon) * heads * expert.depth,
-            steps,
-        ),
+        Stage("vision", tower, cameras * seeing),
+        Stage("prefix", live, reading),
+        Stage("denoise", action, acting, steps),
     )
 
 
@@ -69,15 +65,3 @@ def floor_ms(stage: Stage, device: Device, weight_bytes: int) -> float:
     peak = device.peak16 if weight_bytes == 2 else device.peak8
     seconds = max(stage.operations / (1e12 * peak), weight_bytes * stage.weights / (1e9 * device.bandwidth))
     return 1e3 * stage.runs * seconds
-
-
-def layer_weights(config: GemmaConfig) -> int:
-    """Weights of the matrices of one transformer layer."""
-    query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return config.width * (2 * query + 2 * kv + 3 * config.mlp_dim)
-
-
-def backbone_weights(config: GemmaConfig) -> int:
-    """Weights that the prefix reads: of the last layer only K and V reach the action expert."""
-    kv = config.num_kv_heads * config.head_dim
-    return (config.depth - 1) * layer_weights(config) + 2 * config.width * kv

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.checkpoints.layout.geometry import read_horizon
 from ki_edge.errors import CheckpointError
-from ki_export.policies import PolicyFacts, PolicyFiles, PolicyRequest, describe_policy
+from ki_export.policies import PolicyDescription, PolicyFiles, PolicyRequest, describe_policy
 from ki_export.policies.native import CONTRACT, read_contract
 from ki_export.policies.request import Given, missing_horizon, read_given
 
-from .opening import Say, Where, open_checkpoint
+from .opening import CheckpointRef, Say, open_checkpoint
 
 PLACEHOLDER = 50  # a horizon to read the geometry of a checkpoint that does not record its own
 # flag -> how it is written in the command that gives what is missing
@@ -37,7 +37,7 @@ class Examination:
     """`policy` is None for the model alone. `missing`: a sentence each; empty if an export can start."""
 
     checkpoint: Checkpoint
-    policy: PolicyFacts | None
+    policy: PolicyDescription | None
     missing: tuple[str, ...]
     command: str  # that gives what is missing
     horizon_from: str | None  # what tells the horizon; None: the geometry holds a placeholder
@@ -54,7 +54,7 @@ class Examination:
 
 
 def examine(
-    where: Where, request: PolicyRequest, say: Say = lambda _: None, *, model_only: bool = False
+    where: CheckpointRef, request: PolicyRequest, say: Say = lambda _: None, *, model_only: bool = False
 ) -> Examination:
     """Open a checkpoint and check it with its policy. Only headers, JSON files and assets are read.
 
@@ -78,7 +78,7 @@ def examine(
     return Examination(checkpoint, policy, policy.missing, _command(where, request, (), policy.missing), horizon_from)
 
 
-def _with_horizon(checkpoint: Checkpoint, where: Where, given: Given | None) -> tuple[Checkpoint, str | None]:
+def _with_horizon(checkpoint: Checkpoint, where: CheckpointRef, given: Given | None) -> tuple[Checkpoint, str | None]:
     """The checkpoint with its horizon, and what tells it; None if nothing does."""
     if read_horizon(checkpoint.settings) is not None:
         return checkpoint, "config.json"
@@ -94,7 +94,7 @@ def _with_horizon(checkpoint: Checkpoint, where: Where, given: Given | None) -> 
     return replace(checkpoint, config=replace(checkpoint.config, action_horizon=horizon)), source
 
 
-def _command(where: Where, request: PolicyRequest, extra: Sequence[str], missing: Sequence[str]) -> str:
+def _command(where: CheckpointRef, request: PolicyRequest, extra: Sequence[str], missing: Sequence[str]) -> str:
     """The export with what was given, and a placeholder for everything that is missing."""
     given = {
         "--revision": where.revision,

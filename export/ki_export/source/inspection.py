@@ -12,14 +12,15 @@ from math import prod
 from typing import Any
 
 from ki_edge.checkpoints import Checkpoint
-from ki_edge.checkpoints.layout.keys import EMBEDDING, parameter_shapes
+from ki_edge.checkpoints.layout.counts import count_weights
+from ki_edge.checkpoints.layout.keys import parameter_shapes
 from ki_edge.config import Pi05Config
 from ki_edge.policy.contract import Camera
 from ki_export.policies import PolicyRequest
 
 from .devices import DEVICES, Device, Stage, floor_ms, stages
 from .examination import PLACEHOLDER, Examination, examine
-from .opening import Say, Where
+from .opening import CheckpointRef, Say
 
 CASES = ((2, 30), (3, 200))  # cameras present, tokens of the prompt
 STEPS = 10
@@ -27,7 +28,9 @@ CELL = 40  # characters of a table cell
 TYPES = {"fp32": 4, "16 bit": 2, "8 bit": 1}
 
 
-def inspect(where: Where, request: PolicyRequest, say: Say = lambda _: None, *, model_only: bool = False) -> Inspection:
+def inspect(
+    where: CheckpointRef, request: PolicyRequest, say: Say = lambda _: None, *, model_only: bool = False
+) -> Inspection:
     """What a checkpoint is. The errors of `examine` for what is wrong; what is merely missing is listed."""
     return Inspection(examine(where, request, say, model_only=model_only))
 
@@ -88,10 +91,9 @@ class Inspection:
 
 
 def memory(config: Pi05Config, width: int) -> int:
-    """Bytes of the weights that acting maps, at `width` bytes each: those it reads, and the whole embedding table."""
-    shapes = parameter_shapes(config)
-    live = sum(stage.weights for stage in stages(config, cameras=1, prompt=1, steps=1))
-    return width * (live + prod(shapes[EMBEDDING]))
+    """Bytes of the matrices that acting maps, at `width` bytes a number: those it reads, and the whole embedding."""
+    count = count_weights(config)
+    return width * (count.vision + count.embedding + count.backbone + count.expert).matrices
 
 
 def _model_lines(found: Mapping[str, Any], config: Pi05Config) -> list[str]:

@@ -15,7 +15,7 @@ Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
-class Where:
+class CheckpointRef:
     """`name`: folder or ORG/NAME. `revision` of a repository: branch, tag or commit; it is recorded as a commit.
 
     `base`: folder or ORG/NAME under an adapter, instead of the one that the adapter names. `horizon`: actions of a
@@ -28,7 +28,9 @@ class Where:
     horizon: int | None = None
 
 
-def open_checkpoint(where: Where, say: Say = lambda _: None, *, default_horizon: int | None = None) -> Checkpoint:
+def open_checkpoint(
+    where: CheckpointRef, say: Say = lambda _: None, *, default_horizon: int | None = None
+) -> Checkpoint:
     """Fetch if need be, and open. CheckpointError for what does not exist or is no checkpoint.
 
     `default_horizon`: of a checkpoint that does not record it, if `where` has none.

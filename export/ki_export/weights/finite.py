@@ -9,10 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.checkpoints import TensorSource
-from ki_edge.checkpoints.layout.source import WIDTHS
+from ki_edge.dtypes import FLOATS
 from ki_edge.errors import ExportError
 
-EXPONENT = {"BF16": 0x7F80, "F16": 0x7C00}  # all of these bits are set in infinities and NaN
 PIECE = 1 << 24  # bytes
 
 
@@ -25,11 +24,11 @@ def check_finite(source: TensorSource, keys: Iterable[str]) -> None:
             continue
         for start in range(0, tensor.nbytes, PIECE):
             raw = tensor.place.index.read(tensor.place.name, start, min(start + PIECE, tensor.nbytes))
-            raw = raw[: raw.size - raw.size % WIDTHS[tensor.dtype]]
+            raw = raw[: raw.size - raw.size % FLOATS[tensor.dtype].nbytes]
             if tensor.dtype == "F32":
                 good = _finite(raw.view("<f4"))
             else:
-                bits = EXPONENT[tensor.dtype]
+                bits = FLOATS[tensor.dtype].exponent
                 good = not bool(((raw.view("<u2") & bits) == bits).any())
             if not good:
                 _refuse(key)

@@ -20,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from ki_edge.dtypes import STORED
 from ki_edge.errors import ExportError
 from ki_edge.files.writing import writing
 
 ALIGNMENT = 64  # of the first tensor, in bytes
 WAITING = 4  # pieces that may wait to be hashed
-BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1}
 COPY = 1 << 26  # bytes at once
 
 
@@ -40,7 +40,7 @@ class Part:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * BYTES[self.dtype]
+        return math.prod(self.shape) * STORED[self.dtype].nbytes
 
 
 def write_tensors(path: Path, parts: Sequence[Part], metadata: Mapping[str, str]) -> str:

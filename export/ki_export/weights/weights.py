@@ -21,6 +21,7 @@ from ki_edge.bundle import DecodeVocabulary
 from ki_edge.checkpoints import Checkpoint, TensorSource
 from ki_edge.checkpoints.layout.keys import EMBEDDING, checkpoint_key
 from ki_edge.checkpoints.layout.source import encode
+from ki_edge.dtypes import STORED
 from ki_edge.errors import ExportError
 from ki_edge.files.safetensors_index import SafetensorsIndex
 from ki_export.graphs.wrappers import UNEMBEDDING, runs
@@ -32,17 +33,11 @@ from .shared_file import link_file, own_file
 
 WEIGHTS = "weights.safetensors"
 LARGEST_F16 = 65504.0
-ONNX_TYPES = {
-    "F32": ir.DataType.FLOAT,
-    "BF16": ir.DataType.BFLOAT16,
-    "F16": ir.DataType.FLOAT16,
-    "I8": ir.DataType.INT8,
-}
 Stored = Literal["float32", "stored"]  # types in the file: all float32, or as the checkpoint stores them
 
 
 @dataclass(frozen=True)
-class Form:
+class StorageFormat:
     """How a tensor is stored: safetensors' name of the type, values divided by 2^exponent."""
 
     dtype: str = "F32"
@@ -50,7 +45,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Rows:
+class TensorSlice:
     """Where an initializer's values come from: a checkpoint tensor, or `count` of its rows from `first` on."""
 
     key: str
@@ -71,7 +66,7 @@ class Weights:
     sha256: str | None = None
 
 
-def sources(model: ir.Model, vocabulary: DecodeVocabulary) -> dict[str, Rows]:
+def sources(model: ir.Model, vocabulary: DecodeVocabulary) -> dict[str, TensorSlice]:
     """The origin of every initializer of a traced graph that has no value yet."""
     parts = runs(vocabulary)
     found = {}
@@ -79,9 +74,9 @@ def sources(model: ir.Model, vocabulary: DecodeVocabulary) -> dict[str, Rows]:
         if value.const_value is None:
             if name.startswith(UNEMBEDDING):
                 first, count = parts[int(name.removeprefix(UNEMBEDDING))]
-                found[name] = Rows(EMBEDDING, first, count)
+                found[name] = TensorSlice(EMBEDDING, first, count)
             else:
-                found[name] = Rows(checkpoint_key(name))
+                found[name] = TensorSlice(checkpoint_key(name))
     return found
 
 
@@ -93,7 +88,7 @@ def place_weights(
     stored: Stored = "float32",
     pack: bool = False,
     link: bool = False,
-    forms: Mapping[str, Form] | None = None,
+    forms: Mapping[str, StorageFormat] | None = None,
 ) -> Weights:
     """Put weights.safetensors into `folder`, holding at least the checkpoint keys `used`. ExportError if it cannot.
 
@@ -119,7 +114,7 @@ def place_weights(
     return Weights(SafetensorsIndex(path), {key: key for key in keys}, "packed" if same else "converted", digest)
 
 
-def attach(model: ir.Model, origins: Mapping[str, Rows], weights: Weights) -> None:
+def attach(model: ir.Model, origins: Mapping[str, TensorSlice], weights: Weights) -> None:
     """Point every initializer of `origins` to its bytes in the weights file. Nothing is read."""
     for name, rows in origins.items():
         value = model.graph.initializers[name]
@@ -127,14 +122,15 @@ def attach(model: ir.Model, origins: Mapping[str, Rows], weights: Weights) -> No
         shape = entry.shape if rows.count is None else (rows.count, *entry.shape[1:])
         if value.shape is None or tuple(value.shape) != shape:
             raise ExportError(f"graph {model.graph.name}: '{name}' is {value.shape}, but its weights are {list(shape)}")
-        if value.dtype is not None and value.dtype != ONNX_TYPES[entry.dtype]:
+        dtype = ir.DataType(STORED[entry.dtype].onnx)
+        if value.dtype is not None and value.dtype != dtype:
             raise ExportError(f"graph {model.graph.name}: '{name}' is {value.dtype}, but its weights are {entry.dtype}")
         row = entry.nbytes // entry.shape[0]
         value.const_value = ir.ExternalTensor(
             WEIGHTS,
             offset=entry.offset + rows.first * row,
             length=shape[0] * row,
-            dtype=ONNX_TYPES[entry.dtype],
+            dtype=dtype,
             shape=ir.Shape(shape),
             name=name,
             base_dir=weights.index.path.parent,
@@ -154,7 +150,7 @@ def _names_in_one_file(source: TensorSource, keys: Iterable[str], stored: Stored
     return names
 
 
-def _parts(source: TensorSource, keys: Iterable[str], stored: Stored, forms: Mapping[str, Form]) -> list[Part]:
+def _parts(source: TensorSource, keys: Iterable[str], stored: Stored, forms: Mapping[str, StorageFormat]) -> list[Part]:
     """The tensors of the weights file: as the checkpoint stores them, widened, rounded, or quantised."""
     weights, parts = Int8Weights(source), []
     for key in _in_file_order(source, keys):
@@ -183,7 +179,7 @@ def _stored(source: TensorSource, key: str) -> Iterator[npt.NDArray[np.uint8]]:
         yield encode(values, source.tensors[key].dtype)
 
 
-def _formed(source: TensorSource, key: str, form: Form) -> Iterator[npt.NDArray[np.uint8]]:
+def _formed(source: TensorSource, key: str, form: StorageFormat) -> Iterator[npt.NDArray[np.uint8]]:
     """A tensor's bytes in its form. ExportError if a value does not fit the type."""
     factor = np.float32(2.0**-form.exponent)
     for values in finite_pieces(key, source.pieces(key)):

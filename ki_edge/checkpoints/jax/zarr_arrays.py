@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ki_edge.dtypes import FLOATS
 from ki_edge.errors import CheckpointError
 
 from .values import Value, database_values, file_value
@@ -31,8 +32,7 @@ STREAM = 1 << 24  # bytes of a chunk, decompressed
 READ = 1 << 20  # compressed bytes read at once
 MAX_STREAMS = 256
 MAX_CHUNKS = 100_000  # of an array
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-STORED = {"F32": "<f4", "BF16": "<u2", "F16": "<f2"}  # numpy has no bfloat16: its bits
+DTYPES = {dtype.name: dtype.stored for dtype in FLOATS.values()}
 SMALL = {
     "cache_pool": {"total_bytes_limit": 1 << 24},
     "data_copy_concurrency": {"limit": 1},
@@ -117,7 +117,7 @@ class StoredArray:
             raise CheckpointError(
                 f"{store.folder}: a chunk of '{name}' {list(self.chunk)} is larger than the whole array"
             )
-        self.streamed = math.prod(self.chunk) * np.dtype(STORED[self.dtype]).itemsize > STREAM and _streamable(metadata)
+        self.streamed = math.prod(self.chunk) * FLOATS[self.dtype].nbytes > STREAM and _streamable(metadata)
         self.inner = store.driver == "zarr3" and metadata["codecs"][0]["name"] == "sharding_indexed"
 
     def chunks(self) -> Iterator[str]:
@@ -140,12 +140,12 @@ class StoredArray:
             if self.streamed:
                 return self._streamed(index, start, stop)
             values = self.array[(*index, slice(start, stop))].read().result()
-            return np.ascontiguousarray(values).view(STORED[self.dtype])
+            return np.ascontiguousarray(values).view(FLOATS[self.dtype].numpy)
         raise AssertionError  # errors() never swallows one
 
     def _streamed(self, index: tuple[int, ...], start: int, stop: int) -> Array:
         """Each chunk holds one contiguous run of the part: leading indices, rows, then all of its other axes."""
-        axis, dtype = len(index), np.dtype(STORED[self.dtype])
+        axis, dtype = len(index), np.dtype(FLOATS[self.dtype].numpy)
         out = np.empty((stop - start, *self.shape[axis + 1 :]), dtype)
         rows, others = self.chunk[axis], self.chunk[axis + 1 :]
         size = math.prod(others) * dtype.itemsize  # of a row in a chunk

@@ -14,13 +14,14 @@ from .source import StoredTensor, TensorSource
 
 HEAD_DIMS = {2048: 256, 1024: 256, 64: 16}  # width of gemma_2b, gemma_300m, dummy -> head_dim
 VISION_HEADS = 16  # of SigLIP so400m
-GEOMETRY = "tiny"  # block of config.json that says what shapes cannot: the split into heads
+GEOMETRY = "head_sizes"  # block of config.json that says what shapes cannot: the split into heads
+EARLIER = "tiny"  # its name in checkpoints of earlier versions
 HORIZONS = ("action_horizon", "chunk_size")  # openpi, LeRobot
 
 
 def read_geometry(source: TensorSource, settings: Mapping[str, Any], horizon: int) -> Pi05Config:
     """The configuration of the model that a source holds. CheckpointError, which does not name the folder."""
-    tensors, given = source.tensors, settings.get(GEOMETRY) or source.geometry
+    tensors, given = source.tensors, settings.get(GEOMETRY) or settings.get(EARLIER) or source.geometry
     variant = _variant(tensors)
     try:
         patch = _shape(tensors, VISION + "embeddings.patch_embedding.weight")

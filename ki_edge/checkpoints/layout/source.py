@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ki_edge.dtypes import FLOATS
 from ki_edge.errors import CheckpointError
 from ki_edge.files.safetensors_index import SafetensorsIndex
 
 F32 = npt.NDArray[np.float32]
 PIECE = 1 << 22  # elements of one piece, 16 MB
-WIDTHS = {"F32": 4, "BF16": 2, "F16": 2}  # bytes an element of the types that a weight may have
 FileState = tuple[int, int, int, int]  # device, inode, size, time of the last change
 
 
@@ -57,7 +57,7 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         """Bytes in the stored type."""
-        return self.elements * WIDTHS[self.dtype]
+        return self.elements * FLOATS[self.dtype].nbytes
 
 
 class TensorSource(ABC):

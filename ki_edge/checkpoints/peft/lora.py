@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from ki_edge.checkpoints.layout.keys import EMBEDDING, LM_HEAD, UNUSED, canonical
-from ki_edge.checkpoints.layout.source import F32, WIDTHS, SafetensorsSource, StoredTensor, TensorSource
+from ki_edge.checkpoints.layout.source import F32, SafetensorsSource, StoredTensor, TensorSource
+from ki_edge.dtypes import FLOATS
 from ki_edge.errors import CheckpointError
 from ki_edge.files.safetensors_index import SafetensorsIndex
 
@@ -166,9 +167,9 @@ def _sort(adapter: SafetensorsSource) -> tuple[dict[str, Module], dict[str, str]
     modules: dict[str, Module] = {}
     full: dict[str, str] = {}
     for stored, tensor in adapter.tensors.items():
-        if tensor.dtype not in WIDTHS or 0 in tensor.shape or not tensor.shape:
+        if tensor.dtype not in FLOATS or 0 in tensor.shape or not tensor.shape:
             where = f"{adapter.files[0]}: '{stored}' is {tensor.dtype}{list(tensor.shape)}"
-            raise CheckpointError(f"{where}, expected weights in {', '.join(WIDTHS)}")
+            raise CheckpointError(f"{where}, expected weights in {', '.join(FLOATS)}")
         name = stored.removeprefix(PREFIX)
         if match := PART.fullmatch(name):
             part = match["part"] + (".bias" if match["kind"] == "bias" else "")

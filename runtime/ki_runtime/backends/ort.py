@@ -22,13 +22,14 @@ import numpy as np
 
 from ki_edge import graphs
 from ki_edge.bundle import Bundle
+from ki_edge.dtypes import BY_NAME
 from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_edge.graphs import Dim, GraphSpec, TensorSpec
+from ki_edge.proc import cpu_info
 
 from .registry import GraphOpener, SessionOptions, Setting
 from .session import Binding, Buffer, HostBuffer, Session, first_line
 
-ELEMENT_TYPES = {"uint8": "uint8", "bool": "bool", "int32": "int32", "float32": "float"}
 ERRORS_ONLY = 3
 VECTOR_UNITS = (
     *("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16"),
@@ -76,17 +77,13 @@ class OrtSession(Session):
         layout: WeightLayout | None = None,
     ) -> None:
         super().__init__(spec, sizes)
-        ort = onnxruntime()
-        layout = layout or WeightLayout()
-        engine = _engine_options(options, layout)
-        off = ["ConstantFolding"] if layout.widened else None
         try:
-            self._session = ort.InferenceSession(
-                path, engine, providers=["CPUExecutionProvider"], disabled_optimizers=off
-            )
+            self._session = load(path, options, layout or WeightLayout())
+        except ArgumentError:
+            raise
         except Exception as error:
             raise BackendError(
-                f"onnxruntime {ort.__version__} cannot load {path}: {first_line(error)}; "
+                f"onnxruntime {onnxruntime().__version__} cannot load {path}: {first_line(error)}; "
                 "check the bundle with --verify, or upgrade onnxruntime"
             ) from error
         check_signature(path, spec.inputs, self._session.get_inputs(), sizes)
@@ -118,18 +115,33 @@ def connect(bundle: Bundle, package: str, options: SessionOptions) -> GraphOpene
 
 def setting(bundle: Bundle, package: str, names: Sequence[str]) -> Setting:
     """Results depend on the engine's version and on the processor, whose kernels it chooses."""
-    facts = {"onnxruntime": str(onnxruntime().__version__), "processor": processor()}
-    return Setting(facts, bundle.path / "engines" / "ort")
+    environment = {"onnxruntime": str(onnxruntime().__version__), "processor": processor()}
+    return Setting(environment, bundle.path / "engines" / "ort")
 
 
 def open_session(bundle: Bundle, graph: GraphSpec, options: SessionOptions) -> OrtSession:
     """Load one graph of a bundle on the CPU."""
-    manifest = bundle.manifest
-    sizes = graphs.sizes(manifest.config, len(manifest.vocabulary.ids))
-    widened = manifest.weights.get("types") == "stored"
-    packed = manifest.precision == "int8" or (graph.name == graphs.DENOISE.name and not widened)
-    layout = WeightLayout(packed if options.prepack is None else options.prepack, widened)
-    return OrtSession(bundle.graph(graph.name), graph, sizes, options, layout)
+    sizes = graphs.sizes(bundle.manifest.config, len(bundle.manifest.vocabulary.ids))
+    return OrtSession(bundle.graph(graph.name), graph, sizes, options, weight_layout(bundle, graph.name, options))
+
+
+def weight_layout(bundle: Bundle, graph: str, options: SessionOptions) -> WeightLayout:
+    """How one graph of a bundle uses its weights."""
+    widened = bundle.manifest.weights.get("types") == "stored"
+    packed = bundle.manifest.precision == "int8" or (graph == graphs.DENOISE.name and not widened)
+    return WeightLayout(packed if options.prepack is None else options.prepack, widened)
+
+
+def load(model: Path | bytes, options: SessionOptions, layout: WeightLayout, folder: Path | None = None) -> Any:
+    """The engine's session of a graph file, or of a graph in memory whose weights are files in `folder`.
+
+    The engine's own errors, of many types; ArgumentError for a wrong number of threads.
+    """
+    engine = _engine_options(options, layout)
+    if folder is not None:
+        engine.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    off = ["ConstantFolding"] if layout.widened else None
+    return onnxruntime().InferenceSession(model, engine, providers=["CPUExecutionProvider"], disabled_optimizers=off)
 
 
 def check_signature(path: Path, wanted: Sequence[TensorSpec], found: Sequence[Any], sizes: Mapping[str, int]) -> None:
@@ -140,7 +152,7 @@ def check_signature(path: Path, wanted: Sequence[TensorSpec], found: Sequence[An
     for tensor, arg in zip(wanted, found, strict=True):
         dims = tensor.resolve(sizes)
         fits = len(arg.shape) == len(dims) and all(map(_same_dim, dims, arg.shape))
-        if not fits or arg.type != f"tensor({ELEMENT_TYPES[tensor.dtype]})":
+        if not fits or arg.type != f"tensor({BY_NAME[tensor.dtype].ort})":
             raise BundleError(
                 f"{path}: '{tensor.name}' is {arg.type}{arg.shape}, expected {tensor.dtype}{list(dims)}: "
                 "the graph does not belong to this manifest; export the checkpoint again"
@@ -182,24 +194,16 @@ def _add_bytes_exactly(engine: Any) -> None:
     is several times slower and which it would take on every CPU if told to.
     """
     x86 = platform.machine() in ("x86_64", "AMD64")
-    if x86 and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(_cpu_info("flags").split()):
+    if x86 and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(cpu_info("flags").split()):
         engine.add_session_config_entry("session.x64quantprecision", "1")
 
 
 def processor() -> str:
     """Architecture, model and vector units of this machine's processor: what engines choose their kernels by."""
     names = ("model name", "cpu family", "model", "CPU implementer", "CPU part")
-    model = " ".join(found for name in names if (found := _cpu_info(name))) or platform.processor()
-    units = sorted(set(VECTOR_UNITS) & set((_cpu_info("flags") or _cpu_info("Features")).split()))
+    model = " ".join(found for name in names if (found := cpu_info(name))) or platform.processor()
+    units = sorted(set(VECTOR_UNITS) & set((cpu_info("flags") or cpu_info("Features")).split()))
     return " ".join([platform.machine(), model, *units])
-
-
-def _cpu_info(name: str) -> str:
-    """A line's value of the kernel's description of the first processor that has it; empty without one."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
-    found = next((line for line in lines if line.split(":")[0].strip() == name), "")
-    return found.partition(":")[2].strip()
 
 
 def _ort_value(buffer: Buffer) -> Any:

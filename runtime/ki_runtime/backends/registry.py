@@ -43,12 +43,13 @@ class Unproven(str):
 
 @dataclass(frozen=True)
 class Setting:
-    """What computes a bundle's graphs: `facts` are all that its results depend on, versions, hashes, devices by name.
+    """What computes a bundle's graphs: `environment`: all that its results depend on, versions, hashes, devices by
+    name.
 
     `folder`: where verdicts on it lie, which may not exist yet.
     """
 
-    facts: Mapping[str, str]
+    environment: Mapping[str, str]
     folder: Path
 
 
@@ -127,7 +128,7 @@ class Backend:
         """What computes the graphs of these names here. BackendError if their engines do not exist."""
         with self._failing():
             found: Setting = import_module(self.module).setting(bundle, self.package, names)
-        return Setting({"backend": self.name, **found.facts}, found.folder)
+        return Setting({"backend": self.name, **found.environment}, found.folder)
 
     @contextmanager
     def _failing(self) -> Iterator[None]:

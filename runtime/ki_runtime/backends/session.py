@@ -80,9 +80,9 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a session was made of: facts that tell it from every other, and the folder where it lies."""
+    """What a session was made of: environment that tell it from every other, and the folder where it lies."""
 
-    facts: Mapping[str, str]
+    environment: Mapping[str, str]
     folder: Path
 
 

@@ -11,9 +11,8 @@ from ki_edge.errors import BackendError, KiEdgeError
 from ki_runtime.gpu.device import Device
 from ki_runtime.trt.api import Api
 from ki_runtime.trt.engines import ACTING, FAST, default_graphs
-from ki_runtime.trt.graph_file import GraphFile, read_graph
 from ki_runtime.trt.memory import OVERHEAD, needed
-from ki_runtime.trt.requirements import check_graph
+from ki_runtime.trt.requirements import GraphFacts, check_graph, graph_facts
 from ki_runtime.trt.selection import EngineSet, build_command, look
 
 from .finding import Finding
@@ -27,10 +26,10 @@ NAME, ENGINES = "bundle", "engines"
 
 @dataclass(frozen=True)
 class Contents:
-    """An opened bundle, its graphs as their files say, and what they need."""
+    """An opened bundle, its graphs as the manifest says, and what they need."""
 
     bundle: Bundle
-    graphs: Mapping[str, GraphFile]
+    graphs: Mapping[str, GraphFacts]
     needs: Needs
 
     @property
@@ -67,7 +66,7 @@ def read_contents(folder: Path) -> Contents:
     """Open a bundle; BundleError if it is damaged."""
     bundle = Bundle.open(folder)
     manifest = bundle.manifest
-    graphs = {name: read_graph(bundle.graph(name)) for name in manifest.graphs}
+    graphs = {name: graph_facts(bundle, name) for name in manifest.graphs}
     return Contents(bundle, graphs, needs(manifest.config, len(manifest.vocabulary.ids), manifest.precision))
 
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
-from ki_edge.checkpoints.layout.keys import BACKBONE, EMBEDDING, EXPERT, parameter_shapes
+from ki_edge.checkpoints.layout.counts import graph_bytes
 from ki_edge.config import GemmaConfig, Pi05Config
+from ki_edge.dtypes import BY_NAME
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 CAMERAS, PROMPT, FAST_TOKENS = 3, 200, 256  # the largest case that is counted
 F32 = 4
 
@@ -54,8 +53,8 @@ class Needs:
 
 def needs(config: Pi05Config, decode_rows: int, precision: str) -> Needs:
     """Of a policy in a precision of the manifest. `decode_rows`: columns of the FAST logits, 0 without FAST."""
-    low = BYTES[precision]
-    sizes = weights(config, decode_rows, low)
+    low = BY_NAME[precision].nbytes
+    sizes = graph_bytes(config, decode_rows, low)
     tokens = CAMERAS * config.vision.patches + PROMPT
     horizon = config.action_horizon + config.has_state
     cache = 2 * config.backbone.depth * config.backbone.num_kv_heads * config.backbone.head_dim * F32
@@ -66,26 +65,6 @@ def needs(config: Pi05Config, decode_rows: int, precision: str) -> Needs:
         "fast_decode": (_layer(config.backbone, 4, tokens + FAST_TOKENS, low), tokens + FAST_TOKENS),
     }
     return Needs({name: GraphMemory(size, layers[name][0], cache * layers[name][1]) for name, size in sizes.items()})
-
-
-def weights(config: Pi05Config, decode_rows: int, low: int) -> dict[str, int]:
-    """Bytes of each graph's weights, matrices at `low` bytes a number and vectors in float32."""
-    last = f"{BACKBONE}layers.{config.backbone.depth - 1}."
-    dead = tuple(last + name for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.", "post_attention"))
-    found = {"prefix": 0, "denoise": 0, "fast_decode": decode_rows * config.backbone.width * low}
-    for key, shape in parameter_shapes(config).items():
-        size = prod(shape) * (low if len(shape) > 1 else F32)
-        if key.startswith((EXPERT, "action_in", "action_out", "action_time", "state_")):
-            hoisted = ".dense." in key or "action_time_mlp_in" in key
-            found["denoise"] += 0 if hoisted else size
-        elif key.startswith("time_"):
-            continue  # the runtime's own, on the host
-        else:
-            found["prefix"] += 0 if key.startswith((*dead, BACKBONE + "norm")) else size
-            found["fast_decode"] += size if key.startswith((BACKBONE, EMBEDDING)) else 0
-    if not decode_rows:
-        del found["fast_decode"]
-    return found
 
 
 def _layer(config: GemmaConfig, tokens: int, keys: int, low: int) -> int:

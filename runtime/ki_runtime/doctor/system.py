@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ki_runtime.trt.memory import available_memory
+from ki_edge.proc import MEMINFO, parse_sizes, with_swap
 
 from .finding import Finding
 from .host import Host
@@ -95,12 +95,12 @@ def check_power(host: Host) -> Finding:
 
 def check_memory(host: Host) -> tuple[Memory | None, Finding]:
     """Of the host. Where the GPU shares it, models and engines' builds live in it."""
-    text = host.read("/proc/meminfo")
+    text = host.read(MEMINFO)
     if text is None:
-        return None, Finding("warning", "memory", "unknown: /proc/meminfo cannot be read", "use Linux")
-    values = {name: 1024 * int(size) for name, size in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
+        return None, Finding("warning", "memory", f"unknown: {MEMINFO} cannot be read", "use Linux")
+    values = parse_sizes(text)
     total, available, swap_total = (values.get(name, 0) for name in ("MemTotal", "MemAvailable", "SwapTotal"))
-    memory = Memory(total, available, swap_total, available_memory(text))
+    memory = Memory(total, available, swap_total, with_swap(values))
     swap = f"swap {memory.swap / 1e9:.1f} GB" if memory.swap else "no swap"
     return memory, Finding(
         "ok", "memory", f"{memory.total / 1e9:.1f} GB, {memory.available / 1e9:.1f} GB available, {swap}"

@@ -12,7 +12,7 @@ from .cuda import DEVICE, Cuda
 KERNEL_MODULE = Path("/proc/driver/nvidia/version")
 
 
-def gpu_facts(cuda: Cuda) -> dict[str, str]:
+def gpu_environment(cuda: Cuda) -> dict[str, str]:
     """The GPU by name, compute capability and serial identity, and its driver. BackendError if there is none."""
     device = cuda.device()
     return {

@@ -31,7 +31,7 @@ from ki_runtime.gpu.device import check_precision
 
 from .buffers import DeviceBuffer, Gpu, owned
 from .cuda import Cuda
-from .identity import gpu_facts
+from .identity import gpu_environment
 
 PROVIDER = "CUDAExecutionProvider"
 LIBRARIES = ("nvidia-cudnn", "nvidia-cublas", "nvidia-cufft", "nvidia-curand", "nvidia-cuda-runtime")
@@ -71,7 +71,7 @@ def connect(bundle: Bundle, package: str, options: SessionOptions) -> GraphOpene
 
 def setting(bundle: Bundle, package: str, names: Sequence[str]) -> Setting:
     """Results depend on the engine's version, on the libraries whose kernels it calls, on the GPU and on its driver."""
-    facts = {"onnxruntime": str(onnxruntime().__version__), "libraries": _kernels(), **gpu_facts(Cuda.load())}
+    facts = {"onnxruntime": str(onnxruntime().__version__), "libraries": _kernels(), **gpu_environment(Cuda.load())}
     return Setting(facts, bundle.path / "engines" / "ort-cuda")
 
 

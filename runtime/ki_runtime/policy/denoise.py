@@ -19,6 +19,7 @@ import numpy.typing as npt
 from ki_edge import flow
 from ki_edge.bundle import Bundle
 from ki_edge.config import Pi05Config
+from ki_edge.dtypes import FLOATS
 from ki_edge.errors import BackendError, BundleError, DeviceMemoryError
 from ki_runtime.backends.session import Binding, Buffer, Session, Storage
 
@@ -26,7 +27,6 @@ from .prefix import Prefix
 
 F32 = npt.NDArray[np.float32]
 MAX_TABLES = 4
-FLOATS = ("F32", "BF16", "F16")  # types that the runtime computes a modulation from
 TensorReader = Callable[[str], npt.NDArray[np.floating[Any]]]
 
 

@@ -62,13 +62,13 @@ class Prover:
         if not has_witness(self.bundle.manifest):
             return Unproven(without_witness(self.bundle))
         setting = self._setting(part, sampler)
-        facts = facts_of(self.bundle, setting, self.options.record)
-        found = verdicts.find(part, facts, setting.folder)
-        if found is None and proven_by(self.bundle) == proving_facts(setting):
+        environment = environment_of(self.bundle, setting, self.options.record)
+        found = verdicts.find(part, environment, setting.folder)
+        if found is None and proven_by(self.bundle) == proving_environment(setting):
             return AT_EXPORT
         if found is None:
             self.options.say(f"{self.backend.name}: runs the bundle's witness, once, before its first {_WORDS[part]}")
-            found = self._judge(part, sampler, facts, setting)
+            found = self._judge(part, sampler, environment, setting)
         if not found.passed:
             raise BackendError(refusal(self.backend.name, found, self.bundle))
         return f"proven here on {found.date[:10]}: {found.figures()}"
@@ -76,7 +76,7 @@ class Prover:
     def repeat(self, part: str, sampler: Sampler) -> Verdict:
         """Run the witness whatever was found before, and write the verdict down."""
         setting = self._setting(part, sampler)
-        return self._judge(part, sampler, facts_of(self.bundle, setting, self.options.record), setting)
+        return self._judge(part, sampler, environment_of(self.bundle, setting, self.options.record), setting)
 
     def _setting(self, part: str, sampler: Sampler) -> Setting:
         """What computes this part: the engines that the sampler has loaded, whatever lies on the disk by now."""
@@ -85,16 +85,19 @@ class Prover:
         loaded = [session.loaded for session in found if session is not None and session.loaded is not None]
         if not loaded:
             return setting
-        facts = {**setting.facts, **{key: value for each in loaded for key, value in each.facts.items()}}
-        return Setting(facts, loaded[0].folder)
+        environment = {
+            **setting.environment,
+            **{key: value for each in loaded for key, value in each.environment.items()},
+        }
+        return Setting(environment, loaded[0].folder)
 
-    def _judge(self, part: str, sampler: Sampler, facts: Mapping[str, str], setting: Setting) -> Verdict:
+    def _judge(self, part: str, sampler: Sampler, environment: Mapping[str, str], setting: Setting) -> Verdict:
         witness = read_witness(self.bundle)
         if sha256(self.bundle.file(WITNESS)) != self.bundle.manifest.files[WITNESS].get("sha256"):
             raise BundleError(f"{self.bundle.path}: '{WITNESS}' has changed since the export; copy the bundle again")
         rounds = 1 if self.backend.device == "CPU" else ROUNDS  # nothing is recorded on a CPU
         rows = examine(sampler, witness, rounds) if part == ACTIONS else [continued(sampler, witness, rounds)]
-        found = Verdict(part, facts, datetime.now(timezone.utc).isoformat(timespec="seconds"), tuple(rows))
+        found = Verdict(part, environment, datetime.now(timezone.utc).isoformat(timespec="seconds"), tuple(rows))
         if part == ACTIONS and found.passed and not self._replayed(sampler):
             return found  # it says nothing of records, so it is not written down
         if verdicts.keep(found, setting.folder) is None:
@@ -141,8 +144,8 @@ def _written(bundle: Bundle, backend: Backend, part: str) -> Verdict | str:
         setting = backend.setting(bundle, GRAPHS[part])
     except BackendError:  # its engines do not exist
         return ""
-    found = verdicts.find(part, facts_of(bundle, setting), setting.folder)
-    return found or (AT_EXPORT if proven_by(bundle) == proving_facts(setting) else "")
+    found = verdicts.find(part, environment_of(bundle, setting), setting.folder)
+    return found or (AT_EXPORT if proven_by(bundle) == proving_environment(setting) else "")
 
 
 def examine(sampler: Sampler, witness: Witness, rounds: int = ROUNDS) -> list[Row]:
@@ -174,12 +177,12 @@ def continued(sampler: Sampler, witness: Witness, rounds: int = ROUNDS) -> Row:
     return Row(witness.describe(fast.row), float(wrong[0]), float(max(wrong)), 0.0)
 
 
-def proving_facts(setting: Setting) -> dict[str, str]:
+def proving_environment(setting: Setting) -> dict[str, str]:
     """What an engine is recorded by in the bundle that it proved."""
-    return {"ki-edge": own_version(), **setting.facts}
+    return {"ki-edge": own_version(), **setting.environment}
 
 
-def facts_of(bundle: Bundle, setting: Setting, record: bool | None = None) -> dict[str, str]:
+def environment_of(bundle: Bundle, setting: Setting, record: bool | None = None) -> dict[str, str]:
     """Everything that a verdict holds for: witness, weights and graphs, what computes them, and this version."""
     manifest = bundle.manifest
     names = (str(manifest.weights["file"]), *(bundle.graph(name).name for name in sorted(manifest.graphs)))
@@ -190,12 +193,12 @@ def facts_of(bundle: Bundle, setting: Setting, record: bool | None = None) -> di
         "precision": manifest.precision,
         "ki-edge": own_version(),
         "CUDA graphs": {None: "as the backend does", True: "on", False: "off"}[record],
-        **setting.facts,
+        **setting.environment,
     }
 
 
 def proven_by(bundle: Bundle) -> Mapping[str, Any] | None:
-    """The facts of the backend that proved a bundle at its export; None if none of this machine's kind did."""
+    """The environment of the backend that proved a bundle at its export; None if none of this machine's kind did."""
     found = bundle.manifest.parity.get("proven_by")
     return found if isinstance(found, dict) and bundle.manifest.parity.get("verified") is True else None
 

@@ -1,7 +1,7 @@
 """What the witness found of an engine, as a record that is kept: figures, what they hold for, when they were taken.
 
-A record is one JSON file whose name is a hash of its facts, beside the engine it is about; in the user's cache where
-the bundle cannot be written; in this process alone where nothing can.
+A record is one JSON file whose name is a hash of its environment, beside the engine it is about; in the user's cache
+where the bundle cannot be written; in this process alone where nothing can.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`part`: "actions" or "fast". `facts`: everything that it holds for. `date`: UTC, ISO 8601."""
+    """`part`: "actions" or "fast". `environment`: everything that it holds for. `date`: UTC, ISO 8601."""
 
     part: str
-    facts: Mapping[str, str]
+    environment: Mapping[str, str]
     date: str
     rows: tuple[Row, ...] = field(default=())
 
@@ -76,7 +76,7 @@ class Verdict:
     @property
     def key(self) -> str:
         """Name of the record."""
-        return key_of(self.part, self.facts)
+        return key_of(self.part, self.environment)
 
     def figures(self) -> str:
         """One line: the observation closest to its bars, or the furthest beyond them."""
@@ -97,9 +97,9 @@ class Verdict:
     def to_json(self) -> dict[str, Any]:
         """As JSON values, `from_json` reads them. Infinity is written as a word."""
         rows = [{name: _plain(value) for name, value in row.__dict__.items()} for row in self.rows]
-        facts = dict(self.facts)
+        environment = dict(self.environment)
         head = {"schema": SCHEMA, "part": self.part, "passed": self.passed, "date": self.date}
-        return {**head, "facts": facts, "observations": rows}
+        return {**head, "environment": environment, "observations": rows}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], where: str) -> Verdict:
@@ -107,9 +107,9 @@ class Verdict:
         try:
             if content["schema"] != SCHEMA:
                 raise ValueError(f"schema {content['schema']!r:.20}")
-            facts = {str(name): str(value) for name, value in content["facts"].items()}
+            environment = {str(name): str(value) for name, value in content["environment"].items()}
             rows = tuple(_row(found) for found in content["observations"])
-            found = cls(str(content["part"]), facts, str(content["date"])[:40], rows)
+            found = cls(str(content["part"]), environment, str(content["date"])[:40], rows)
             if found.passed is not content["passed"]:
                 raise ValueError("its figures and its verdict disagree")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -119,11 +119,11 @@ class Verdict:
 
 def table(verdicts: Sequence[Verdict]) -> list[str]:
     """For people: what was compared with what, a line an observation, and the outcome."""
-    facts, lines = verdicts[0].facts, []
+    environment, lines = verdicts[0].environment, []
     about = ", ".join(
-        f"{name} {facts[name]}" for name in facts if name not in ("witness", "model", "backend", "GPU id")
+        f"{name} {environment[name]}" for name in environment if name not in ("witness", "model", "backend", "GPU id")
     )
-    lines.append(f"backend {facts['backend']}: {about}")
+    lines.append(f"backend {environment['backend']}: {about}")
     lines.append(f"{'observation':28} {'by steps':>9} {'recorded':>9} {'allowed':>9} {'cosine':>12} {'apart':>9}")
     for verdict in verdicts:
         for row in verdict.rows:
@@ -140,18 +140,18 @@ def table(verdicts: Sequence[Verdict]) -> list[str]:
     return lines
 
 
-def key_of(part: str, facts: Mapping[str, str]) -> str:
+def key_of(part: str, environment: Mapping[str, str]) -> str:
     """16 hexadecimal digits that stand for everything a verdict holds for."""
-    return hashlib.sha256(json.dumps([part, dict(facts)], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([part, dict(environment)], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def find(part: str, facts: Mapping[str, str], folder: Path) -> Verdict | None:
-    """The verdict on exactly these facts; None if there is none that can be read."""
-    key = key_of(part, facts)
+def find(part: str, environment: Mapping[str, str], folder: Path) -> Verdict | None:
+    """The verdict on exactly these environment; None if there is none that can be read."""
+    key = key_of(part, environment)
     for path in _places(folder, key):
         with suppress(BackendError):
             found = Verdict.from_json(read_object(path, BackendError, MOST_BYTES), str(path))
-            if (found.part, dict(found.facts)) == (part, dict(facts)):
+            if (found.part, dict(found.environment)) == (part, dict(environment)):
                 return found
     return _unwritten.get(key)
 

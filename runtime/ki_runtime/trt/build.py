@@ -22,11 +22,10 @@ from ki_runtime.gpu.device import Capability, Device, check_precision, describe_
 from .api import Api
 from .compiling import Settings, compile_graph
 from .engines import ACTING, FOLDER, RECORD, Engines, default_graphs, identify
-from .graph_file import GraphFile, read_graph
 from .identity import EngineFile, Identity
 from .memory import check_disk, check_memory, check_size, estimate
 from .profiles import profiles
-from .requirements import check_graph
+from .requirements import GraphFacts, check_graph, graph_facts
 from .selection import EngineSet, build_command, look
 from .targets import MODULES, capabilities_of, this_device
 from .trust import remember
@@ -145,7 +144,7 @@ def _build_folder(
     """Compile these graphs into one folder, all or nothing, unless they are there."""
     capabilities = capabilities_of(api, device, options.capabilities, lean=options.lean)
     check_precision(bundle.manifest.precision, capabilities)
-    graphs = {name: read_graph(bundle.graph(name)) for name in names}
+    graphs = {name: graph_facts(bundle, name) for name in names}
     shapes = profiles(bundle, options.batch)
     identity = identify(bundle, api, device, capabilities, profiles=shapes, graphs=names, lean=options.lean)
     folder = bundle.path / FOLDER / identity.key
@@ -180,7 +179,7 @@ def _compile(
     bundle: Bundle,
     api: Api,
     identity: Identity,
-    graphs: dict[str, GraphFile],
+    graphs: dict[str, GraphFacts],
     options: BuildOptions,
     folder: Path,
     say: Say,
@@ -196,7 +195,7 @@ def _compile(
     Engines(folder, identity, files).write()
 
 
-def _announce(api: Api, identity: Identity, graphs: dict[str, GraphFile], device: Device | None, say: Say) -> None:
+def _announce(api: Api, identity: Identity, graphs: dict[str, GraphFacts], device: Device | None, say: Say) -> None:
     where = identity.device or f"compute capability {describe_capabilities(identity.capabilities)}"
     cost = estimate(api, [graph.weight_bytes for graph in graphs.values()], device)
     say(f"compiling {', '.join(graphs)} with {api.title} for {where}: {cost}")

@@ -9,12 +9,12 @@ and its time are estimates.
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ki_edge.errors import BackendError
+from ki_edge.proc import MEMINFO, sizes, with_swap
 from ki_runtime.gpu.device import Device
 
 from .api import Api
@@ -59,7 +59,7 @@ def check_memory(api: Api, graph: str, weight_bytes: int, device: Device | None 
     `device`: the GPU it is compiled on, if there is one.
     """
     shared, gpu = (None, None) if device is None else (device.shared, device.memory)
-    have, need = available_memory(), needed(api, weight_bytes, shared=shared)
+    have, need = with_swap(sizes(MEMINFO)), needed(api, weight_bytes, shared=shared)
     if have is not None and have < need:
         raise BackendError(
             f"compiling {graph} ({weight_bytes / GB:.1f} GB of weights) needs about {need / GB:.1f} GB of memory, "
@@ -87,17 +87,3 @@ def check_size(graph: str, size: int, weight_bytes: int, precision: str, say: Ca
         raise BackendError(f"{found}: TensorRT fell back to float32, so it is neither as fast nor as small as promised")
     if times > WARN:
         say(f"{found}: TensorRT keeps some of them twice")
-
-
-def available_memory(meminfo: str | None = None) -> int | None:
-    """Bytes of memory and free swap that programs may still take; None where the system does not say.
-
-    `meminfo`: the text of /proc/meminfo, if it was read already.
-    """
-    if meminfo is None:
-        try:
-            meminfo = Path("/proc/meminfo").read_text(encoding="ascii", errors="replace")
-        except OSError:
-            return None
-    found = re.findall(r"^(?:MemAvailable|SwapFree):\s+(\d+) kB", meminfo, re.MULTILINE)
-    return sum(1024 * int(size) for size in found) if found else None

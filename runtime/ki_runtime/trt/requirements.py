@@ -6,10 +6,15 @@ RTX has its own version numbers and imports all of it.
 
 from __future__ import annotations
 
-from ki_edge.errors import BackendError
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ki_edge.bundle import Bundle
+from ki_edge.checkpoints.layout.counts import graph_bytes
+from ki_edge.dtypes import BY_NAME
+from ki_edge.errors import BackendError, BundleError
 
 from .api import Api
-from .graph_file import GraphFile
 
 # Operator -> first TensorRT that imports it; None: no version does.
 OPERATORS: dict[str, tuple[int, int] | None] = {
@@ -29,7 +34,29 @@ OPERATORS: dict[str, tuple[int, int] | None] = {
 OPSETS: tuple[tuple[int, tuple[int, int]], ...] = ((20, (10, 3)), (22, (10, 6)), (23, (10, 11)), (24, (10, 13)))
 
 
-def check_graph(api: Api, name: str, graph: GraphFile) -> None:
+@dataclass(frozen=True)
+class GraphFacts:
+    """What the manifest says of a graph; `weight_bytes`: at their declared types, of what is shared once."""
+
+    opset: int
+    operators: Sequence[str]
+    weight_bytes: int
+
+
+def graph_facts(bundle: Bundle, name: str) -> GraphFacts:
+    """Of a graph whose file was looked at. BundleError if it is damaged, or if the manifest does not tell."""
+    bundle.graph(name)
+    manifest, found = bundle.manifest, bundle.manifest.graphs[name]
+    if "opset" not in found or "ops" not in found:
+        raise BundleError(f"{bundle.path}: the manifest lacks the opset of graph {name}: export the checkpoint again")
+    size = found.get("weight_bytes")
+    if size is None:  # older exports did not count them
+        low = BY_NAME[manifest.precision].nbytes
+        size = graph_bytes(manifest.config, len(manifest.vocabulary.ids), low)[name]
+    return GraphFacts(found["opset"], found["ops"], size)
+
+
+def check_graph(api: Api, name: str, graph: GraphFacts) -> None:
     """BackendError naming the operator or opset of graph `name` that this TensorRT does not import, and the cure."""
     for operator in graph.operators:
         first = OPERATORS.get(operator, (0, 0))

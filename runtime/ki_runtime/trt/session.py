@@ -14,6 +14,7 @@ from typing import Any
 
 from ki_edge import graphs
 from ki_edge.bundle import Bundle
+from ki_edge.dtypes import BY_NAME
 from ki_edge.errors import BackendError
 from ki_edge.graphs import GraphSpec
 from ki_runtime.backends.registry import GraphOpener, SessionOptions, Setting
@@ -21,7 +22,7 @@ from ki_runtime.backends.session import Loaded
 from ki_runtime.gpu.buffers import Gpu
 from ki_runtime.gpu.cuda import Cuda
 from ki_runtime.gpu.device import check_precision
-from ki_runtime.gpu.identity import gpu_facts
+from ki_runtime.gpu.identity import gpu_environment
 
 from .api import Api
 from .bindings import TensorRTSession
@@ -29,8 +30,6 @@ from .build import ensure_engines, rebuild
 from .contexts import Scratch, refusing
 from .engines import ACTING, Engines
 from .selection import EngineSet, find
-
-ELEMENT_TYPES = {"uint8": "UINT8", "bool": "BOOL", "int32": "INT32", "float32": "FLOAT"}
 
 
 def obstacle(bundle: Bundle | None, package: str) -> str | None:
@@ -74,7 +73,7 @@ def setting(bundle: Bundle, package: str, names: Sequence[str]) -> Setting:
     engines = find(bundle, api, cuda.device(), names, trust=True)  # that was asked when they were loaded
     hashes = {key: value for name in names for key, value in engine_facts(engines.of[name], name).items()}
     folder = engines.path(names[0]).parent
-    return Setting({**hashes, api.name: api.version_text, **gpu_facts(cuda)}, folder)
+    return Setting({**hashes, api.name: api.version_text, **gpu_environment(cuda)}, folder)
 
 
 def engine_facts(engines: Engines, graph: str) -> dict[str, str]:
@@ -190,9 +189,9 @@ def check_signature(path: Path, spec: GraphSpec, engine: Any, sizes: Mapping[str
         facts = (engine.get_tensor_mode(name).name, engine.get_tensor_dtype(name).name)
         dims, shape = tensor.resolve(sizes), tuple(engine.get_tensor_shape(name))
         same = all(isinstance(want, str) or have in (-1, want) for want, have in zip(dims, shape, strict=False))
-        fits = facts == (mode, ELEMENT_TYPES[tensor.dtype]) and len(dims) == len(shape) and same
+        fits = facts == (mode, BY_NAME[tensor.dtype].trt) and len(dims) == len(shape) and same
         if not fits or engine.get_tensor_location(name).name != "DEVICE":
             raise BackendError(
                 f"{path}: '{name}' is {facts[0]} {facts[1]}{list(shape)}, expected {mode} "
-                f"{ELEMENT_TYPES[tensor.dtype]}{list(dims)}: the engine is not of this bundle; build it again"
+                f"{BY_NAME[tensor.dtype].trt}{list(dims)}: the engine is not of this bundle; build it again"
             )

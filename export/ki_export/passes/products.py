@@ -23,7 +23,7 @@ SCORES, VALUES = "scores", "values"
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class MatrixProduct:
     """One product. `weight`: its initializer [out, in], None for the products of an attention."""
 
     name: str
@@ -31,30 +31,30 @@ class Site:
     weight: ir.Value | None = None
 
 
-def sites(graph: ir.Graph) -> list[Site]:
+def matrix_products(graph: ir.Graph) -> list[MatrixProduct]:
     """The products that are worth a low precision, in their order.
 
     Left out, and so always float32, is what is small or ends in the actions: the patch embedding, the projections of
     actions, state and time. ValueError for a product that belongs to no known layer.
     """
-    found: list[Site] = []
+    found: list[MatrixProduct] = []
     for node in graph:
         if node.op_type == "Gemm":
             found += _linear(node)
         elif node.op_type == "MatMul":
-            found.append(Site(_attention(node), node))
+            found.append(MatrixProduct(_attention(node), node))
     return found
 
 
-def _linear(node: ir.Node) -> Iterator[Site]:
+def _linear(node: ir.Node) -> Iterator[MatrixProduct]:
     weight = node.inputs[1]
     if weight is None or not weight.is_initializer():
         return
     name = str(weight.name)
     if name.startswith((UNEMBEDDING, EMBEDDING)):
-        yield Site(EMBEDDING, node, weight)
+        yield MatrixProduct(EMBEDDING, node, weight)
     elif LINEAR.fullmatch(name.removesuffix(".weight")):
-        yield Site(name.removesuffix(".weight"), node, weight)
+        yield MatrixProduct(name.removesuffix(".weight"), node, weight)
 
 
 def _attention(node: ir.Node) -> str:

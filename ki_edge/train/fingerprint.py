@@ -21,10 +21,12 @@ FILES = ("images.npy", "state.npy", "actions.npy", "prompt.npy", "points.npy")
 META = ("cameras", "state_names", "action_names", "horizon", "frames", "prompts", "control_hz")
 INIT = "init"
 SHOWN = 4
-Facts = Mapping[str, Any]  # "group.name" -> a JSON value
+Fingerprint = Mapping[str, Any]  # "group.name" -> a JSON value
 
 
-def gather(data: Demonstrations, config: Pi05Config, settings: Mapping[str, Any], init: Facts | None) -> Facts:
+def gather(
+    data: Demonstrations, config: Pi05Config, settings: Mapping[str, Any], init: Fingerprint | None
+) -> Fingerprint:
     """Settings, geometry and demonstrations of a run; `init`: the digest of the weights that it starts from."""
     found: dict[str, Any] = {f"settings.{name}": value for name, value in settings.items()}
     found |= _flat("model", asdict(config))
@@ -33,13 +35,13 @@ def gather(data: Demonstrations, config: Pi05Config, settings: Mapping[str, Any]
     return {**found, **(init or {})}
 
 
-def differences(recorded: Facts, now: Facts) -> list[str]:
+def differences(recorded: Fingerprint, now: Fingerprint) -> list[str]:
     """What a resumed run would change, a sentence each. Starting weights count only where they are given again."""
     names = [name for name in {**recorded, **now} if name not in FREE and (name != INIT or name in now)]
     return [_say(name, recorded.get(name), now.get(name)) for name in names if recorded.get(name) != now.get(name)]
 
 
-def check_same(recorded: Facts, now: Facts, where: Path) -> None:
+def check_same(recorded: Fingerprint, now: Fingerprint, where: Path) -> None:
     """ArgumentError names what is not as it was."""
     if found := differences(recorded, now):
         more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
@@ -49,8 +51,8 @@ def check_same(recorded: Facts, now: Facts, where: Path) -> None:
         )
 
 
-def as_json(facts: Facts) -> Facts:
-    """Facts as they are read back: tuples become lists."""
+def as_json(facts: Fingerprint) -> Fingerprint:
+    """Fingerprint as they are read back: tuples become lists."""
     return dict(json.loads(json.dumps(facts)))
 
 
@@ -65,7 +67,7 @@ def digest_file(path: Path) -> str | None:
     return digest.hexdigest()
 
 
-def digest_weights(state: Mapping[str, Tensor]) -> Facts:
+def digest_weights(state: Mapping[str, Tensor]) -> Fingerprint:
     """The digest of starting weights."""
     digest = hashlib.sha256()
     for name in sorted(state):

@@ -34,7 +34,7 @@ HORIZON = ("action_horizon", "execute")
 
 
 @dataclass(frozen=True, eq=False)
-class PolicyFacts:
+class PolicyDescription:
     """What is known of a policy.
 
     `contract` is None while a part of it is missing; `values` are its fields as far as they are known, and `known` says
@@ -60,7 +60,7 @@ def describe_policy(
     request: PolicyRequest,
     *,
     horizon_from: str | None = "config.json",
-) -> PolicyFacts:
+) -> PolicyDescription:
     """What a checkpoint folder and a request tell of a policy. What is missing is listed, what is wrong is an error.
 
     `settings` is config.json, `format` a Format of `ki_edge.checkpoints.layout.formats`, `config` the model's geometry
@@ -93,7 +93,7 @@ def describe_policy(
     files = None
     if not missing and contract is not None and words is not None and tokenizer is not None:
         files = PolicyFiles(contract, words, tokenizer, record.statistics, codec, known)
-    return PolicyFacts(
+    return PolicyDescription(
         contract if horizon_known else None,
         values,
         known,

@@ -1,7 +1,7 @@
 """The two sides of a comparison: the bundle's graphs under ONNX Runtime (16-bit ones in exact arithmetic), and PyTorch.
 
-Small models are held whole on both sides. Of large ones both sides hold a few layers at a time: the model reads each
-layer's weights as it runs, the graphs run in segments.
+The graphs are opened as on a robot, weights mapped from the bundle's file. The model is held whole if it is small; a
+large one reads each layer's weights as it runs.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from ki_edge.checkpoints.layout.keys import parameter_shapes
 from ki_edge.config import Pi05Config
 from ki_edge.graphs import GraphSpec
 from ki_edge.model import PiModel, load_model
-from ki_edge.model.streaming import streamed
-from ki_edge.progress import Progress, available_memory
+from ki_edge.model.streaming import BUDGET, streamed
+from ki_edge.proc import available_memory
+from ki_edge.progress import Progress
 from ki_export.arithmetic.session import SIXTEEN_BITS, arithmetic_sessions
 from ki_runtime.backends.registry import Backend, SessionOptions, choose_backend, connect, open_session
 from ki_runtime.backends.session import Session
 from ki_runtime.policy.sampler import Sampler
 
 from .bars import Bar, bars_of
-from .segments import SegmentedSession, SegmentPool
 
 Array = npt.NDArray[Any]
 Method = Literal["resident", "streamed"]
-PASSING = 300_000_000  # bytes of the reference's weights in memory beside 16-bit graphs: its layers pass through
+PASSING = 300_000_000  # bytes of the reference's weights in memory beside others': its layers pass through
 RESIDENT = 2_000_000_000  # bytes of float32 weights up to which a model is held whole
 COPIES = 3  # of the weights, at most, while a whole model is compared: the model's, the graphs', and room to compute
 
 
-class Sides:
+class ParityPair:
     """Both sides, opened. `bars`: what the graphs are held to; `has_fast`: whether FAST decoding is compared."""
 
     def __init__(
@@ -66,33 +66,28 @@ class Sides:
         }
         return self._sessions[spec.name].run(feeds)
 
-    def steps(self, layers: int, **runs: int) -> int | None:
-        """Progress steps of so many `layers` of the model and so many `runs` of each graph; None if none are told."""
-        if self.method == "resident":
-            return None
-        counts = {n: len(s.segments) for n, s in self._sessions.items() if isinstance(s, SegmentedSession)}
-        return layers + sum(counts.get(name, 0) * count for name, count in runs.items())
+    def steps(self, layers: int) -> int | None:
+        """Progress steps of a stage in which so many `layers` of the model run; None if it does not tell."""
+        return layers if self.method == "streamed" else None
 
 
-def open_sides(bundle: Bundle, checkpoint: Checkpoint, method: Method, progress: Progress) -> Sides:
-    """A bundle and its checkpoint's model, held whole or in pieces."""
-    if method == "resident":
+def open_pair(bundle: Bundle, checkpoint: Checkpoint, method: Method, progress: Progress) -> ParityPair:
+    """A bundle and its checkpoint's model, that held whole or read layer by layer."""
+    exact, whole = bundle.manifest.precision in SIXTEEN_BITS, method == "resident"
+    if whole:
         model = load_model(checkpoint, dtype=torch.float32)
-        if bundle.manifest.precision in SIXTEEN_BITS:
-            return Sides(bundle, model, arithmetic_sessions(bundle, budget=RESIDENT), method)
-        backend = choose_backend("ort")
-        return Sides(bundle, model, lambda spec: open_session(bundle, spec, backend, SessionOptions()), method)
-    if bundle.manifest.precision in SIXTEEN_BITS:
-        model = streamed(checkpoint, budget=PASSING, on_layer=progress.step)
-        return Sides(bundle, model, arithmetic_sessions(bundle), method)
-    pool = SegmentPool(bundle.path, on_run=progress.step)
-    model = streamed(checkpoint, on_layer=progress.step)
-    return Sides(bundle, model, lambda spec: SegmentedSession(bundle, spec, pool), method)
+    else:
+        model = streamed(checkpoint, budget=PASSING if exact else BUDGET, on_layer=progress.step)
+    if exact:
+        rounding = arithmetic_sessions(bundle, budget=RESIDENT) if whole else arithmetic_sessions(bundle)
+        return ParityPair(bundle, model, rounding, method)
+    backend = choose_backend("ort")
+    return ParityPair(bundle, model, lambda spec: open_session(bundle, spec, backend, SessionOptions()), method)
 
 
 def open_engine(
     bundle: Bundle, checkpoint: Checkpoint, method: Method, progress: Progress, backend: str
-) -> tuple[Sides, Backend]:
+) -> tuple[ParityPair, Backend]:
     """The same with a bundle as a backend of the runtime computes it, and which; proven or not.
 
     FAST decoding is compared where the contract has it: engines of other policies are built without.
@@ -104,7 +99,7 @@ def open_engine(
         model = streamed(checkpoint, budget=PASSING, on_layer=progress.step)
     contract = bundle.manifest.contract
     has_fast = bundle.manifest.has_fast and contract is not None and contract.get("fast") is not None
-    return Sides(bundle, model, connection.open, method, has_fast=has_fast), connection.backend
+    return ParityPair(bundle, model, connection.open, method, has_fast=has_fast), connection.backend
 
 
 def choose_method(config: Pi05Config, available: int | None = None) -> Method:

@@ -4,7 +4,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from ki_export.passes.sites import sites
+from ki_export.passes.products import matrix_products
 
 
 def graph_of(nodes, initializers=()):
@@ -20,13 +20,13 @@ def graph_of(nodes, initializers=()):
 
 def test_a_product_of_no_known_layer_is_refused():
     with pytest.raises(ValueError, match="has no q_proj before it: unknown layer"):
-        sites(graph_of([helper.make_node("MatMul", ["a", "b"], ["y"])]))
+        matrix_products(graph_of([helper.make_node("MatMul", ["a", "b"], ["y"])]))
 
 
 def test_a_softmax_that_follows_no_product_is_refused():
     nodes = [helper.make_node("Softmax", ["a"], ["p"]), helper.make_node("MatMul", ["p", "b"], ["y"])]
     with pytest.raises(ValueError, match="the softmax before it follows no product"):
-        sites(graph_of(nodes))
+        matrix_products(graph_of(nodes))
 
 
 @pytest.mark.parametrize(
@@ -44,5 +44,5 @@ def test_a_softmax_that_follows_no_product_is_refused():
     ],
 )
 def test_which_weights_are_worth_sixteen_bits(weight, named):
-    found = sites(graph_of([helper.make_node("Gemm", ["a", weight], ["y"], transB=1)], [weight]))
+    found = matrix_products(graph_of([helper.make_node("Gemm", ["a", weight], ["y"], transB=1)], [weight]))
     assert [site.name for site in found] == ([] if named is None else [named])

@@ -14,13 +14,12 @@ from ki_edge.bundle import Bundle
 from ki_edge.checkpoints import Checkpoint, TensorSource
 from ki_edge.checkpoints.layout.keys import EMBEDDING, checkpoint_key
 from ki_edge.checkpoints.layout.source import PIECE, encode
+from ki_edge.dtypes import BY_ONNX, FLOATS
 from ki_edge.errors import BundleError
 from ki_export.graphs.wrappers import UNEMBEDDING, runs
 from ki_export.passes.quantize import Int8Weight
 
 from .int8 import quantize_weight
-
-STORED = {onnx.TensorProto.FLOAT: "F32", onnx.TensorProto.BFLOAT16: "BF16", onnx.TensorProto.FLOAT16: "F16"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Stored:
     count: int | None = None
 
 
-def changed_weights(bundle: Bundle, checkpoint: Checkpoint) -> list[str]:
+def differing_weights(bundle: Bundle, checkpoint: Checkpoint) -> list[str]:
     """Checkpoint keys whose values in the bundle are not the checkpoint's, or not those quantised, in graph order."""
     scaled = exponents(bundle)
     found = [stored.key for stored in _runtime(bundle) if not _equal(stored, checkpoint.source)]
@@ -83,9 +82,10 @@ def _quantized(external: Mapping[str, Any], source: TensorSource) -> dict[str, t
 def _stored(bundle: Bundle, checkpoint: Checkpoint, tensor: Any) -> Stored | None:
     """Where an initializer's values are and what they must be; None if they are not a checkpoint tensor as it is."""
     path, offset = _place(bundle, tensor)
-    dtype = STORED.get(tensor.data_type)
-    if dtype is None:
+    found = BY_ONNX.get(tensor.data_type)
+    if found is None or found.stored not in FLOATS:
         return None
+    dtype = found.stored
     if tensor.name.startswith(UNEMBEDDING) and tensor.name.removeprefix(UNEMBEDDING).isdigit():
         first, count = runs(bundle.manifest.vocabulary)[int(tensor.name.removeprefix(UNEMBEDDING))]
         return Stored(EMBEDDING, path, offset, dtype, first, count)
