@@ -17,12 +17,14 @@ export MUJOCO_GL ?= egl
 
 setup: $(VENV)/.ready
 
+# Compiled on every core at once, where pip takes one, without the third of it that nothing imports. A package may hold
+# files for other Pythons, which this one cannot compile.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found: install Python 3.10 to 3.13, or say PYTHON=..."; exit 2; }
 	@./examples/fetch/install_gl.sh
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,jax,hub,bench,train,ort,rtx,sim,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[export,jax,hub,bench,train,ort,rtx,sim,dev]'
+	@$(BIN)/python -m compileall -q -j 0 -x '/tests?/|/transformers/models/' $(VENV)/lib >/dev/null || true
 	@touch $@
 
 demo: setup
@@ -34,7 +36,7 @@ demo: setup
 	@echo "and at    $(OUT)/run/                 (film, plots, steps.jsonl)"
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-elsewhere: setup
 	tests/elsewhere.sh

@@ -4,28 +4,24 @@
     python benchmarks/boards.py --precision float32 --tensorrt 10.13
 
 From the model's shapes, measured on no board: `ki_runtime.doctor.memory` counts what acting needs, and
-`ki_runtime.trt.memory` what a TensorRT of a version takes to build. Of each board's memory, RESERVED bytes are taken to
-belong to the system, the desktop and CUDA's context.
+`ki_runtime.trt.memory` what a TensorRT of a version takes to build; the boards are `ki_runtime.doctor.boards`.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 from ki_edge.config import PI05
 from ki_edge.dtypes import PRECISIONS
 from ki_export.source.devices import DEVICES, Device, floor_ms, stages
+from ki_runtime.doctor.boards import BOARDS, GB
 from ki_runtime.doctor.memory import Needs, needs
+from ki_runtime.doctor.plan import FAST_ROWS, tensorrt
 from ki_runtime.trt.api import Api
 from ki_runtime.trt.memory import needed
 
-BOARDS = (8, 16, 32, 64)  # GB
-RESERVED = 2.5e9
-FAST_ROWS = 2050  # columns of the FAST logits
-GB = 1e9
+MOST = 64  # GB of a board in the table
 CASES = ((2, 30), (3, 200))  # cameras present, tokens of the prompt
 STEPS = 10
 Row = Sequence[str]
@@ -80,11 +76,11 @@ def board_table(need: Needs, api: Api) -> list[str]:
     """A row a board: what fits, and how much swap the build wants."""
     build = max(needed(api, graph.weights) for graph in need.graphs.values())
     rows = []
-    for board in BOARDS:
-        free = GB * board - RESERVED
+    for board in (board for board in BOARDS if board.shared and board.memory <= MOST):
+        free = board.free
         swap = "as it is" if build <= free else f"with {(build - free) / GB:.0f} GB of swap"
         acting, fast = ("yes" if size <= free else "no" for size in (need.acting, need.with_fast))
-        rows.append((f"{board} GB", f"{free / GB:.1f}", acting, fast, swap if acting == "yes" else "no"))
+        rows.append((f"{board.memory} GB", f"{free / GB:.1f}", acting, fast, swap if acting == "yes" else "no"))
     head = [
         "board", "free, GB", f"acts ({need.acting / GB:.1f} GB)", f"and FAST ({need.with_fast / GB:.1f} GB)",
         f"builds ({build / GB:.1f} GB)",
@@ -99,8 +95,7 @@ def main() -> None:
     parser.add_argument("--tensorrt", default="10.3", metavar="VERSION", help="that builds the engines (%(default)s)")
     options = parser.parse_args()
     need = needs(PI05, FAST_ROWS, options.precision)
-    version = tuple(map(int, re.findall(r"\d+", options.tensorrt)))
-    api = Api(SimpleNamespace(), "tensorrt", version, options.tensorrt)
+    api = tensorrt(options.tensorrt)
     print("\n".join((*graph_table(need, api), "", *board_table(need, api))))
 
 

@@ -28,7 +28,7 @@ from ki_export.bench.tables import table
 
 POLL_S = 0.02
 BUNDLES = {  # name -> options of ki-export
-    "16-bit weights kept": ["--weights", "stored"],
+    "16-bit weights kept": ["--stored-types"],
     "float32": [],
     "int8": ["--precision", "int8"],
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import select
 import signal
 import sys
@@ -27,7 +28,11 @@ class OutputClosed(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong argument as one line on stderr, like every other error."""
+    """Reports a wrong argument as one line on stderr, like every other error; knows --version."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.add_argument("--version", action=_Version, nargs=0, help="print the version of ki-edge and of Python")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {printable(message)}; see {self.prog} --help\n")
@@ -41,6 +46,20 @@ class Parser(argparse.ArgumentParser):
             show(message.rstrip("\n").split("\n"))
         except OutputClosed:
             self.exit(OUTPUT_CLOSED)
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version  # at the start of every command they would be felt
+
+        try:
+            found = version("ki-edge")
+        except PackageNotFoundError:
+            found = "of a source tree that is not installed"
+        show([f"ki-edge {found} (python {platform.python_version()})"])
+        parser.exit()
 
 
 def run_command(name: str, command: Callable[[], int], interrupted: str = "nothing was published") -> int:

@@ -37,7 +37,7 @@ class VisionConfig:
         _check_sizes(self, "vision")
         if self.image_size % self.patch_size:
             raise CheckpointError(
-                f"vision: image_size {self.image_size} is no multiple of patch_size {self.patch_size}"
+                f"vision: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
             )
         if self.num_heads < 1 or self.width % self.num_heads:
             raise CheckpointError(f"vision: width {self.width} cannot be split into {self.num_heads} heads")

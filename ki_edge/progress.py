@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-SLOW = 2.0  # seconds; a shorter stage gets no line
+SLOW = 20.0  # seconds; a shorter stage gets no line
 Say = Callable[[str], object]
 
 

@@ -1,11 +1,13 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, also those that run in another process at the same time."""
 
+import fcntl
 import io
 import os
 import resource
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,6 +15,43 @@ import pytest
 import sentencepiece
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of the tests that use the engine by themselves
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: each process has a core for itself
+
+
+LONGEST = ("test_real_widths.py", "test_trt_build.py", "test_parity.py", "test_fetch.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: else the last of them runs alone while the other processes have nothing left."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """What `-n auto` means: as many processes as cores that this one may use and as the memory has room for."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(len(os.sched_getaffinity(0)), memory // (4 << 30)))
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """made_once(name, make) -> what make(path) made, once for all processes that run the tests. Do not change it."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made_once"
+    root.mkdir(exist_ok=True)
+
+    def find(name: str, make: Callable[[Path], object]) -> Path:
+        place = root / name
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait for it; a process that dies lets it go
+            if not (place / "done").exists():
+                shutil.rmtree(place, ignore_errors=True)
+                place.mkdir()
+                make(place / "made")
+                (place / "done").touch()
+        return place / "made"
+
+    return find
 
 
 @pytest.fixture(scope="session")
@@ -57,26 +96,29 @@ def fetch_checkpoint() -> Path:
     return Path(__file__).parents[1] / "examples" / "fetch" / "checkpoint"
 
 
+def succeed(*command: object) -> None:
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=550, check=False)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.fixture(scope="session")
-def fetch_bundle(fetch_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fetch_bundle(fetch_checkpoint: Path, made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The shipped policy, exported and verified by the command that users run."""
-    bundle = tmp_path_factory.mktemp("fetch") / "bundle"
-    command = [sys.executable, "-m", "ki_export.cli", str(fetch_checkpoint), "-o", str(bundle), "--target", "ort"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
-    return bundle
+    export = (sys.executable, "-m", "ki_export.cli", fetch_checkpoint, "--target", "ort", "-o")
+    return made_once("fetch_bundle", lambda path: succeed(*export, path))
 
 
 @pytest.fixture(scope="session")
-def fetch_replay(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fetch_replay(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """One episode of the scripted expert, recorded from the simulator."""
-    folder = tmp_path_factory.mktemp("replay")
     script = Path(__file__).parents[1] / "examples" / "fetch" / "demonstrations.py"
-    command = [sys.executable, str(script), str(folder / "data"), "--scenes", "1", "--workers", "1"]
-    command += ["--replay", str(folder / "expert.npz")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
-    return folder / "expert.npz"
+
+    def record(folder: Path) -> None:
+        folder.mkdir()
+        replay = ("--replay", folder / "expert.npz")
+        succeed(sys.executable, script, folder / "data", "--scenes", 1, "--workers", 1, *replay)
+
+    return made_once("fetch_replay", record) / "expert.npz"
 
 
 @pytest.fixture

@@ -27,4 +27,4 @@ trap '' INT
 set +e
 "${as[@]}" env -i PATH="$root/.venv/bin:/usr/bin:/bin" PYTHONPATH="$tree:$tree/export:$tree/runtime" HOME="$place/home" \
     TMPDIR="$place/tmp" LC_ALL=C TERM=dumb TZ=Pacific/Kiritimati MUJOCO_GL="${MUJOCO_GL:-egl}" \
-    "$python" -m pytest -o addopts="--import-mode=importlib -ra -m 'not integration'" -p no:cacheprovider "$@" </dev/null
+    "$python" -m pytest -o addopts="--import-mode=importlib -ra -m 'not integration'" -p no:cacheprovider -n auto --dist loadfile "$@" </dev/null

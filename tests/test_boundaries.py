@@ -29,7 +29,7 @@ DIRECTIONS: dict[str, str] = {
     "ki_edge.policy": "ki_edge ki_edge.files",
     "ki_edge.recordings": "ki_edge ki_edge.files ki_edge.policy",
     "ki_edge.train": "ki_edge ki_edge.checkpoints ki_edge.files ki_edge.model ki_edge.policy",
-    "ki_runtime": "",
+    "ki_runtime": "ki_edge",
     "ki_runtime.backends": "ki_edge ki_edge.bundle",
     "ki_runtime.gpu": "ki_edge ki_edge.bundle ki_runtime.backends",
     "ki_runtime.policy": "ki_edge ki_edge.bundle ki_edge.files ki_edge.policy ki_runtime.backends",
@@ -52,7 +52,7 @@ DIRECTIONS: dict[str, str] = {
     "ki_export.policies": "ki_edge ki_edge.bundle ki_edge.checkpoints.layout ki_edge.files ki_edge.policy",
     "ki_export.source": (
         "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.checkpoints.layout ki_edge.checkpoints.peft "
-        "ki_edge.files ki_edge.policy ki_export.policies"
+        "ki_edge.files ki_edge.policy ki_runtime.doctor ki_export.policies"
     ),
     "ki_export.weights": (
         "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.checkpoints.layout ki_edge.files "
@@ -72,7 +72,7 @@ DIRECTIONS: dict[str, str] = {
         "ki_export.policies ki_export.precision ki_export.source ki_export.weights"
     ),
     "ki_export": (
-        "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.files ki_edge.policy ki_runtime.gpu "
+        "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.files ki_runtime.gpu "
         "ki_runtime.trt ki_export.graphs ki_export.parity ki_export.passes ki_export.policies "
         "ki_export.precision ki_export.source ki_export.weights"
     ),

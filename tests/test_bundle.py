@@ -253,13 +253,13 @@ def test_other_schema(write, schema, message):
         ({"weights": {"file": "weights.safetensors", "runtime": []}}, r"'weights\.runtime' must be an object"),
         ({"weights": {"file": "weights.safetensors", "runtime": {"a": 3}}}, "expected names of tensors"),
         ({"weights": {"file": "weights.safetensors", "runtime": {"a": "b\x07"}}}, "expected names of tensors"),
-        ({"tools": {"torch": 2}}, r"tools\['torch'\] is no text"),
+        ({"tools": {"torch": 2}}, r"tools\['torch'\] is not text"),
         ({"parity": {"verified": "yes"}}, r"'parity\.verified' must be true or false"),
         ({"decode_vocabulary": {"first": 1, "count": 1, "extra": [1] * 100_001}}, "has 100001 tokens, at most"),
         ({"files": {"prefix.onnx": {"size": True, "sha256": "0" * 64}}}, "needs an integer size"),
         ({"files": {"prefix.onnx": {"size": -1, "sha256": "0" * 64}}}, "needs an integer size"),
-        ({"files": {"a\x1b[2J": {"size": 1, "sha256": "0" * 64}}}, "no name of a file"),
-        ({"files": {"a" * 5000: {"size": 1, "sha256": "0" * 64}}}, "no name of a file"),
+        ({"files": {"a\x1b[2J": {"size": 1, "sha256": "0" * 64}}}, "cannot be the name of a file"),
+        ({"files": {"a" * 5000: {"size": 1, "sha256": "0" * 64}}}, "cannot be the name of a file"),
         ({"files": {name: {"size": 1, "sha256": "0" * 64} for name in ("a", "A")}}, "are one file on some disks"),
         ({"files": {str(i): {} for i in range(10_001)}}, "10001 entries, at most 10000"),
         ({"files": {"prefix.onnx": {}}}, r"files\['prefix\.onnx'\] needs an integer size"),
@@ -375,7 +375,9 @@ def test_what_is_no_bundle_is_never_replaced(write, tmp_path, kind, force):
     else:
         target.symlink_to(home if kind == "link to a folder" else tmp_path / "nothing")
     before = tree(tmp_path)
-    with pytest.raises(BundleError, match="is no bundle, so --force does not" if force else "exists: choose another"):
+    with pytest.raises(
+        BundleError, match="is not a bundle, so --force does not" if force else "exists: choose another"
+    ):
         write(force=force)
     assert tree(tmp_path) == before
     assert target.is_symlink() == kind.endswith(("link", "link to a folder"))
@@ -391,7 +393,7 @@ def test_a_bundle_with_foreign_files_is_not_replaced(write, tmp_path, name):
     (path / name).parent.mkdir(parents=True, exist_ok=True)
     (path / name).write_text("precious")
     before = tree(tmp_path)
-    with pytest.raises(BundleError, match=f"holds {name}, which is no part of the bundle: move it elsewhere first"):
+    with pytest.raises(BundleError, match=f"holds {name}, which is not part of the bundle: move it elsewhere first"):
         write(force=True)
     assert tree(tmp_path) == before
     (path / name).unlink()
@@ -403,7 +405,7 @@ def test_a_bundle_with_foreign_files_is_not_replaced(write, tmp_path, name):
 def test_a_folder_with_another_kind_of_manifest_is_not_replaced(write, tmp_path, content):
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "manifest.json").write_text(content)
-    with pytest.raises(BundleError, match="is no bundle, so --force does not replace it: remove it yourself"):
+    with pytest.raises(BundleError, match="is not a bundle, so --force does not replace it: remove it yourself"):
         write(force=True)
     assert tree(tmp_path) == {"bundle/manifest.json": content.encode()}
 

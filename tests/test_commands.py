@@ -1,7 +1,9 @@
 """What commands print: nothing that a terminal obeys, on any terminal or none, and never a bare traceback."""
 
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -173,3 +175,22 @@ def test_streams_that_are_closed_from_the_start(prints: str) -> None:
     command = f"'{sys.executable}' '{prints}' 1 >&- 2>&-"
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sys.path))}
     assert subprocess.run(command, shell=True, cwd=ROOT, env=environ, timeout=60).returncode == 0
+
+
+def scripts() -> list[tuple[str, str]]:
+    """(command, module) of every console script."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.scripts]\n")[2]
+    return re.findall(r'^(ki-\w+) = "([\w.]+):main"$', text.split("\n\n")[0], re.MULTILINE)
+
+
+@pytest.mark.parametrize(("command", "module"), scripts())
+def test_every_command_tells_its_version_and_explains_itself(
+    command: str, module: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main = importlib.import_module(module).main
+    version = r"ki-edge \d+\.\d+\S* \(python 3\.\d+\.\d+\S*\)\n$"
+    for flag, said in (("--version", version), ("--help", f"usage: {command} ")):
+        with pytest.raises(SystemExit) as left:
+            main([flag])
+        assert left.value.code == 0
+        assert re.match(said, capsys.readouterr().out)

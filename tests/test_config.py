@@ -80,7 +80,7 @@ def test_backbone_and_expert_must_share_keys_and_values(changes):
 
 def test_heads_must_divide():
     vision = {"width": 16, "depth": 1, "mlp_dim": 8, "num_heads": 2, "patch_size": 7, "image_size": 14}
-    with pytest.raises(CheckpointError, match="image_size 15 is no multiple of patch_size 7"):
+    with pytest.raises(CheckpointError, match="image_size 15 is not a multiple of patch_size 7"):
         VisionConfig(**{**vision, "image_size": 15})
     for heads in (0, 3):
         with pytest.raises(CheckpointError, match=f"width 16 cannot be split into {heads} heads"):

@@ -158,6 +158,10 @@ def test_other_arrays_are_not_read(tmp_path):
 
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.npz")
-    for name, message in (("pipe.npz", "no regular file"), (".", "no regular file"), ("none.npz", "no such file")):
+    for name, message in (
+        ("pipe.npz", "not a regular file"),
+        (".", "not a regular file"),
+        ("none.npz", "no such file"),
+    ):
         with pytest.raises(DatasetError, match=message):
             RecordedEpisode.open(tmp_path / name)

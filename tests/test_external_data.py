@@ -108,10 +108,10 @@ def test_every_other_name(check, location):
     [
         ({"offset": "97"}, "ends at byte 105 of weights.safetensors, which has 100"),
         ({"length": "93"}, "ends at byte 101"),
-        ({"offset": "-8"}, "is no number of bytes"),
-        ({"offset": "9" * 20}, "is no number of bytes"),
-        ({"length": "²"}, "is no number of bytes"),
-        ({"length": ""}, "is no number of bytes"),
+        ({"offset": "-8"}, "is not a number of bytes"),
+        ({"offset": "9" * 20}, "is not a number of bytes"),
+        ({"length": "²"}, "is not a number of bytes"),
+        ({"length": ""}, "is not a number of bytes"),
     ],
 )
 def test_beyond_the_end(check, more, message):
@@ -155,7 +155,7 @@ def varint(value):
         (b"\xff" * 100, "more than 64 bits"),
         (b"\x3a\x05a", "ends too early"),
         (b"\x3a\xff\xff\xff\xff\xff\xff\xff\xff\x7fa", "ends too early"),
-        (b"\x38\x01", "field 7 is no message"),
+        (b"\x38\x01", "field 7 is not a message"),
         (b"\x0b", "wire type 3"),
         (b"\x3a", "index out of"),
         (nested(2000), "nested more than 32 deep"),
@@ -174,7 +174,7 @@ def test_files_that_are_no_graphs(check, tmp_path):
     with pytest.raises(BundleError, match="has more than"):
         check_external_data(tmp_path / "big.onnx", tmp_path / "weights.safetensors")
     os.mkfifo(tmp_path / "fifo.onnx")
-    with pytest.raises(BundleError, match="is no regular file"):
+    with pytest.raises(BundleError, match="is not a regular file"):
         check_external_data(tmp_path / "fifo.onnx", tmp_path / "weights.safetensors")
 
 

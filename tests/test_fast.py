@@ -191,7 +191,7 @@ def test_parse_problems(tokenizer):
     parse = IDS.parse([*tokenizer.action_ids, 4997, 5001, 1], tokenizer)
     assert parse.fast_ids == (3,)
     assert not parse.terminated
-    assert parse.problem == f"id 5001 at place {len(tokenizer.action_ids) + 1} is no FAST id (they are 4489..5000)"
+    assert parse.problem == f"id 5001 at place {len(tokenizer.action_ids) + 1} is not a FAST id (they are 4489..5000)"
     cut = IDS.parse([4997, 4996], tokenizer)
     assert (cut.fast_ids, cut.terminated, cut.problem) == ((3, 4), False, None)
     assert IDS.parse([], tokenizer).fast_ids == ()

@@ -110,12 +110,13 @@ def test_killed_at_every_moment(tmp_path, way):
         assert left == ["bundle"], (limit, left)
 
 
-def _read(target, stop, said):
+def _read(target, reads, stop, said):
     count, failed = 0, None
     while not stop.is_set() and failed is None:
         try:
             look(target)
             count += 1
+            reads.set()
         except BundleError as error:
             # opening never fails; what is read after it may be of the next bundle, which is noticed
             failed = None if "was replaced or removed since it was opened" in str(error) else str(error)
@@ -126,13 +127,14 @@ def _read(target, stop, said):
 
 def test_a_reader_never_sees_anything_else_than_a_whole_bundle(tmp_path):
     context = multiprocessing.get_context("spawn")
-    stop, said = context.Event(), context.Queue()
+    reads, stop, said = context.Event(), context.Event(), context.Queue()
     write(tmp_path / "bundle", "first")
-    reader = context.Process(target=_read, args=(tmp_path / "bundle", stop, said))
+    reader = context.Process(target=_read, args=(tmp_path / "bundle", reads, stop, said))
     reader.start()
+    assert reads.wait(timeout=300)  # on a busy machine everything would be written before it has started
     for number in range(60):
         write(tmp_path / "bundle", f"{number}" * (number + 1))
     stop.set()
-    count, failed = said.get(timeout=60)
+    count, failed = said.get(timeout=300)
     reader.join()
     assert failed is None and count > 0

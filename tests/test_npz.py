@@ -64,7 +64,7 @@ def test_lies(tmp_path: Path, entries: list[tuple[str, bytes]], said: str) -> No
 def test_no_regular_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.npz")
     for path in (tmp_path / "fifo.npz", Path("/dev/zero"), tmp_path):
-        with pytest.raises(DatasetError, match="no regular file"):
+        with pytest.raises(DatasetError, match="not a regular file"):
             read_npz(path, 1000, DatasetError)
     with pytest.raises(DatasetError, match="no such file"):
         read_npz(tmp_path / "none.npz", 1000, DatasetError)

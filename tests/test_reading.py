@@ -45,9 +45,9 @@ def test_any_bytes_give_a_value_or_one_error(content: bytes) -> None:
         (b"[" * (MAX_DEPTH + 2) + b"]" * (MAX_DEPTH + 2), f"nested more than {MAX_DEPTH} deep"),
         (b'{"a": 9' + b"9" * 5000 + b"}", "more than 64 bits"),
         (b"[9223372036854775808]", "more than 64 bits"),
-        (b"[Infinity]", "Infinity is no number"),
-        (b"[-Infinity]", "-Infinity is no number"),
-        (b"[NaN]", "NaN is no number"),
+        (b"[Infinity]", "Infinity is not a JSON number"),
+        (b"[-Infinity]", "-Infinity is not a JSON number"),
+        (b"[NaN]", "NaN is not a JSON number"),
         (b"[1e999]", "1e999 is too large"),
         (b'["\\ud800"]', "not UTF-8"),
         (b'["\xff"]', "not UTF-8"),
@@ -70,8 +70,12 @@ def test_a_pair_of_surrogates_is_one_character() -> None:
 def test_only_regular_files_of_bounded_size(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")  # reading it would wait forever
     (tmp_path / "long").write_bytes(b"1" * 11)
-    cases = {tmp_path / "fifo": "no regular", Path("/dev/zero"): "no regular", tmp_path: "no regular"}
-    cases |= {tmp_path / "long": "more than 10", tmp_path / "none": "No such file", tmp_path / "a\0b": "no file name"}
+    cases = {tmp_path / "fifo": "not a regular", Path("/dev/zero"): "not a regular", tmp_path: "not a regular"}
+    cases |= {
+        tmp_path / "long": "more than 10",
+        tmp_path / "none": "No such file",
+        tmp_path / "a\0b": "cannot be a file name",
+    }
     for path, said in cases.items():
         with pytest.raises(BundleError, match=said):
             read_file(path, 10, BundleError)

@@ -218,8 +218,11 @@ def test_default_prompt():
         (plain(images={"top": np.zeros((4, 4), np.uint8)}), r"camera top: expected an RGB image .*\(4, 4\)"),
         (plain(images={"top": np.zeros((4, 4, 3), np.int32)}), "camera top: expected dtype uint8 .* got int32"),
         (without("state"), "state is missing; the observation has images, prompt"),
-        (plain(state=np.zeros(4)), r"state: expected shape \(3,\), got \(4,\)"),
-        (plain(state=np.zeros((1, 3))), r"state: expected shape \(3,\), got \(1, 3\)"),
+        (plain(state=np.zeros(4)), r"state of the observation has shape \(4,\), the policy.s contract has \(3,\)"),
+        (
+            plain(state=np.zeros((1, 3))),
+            r"state of the observation has shape \(1, 3\), the policy.s contract has \(3,\)",
+        ),
         (plain(state=["a", "b", "c"]), "state: expected numbers"),
         (plain(state=[0.0, np.nan, 0.0]), "state holds NaN or infinity"),
         (plain(state=[0.0, np.inf, 0.0]), "state holds NaN or infinity"),
@@ -251,7 +254,7 @@ def test_flat_observations(golden):
     for gripper in (0.3, [0.3], np.float32(0.3)):
         state = read_state(contract, {**observation, "observation/gripper_position": gripper})
         np.testing.assert_allclose(state[-1], 0.3, rtol=1e-7)
-    with pytest.raises(ObservationError, match=r"gripper_position: expected shape \(1,\) or \(\)"):
+    with pytest.raises(ObservationError, match=r"gripper_position of the observation has shape .* has \(1,\) or \(\)"):
         read_state(contract, {**observation, "observation/gripper_position": [0.3, 0.3]})
     second = {**observation, "observation/exterior_image_2_left": np.zeros((2, 2, 3), np.uint8)}
     np.testing.assert_array_equal(read_images(contract, second)[1], [True, True, False])

@@ -74,12 +74,12 @@ def test_a_special_token_beyond_the_vocabulary_is_no_id_of_text(both):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is no tokenizer: expected a SentencePiece model"),
-        (b"<!doctype html>", "is no tokenizer: expected a SentencePiece model"),
+        (b"", "is not a tokenizer: expected a SentencePiece model"),
+        (b"<!doctype html>", "is not a tokenizer: expected a SentencePiece model"),
         (b"version https://git-lfs", "found 23 bytes that are neither"),
-        (b"{}", "no tokenizer.json"),
-        (b'{"model": 3}', "no tokenizer.json"),
-        (b'{"a": "\xff"}', "no tokenizer.json"),
+        (b"{}", "not a tokenizer.json"),
+        (b'{"model": 3}', "not a tokenizer.json"),
+        (b'{"a": "\xff"}', "not a tokenizer.json"),
         (b'\xef\xbb\xbf {"model": {"type": "BPE", "vocab": {}, "merges": []}}', "no token <bos> or <s>"),
     ],
 )

@@ -95,8 +95,9 @@ def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOpti
     vocabulary = decode_vocabulary(config, files, full=options.full_vocabulary, fast_head=bool(options.fast_head))
     # an unfit recording is told before minutes of tracing
     observed = observations(checkpoint, files, options.calibrate) if options.sixteen else None
+    say("tracing prefix, denoise and fast_decode")
     with _stage(say, "traced the graphs"):
-        models = trace_all(config, vocabulary, options.opset)
+        models = trace_all(config, vocabulary, options.opset, say)
     if options.precision == "int8":
         with quiet():
             for model in models.values():

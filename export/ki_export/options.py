@@ -13,6 +13,7 @@ from ki_edge import flow
 from ki_edge.errors import ArgumentError
 from ki_export.graphs.tracing import MIN_OPSET
 from ki_export.weights.weights import Stored
+from ki_runtime.trt.targets import meant
 
 from .policies import PolicyRequest
 
@@ -58,14 +59,19 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.precision is None:
             object.__setattr__(self, "precision", DEFAULTS.get(self.target, "fp32"))
-        choices = {"target": TARGETS, "precision": get_args(Precision), "weights": get_args(Stored)}
+        if self.target not in TARGETS:
+            expected = ", ".join(TARGETS)
+            raise ArgumentError(f"target {self.target!r}: expected one of {expected}{meant(self.target)}")
+        choices = {"precision": get_args(Precision), "weights": get_args(Stored)}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ArgumentError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
         if self.precision == "int8" and self.target != "ort":
             raise ArgumentError(f"precision int8 is for ONNX Runtime on a CPU: target {self.target} takes fp16 or bf16")
         if self.precision in SIXTEEN and self.weights == "stored":
-            raise ArgumentError(f"weights 'stored' and precision {self.precision} contradict each other: leave one out")
+            raise ArgumentError(
+                f"--stored-types keeps the checkpoint's types, precision {self.precision} stores its own: leave one out"
+            )
         if self.link and (self.pack or self.sixteen or self.precision == "int8"):
             other = "pack" if self.pack else f"precision {self.precision}"
             raise ArgumentError(f"--link shares the checkpoint's file, and {other} writes another: leave one out")

@@ -1,4 +1,4 @@
-"""A bundle on disk: manifest, graphs, weights, witness; opened, checked, written."""
+"""A bundle on disk: manifest, graphs, weights, witness; opened, checked, written. Imports: files."""
 
 from .bundle import SCHEMA, Bundle, BundleWriter, DecodeVocabulary, Manifest, write_bundle
 from .files import MANIFEST, sha256

@@ -38,6 +38,7 @@ from .manifest_fields import check_fields
 
 SCHEMA = 1
 TRIES = 5
+CHECKPOINT = ("model.safetensors", "model.safetensors.index.json", "adapter_config.json", "params", "_METADATA")
 Say = Callable[[str], object]
 
 
@@ -66,7 +67,7 @@ class Manifest:
     contract: dict[str, Any] | None  # PolicyContract.to_json(); None: model only, no tokenizer or statistics
     sampling: dict[str, Any]  # {"time_convention": "openpi"|"lerobot", "num_steps": int}
     precision: str  # "float32"
-    graphs: dict[str, dict[str, Any]]  # graph name -> {"file", "inputs", "outputs"}
+    graphs: dict[str, dict[str, Any]]  # graph name -> {"file", "inputs", "outputs", "opset", "ops", "weight_bytes"}
     weights: dict[str, Any]  # {"file": ..., "runtime": {checkpoint name: name in the file}}
     decode_vocabulary: dict[str, Any]  # DecodeVocabulary as a dict
     tools: dict[str, str]  # versions of what wrote it
@@ -201,6 +202,10 @@ class Bundle:
 def read_manifest(path: Path) -> Manifest:
     """Parse manifest.json; BundleError says what is wrong with it."""
     if not path.is_file():
+        if any((path.parent / name).exists() for name in CHECKPOINT):
+            raise BundleError(
+                f"{path.parent} is a checkpoint, not a bundle: run ki-export {path.parent} -o BUNDLE first"
+            )
         raise BundleError(
             f"{path.parent} has no {MANIFEST}: not a bundle, or its export was interrupted; export it again"
         )

@@ -65,7 +65,7 @@ def _check_place(graph: Path, place: Place, weights: str, size: int) -> None:
 
 def _number(text: bytes) -> int:
     if not text.isdigit() or len(text) > 19:
-        raise ValueError(f"{text[:40]!r} is no number of bytes")
+        raise ValueError(f"{text[:40]!r} is not a number of bytes")
     return int(text)
 
 
@@ -78,7 +78,7 @@ def _places(message: memoryview, kinds: dict[int, str], depth: int) -> Iterator[
         if kind is None:
             continue
         if not isinstance(value, memoryview):
-            raise ValueError(f"field {field} is no message")
+            raise ValueError(f"field {field} is not a message")
         if kind != TENSOR:
             yield from _places(value, INSIDE[kind], depth + 1)
         elif (place := _place(value)) is not None:

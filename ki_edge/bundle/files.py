@@ -79,7 +79,7 @@ def hub_blobs(folder: Path) -> Path | None:
 
 def check_replaceable(target: Path, beside: Collection[str]) -> None:
     """BundleError unless a folder is a bundle and holds nothing but its files, those `beside` them, and engines."""
-    why = f"output {target} exists and is no bundle, so --force does not replace it: remove it yourself"
+    why = f"output {target} exists and is not a bundle, so --force does not replace it: remove it yourself"
     if not (target / MANIFEST).is_file():
         raise BundleError(why)
     if target.is_symlink():
@@ -95,4 +95,4 @@ def check_replaceable(target: Path, beside: Collection[str]) -> None:
     for path in sorted(target.rglob("*")):
         name = path.relative_to(target).as_posix()
         if name not in own and not BUILT.fullmatch(name) and (path.is_symlink() or not path.is_dir()):
-            raise BundleError(f"output {target} holds {name}, which is no part of the bundle: move it elsewhere first")
+            raise BundleError(f"output {target} holds {name}, which is not part of the bundle: move it elsewhere first")

@@ -41,7 +41,7 @@ def _files(files: Mapping[str, Any]) -> None:
     seen: dict[str, str] = {}
     for name, facts in files.items():
         if len(name) > MAX_NAME or not name.isprintable():
-            raise _Wrong(f"'files' has {name[:80]!r}, which is no name of a file")
+            raise _Wrong(f"'files' has {name[:80]!r}, which cannot be the name of a file")
         other = seen.setdefault(name.casefold(), name)
         if other != name:
             raise _Wrong(f"'files' has both '{other}' and '{name}', which are one file on some disks")
@@ -90,7 +90,7 @@ def _words(data: Mapping[str, Any]) -> None:
         )
     for name, version in data["tools"].items():
         if not isinstance(version, str):
-            raise _Wrong(f"tools['{name[:80]}'] is no text")
+            raise _Wrong(f"tools['{name[:80]}'] is not text")
     if not isinstance(data["parity"].get("verified", False), bool):
         raise _Wrong("'parity.verified' must be true or false")
     extra = data["decode_vocabulary"].get("extra")

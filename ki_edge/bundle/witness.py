@@ -208,7 +208,7 @@ def _check_directory(content: bytes) -> None:
     """ValueError unless the zip ends with a short list of files, before anybody makes an object of each entry."""
     end = content[-TAIL:]
     if len(end) < TAIL or end[:4] != b"PK\5\6" or content[-TAIL - 20 : -TAIL].startswith(b"PK\6\7"):
-        raise ValueError("it is no .npz file, or truncated")
+        raise ValueError("it is not an .npz file, or it is truncated")
     entries, size = (int.from_bytes(end[at : at + width], "little") for at, width in ((10, 2), (12, 4)))
     if entries > len(ARRAYS) or size > DIRECTORY:
         raise ValueError(f"it lists {entries} files, more than a witness has")

@@ -1,1 +1,4 @@
-"""Reading and writing files safely: bounded sizes, atomic replacement, folders published in one step."""
+"""Reading and writing files safely: bounded sizes, atomic replacement, folders published in one step.
+
+Imports: nothing.
+"""

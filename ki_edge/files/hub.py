@@ -112,7 +112,7 @@ def _fetch(hub: Any, repo: str, revision: str | None, say: Say) -> Path:
             f"no folder {repo} here, and the Hub has no repository of that name or it is private: {login}"
         ) from None
     except errors.HFValidationError as error:
-        raise CheckpointError(f"{repo} is no Hub id: {_line(error)}") from None
+        raise CheckpointError(f"{repo} is not a Hub id: {_line(error)}") from None
     except Exception as error:  # the network's errors have no common root over versions of the library
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise CheckpointError(f"the disk of {_cache(hub)} is full: {repo} was not fetched; set HF_HOME") from None
@@ -145,7 +145,7 @@ def _from_cache(hub: Any, repo: str, revision: str | None, at: str, cause: Excep
         folder = None
     if folder is None or not _has_weights(path.relative_to(folder).as_posix() for path in folder.rglob("*")):
         raise CheckpointError(
-            f"{repo}{at} is no folder, is not in the local cache ({_cache(hub)}), and {_why(cause)}: connect, "
+            f"{repo}{at} is not a folder here, is not in the local cache ({_cache(hub)}), and {_why(cause)}: connect, "
             f"or {elsewhere}"
         ) from None
     return folder

@@ -71,7 +71,7 @@ def _opened(
     try:
         if not path.is_file():
             raise error(
-                f"{path}: {'no regular file' if path.exists() else 'no such file'}; expected arrays (.npz){cure}"
+                f"{path}: {'not a regular file' if path.exists() else 'no such file'}; expected arrays (.npz){cure}"
             )
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()

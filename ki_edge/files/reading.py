@@ -36,11 +36,11 @@ def read_file(path: Path, most: int, error: Error) -> bytes:
         finally:
             os.close(descriptor)
     except ValueError as problem:  # a NUL in the name, or half a character
-        raise error(f"{str(path)[:MAX_SHOWN]!r} is no file name: {problem}") from None
+        raise error(f"{str(path)[:MAX_SHOWN]!r} cannot be a file name: {problem}") from None
     except OSError as problem:
         raise error(f"{str(path)[:MAX_SHOWN]} cannot be read: {problem.strerror}") from None
     if not regular:
-        raise error(f"{path} is no regular file")
+        raise error(f"{path} is not a regular file")
     if len(content) > most:
         raise error(f"{path} has more than {most} bytes, more than such a file can have")
     return content
@@ -104,7 +104,7 @@ def _read(descriptor: int, most: int) -> bytes:
 
 
 def _refuse_constant(text: str) -> float:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _integer(text: str) -> int:

@@ -97,7 +97,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         blob = file.read(length)
     header = parse_json(blob, f"{path}: its header", CheckpointError)
     if not isinstance(header, dict):
-        raise CheckpointError(f"{path} is not a safetensors file: its header is no JSON object")
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not a JSON object")
     metadata = header.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{path}: __metadata__ must be an object of strings")
@@ -108,7 +108,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
 
 def _parse_entry(path: Path, name: str, item: Any, base: int, size: int) -> TensorEntry:
     if len(name) > MAX_NAME or not name.isprintable():
-        raise CheckpointError(f"{path}: {name[:80]!r} is no name of a tensor: the file is damaged")
+        raise CheckpointError(f"{path}: {name[:80]!r} cannot be the name of a tensor: the file is damaged")
     try:
         dtype, shape, (begin, end) = item["dtype"], tuple(item["shape"]), item["data_offsets"]
         numbers = (*shape, begin, end)

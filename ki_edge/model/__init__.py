@@ -1,4 +1,4 @@
-"""The π0.5 and π0 models in PyTorch."""
+"""The π0.5 and π0 models in PyTorch. Imports: checkpoints, checkpoints.layout, files."""
 
 from .build import build
 from .checkpoint import load_model, save_checkpoint

@@ -29,7 +29,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
     if bias is not None and bias.shape[3] == 1:  # the same for all tokens
         logits = logits + bias[:, :, 0]
     elif bias is not None:
-        logits = (logits.reshape(batch, kv_heads, length, group, -1) + bias.transpose(2, 3)).flatten(2, 3)
+        masked = logits.reshape(batch, kv_heads, length, group, -1) + bias.transpose(2, 3)
+        logits = masked.reshape(batch, kv_heads, length * group, k.shape[2])
     mixed = torch.matmul(torch.softmax(logits, dim=-1).to(q.dtype), v)  # [B,K,S*G,D]
     return mixed.reshape(batch, kv_heads, length, group * dim).transpose(1, 2).reshape(batch, length, heads * dim)
 

@@ -67,7 +67,7 @@ class PiModel(nn.Module):
         patches = self.projector(self.vision(pixels))  # [B*N,P,W]
         patches = patches.reshape(batch, cameras * self.config.vision.patches, -1)
         text = self.backbone.embed(prompt_tokens)
-        seen = camera_mask[:, :, None].expand(-1, -1, self.config.vision.patches).flatten(1)
+        seen = camera_mask[:, :, None].expand(-1, -1, self.config.vision.patches).reshape(batch, -1)
         return torch.cat([patches.to(text.dtype), text], dim=1), torch.cat([seen, prompt_mask], dim=1)
 
     def prefix_forward(self, images: Tensor, camera_mask: Tensor, prompt_tokens: Tensor, prompt_mask: Tensor) -> Prefix:

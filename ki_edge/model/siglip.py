@@ -20,7 +20,7 @@ class VisionEmbeddings(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels f32 [B,3,h,w] in [-1,1] -> [B,P,width], patches row by row."""
         patches: Tensor = self.patch_embedding(pixels)
-        return patches.flatten(2).transpose(1, 2) + self.position_embedding.weight
+        return patches.reshape(*patches.shape[:2], -1).transpose(1, 2) + self.position_embedding.weight
 
 
 class VisionAttention(nn.Module):

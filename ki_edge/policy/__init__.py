@@ -1,1 +1,4 @@
-"""What makes a model a policy: contract, prompt, FAST, normalisation, pictures, transforms. numpy at import."""
+"""What makes a model a policy: contract, prompt, FAST, normalisation, pictures, transforms. numpy at import.
+
+Imports: files.
+"""

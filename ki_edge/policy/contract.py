@@ -128,7 +128,7 @@ class PolicyContract:
         limit = self.model_action_dim
         _require(self.action_dim <= limit, f"action_dim {self.action_dim} exceeds model_action_dim {limit}")
         horizon = self.action_horizon
-        _require(self.execute <= horizon, f"execute {self.execute} exceeds action_horizon {horizon}")
+        _require(self.execute <= horizon, f"execute must be at most {horizon}, the action_horizon; got {self.execute}")
         if self.delta_mask is not None:
             given, limit = len(self.delta_mask), min(self.action_dim, self.state_dim)
             _require(given <= limit, f"delta_mask has {given} entries, at most {limit} fit state and action")
@@ -150,7 +150,8 @@ class PolicyContract:
             _require(self.fast.id_offset - self.fast.size + 1 >= 0, f"fast: {self.fast} gives ids below 0")
             folder = self.fast.folder
             _require(
-                folder not in ("", ".", "..") and not set(folder) & set("/\\"), f"fast: folder {folder!r} is no name"
+                folder not in ("", ".", "..") and not set(folder) & set("/\\"),
+                f"fast: folder {folder!r} is not a plain name",
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -279,7 +279,7 @@ class FastIds:
             if ids[at] == tokenizer.eos_id or ids[at : at + len(end)] == end:
                 return FastParse(tuple(found), terminated=True)
             if not self.contains(ids[at]):
-                problem = f"id {ids[at]} at place {at} is no FAST id ({self._range})"
+                problem = f"id {ids[at]} at place {at} is not a FAST id ({self._range})"
                 return FastParse(tuple(found), terminated=False, problem=problem)
             found.append(self.offset - ids[at])
         return FastParse(tuple(found), terminated=False)
@@ -290,7 +290,7 @@ class FastIds:
 
     def _from_model(self, model_id: int) -> int:
         if not self.contains(model_id):
-            raise ArgumentError(f"id {model_id} is no FAST id ({self._range})")
+            raise ArgumentError(f"id {model_id} is not a FAST id ({self._range})")
         return self.offset - model_id
 
 

@@ -89,7 +89,7 @@ class PromptTokenizer:
         if len(prompt) > MAX_CHARACTERS:
             raise PromptError(f"the prompt has {len(prompt)} characters, at most {MAX_CHARACTERS}: shorten it")
         if any("\ud800" <= char <= "\udfff" for char in prompt):
-            raise PromptError(f"the prompt {prompt!r:.80} holds halves of characters, which are no text: send Unicode")
+            raise PromptError(f"the prompt {prompt!r:.80} holds halves of characters, which are not text: send Unicode")
         clean = prompt.strip().replace("_", " ")
         clean = clean.lower() if self.format == "ki" else clean.replace("\n", " ")
         if not clean.strip():
@@ -148,7 +148,7 @@ class PromptTokenizer:
 
     def _state(self, state: npt.ArrayLike | None) -> npt.NDArray[np.float64]:
         if state is None:
-            raise ObservationError(f'prompt format "{self.format}" contains the state, and none was given')
+            raise ObservationError(f'prompt format "{self.format}" contains the state, but no state was given')
         array = array_of(state, "state", ObservationError)
         if array.ndim != 1 or array.size == 0:
             raise ObservationError(f"the state in the prompt must be of shape [s], got {array.shape}")

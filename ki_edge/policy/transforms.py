@@ -10,6 +10,8 @@ Both directions equal openpi's transforms of DROID, LIBERO and ALOHA. Observatio
     libero     {"observation/image": image, "observation/wrist_image": image, "observation/state": f[s], "prompt": str}
     droid      {"observation/exterior_image_1_left": image, "observation/wrist_image_left": image,
                 "observation/joint_position": f[7], "observation/gripper_position": f[1] or f[], "prompt": str}
+
+LeRobot's keys and openpi's flat ones are taken too, see `ki_edge.policy.keys`.
 """
 
 from collections.abc import Iterable, Mapping
@@ -24,6 +26,7 @@ from ki_edge.errors import ArgumentError, ContractError, DatasetError, Observati
 
 from .contract import Feature, PolicyContract
 from .images import METHODS, Float32, UInt8, fit_image
+from .keys import FLAT_ROBOTS, expected, state_key, under_contract_keys
 from .normalize import LARGEST, Float64, NormStats, normalize, unnormalize
 from .prompt import Int32, PromptTokenizer
 
@@ -88,6 +91,7 @@ class InputPipeline:
         if not isinstance(observation, Mapping):
             raise ObservationError(f"an observation is a dict, got {type(observation).__name__}")
         contract = self.contract
+        observation = under_contract_keys(contract, observation)
         raw_state = read_state(contract, observation)
         if contract.adapt_to_pi:
             raw_state = aloha_state_to_model(raw_state)
@@ -152,11 +156,10 @@ class OutputPipeline:
 def read_state(contract: PolicyContract, observation: Mapping[str, Any]) -> Float64:
     """The robot's state float64 [s], in the robot's units and convention; finite."""
     if contract.robot == "droid":
-        joints = _numbers(observation, "observation/joint_position", (contract.state_dim - 1,))
-        gripper = np.atleast_1d(_numbers(observation, "observation/gripper_position", (1,), ()))
+        joints = _numbers(contract, observation, state_key(contract), (contract.state_dim - 1,))
+        gripper = np.atleast_1d(_numbers(contract, observation, "observation/gripper_position", (1,), ()))
         return np.concatenate([joints, gripper])
-    key = "observation/state" if contract.robot == "libero" else "state"
-    return _numbers(observation, key, (contract.state_dim,))
+    return _numbers(contract, observation, state_key(contract), (contract.state_dim,))
 
 
 def state_of_prompt(contract: PolicyContract, state: Float64) -> Float64:
@@ -185,10 +188,12 @@ def read_images(
 ) -> tuple[UInt8 | Float32, npt.NDArray[np.bool_]]:
     """(images [N, h, w, 3], camera_mask bool [N]) of the contract's slots, resized; images are `contract.pictures`."""
     given = _given_images(contract, observation)
-    expected = [camera.key for camera in contract.cameras if camera.key is not None]
-    unknown = given.keys() - set(expected) - UNUSED_CAMERAS
+    known = [camera.key for camera in contract.cameras if camera.key is not None]
+    unknown = given.keys() - set(known) - UNUSED_CAMERAS
     if unknown:
-        raise ObservationError(f"unknown camera {_names(unknown)}; the contract has {', '.join(expected)}")
+        raise ObservationError(
+            f"unknown camera {_names(unknown)}; the contract has {', '.join(known)}; {expected(contract)}"
+        )
     height, width = contract.image_size
     method = METHODS[contract.resize]
     images = np.full((len(contract.cameras), height, width, 3), method.absent, method.pictures)
@@ -199,9 +204,11 @@ def read_images(
             images[slot] = fit_image(image, height, width, contract.resize, f"camera {camera.key}")
             mask[slot] = True
         elif camera.key is not None and camera.required:
-            raise ObservationError(f"camera {camera.key} is missing; the observation has {_names(given)}")
+            raise ObservationError(
+                f"camera {camera.key} is missing; the observation has {_names(given)}; {expected(contract)}"
+            )
     if not mask.any():
-        names = ", ".join(expected)
+        names = ", ".join(known)
         raise ObservationError(
             f"no camera is there: expected at least one of {names}; the observation has {_names(given)}"
         )
@@ -256,20 +263,25 @@ def _stats(contract: PolicyContract, stats: Mapping[str, NormStats], name: Featu
 
 
 def _given_images(contract: PolicyContract, observation: Mapping[str, Any]) -> Mapping[str, Any]:
-    if contract.robot in ("droid", "libero"):
+    if contract.robot in FLAT_ROBOTS:
         return {key: value for key, value in observation.items() if isinstance(key, str) and "image" in key}
     images = observation.get("images")
     if not isinstance(images, Mapping):
-        raise ObservationError(f'"images" must map camera names to images; the observation has {_names(observation)}')
+        raise ObservationError(
+            f'"images" must map camera names to images; the observation has {_names(observation)}; {expected(contract)}'
+        )
     return images
 
 
-def _numbers(observation: Mapping[str, Any], key: str, *shapes: tuple[int, ...]) -> Float64:
+def _numbers(contract: PolicyContract, observation: Mapping[str, Any], key: str, *shapes: tuple[int, ...]) -> Float64:
     if observation.get(key) is None:
-        raise ObservationError(f"{key} is missing; the observation has {_names(observation)}")
+        raise ObservationError(f"{key} is missing; the observation has {_names(observation)}; {expected(contract)}")
     given = array_of(observation[key], key, ObservationError)
     if given.shape not in shapes:
-        raise ObservationError(f"{key}: expected shape {' or '.join(map(str, shapes))}, got {given.shape}")
+        raise ObservationError(
+            f"{key} of the observation has shape {given.shape}, the policy's contract has "
+            f"{' or '.join(map(str, shapes))}"
+        )
     array = numbers(given, key, ObservationError)
     if not np.isfinite(array).all():
         raise ObservationError(f"{key} holds NaN or infinity: {array.tolist()!s:.200}")

@@ -4,6 +4,7 @@ Both give the same ids for the same tokenizer. The names of special tokens, such
 prompt cannot put one in.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,8 @@ def open_words(model: str | Path | bytes) -> Words:
         raise ContractError(f"a tokenizer is a path or bytes, got {type(model).__name__}")
     content, where = model, "the given bytes"
     if not isinstance(content, bytes):
+        if os.path.isdir(content):  # noqa: PTH112  False also for what cannot be a path
+            raise ContractError(f"{content} is a folder: give its tokenizer.model or tokenizer.json")
         content, where = read_file(Path(content), MAX_TOKENIZER, ContractError), str(content)
     return _open_json(content, where) if is_json(content) else _open_pieces(content, where)
 
@@ -64,7 +67,7 @@ def parse_tokenizer(content: bytes, where: str) -> Any:
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # the library raises bare Exception, and a panic, which is none, on some files
-        raise ContractError(f"{where} is no tokenizer.json: {str(error) or type(error).__name__:.200}") from None
+        raise ContractError(f"{where} is not a tokenizer.json: {str(error) or type(error).__name__:.200}") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +108,7 @@ def _open_pieces(content: bytes, where: str) -> Words:
         model.LoadFromSerializedProto(content)
     except RuntimeError:
         raise ContractError(
-            f"{where} is no tokenizer: expected a SentencePiece model (tokenizer.model) or a tokenizer.json, found "
+            f"{where} is not a tokenizer: expected a SentencePiece model (tokenizer.model) or a tokenizer.json, found "
             f"{len(content)} bytes that are neither"
         ) from None
     special = {"bos": model.bos_id(), "eos": model.eos_id()}

@@ -1,1 +1,1 @@
-"""Recorded episodes and model inputs, read from .npz files."""
+"""Recorded episodes and model inputs, read from .npz files. Imports: files, policy."""

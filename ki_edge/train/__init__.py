@@ -1,1 +1,1 @@
-"""Training with knowledge insulation (ki-train)."""
+"""Training with knowledge insulation (ki-train), in PyTorch. Imports: checkpoints, files, model, policy."""

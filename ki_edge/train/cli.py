@@ -24,7 +24,7 @@ HELP = {
     "fast_weight": "weight of the token losses beside the flow loss",
     "flow_draws": "noise and time draws a frame",
     "pointing": "share of a batch that answers where the target is",
-    "seed": "of everything random",
+    "seed": "of all random numbers",
     "save_every": "steps between checkpoints",
     "log_every": "steps between log lines",
 }

@@ -95,7 +95,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 def _load(path: Path, dtype: str, shape: tuple[int | None, ...]) -> npt.NDArray[Any]:
     if not path.is_file():  # a FIFO would be waited for
-        raise DatasetError(f"{path} cannot be read: {'no regular file' if path.exists() else 'no such file'}")
+        raise DatasetError(f"{path} cannot be read: {'not a regular file' if path.exists() else 'no such file'}")
     try:
         array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")  # type: ignore[no-untyped-call]
     except (OSError, ValueError, TypeError, SyntaxError, EOFError, OverflowError, MemoryError) as error:

@@ -4,28 +4,37 @@
     actions = Policy.load("bundle").infer(observation)["actions"]  # float64 [H, a], robot units
 
 Names are imported when they are first used, so that `import ki_runtime` costs nothing.
+
+Imports: nothing.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ki_edge.public_names import public_names
 
 if TYPE_CHECKING:
-    from ki_runtime.control.loop import ControlLoop, LoopOptions, episode_noise
+    from ki_edge.errors import KiEdgeError, RobotError
+    from ki_runtime.control.loop import ControlLoop, LoopOptions, Watcher, episode_noise
+    from ki_runtime.control.recorder import Recorder
     from ki_runtime.policy.policy import Policy
     from ki_runtime.policy.sampler import Sampler
+    from ki_runtime.robots import EpisodeStatus, Robot, open_robot
+    from ki_runtime.trt.build import BuildOptions, build_bundle
 
-_HOMES = {
-    "ControlLoop": "control.loop",
-    "LoopOptions": "control.loop",
-    "Policy": "policy.policy",
-    "Sampler": "policy.sampler",
-    "episode_noise": "control.loop",
-}
+__getattr__, __dir__ = public_names(
+    __name__,
+    {
+        "ki_edge.errors": "KiEdgeError RobotError",
+        "ki_runtime.control.loop": "ControlLoop LoopOptions Watcher episode_noise",
+        "ki_runtime.control.recorder": "Recorder",
+        "ki_runtime.policy.policy": "Policy",
+        "ki_runtime.policy.sampler": "Sampler",
+        "ki_runtime.robots": "EpisodeStatus Robot open_robot",
+        "ki_runtime.trt.build": "BuildOptions build_bundle",
+    },
+)
 
-__all__ = ["ControlLoop", "LoopOptions", "Policy", "Sampler", "episode_noise"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+__all__ = [
+    "BuildOptions", "ControlLoop", "EpisodeStatus", "KiEdgeError", "LoopOptions", "Policy", "Recorder", "Robot",
+    "RobotError", "Sampler", "Watcher", "build_bundle", "episode_noise", "open_robot",
+]  # fmt: skip

@@ -210,7 +210,7 @@ def test_not_in_the_cache_and_no_network(run: Run, tmp_path: Path) -> None:
         ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "the Hub could not be read (ConnectError"),
     ):
         error = run("lerobot/pi05_base", "v1", **environment)
-        assert error.startswith("lerobot/pi05_base at revision 'v1' is no folder, is not in the local cache (")
+        assert error.startswith("lerobot/pi05_base at revision 'v1' is not a folder here, is not in the local cache (")
         assert str(tmp_path / "hf") in error and why in error
         assert error.endswith("download it elsewhere with `hf download lerobot/pi05_base` and give the folder")
 

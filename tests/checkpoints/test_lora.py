@@ -165,7 +165,7 @@ def test_patterns_name_whole_modules(adapter: Callable[..., Path]) -> None:
         ({"r": 0}, "'r' is 0, expected a positive number"),
         ({"r": True}, "'r' is True"),
         ({"lora_alpha": "8"}, "'lora_alpha' is '8'"),
-        ({"lora_alpha": 1e999}, "Infinity is no number"),
+        ({"lora_alpha": 1e999}, "Infinity is not a JSON number"),
         ({"rank_pattern": {"(": 2}}, r"'rank_pattern' has the pattern '\('"),
         ({"rank_pattern": {"x" * 2000: 2}}, "longer than 1000"),
         ({"alpha_pattern": [1]}, "'alpha_pattern' must be an object"),

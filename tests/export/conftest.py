@@ -1,7 +1,7 @@
 """Small checkpoints, and exports of them."""
 
+import fcntl
 import hashlib
-import os
 import shutil
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -14,9 +14,8 @@ import torch
 
 import ki_edge.model
 import ki_export.graphs.tracing
-import ki_export.graphs.wrappers
 import ki_export.passes
-from ki_edge.bundle import DecodeVocabulary
+from ki_edge.bundle import Bundle, DecodeVocabulary
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.model import build, save_checkpoint
 from ki_edge.policy.contract import FastContract, generic
@@ -43,25 +42,26 @@ OPENPI_KEYS = SimpleNamespace(
 
 
 @pytest.fixture(scope="session", autouse=True)
-def traced_once(request, tmp_path_factory):
+def traced_once(request, made_once):
     """Tracing is slow, so each graph is traced once, and again only after a change of anything that shapes it."""
     trace, cache = ki_export.graphs.tracing.trace, getattr(request.config, "cache", None)
-    folder = cache.mkdir("ki_export_traces") if cache else tmp_path_factory.mktemp("traces")
+    folder = cache.mkdir("ki_export_traces") if cache else made_once("traces", Path.mkdir)
     version = hashlib.sha256(repr((torch.__version__, onnx.__version__, version_of("onnxscript"))).encode())
-    for package in (ki_edge.model, ki_export.passes):
+    for package in (ki_edge.model, ki_export.passes, ki_export.graphs):
         for file in sorted(Path(package.__file__).parent.glob("*.py")):
             version.update(file.read_bytes())
-    for module in (ki_export.graphs.tracing, ki_export.graphs.wrappers):
-        version.update(Path(module.__file__).read_bytes())
 
     def remembered(traceable, opset, sizes):
         tensors = (*traceable.spec.inputs, *traceable.spec.outputs)
-        key = repr((traceable.module.model.config, [t.resolve(sizes) for t in tensors], opset, traceable.module))
+        shapes = [t.resolve(sizes) for t in tensors]
+        key = repr((traceable.module.model.config, traceable.depths, shapes, opset, traceable.module))
         path = folder / (hashlib.sha256(version.digest() + key.encode()).hexdigest()[:32] + ".onnx")
-        if not path.exists():
-            partial = path.with_suffix(f".{os.getpid()}")
-            partial.write_bytes(ki_export.graphs.tracing.pack(trace(traceable, opset, sizes)))
-            partial.replace(path)
+        with path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                partial = path.with_suffix(".partial")
+                partial.write_bytes(ki_export.graphs.tracing.pack(trace(traceable, opset, sizes)))
+                partial.replace(path)
         return ki_export.graphs.tracing.unpack(path.read_bytes())
 
     with pytest.MonkeyPatch.context() as patch:
@@ -92,10 +92,8 @@ def traced():
     return ki_export.graphs.tracing.trace_all(CONFIG, DecodeVocabulary(0, CONFIG.vocab_size), 20)
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory, tokenizer_model):
-    """A policy checkpoint as ki-train writes it. Do not change it: copy it."""
-    folder = tmp_path_factory.mktemp("micro") / "checkpoint"
+def save_policy(folder, tokenizer_model):
+    """A policy checkpoint as ki-train writes it."""
     save_checkpoint(random_model(), folder, max_token_len=20)
     codec = FastCodec.fit(np.random.default_rng(0).uniform(-1, 1, (20, 5, 2)), vocab_size=60, margin=2)
     codec.save(folder / "assets" / "fast")
@@ -106,13 +104,18 @@ def checkpoint(tmp_path_factory, tokenizer_model):
     fast = FastContract(id_offset=OFFSET, size=codec.vocab_size, max_tokens=60)
     contract = generic(["left", "right"], **fields, image_size=(14, 14), prompt_format="ki", fast=fast, num_steps=4)
     contract.save(folder / "contract.json")
-    return folder
 
 
 @pytest.fixture(scope="session")
-def bundle(checkpoint, tmp_path_factory):
+def checkpoint(made_once, tokenizer_model):
+    """That policy. Do not change it: copy it."""
+    return made_once("checkpoint", lambda folder: save_policy(folder, tokenizer_model))
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint, made_once):
     """The exported, proven policy."""
-    return export(checkpoint, tmp_path_factory.mktemp("micro") / "bundle", ExportOptions())
+    return Bundle.open(made_once("bundle", lambda path: export(checkpoint, path, ExportOptions())))
 
 
 @pytest.fixture

@@ -200,11 +200,11 @@ def test_all_that_is_missing_at_once_and_the_command(data, tmp_path, capsys):
     shutil.rmtree(folder / "assets")
     assert cli.main([str(folder), "-o", str(tmp_path / "bundle"), "--prompt", "tidy up"]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    for part in ("--horizon", "--contract", "--assets", "--tokenizer", "hf download", "4.3 MB"):
+    assert error.count("ki-export:   - ") == 4
+    for part in ("--horizon", "--contract", "--norm-stats", "--tokenizer", "hf download", "4.3 MB"):
         assert part in error
-    asked = "--horizon ACTIONS --contract NAME --assets NORM_STATS_JSON --tokenizer TOKENIZER_MODEL"
-    command = f"Then: ki-export {folder} -o BUNDLE --prompt 'tidy up' {asked}"
+    asked = "--horizon ACTIONS --contract NAME --norm-stats NORM_STATS_JSON --tokenizer TOKENIZER_MODEL"
+    command = f"ki-export:   ki-export {folder} -o BUNDLE --prompt 'tidy up' {asked}"
     assert error.rstrip().endswith(command)
 
 

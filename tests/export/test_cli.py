@@ -14,6 +14,7 @@ from ki_edge.bundle import Bundle
 from ki_edge.errors import ExportError
 from ki_export import cli
 from ki_export.graphs import tracing
+from ki_export.source import cli as inspect_cli
 
 from .conftest import OPENPI_KEYS
 
@@ -84,18 +85,33 @@ BAD_CHECKPOINTS = [
 ]  # fmt: skip
 
 
+def errors(capsys):
+    """What an export said after its first line, which comes before anything is read."""
+    first, *more = capsys.readouterr().err.splitlines()
+    assert first.startswith("ki-export: exporting ")
+    return more
+
+
 @pytest.mark.parametrize(("spoil", "expected"), BAD_CHECKPOINTS)
 def test_bad_checkpoints(copied, tmp_path, capsys, spoil, expected):
     spoil(copied)
     assert cli.main([str(copied), "-o", str(tmp_path / "out" / "bundle")]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("ki-export: error: ")
-    assert all(part in lines[0] for part in expected)
+    said = errors(capsys)
+    assert said[0].startswith("ki-export: error: ")
+    assert len(said) == 1 or (said[0].endswith("missing:") and said[-1].startswith("ki-export:   ki-export "))
+    assert all(part in " ".join(said) for part in expected)
     assert not (tmp_path / "out").exists()
 
 
 BAD_ARGUMENTS = [
-    (["--target", "tensorflow"], ["'tensorflow'", "expected one of ort"]),
+    (["--target", "tensorflow"], ["'tensorflow'", "expected one of ort, trt, trt-rtx"]),
+    *(
+        (["--target", name], ["for a Jetson", "--target trt, and ki-build there"])
+        for name in ("jetson", "Orin", "h100-gpu")
+    ),
+    *((["--target", name], ["use --target trt-rtx"]) for name in ("rtx", "RTX 4090", "geforce")),
+    *((["--target", name], ["use --target ort"]) for name in ("cpu", "onnx", "onnxruntime", "ort-cuda")),
+    (["--stored-types", "--target", "trt"], ["--stored-types keeps the checkpoint's types", "leave one out"]),
     (["--opset", "17"], ["opset 17", "18 to"]),
     (["--opset", "99"], ["opset 99", "18 to"]),
     (["--num-steps", "0"], ["num_steps 0", "from 1 to 1000"]),
@@ -105,8 +121,8 @@ BAD_ARGUMENTS = [
 @pytest.mark.parametrize(("arguments", "expected"), BAD_ARGUMENTS)
 def test_bad_arguments(checkpoint, tmp_path, capsys, arguments, expected):
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "bundle"), *arguments]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and all(part in lines[0] for part in expected)
+    (line,) = errors(capsys)
+    assert all(part in line for part in expected)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -124,8 +140,8 @@ def test_an_existing_bundle_needs_force(checkpoint, bundle, tmp_path, capsys):
     manifest = (target / "manifest.json").read_bytes()
     capsys.readouterr()
     assert cli.main([str(checkpoint), "-o", str(target)]) == 2
-    error = capsys.readouterr().err
-    assert "exists" in error and "--force" in error and len(error.splitlines()) == 1
+    (error,) = errors(capsys)
+    assert "exists" in error and "--force" in error
     assert (target / "manifest.json").read_bytes() == manifest
     assert cli.main([str(checkpoint), "-o", str(target), "--force", "--num-steps", "7"]) == 0
     replaced = Bundle.open(target, verify=True).manifest
@@ -137,7 +153,7 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(checkpoint, tmp_path, caps
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("years of work")
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "precious"), "--force"]) == 2
-    assert "no bundle" in capsys.readouterr().err
+    assert "is not a bundle" in capsys.readouterr().err
     assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
 
 
@@ -145,7 +161,7 @@ def test_unverified_bundles_say_so(checkpoint, tmp_path, capsys):
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "bundle"), "--no-verify"]) == 0
     manifest = Bundle.open(tmp_path / "bundle").manifest
     assert manifest.parity == {"verified": False, "reason": "exported with --no-verify"}
-    assert "not verified" in capsys.readouterr().err.splitlines()[-1]
+    assert "not verified" in capsys.readouterr().err.splitlines()[-2]
     assert not (tmp_path / "bundle" / "parity.json").exists()
 
 
@@ -154,9 +170,23 @@ def test_progress_and_summary(checkpoint, tmp_path, capsys):
     output = capsys.readouterr()
     lines = output.err.splitlines()
     assert output.out == "" and all(line.startswith("ki-export: ") for line in lines)
-    assert lines[0].startswith("ki-export: traced the graphs (")
-    assert lines[1].startswith("ki-export: wrote graphs and weights (")
-    assert re.search(r"weights (copied|reflinked)\), verified, worst error .* digest [0-9a-f]{64}$", lines[-1])
+    bundle = re.escape(str(tmp_path / "bundle"))
+    expected = [
+        rf"exporting {re.escape(str(checkpoint))}",
+        "tracing prefix, denoise and fast_decode$",
+        *(rf"traced {name} \(" for name in ("prefix", "denoise", "fast_decode")),
+        r"traced the graphs \(",
+        r"wrote graphs and weights \(",
+        *[r"compared seed \d: .*: actions error \d\.\de-\d\d, allowed 2\.0e-05$"] * 4,
+        r"proven equal to the PyTorch model of checkpoint \(\d+\.\d s",
+        rf"{bundle}: \d+\.\d MB \(weights (copied|reflinked)\), \d+ s, digest [0-9a-f]{{64}}$",
+        r"actions: cosine (1\.0{8}|0\.9{7}\d), largest error \d\.\de-\d\d \(at most 2\.0e-05\)$",
+        rf"report: {bundle}/parity\.html$",
+        rf"next: ki_runtime\.Sampler\.open\('{bundle}'\) in Python",
+    ]
+    assert len(lines) == len(expected)
+    for line, pattern in zip(lines, expected, strict=True):
+        assert re.match(f"ki-export: {pattern}", line), (line, pattern)
 
 
 def test_a_model_without_a_policy_keeps_its_whole_vocabulary(checkpoint, tmp_path):
@@ -201,9 +231,34 @@ def test_a_graph_that_cannot_be_traced(checkpoint, tmp_path, capsys, monkeypatch
 def test_an_unwritable_place(checkpoint, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli.main([str(checkpoint), "-o", str(tmp_path / "file" / "bundle")]) == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert len(errors(capsys)) == 1
+
+
+@pytest.mark.parametrize(("flag", "command"), [("--inspect", "ki-inspect CHECKPOINT"), ("--build", "ki-build BUNDLE")])
+def test_flags_that_became_commands(capsys, flag, command):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([flag, "x", "--json"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        f"ki-export: error: {flag} is a command of its own: {command}; see ki-export --help\n"
+    )
+
+
+def test_everything_that_is_missing_is_one_list_with_the_command_to_paste(data, tmp_path, capsys):
+    given = data / "openpi_a"
+    assert cli.main([str(given), "-o", str(tmp_path / "bundle")]) == 2
+    head, *missing, paste, command = errors(capsys)
+    assert head == f"ki-export: error: {given} is not a complete policy, missing:"
+    assert [line[:16] for line in missing] == ["ki-export:   - n"] * 3
+    assert paste.startswith("ki-export: then paste")
+    asked = "--contract NAME --norm-stats NORM_STATS_JSON --tokenizer TOKENIZER_MODEL"
+    assert command == f"ki-export:   ki-export {given} -o BUNDLE {asked}"
+    assert inspect_cli.main([str(given)]) == 0
+    assert [f"ki-export: {line}" for line in capsys.readouterr().out.splitlines() if line.startswith("  - ")] == missing
 
 
 def test_help_does_not_load_torch():
-    script = "import sys; import ki_export.cli, ki_export.parity.cli; sys.exit('torch' in sys.modules)"
+    """Nor does anything before the first line."""
+    modules = "ki_export.cli, ki_export.source.cli, ki_export.parity.cli, ki_runtime.trt.cli"
+    script = f"import sys; import {modules}; sys.exit(bool({{'torch', 'onnx', 'PIL'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""ki-export and TensorRT: engines ahead of time, and one line for what cannot be done here."""
+"""ki-export, ki-build and TensorRT: engines ahead of time, and one line for what cannot be done here."""
 
 import json
 import shutil
@@ -8,6 +8,7 @@ import pytest
 
 from ki_edge.bundle import Bundle
 from ki_export.cli import main
+from ki_runtime.trt import cli as build_cli
 
 CAPABILITIES = "8.6,12.0"
 
@@ -18,6 +19,11 @@ def rtx():
 
 def run(capsys, *arguments):
     status = main([str(argument) for argument in arguments])
+    return status, capsys.readouterr().err.strip().splitlines()
+
+
+def build(capsys, *arguments):
+    status = build_cli.main([str(argument) for argument in arguments])
     return status, capsys.readouterr().err.strip().splitlines()
 
 
@@ -46,7 +52,12 @@ def test_engines_are_compiled_ahead_of_time(checkpoint, tmp_path, capsys, attent
     assert all({path.stem for path in each.glob("*.log")} == names for each, names in folders.items())
     facts = json.loads((folder / "engine.json").read_text())
     assert facts["identity"]["precision"] == "float16"
-    assert lines[-1] == f"ki-export: engines in {folder}, {fast}"
+    assert lines[-4:] == [
+        f"ki-export: engines in {folder}, {fast}",
+        f"ki-export: next: copy the bundle to the robot (rsync -a {out} ROBOT:), and there:",
+        "ki-export:   ki-doctor bundle",
+        "ki-export:   ki-run bundle --robot NAME",
+    ]
     Bundle.open(out, verify=True)  # engines lie beside what the manifest lists
 
 
@@ -54,9 +65,9 @@ def test_graphs_are_built_by_name(bundle, tmp_path, capsys):
     rtx()
     own = shutil.copytree(bundle.path, tmp_path / "bundle")
     flags = ["--target", "trt-rtx", "--compute-capability", "8.6"]
-    status, lines = run(capsys, "--build", own, *flags, "--graphs", "fast_decode")
+    status, lines = build(capsys, own, *flags, "--graphs", "fast_decode")
     assert status == 0, lines
-    status, lines = run(capsys, "--build", own, *flags, "--graphs", "denoise, fast_decode")
+    status, lines = build(capsys, own, *flags, "--graphs", "denoise, fast_decode")
     assert status == 0, lines
     folders = {path.name: {engine.stem for engine in path.glob("*.engine")} for path in (own / "engines").iterdir()}
     assert sorted(map(sorted, folders.values())) == [["denoise"], ["fast_decode"]]
@@ -67,17 +78,20 @@ def test_graphs_are_built_by_name(bundle, tmp_path, capsys):
 def test_without_a_gpu_the_bundle_is_complete_and_engines_are_left_to_the_robot(checkpoint, tmp_path, capsys):
     status, lines = run(capsys, checkpoint, "-o", tmp_path / "b", "--target", "trt", "--no-verify")
     assert status == 0
-    assert lines[-1] == (
-        "ki-export: engines are built on the robot: there, ki-export --build BUNDLE, or ki-run at first start"
-    )
+    assert lines[-4:] == [
+        f"ki-export: next: copy the bundle to the robot (rsync -a {tmp_path}/b ROBOT:), and there:",
+        "ki-export:   ki-doctor b",
+        "ki-export:   ki-build b    (or let the first ki-run do it)",
+        "ki-export:   ki-run b --robot NAME",
+    ]
     assert not (tmp_path / "b" / "engines").exists()
 
 
 @no_gpu
 @pytest.mark.parametrize(("target", "word"), [("trt", "tensorrt"), ("trt-rtx", "GPU")])
 def test_building_where_nothing_can_be_built_is_one_line(bundle, capsys, target, word):
-    status, lines = run(capsys, "--build", bundle.path, "--target", target)
-    assert status == 2 and len(lines) == 1 and lines[0].startswith("ki-export: error: ")
+    status, lines = build(capsys, bundle.path, "--target", target)
+    assert status == 2 and len(lines) == 1 and lines[0].startswith("ki-build: error: ")
     assert word.lower() in lines[0].lower()
     assert not (bundle.path / "engines").exists()
 
@@ -85,10 +99,7 @@ def test_building_where_nothing_can_be_built_is_one_line(bundle, capsys, target,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no checkpoint: give a folder or a Hub's ORG/NAME, or --build BUNDLE"),
-        (["x", "--build", "y"], "makes the engines of an exported bundle: a checkpoint has no meaning there"),
-        (["--build", "y", "--precision", "bf16", "-o", "z"], "--output, --precision has no meaning there"),
-        (["--build", "nowhere", "--target", "trt-rtx"], "no bundle at nowhere"),
+        (["x"], "no output: give -o BUNDLE; ki-inspect x tells"),
         (
             ["x", "-o", "b", "--target", "trt", "--compute-capability", "8.6"],
             "--compute-capability is for --target trt-rtx",
@@ -99,26 +110,6 @@ def test_building_where_nothing_can_be_built_is_one_line(bundle, capsys, target,
             ["x", "-o", "b", "--target", "trt-rtx", "--compute-capability", "7.5", "--precision", "bf16"],
             "bfloat16 needs compute capability 8.0 or newer, not 7.5",
         ),
-        (
-            ["--build", "nowhere", "--graphs", "prefix,suffix"],
-            "--graphs 'prefix,suffix': expected some of prefix,denoise,fast_decode",
-        ),
-        (
-            [
-                "x",
-                "-o",
-                "b",
-                "--target",
-                "trt-rtx",
-                "--compute-capability",
-                "8.6",
-                "--graphs",
-                "fast_decode",
-                "--no-fast-head",
-            ],
-            "--graphs fast_decode builds what --no-fast-head leaves away",
-        ),
-        (["x", "-o", "b", "--graphs", "prefix"], "it goes with --build or --compute-capability"),
         (["x", "-o", "b", "--attention", "flash"], "attention 'flash': expected decomposed or fused"),
     ],
 )
@@ -126,5 +117,29 @@ def test_wrong_requests_are_one_line_before_anything_is_done(tmp_path, monkeypat
     rtx()
     monkeypatch.chdir(tmp_path)
     status, lines = run(capsys, *arguments)
-    assert status == 2 and len(lines) == 1 and message in lines[0], lines
+    assert status == 2 and message in lines[-1] and lines[:-1] in ([], ["ki-export: exporting x"]), lines
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--target", "trt-rtx"], "no bundle at nowhere"),
+        (["nowhere", "--graphs", "prefix,suffix"], "'prefix,suffix': expected some of prefix,denoise,fast_decode"),
+        (["b", "--target", "jetson"], "engines are built for trt and trt-rtx; for a Jetson or a data-centre GPU use"),
+        (["b", "--target", "ort"], "for ONNX Runtime, on a CPU or through CUDA, use --target ort"),
+    ],
+)
+def test_wrong_builds_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, lines = build(capsys, *arguments)
+    assert status == 2 and len(lines) == 1 and message in lines[0], lines
+
+
+@pytest.mark.parametrize(
+    "arguments", [["b", "-o", "z"], ["b", "--precision", "bf16"], ["b", "--calibrate", "x"], ["b", "--model-only"], []]
+)
+def test_ki_build_knows_no_flag_of_an_export(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        build(capsys, *arguments)
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("ki-build: error: ")

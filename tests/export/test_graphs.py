@@ -1,11 +1,17 @@
 """What the three graphs consist of."""
 
+import shutil
+from functools import partial
+
 import onnx
 import onnx_ir as ir
 import pytest
 
 from ki_edge import flow, graphs
+from ki_edge.bundle import Bundle, BundleWriter
+from ki_edge.errors import BackendError, BundleError
 from ki_export.graphs.checker import check
+from ki_runtime.backends.registry import SessionOptions, choose_backend, open_session
 
 from .conftest import CONFIG, OFFSET
 
@@ -135,3 +141,18 @@ def test_manifest_tells_the_runtime_where_the_time_weights_are(bundle):
     assert sorted(runtime) == sorted(flow.modulation_weights(CONFIG))
     assert all(name in stored for name in runtime.values())
     assert bundle.manifest.sampling == {"time_convention": "openpi", "num_steps": 4}
+
+
+def test_a_graph_of_another_policy_is_refused(bundle, tmp_path):
+    copy = Bundle.open(shutil.copytree(bundle.path, tmp_path / "bundle"))
+    path, open_graph = copy.graph("denoise"), partial(open_session, backend=choose_backend("ort"))
+    model = onnx.load(path, load_external_data=False)
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 99
+    del model.graph.value_info[:]
+    path.write_bytes(model.SerializeToString())
+    copy = BundleWriter(copy.path).seal(copy.manifest)
+    with pytest.raises((BundleError, BackendError), match="denoise"):
+        open_graph(copy, graphs.DENOISE, options=SessionOptions())
+    path.write_bytes(b"no graph")
+    with pytest.raises(BundleError, match=r"denoise\.onnx is not a readable ONNX graph"):
+        open_graph(copy, graphs.DENOISE, options=SessionOptions())

@@ -1,4 +1,4 @@
-"""--inspect: what a checkpoint is, without loading it; and the least time on known devices."""
+"""ki-inspect: what a checkpoint is, without loading it; and the least time on known devices."""
 
 import json
 import shutil
@@ -9,6 +9,8 @@ from ki_edge.checkpoints import SafetensorsSource
 from ki_edge.config import PI05
 from ki_export import cli
 from ki_export.policies import PolicyRequest
+from ki_export.source import cli as inspect_cli
+from ki_export.source import inspection
 from ki_export.source.devices import DEVICES, floor_ms, stages
 from ki_export.source.inspection import inspect
 from ki_export.source.opening import CheckpointRef
@@ -48,15 +50,15 @@ def test_floors(case):
 
 
 def test_a_bare_model(data, capsys):
-    assert cli.main(["--inspect", str(data / "openpi_a")]) == 0
+    assert inspect_cli.main([str(data / "openpi_a")]) == 0
     text = capsys.readouterr().out
     assert "format      openpi, a π0.5 of" in text
-    assert "--contract" in text and "--assets" in text and "--tokenizer" in text
+    assert "--contract" in text and "--norm-stats" in text and "--tokenizer" in text
     assert "backbone    3 layers of width 64, 1024 tokens" in text
 
 
 def test_json(data, capsys):
-    assert cli.main(["--inspect", "--json", str(data / "lerobot_a")]) == 0
+    assert inspect_cli.main(["--json", str(data / "lerobot_a")]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["format"], found["variant"]) == ("lerobot", "pi05")
     assert found["geometry"]["action_horizon"] == 10
@@ -65,8 +67,12 @@ def test_json(data, capsys):
 
 
 def test_a_complete_policy(fetch_checkpoint, capsys):
-    assert cli.main(["--inspect", str(fetch_checkpoint)]) == 0
-    assert "complete: ki-export can make a policy of it" in capsys.readouterr().out
+    assert inspect_cli.main([str(fetch_checkpoint)]) == 0
+    text = capsys.readouterr().out
+    assert "nothing is missing: ki-export can export the policy" in text
+    cameras = text[text.index("  cameras") : text.index("  state_dim")].splitlines()
+    assert [line.split() for line in cameras] == [["cameras", "front_left", "contract.json"], ["front_right"]]
+    assert "too small a model for a least time" in text
     assert inspect(CheckpointRef(str(fetch_checkpoint)), PolicyRequest()).missing == []
 
 
@@ -89,19 +95,43 @@ def test_a_step_of_training_does_not_record_its_horizon(data, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["CHECKPOINT"], "no output: give -o BUNDLE, or --inspect"),
-        (["CHECKPOINT", "-o", "x", "--json"], "--json goes with --inspect"),
-        (["--inspect", "nowhere"], "expected a folder, or a Hub id"),
-        (["--inspect", "CHECKPOINT", "--revision", "main"], "is a local folder: --revision main is for Hub ids only"),
-        (["--inspect", "CHECKPOINT", "--horizon", "3"], "records an action horizon of 10, but 3 was asked for"),
-        (["--inspect", "CHECKPOINT", "--contract", "spot"], "neither a file nor one of droid"),
-        (["CHECKPOINT", "-o", "x", "--precision", "int4"], "precision 'int4': expected one of fp32, fp16, bf16, int8"),
-        (["CHECKPOINT", "-o", "x", "--weights", "half"], "weights 'half': expected one of float32, stored"),
+        (["nowhere"], "expected a folder, or a Hub id"),
+        (["CHECKPOINT", "--revision", "main"], "is a local folder: --revision main is for Hub ids only"),
+        (["CHECKPOINT", "--horizon", "3"], "records an action horizon of 10, but 3 was asked for"),
+        (["CHECKPOINT", "--contract", "spot"], "neither a file nor one of droid"),
     ],
 )
 def test_bad_arguments_are_one_line(data, capsys, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert cli.main([str(data / "openpi_a") if word == "CHECKPOINT" else word for word in arguments]) == 2
+    assert inspect_cli.main([str(data / "openpi_a") if word == "CHECKPOINT" else word for word in arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
-    assert not (tmp_path / "x").exists()
+
+
+def test_an_export_without_an_output(data, capsys):
+    assert cli.main([str(data / "openpi_a")]) == 2
+    assert "no output: give -o BUNDLE; ki-inspect " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("contract", "heads"),
+    [
+        (None, ["2 cameras, 30 tokens", "3 cameras, 200 tokens"]),
+        ("libero", ["2 cameras, 30 tokens", "2 cameras, 48 tokens"]),
+    ],
+)
+def test_times_are_told_for_the_cameras_of_the_policy(data, monkeypatch, contract, heads):
+    monkeypatch.setattr(inspection, "SMALLEST", 0.0)
+    lines = inspect(CheckpointRef(str(data / "openpi_a")), PolicyRequest(contract=contract)).lines()
+    head = next(line for line in lines if line.endswith("tokens") and " cameras, " in line)
+    assert [part.strip() for part in head.split("  ") if part.strip()] == heads
+
+
+def test_a_horizon_that_nobody_knows_is_not_printed(data, tmp_path):
+    shutil.copy(data / "openpi_a" / "model.safetensors", tmp_path)
+    config = json.loads((data / "openpi_a" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({"tiny": config["tiny"]}))
+    for contract in (None, "droid"):
+        lines = inspect(CheckpointRef(str(tmp_path)), PolicyRequest(contract=contract)).lines()
+        assert not any(line.startswith(("  action_horizon", "  execute")) for line in lines)
+        assert any("an unknown number of actions" in line for line in lines)

@@ -7,7 +7,6 @@ import pytest
 
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.errors import ArgumentError, CheckpointError
-from ki_export import cli
 from ki_export.policies import PolicyRequest, describe_policy
 
 GEMMA = GemmaConfig(width=16, depth=1, mlp_dim=16, num_heads=1, num_kv_heads=1, head_dim=16)
@@ -176,15 +175,6 @@ def test_a_contract_file_answers_and_a_preset_does_not(old, tokenizer, tmp_path)
 def test_it_is_for_lerobot_only(old):
     with pytest.raises(ArgumentError, match=r"--lerobot-version is for LeRobot's checkpoints; .* is openpi"):
         describe_policy(old, "openpi", {}, None, PolicyRequest(lerobot_version="0.4"))
-
-
-@pytest.mark.parametrize(("flag", "version"), [("--padded-state-prompt", "0.4"), ("--no-padded-state-prompt", "0.5")])
-def test_its_flags_of_before(flag, version, capsys):
-    assert cli._request(cli._parser().parse_args(["folder", flag])).lerobot_version == version
-    assert cli._request(cli._parser().parse_args(["folder"])).lerobot_version is None
-    with pytest.raises(SystemExit):
-        cli._parser().parse_args(["--help"])
-    assert "padded-state" not in capsys.readouterr().out
 
 
 def test_another_version(old, tokenizer):

@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 import shutil
 import time
 
@@ -71,7 +70,7 @@ def test_a_damaged_weight_is_found_and_named(checkpoint, packed, key, where, lay
     damage(packed.path / "weights.safetensors", key)
     comparison = compare_with_checkpoint(packed, Checkpoint.open(checkpoint), lambda line: None, method=method)
     assert where in comparison.explanation
-    assert f"weight '{key}' in the bundle is not the checkpoint's" in comparison.explanation
+    assert f"weight '{key}' differs from the checkpoint's" in comparison.explanation
     if layer:
         assert f"first wrong layer {layer};" in comparison.explanation
     assert "\n" not in comparison.explanation
@@ -155,7 +154,7 @@ def test_a_weight_that_is_not_a_number(checkpoint, packed, key, method, nothing_
         out.seek(SafetensorsIndex(file).entries[key].offset)
         out.write(np.float32(np.nan).tobytes())
     comparison = compare_with_checkpoint(packed, Checkpoint.open(checkpoint), lambda line: None, method=method)
-    assert f"weight '{key}' in the bundle is not the checkpoint's" in comparison.explanation
+    assert f"weight '{key}' differs from the checkpoint's" in comparison.explanation
     assert "first wrong layer backbone.layers" in comparison.explanation
 
 
@@ -180,7 +179,9 @@ def test_an_export_of_a_large_model_says_that_it_was_streamed(checkpoint, tmp_pa
     assert [case["name"] for case in parity["cases"]] == ["seed 0: absent camera, short prompt"]
     report = json.loads((bundle.path / "parity.json").read_text())
     assert {m["graph"] for m in report["measurements"]} == {"prefix", "denoise", "fast_decode", "runtime"}
-    assert any(line.startswith("verified, model streamed (") and "peak memory" in line for line in lines)
+    assert any(
+        line.startswith("proven equal to the PyTorch model of checkpoint (") and "peak memory" in line for line in lines
+    )
 
 
 @pytest.mark.parametrize("options", [{"precision": "int8"}, {"weights": "stored"}])
@@ -200,7 +201,7 @@ def test_a_damaged_weight_of_another_form_is_found_and_named(copied, tmp_path, o
     for method in ("resident", "streamed"):
         comparison = compare_with_checkpoint(bundle, opened, lambda line: None, method=method)
         assert comparison.explanation.startswith("prefix: prefix_v layer 1")
-        assert f"weight '{key}' in the bundle is not the checkpoint's" in comparison.explanation
+        assert f"weight '{key}' differs from the checkpoint's" in comparison.explanation
         assert "first wrong layer backbone.layers.1.self_attn.v_proj;" in comparison.explanation
 
 
@@ -221,7 +222,7 @@ def test_a_damage_too_small_for_the_bars_of_int8_is_found(checkpoint, tmp_path):
     comparison = compare_with_checkpoint(bundle, Checkpoint.open(checkpoint), lambda line: None)
     (failure,) = comparison.failures
     assert failure.tensor == "changed_weights" and failure.error == 1
-    assert f"weight '{key}' in the bundle is not the checkpoint's" in comparison.explanation
+    assert f"weight '{key}' differs from the checkpoint's" in comparison.explanation
 
 
 def test_the_method_follows_size_and_memory():
@@ -229,27 +230,6 @@ def test_the_method_follows_size_and_memory():
     assert choose_method(CONFIG, available=10**5) == "streamed"
     assert choose_method(PI05, available=10**12) == "streamed"
     assert choose_method(CONFIG) == "resident"
-
-
-def test_report_of_an_export(bundle):
-    report = json.loads((bundle.path / "parity.json").read_text())
-    assert report["verified"] is True and bundle.manifest.parity["verified"] is True
-    assert bundle.manifest.parity["worst"] == report["worst"]
-    compared = {(m["graph"], m["tensor"]) for m in report["measurements"]}
-    assert compared == {
-        ("prefix", "prefix_mask"), ("prefix", "prefix_k"), ("prefix", "prefix_v"), ("denoise", "x_next"),
-        ("fast_decode", "logits"), ("fast_decode", "new_k"), ("fast_decode", "new_v"), ("runtime", "modulation"),
-        ("runtime", "prefix_mask"), ("runtime", "prefix_k"), ("runtime", "prefix_v"), ("runtime", "x"),
-        ("runtime", "actions"), ("runtime", "greedy_ids"), ("denoise", "velocity"),
-    }  # fmt: skip
-    assert all(m["passed"] and m["error"] <= m["limit"] for m in report["measurements"])
-    assert {case["batch"] for case in report["cases"]} == {1, 2}
-    assert report["method"] == bundle.manifest.parity["method"] == "resident"
-    assert bundle.manifest.parity["cases"] == report["cases"]
-    page = (bundle.path / "parity.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
-    assert "all bars held" in page
-    assert "http" not in re.sub(r"base64,[\w+/=]+", "", page)  # the letters of a picture may spell anything
 
 
 def test_cases_cover_absent_cameras_short_and_full_prompts_and_batches():
@@ -337,15 +317,6 @@ def test_ki_parity_against_a_checkpoint(checkpoint, bundle, tmp_path, capsys):
     assert status == 0
     assert "FAILED" not in capsys.readouterr().out
     assert (tmp_path / "report" / "parity.html").is_file()
-
-
-def test_ki_parity_of_a_damaged_bundle_writes_the_report(checkpoint, packed, tmp_path, capsys):
-    damage(packed.path / "weights.safetensors", "action_in_proj.weight")
-    status = parity_cli.main([str(packed.path), "--checkpoint", str(checkpoint), "--report", str(tmp_path / "report")])
-    assert status == 1
-    output = capsys.readouterr()
-    assert "FAILED" in output.out and "action_in_proj" in output.err.splitlines()[-1]
-    assert "bars failed" in (tmp_path / "report" / "parity.html").read_text()
 
 
 def test_recordings_that_cannot_be_compared(bundle, tmp_path, capsys):

@@ -115,19 +115,23 @@ def test_tokenizer_json_in_the_hubs_cache(folder, words, caches):
 
 
 def test_what_is_given_as_tokenizer(folder, words, tmp_path):
+    openpis = tmp_path / "big_vision"
+    openpis.mkdir()
+    shutil.copy(words / "tokenizer.model", openpis / "paligemma_tokenizer.model")
     for given, source in (
         (words, "tokenizer.model"),
         (words / "tokenizer.json", "tokenizer.json"),
         (folder / "tokenizer", "tokenizer.json"),
+        (openpis, "paligemma_tokenizer.model"),
     ):
         assert describe(folder, tokenizer=given).tokenizer.source == source
     (tmp_path / "empty").mkdir()
     with pytest.raises(ArgumentError, match=r"a folder without tokenizer\.model and tokenizer\.json; .* hf download"):
         describe(folder, tokenizer=tmp_path / "empty")
-    with pytest.raises(ArgumentError, match=r"--tokenizer .*gone: no such file; .* hf download"):
+    with pytest.raises(ArgumentError, match=r"--tokenizer .*gone: there is no such file; .* hf download"):
         describe(folder, tokenizer=tmp_path / "gone")
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ContractError, match=r"the tokenizer tokenizer\.json is no tokenizer\.json"):
+    with pytest.raises(ContractError, match=r"the tokenizer tokenizer\.json is not a tokenizer\.json"):
         describe(folder, tokenizer=tmp_path / "tokenizer.json")
 
 
@@ -174,7 +178,7 @@ def test_a_codec_in_the_layout_of_the_hubs_cache(fast_v5, folder, tmp_path):
             "'scale' is '10', expected a number",
         ),
         (lambda f: (f / "processor_config.json").write_text('{"scale": 10}'), "'min_token' is None"),
-        (lambda f: (f / "bpe_tokenizer" / "tokenizer.json").write_text("{}"), r"is no tokenizer\.json"),
+        (lambda f: (f / "bpe_tokenizer" / "tokenizer.json").write_text("{}"), r"is not a tokenizer\.json"),
     ],
 )
 def test_what_a_codec_lacks_is_named(fast_v5, folder, change, message):
@@ -222,5 +226,5 @@ def test_a_training_step_whose_horizon_is_given(data, words, contract, horizon):
 def test_read_policy_lists_what_is_missing(folder):
     shutil.rmtree(folder / "tokenizer")
     settings = json.loads((folder / "config.json").read_text())
-    with pytest.raises(CheckpointError, match="is no complete policy: no tokenizer at 'tokenizer'"):
+    with pytest.raises(CheckpointError, match="is not a complete policy: no tokenizer at 'tokenizer'"):
         read_policy(folder, "lerobot", settings, MODEL, PolicyRequest())

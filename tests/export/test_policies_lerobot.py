@@ -130,7 +130,7 @@ def test_a_folder_without_processors_lists_what_it_lacks(data):
     assert facts.contract is None
     assert facts.values["action_horizon"] == 10 and facts.known["action_horizon"] == "config.json"
     text = "; ".join(facts.missing)
-    assert all(part in text for part in (BEFORE, AFTER, "--contract", "--assets", "--tokenizer"))
+    assert all(part in text for part in (BEFORE, AFTER, "--contract", "--norm-stats", "--tokenizer"))
 
 
 def test_a_folder_without_processors_takes_a_contract_and_statistics(data, tmp_path, tokenizer):

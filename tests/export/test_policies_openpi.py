@@ -67,8 +67,9 @@ def test_everything_that_is_missing_is_listed_in_one_line(tmp_path):
     message = str(caught.value)
     assert "\n" not in message
     for part in (
-        "no complete policy", "robot, cameras, prompt format", "--contract droid|droid_joint_position|libero|aloha,",
-        "no norm_stats.json under assets/ (give --assets", "--tokenizer", "google/paligemma-3b-pt-224", "--model-only",
+        "not a complete policy", "robot, cameras, prompt format", "--contract droid|droid_joint_position|libero|aloha,",
+        "no norm_stats.json under assets/ (give --norm-stats", "--tokenizer", "google/paligemma-3b-pt-224",
+        "--model-only",
     ):  # fmt: skip
         assert part in message
 
@@ -148,7 +149,7 @@ def test_statistics_of_several_robots_are_not_chosen_from(step, tokenizer):
     add_stats(step / "assets" / "trossen")
     facts = describe(step, contract="droid", tokenizer=tokenizer)
     assert facts.missing == (
-        "statistics of several robots under assets/: trossen, lab/droid (give --assets assets/ID)",
+        "statistics of several robots under assets/: trossen, lab/droid (give --norm-stats assets/ID)",
     )
     for given in (
         step / "assets" / "trossen",
@@ -156,7 +157,7 @@ def test_statistics_of_several_robots_are_not_chosen_from(step, tokenizer):
         step / "assets" / "lab",
     ):
         assert read(step, contract="droid", tokenizer=tokenizer, assets=given).statistics is not None
-    with pytest.raises(ArgumentError, match=r"--assets .*: no such file or folder"):
+    with pytest.raises(ArgumentError, match=r"--norm-stats .*: no such file or folder"):
         describe(step, contract="droid", assets=step / "gone")
 
 
@@ -235,7 +236,7 @@ def test_fast_is_added_to_a_preset_with_the_published_offset(step, data, tokeniz
 def test_a_contract_with_fast_needs_its_codec(step, data, tokenizer, tmp_path):
     droid(fast=FastContract(size=512)).save(tmp_path / "mine.json")
     facts = describe(step, contract=str(tmp_path / "mine.json"), tokenizer=tokenizer)
-    assert facts.missing == ("no assets/fast/tokenizer.json (give --fast, the folder of the FAST codec)",)
+    assert facts.missing == ("no assets/fast/tokenizer.json (give --fast-codec, the folder of the FAST codec)",)
     droid(fast=FastContract(size=100)).save(tmp_path / "mine.json")
     with pytest.raises(CheckpointError, match="512 FAST ids, the contract has 100"):
         describe(step, contract=str(tmp_path / "mine.json"), fast=data / "fast")

@@ -1,6 +1,7 @@
 """The int8 pass: its graphs on ONNX Runtime against the same arithmetic in numpy, its weights, and what it refuses."""
 
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from ki_export.options import ExportOptions
 from ki_export.passes.quantize import Int8Weight, quantize
 from ki_export.weights.int8 import choose, quantize_weight
 from ki_runtime.backends.ort import cpu_options
+from ki_runtime.backends.registry import SessionOptions, choose_backend, open_session
 from ki_runtime.policy.sampler import Sampler
 
 from .conftest import CONFIG
@@ -275,3 +277,16 @@ def test_actions_in_8_bits_are_near_those_in_float32(bundle, int8_bundle):
     )
     relative = np.linalg.norm(rounded - exact) / np.linalg.norm(exact)
     assert 1e-5 < relative < 0.05
+
+
+def test_actions_in_8_bits_are_the_same_packed_or_not(int8_bundle):
+    """A streamed proof maps the weights that a robot packs."""
+    rng = np.random.default_rng(5)
+    images = rng.integers(0, 256, (1, 2, 14, 14, 3), np.uint8)
+    inputs = (images, np.ones((1, 2), np.bool_), rng.integers(2, 500, (1, 9)), np.ones((1, 9), np.bool_))
+    opened = partial(open_session, int8_bundle, backend=choose_backend("ort"))
+    mapped, packed = (
+        Sampler(int8_bundle, partial(opened, options=SessionOptions(1, prepack))).sample_actions(*inputs, seed=0)
+        for prepack in (False, True)
+    )
+    np.testing.assert_allclose(mapped, packed, rtol=0, atol=2e-6)

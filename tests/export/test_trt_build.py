@@ -337,7 +337,7 @@ class TestRefused:
         with pytest.raises(BackendError, match=r"TensorRT lean runtime \S+ only runs engines"):
             build(own, lean, AMPERE)
         with pytest.raises(
-            BackendError, match=r"and TensorRT lean runtime \S+ cannot build any: ki-export --build \S+ --lean \(run wh"
+            BackendError, match=r"and TensorRT lean runtime \S+ cannot build any: ki-build \S+ --lean \(run wh"
         ):
             ensure_engines(own, lean, AMPERE)
 
@@ -373,7 +373,7 @@ class TestRefused:
 
         monkeypatch.setattr(targets, "import_module", lambda _: SimpleNamespace(current_device=absent))
         monkeypatch.setattr(Api, "load", lambda _: Api(None, name, (10, 3), "10.3.0"))
-        with pytest.raises(BackendError, match="no NVIDIA driver; run ki-export --build BUNDLE on the robot") as error:
+        with pytest.raises(BackendError, match="no NVIDIA driver; run ki-build BUNDLE on the robot") as error:
             build_bundle(own.path, "trt")
         assert ("--compute-capability" in str(error.value)) is (name == "tensorrt_rtx")
 

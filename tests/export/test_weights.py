@@ -88,7 +88,7 @@ def test_the_lerobot_layout_with_both_embeddings(copied, tmp_path):
 
 
 def test_stored_types_keep_the_checkpoints_16_bit_file(copied, tmp_path):
-    """--weights stored: nothing is converted, the graphs widen, and the actions are those of the float32 bundle."""
+    """--stored-types: nothing is converted, the graphs widen, and the actions are those of the float32 bundle."""
     file = copied / "model.safetensors"
     state = {k: v if FLOAT32.search(k) else v.bfloat16() for k, v in load_file(file).items()}
     save_file(state, file, metadata={"format": "pt"})

@@ -87,6 +87,11 @@ class FakeBinding:
             self.buffers[output].write(np.ascontiguousarray(value, self.buffers[output].dtype))
 
 
+def graph_entry(name, opset=20, ops=("Gemm",), weight_bytes=1000):
+    """What a manifest says of a graph."""
+    return {"file": f"{name}.onnx", "opset": opset, "ops": list(ops), "weight_bytes": weight_bytes}
+
+
 @pytest.fixture
 def make_bundle(tmp_path):
     """make_bundle(name="bundle", assets={path: bytes}, **manifest fields) -> Bundle with random runtime weights."""
@@ -98,7 +103,7 @@ def make_bundle(tmp_path):
             "contract": None,
             "sampling": {"time_convention": "openpi", "num_steps": 10},
             "precision": "float32",
-            "graphs": {spec.name: {"file": f"{spec.name}.onnx"} for spec in graphs.GRAPHS},
+            "graphs": {spec.name: graph_entry(spec.name) for spec in graphs.GRAPHS},
             "weights": {"file": "weights.safetensors", "runtime": {key: f"model.{key}" for key in weights}},
             "decode_vocabulary": {"first": FAST_FIRST, "count": FAST_COUNT, "extra": [BAR, EOS]},
             "tools": {},

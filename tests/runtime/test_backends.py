@@ -19,7 +19,7 @@ from ki_runtime.backends.registry import (
     open_session,
 )
 from ki_runtime.control.cli import main
-from ki_runtime.gpu import ort_cuda as ort_cuda_session
+from ki_runtime.gpu import ort_cuda
 from ki_runtime.policy import sampler as sampler_module
 from ki_runtime.policy.policy import Policy
 from ki_runtime.policy.proof import own_version
@@ -79,7 +79,7 @@ def test_the_lean_runtime_stands_in(machine, make_bundle):
 
 
 def test_every_backend_passed_over_has_its_reason(machine, make_bundle):
-    machine({"onnxruntime"}, {"ort_cuda_session": "no CUDA provider"})
+    machine({"onnxruntime"}, {"gpu.ort_cuda": "no CUDA provider"})
     backend = connect(make_bundle()).backend
     assert backend.describe("float32") == (
         "backend: ort (CPU): trt: no tensorrt or tensorrt_lean package; trt-rtx: no tensorrt_rtx package; "
@@ -90,13 +90,13 @@ def test_every_backend_passed_over_has_its_reason(machine, make_bundle):
 
 
 def test_float16_on_a_cpu_is_told_loudly(machine, make_bundle):
-    machine({"onnxruntime"}, {"ort_cuda_session": "no GPU"})
+    machine({"onnxruntime"}, {"gpu.ort_cuda": "no GPU"})
     assert ". SLOW: a float16 bundle is made for a GPU" in connect(make_bundle()).backend.describe("float16")
     assert "SLOW" not in connect(make_bundle("other")).backend.describe("int8")
 
 
 def test_a_backend_that_cannot_start_is_passed_over(machine, make_bundle):
-    failures = {"trt.session": DeviceMemoryError("no room to build"), "ort_cuda_session": BackendError("no cuDNN")}
+    failures = {"trt.session": DeviceMemoryError("no room to build"), "gpu.ort_cuda": BackendError("no cuDNN")}
     machine(EVERY, failures=failures)
     passed = dict(connect(make_bundle()).backend.passed)
     assert passed == {"trt": "no room to build", "trt-rtx": "no room to build", "ort-cuda": "no cuDNN"}
@@ -104,11 +104,11 @@ def test_a_backend_that_cannot_start_is_passed_over(machine, make_bundle):
 
 @pytest.mark.parametrize("name", ["trt", "trt-rtx", "ort-cuda"])
 def test_a_named_backend_is_never_replaced(machine, make_bundle, name):
-    failures = {"trt.session": DeviceMemoryError("no room"), "ort_cuda_session": DeviceMemoryError("no room")}
+    failures = {"trt.session": DeviceMemoryError("no room"), "gpu.ort_cuda": DeviceMemoryError("no room")}
     machine(EVERY, failures=failures)
     with pytest.raises(DeviceMemoryError, match=r"^no room$"):
         connect(make_bundle(), name)
-    machine(EVERY, {"trt.session": "no driver", "ort_cuda_session": "no driver"})
+    machine(EVERY, {"trt.session": "no driver", "gpu.ort_cuda": "no driver"})
     with pytest.raises(BackendError, match=f"^backend '{name}': no driver$"):
         connect(make_bundle("second"), name)
     machine(set())
@@ -190,7 +190,7 @@ def test_int8_is_for_the_cpu(machine, make_bundle, name, monkeypatch):
 
 
 def test_a_sampler_and_a_policy_know_their_backend(machine, make_bundle):
-    machine({"onnxruntime"}, {"ort_cuda_session": "no GPU"})
+    machine({"onnxruntime"}, {"gpu.ort_cuda": "no GPU"})
     lines = []
     sampler = Sampler.open(make_bundle(), say=lines.append)
     assert sampler.backend.name == "ort" and dict(sampler.backend.passed)["ort-cuda"] == "no GPU"
@@ -200,7 +200,7 @@ def test_a_sampler_and_a_policy_know_their_backend(machine, make_bundle):
 
 @pytest.mark.parametrize("failing", ["prefix", "denoise"])
 def test_a_backend_whose_engines_do_not_load_is_passed_over(monkeypatch, make_bundle, failing):
-    machine_of = {"trt.session": failing, "ort_session": None}
+    machine_of = {"trt.session": failing, "backends.ort": None}
     opened = []
 
     def module(name):
@@ -224,7 +224,7 @@ def test_a_backend_whose_engines_do_not_load_is_passed_over(monkeypatch, make_bu
     monkeypatch.setattr(backends, "BACKENDS", (BACKENDS[0], BACKENDS[-1]))
     sampler = Sampler.open(make_bundle())
     assert (sampler.backend.name, dict(sampler.backend.passed)) == ("ort", {"trt": "cannot load"})
-    assert opened[-2:] == [("ort_session", "prefix"), ("ort_session", "denoise")]
+    assert opened[-2:] == [("backends.ort", "prefix"), ("backends.ort", "denoise")]
     with pytest.raises(BackendError, match=r"^cannot load$"):
         Sampler.open(make_bundle("named"), "trt")
 
@@ -241,7 +241,7 @@ TOLD = {  # packages, obstacle of ort-cuda, precision, what proved the bundle at
 @pytest.mark.parametrize("case", TOLD)
 def test_from_python_only_surprises_are_told(case, machine, make_bundle, capsys):
     packages, obstacle, precision, prover, told = TOLD[case]
-    machine(packages, {"ort_cuda_session": obstacle})
+    machine(packages, {"gpu.ort_cuda": obstacle})
     parity = {"verified": True, "proven_by": {"ki-edge": own_version(), "backend": prover}}
     proof = {"assets": {"witness.npz": b"not read"}, "parity": parity}
     sampler = Sampler.open(make_bundle(precision=precision, **(proof if prover else {})))
@@ -252,7 +252,7 @@ def test_what_is_not_installed_is_known_as_such(machine):
     machine(set())
     assert all(isinstance(backend.obstacle(None), NotInstalled) for backend in BACKENDS)
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        assert isinstance(ort_cuda_session.obstacle(None, "onnxruntime"), NotInstalled)
+        assert isinstance(ort_cuda.obstacle(None, "onnxruntime"), NotInstalled)
 
 
 def test_verifying_reaches_the_backend(monkeypatch, make_bundle):

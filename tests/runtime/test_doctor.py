@@ -360,7 +360,7 @@ def test_engines_that_must_be_built(make_bundle, graphs, made, reason):
     result = on_orin(bundle)
     warning = found(result, "engines", "warning")[0]
     assert (reason or "has no TensorRT engines") in warning.text
-    assert warning.fix == f"ki-export --build {bundle.path}"
+    assert warning.fix == f"ki-build {bundle.path}"
     assert next(v for v in result.verdicts if v.backend == "trt").detail == "Orin, once its engines are built"
 
 

@@ -37,7 +37,7 @@ BAD = {
     "truth values": (GOOD.astype(bool), "an array of bool"),
     "complex": (GOOD.astype(complex), "an array of complex128"),
     "text": (np.full((HORIZON, DIM), "1.0"), "an array of <U3"),
-    "ragged": ([[0.0, 0.0], [0.0]], "no array of numbers"),
+    "ragged": ([[0.0, 0.0], [0.0]], "not an array of numbers"),
     "nothing": (None, "an array of object"),
 }
 

@@ -41,7 +41,8 @@ def test_run_prints_a_report(run):
     result = run("--episodes", "4", "--backend", "ort", "--threads", "2", "--verify", robot=robot)
     assert result.status == 0 and robot.closed
     assert "50.0 % at the end" in result.out and "100.0 % at any step" in result.out
-    assert "prefix" in result.out and "control rate" in result.out and "torch loaded" in result.out
+    assert "prefix" in result.out and "control rate" in result.out and "torch loaded" not in result.out
+    assert "torch loaded" in run("--verbose").out
     given = {"threads": 2, "verify": True, "build": True, "trust_engines": False, "say": tell}
     assert result.loaded == [("some/bundle", "ort", given)]
 

@@ -202,7 +202,7 @@ def test_fast_problems_are_told_not_hidden(make_policy, observation, codec):
     assert result["actions"] is None and "coefficients, expected 15" in result["problem"]
     say(engine, [OFFSET, FOREIGN, EOS])
     result = policy.infer_fast(observation)
-    assert result["actions"] is None and "id 399 at place 1 is no FAST id" in result["problem"]
+    assert result["actions"] is None and "id 399 at place 1 is not a FAST id" in result["problem"]
     say(engine, [OFFSET] * 100)
     result = policy.infer_fast(observation)
     assert result["actions"] is None and "no end within" in result["problem"]

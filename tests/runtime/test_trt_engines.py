@@ -76,7 +76,7 @@ def test_foreign_and_stale_engines_are_refused_with_the_reason(case, make_bundle
     with pytest.raises(BackendError, match=reason) as error:
         find(bundle, installed, device)
     target = " --target trt-rtx" if installed.is_rtx else ""
-    assert str(error.value).endswith(f"; build them here: ki-export --build {bundle.path}{target}")
+    assert str(error.value).endswith(f"; build them here: ki-build {bundle.path}{target}")
 
 
 def test_a_changed_graph_is_named(make_bundle) -> None:
@@ -114,7 +114,7 @@ def test_rtx_engines_fit_any_gpu_of_their_capabilities(make_bundle) -> None:
 
 def test_no_engines(make_bundle) -> None:
     bundle = make_bundle()
-    with pytest.raises(BackendError, match=r"bundle has no TensorRT engines; build them here: ki-export --build"):
+    with pytest.raises(BackendError, match=r"bundle has no TensorRT engines; build them here: ki-build"):
         find(bundle, api(), ORIN)
 
 

@@ -42,7 +42,7 @@ def test_engines_that_can_be_built_are_no_obstacle(here, make_bundle):
 
 def test_the_lean_runtime_needs_engines(here, make_bundle, monkeypatch):
     here(can_build=False, name="tensorrt_lean", version_text="10.3.0", is_rtx=False, is_lean=True, version=(10, 3))
-    assert re.search("has no TensorRT engines.*ki-export --build", obstacle(make_bundle(), "tensorrt_lean"))
+    assert re.search("has no TensorRT engines.*ki-build", obstacle(make_bundle(), "tensorrt_lean"))
     assert "--lean (run where tensorrt is installed)" in obstacle(make_bundle("other"), "tensorrt_lean")
     assert obstacle(None, "tensorrt_lean") is None
 
@@ -71,8 +71,7 @@ def test_nothing_is_built_unasked(here, make_bundle, monkeypatch):
     with pytest.raises(BackendError) as error:
         session.connect(bundle, "tensorrt", SessionOptions())
     assert str(error.value) == (
-        f"{bundle.path} has no TensorRT engines; build them here: ki-export --build {bundle.path}, or open it with "
-        "build=True"
+        f"{bundle.path} has no TensorRT engines; build them here: ki-build {bundle.path}, or open it with build=True"
     )
 
 

@@ -49,7 +49,7 @@ def test_fast_that_is_damaged_or_missing_costs_nobody_the_others(make_bundle) ->
     with pytest.raises(BackendError) as error:
         find(bundle, api(), ORIN, (FAST,))
     assert str(error.value) == (
-        f"{bundle.path} has no TensorRT engine of fast_decode; build them here: ki-export --build {bundle.path} "
+        f"{bundle.path} has no TensorRT engine of fast_decode; build them here: ki-build {bundle.path} "
         "--graphs fast_decode"
     )
     publish(bundle, graphs=(FAST,)).path(FAST).write_bytes(b"cut")
@@ -116,7 +116,7 @@ def test_records_from_before_boards_were_told_apart(make_bundle) -> None:
         del content["identity"][name]
     record.write_text(json.dumps({**content, "schema": 1}))
     assert "has schema 1, this version reads 2: another version of ki-edge built them" in look(bundle, api(), ORIN)
-    with pytest.raises(BackendError, match=r"build them here: ki-export --build"):
+    with pytest.raises(BackendError, match=r"build them here: ki-build"):
         find(bundle, api(), ORIN)
 
 
@@ -134,9 +134,7 @@ def test_the_lean_runtime_needs_engines_made_for_it(lean, version, fits, make_bu
     assert isinstance(found, EngineSet) is fits
     why = r"of 11\.x" if lean else "without --lean"
     assert fits or re.search(why, found)
-    with (
-        nullcontext() if fits else pytest.raises(BackendError, match=r"build them: ki-export --build \S+ --lean \(run")
-    ):
+    with nullcontext() if fits else pytest.raises(BackendError, match=r"build them: ki-build \S+ --lean \(run"):
         find(bundle, api("tensorrt_lean", version), ORIN, trust=True)
 
 

@@ -1,1 +1,1 @@
-"""From the model to ONNX graphs: wrappers, tracing, the checker."""
+"""From the PyTorch model to ONNX graphs: wrappers, tracing, the checker. Imports: passes; of ki_edge: bundle, model."""

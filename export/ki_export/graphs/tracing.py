@@ -1,23 +1,22 @@
 """From a module on the meta device to an ONNX graph with the contract's names, cleaned by the passes.
 
-No weight is read: initializers carry names and shapes, and get their place in the weights file later. The graphs of a
-deep model take a minute each, so they are traced in two processes.
+No weight is read: initializers carry names and shapes, and get their place in the weights file later. Two layers of
+each kind are traced, and stamped out to the model's depth.
 """
 
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
+import time
 import warnings
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
+from onnxscript import opset18 as op
 
 from ki_edge import graphs
 from ki_edge.bundle import DecodeVocabulary
@@ -27,35 +26,59 @@ from ki_edge.errors import ExportError
 from ki_edge.graphs import GraphSpec
 from ki_export.passes import PASSES
 
+from .repetition import IrregularError
+from .stamping import SHALLOW, stamp
 from .wrappers import Traceable, traceables
 
 MODULE = "model."  # where the wrappers hold the model
 MIN_OPSET = 18
-DEEP = 8  # layers of a model that is worth two processes
-PROCESSES = 2  # 0.6 GB each
 NOWHERE = "none"
 
 
-def trace_all(config: Pi05Config, vocabulary: DecodeVocabulary, opset: int) -> dict[str, ir.Model]:
-    """The graphs of a model, by name; without a vocabulary not fast_decode. ExportError if one cannot be traced."""
-    names = [spec.name for spec in graphs.specs(config, fast=bool(vocabulary.ids))]
-    if config.backbone.depth < DEEP or (os.cpu_count() or 1) == 1:
-        sizes = graphs.sizes(config, len(vocabulary.ids))
-        return {t.spec.name: trace(t, opset, sizes) for t in traceables(config, vocabulary)}
-    spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    try:
-        with ProcessPoolExecutor(PROCESSES, spawn) as pool:
-            graphs_of = [pool.submit(_trace_apart, config, vocabulary, name, opset) for name in names]
-            return {name: unpack(future.result()) for name, future in zip(names, graphs_of, strict=True)}
-    except BrokenProcessPool:
-        raise ExportError("a tracing process was killed: is there 1.5 GB of memory free?") from None
+class Captured(torch.export.ExportedProgram):
+    """A program that the exporter takes as it was captured.
+
+    It would trace it twice more to decompose its operators, which is half of the time; `TRANSLATIONS` has what it
+    cannot translate whole.
+    """
+
+    def run_decompositions(self, *_: object, **__: object) -> Captured:
+        return self
 
 
-def _trace_apart(config: Pi05Config, vocabulary: DecodeVocabulary, name: str, opset: int) -> bytes:
-    """In a process of its own: one graph, packed."""
-    torch.set_num_threads(1)
-    wanted = next(t for t in traceables(config, vocabulary) if t.spec.name == name)
-    return pack(trace(wanted, opset, graphs.sizes(config, len(vocabulary.ids))))
+def _cast(x: Any, dtype: int, *_: object, **__: object) -> Any:
+    return op.Cast(x, to=dtype)
+
+
+def _square(x: Any) -> Any:
+    return op.Pow(x, 2.0)  # type: ignore[type-var]
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.to.dtype: _cast,
+    torch.ops.aten.square.default: _square,
+}
+
+
+def trace_all(
+    config: Pi05Config, vocabulary: DecodeVocabulary, opset: int, say: Callable[[str], object] = lambda _: None
+) -> dict[str, ir.Model]:
+    """The graphs of a model, by name; fast_decode if there is a vocabulary. `say` gets a line a graph.
+
+    ExportError if one cannot be traced.
+    """
+    sizes = graphs.sizes(config, len(vocabulary.ids))
+    models = {}
+    for traceable in traceables(config, vocabulary, SHALLOW):
+        name, start = traceable.spec.name, time.perf_counter()
+        try:
+            models[name] = trace(traceable, opset, sizes)
+        except IrregularError as error:
+            say(f"{name}: {error}; tracing every layer, which takes longer")
+            whole = {one.spec.name: one for one in traceables(config, vocabulary, None)}
+            models[name] = trace(whole[name], opset, sizes)
+        say(f"traced {name} ({time.perf_counter() - start:.1f} s)")
+    return models
 
 
 def pack(model: ir.Model) -> bytes:
@@ -88,7 +111,10 @@ def trace(traceable: Traceable, opset: int, sizes: Mapping[str, int]) -> ir.Mode
             prepare(model)
             for apply in PASSES:
                 apply(model)
+            stamp(model, traceable.depths)
             finish(model, spec, sizes)
+    except IrregularError:
+        raise
     except (torch.onnx.errors.OnnxExporterError, ValueError, RuntimeError) as error:
         first = str(error).strip().split("\n", 1)[0]
         raise ExportError(f"graph {spec.name} cannot be traced at opset {opset}: {first}; try --opset 20") from error
@@ -96,20 +122,31 @@ def trace(traceable: Traceable, opset: int, sizes: Mapping[str, int]) -> ir.Mode
 
 
 def _export(traceable: Traceable, opset: int) -> ir.Model:
-    program = torch.onnx.export(
-        traceable.module,
-        traceable.inputs,
+    # as torch.onnx.export captures a module, so that no size is compared with 0 or 1
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        program = torch.export.export(
+            traceable.module,
+            traceable.inputs,
+            dynamic_shapes=traceable.dynamic_shapes,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+    program.__class__ = Captured
+    exported = torch.onnx.export(
+        program,
+        (),
         dynamo=True,
         optimize=False,
         verbose=False,
         opset_version=opset,
-        dynamic_shapes=traceable.dynamic_shapes,
         input_names=[tensor.name for tensor in traceable.spec.inputs],
         output_names=[tensor.name for tensor in traceable.spec.outputs],
+        custom_translation_table=TRANSLATIONS,
+        dynamic_shapes=traceable.dynamic_shapes,  # names of free dims
     )
-    if program is None:
+    if exported is None:
         raise RuntimeError("the tracer gave no program")
-    model: ir.Model = program.model
+    model: ir.Model = exported.model
     return model
 
 

@@ -5,7 +5,8 @@ Nothing here computes. Inputs, their order, types and free dimensions come from 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from ki_edge.model import PiModel, build
 
 # Any sizes will do while tracing, as long as they differ from each other and from 1, which the tracer would bake in.
 TRACED_SIZES = {"B": 2, "N": 3, "T": 5, "S": 29, "C": 31, "Q": 7}
+STACKS = {"vision": "vision.encoder.layers.", "backbone": "backbone.layers.", "expert": "expert.layers."}
 UNEMBEDDING = "unembedding."  # prefix of the names of the rows that can be predicted
 Outputs = tuple[Tensor, ...]
 
@@ -89,12 +91,16 @@ class FastDecodeModule(nn.Module):
 
 @dataclass(frozen=True)
 class Traceable:
-    """What `torch.onnx.export` needs for one graph."""
+    """What the tracer needs for one graph.
+
+    `depths`: stacks with fewer layers in the module than the graph is to have, the prefix of their weights -> how many.
+    """
 
     spec: GraphSpec
     module: nn.Module
     inputs: tuple[Tensor, ...]
     dynamic_shapes: tuple[dict[int, torch.export.Dim], ...]
+    depths: Mapping[str, int]
 
 
 def runs(vocabulary: DecodeVocabulary) -> list[tuple[int, int]]:
@@ -102,23 +108,34 @@ def runs(vocabulary: DecodeVocabulary) -> list[tuple[int, int]]:
     return [(vocabulary.first, vocabulary.count), *((token, 1) for token in vocabulary.extra)]
 
 
-def traceables(config: Pi05Config, vocabulary: DecodeVocabulary) -> list[Traceable]:
-    """The graphs of a model without weights, on the meta device; fast_decode if there is a vocabulary."""
+def traceables(config: Pi05Config, vocabulary: DecodeVocabulary, layers: int | None = None) -> list[Traceable]:
+    """The graphs of a model without weights, on the meta device; fast_decode if there is a vocabulary.
+
+    The modules have at most `layers` layers a stack, but take inputs of the whole model's sizes.
+    """
+    wanted = {"vision": config.vision.depth, "backbone": config.backbone.depth, "expert": config.expert.depth}
+    depths = {STACKS[name]: depth for name, depth in wanted.items() if layers is not None and depth > layers}
+    shallow = replace(
+        config,
+        vision=replace(config.vision, depth=min(config.vision.depth, layers or config.vision.depth)),
+        backbone=replace(config.backbone, depth=min(config.backbone.depth, layers or config.backbone.depth)),
+        expert=replace(config.expert, depth=min(config.expert.depth, layers or config.expert.depth)),
+    )
     with torch.device("meta"):
-        model = build(config).eval().requires_grad_(False)
+        model = build(shallow).eval().requires_grad_(False)
     denoise = StateDenoiseModule if config.has_state else DenoiseModule
     modules: list[nn.Module] = [PrefixModule(model), denoise(model)]
     modules += [FastDecodeModule(model, vocabulary)] if vocabulary.ids else []
     sizes = {**graphs.sizes(config, len(vocabulary.ids)), **TRACED_SIZES}
-    wanted = graphs.specs(config, fast=bool(vocabulary.ids))
-    return [_traceable(spec, module.eval(), sizes) for spec, module in zip(wanted, modules, strict=True)]
+    specs = graphs.specs(config, fast=bool(vocabulary.ids))
+    return [_traceable(spec, module.eval(), sizes, depths) for spec, module in zip(specs, modules, strict=True)]
 
 
-def _traceable(spec: GraphSpec, module: nn.Module, sizes: dict[str, int]) -> Traceable:
+def _traceable(spec: GraphSpec, module: nn.Module, sizes: Mapping[str, int], depths: Mapping[str, int]) -> Traceable:
     inputs, shapes = [], []
     free = {symbol: torch.export.Dim(symbol) for symbol in graphs.DYNAMIC}
     for tensor in spec.inputs:
         shape = [int(dim) for dim in tensor.resolve(sizes)]
         inputs.append(torch.empty(shape, dtype=getattr(torch, tensor.dtype), device="meta"))
         shapes.append({axis: free[str(dim)] for axis, dim in enumerate(tensor.dims) if dim in free})
-    return Traceable(spec, module, tuple(inputs), tuple(shapes))
+    return Traceable(spec, module, tuple(inputs), tuple(shapes), depths)

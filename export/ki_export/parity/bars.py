@@ -137,7 +137,7 @@ class Measurement:
     """One comparison. `place`: the layer or step, or None for a tensor as a whole.
 
     `error` is in `metric`, whose bar is `limit`, and may be NaN; `max_abs` and `relative` (L2, of the reference's) are
-    there whatever the metric. `magnitude`: the reference's largest absolute value.
+    there whatever the metric, as is `cosine`. `magnitude`: the reference's largest absolute value.
     """
 
     case: str
@@ -150,6 +150,7 @@ class Measurement:
     metric: str
     max_abs: float
     relative: float
+    cosine: float
 
     @property
     def passed(self) -> bool:
@@ -160,6 +161,12 @@ class Measurement:
         """For people: graph, tensor and place."""
         kind = "layer" if self.tensor.endswith(("_k", "_v")) else "step"
         return f"{self.graph}: {self.tensor}" + ("" if self.place is None else f" {kind} {self.place}")
+
+    @property
+    def figures(self) -> str:
+        """Error and bar, for people."""
+        measure = "error" if self.metric == MAX_ABS else self.metric
+        return f"{measure} {self.error:.1e}, allowed {self.limit:.1e}"
 
     @property
     def severity(self) -> float:
@@ -188,8 +195,11 @@ def measure(
     fits = ours.shape == theirs.shape
     max_abs = _max_abs(ours, theirs)
     relative = _ratio(float(np.linalg.norm(ours - theirs)), float(np.linalg.norm(theirs))) if fits else math.inf
+    cosine = 1.0 - _cosine_distance(ours, theirs)
     error = METRICS[bar.metric](ours, theirs)
-    return Measurement(case, graph, tensor, place, error, magnitude, bar.at(magnitude), bar.metric, max_abs, relative)
+    return Measurement(
+        case, graph, tensor, place, error, magnitude, bar.at(magnitude), bar.metric, max_abs, relative, cosine
+    )
 
 
 def _max_abs(ours: Array, theirs: Array) -> float:

@@ -64,9 +64,8 @@ def _reference(bundle: Bundle, arguments: argparse.Namespace) -> int:
     """Against the PyTorch model of a checkpoint, or what another system recorded."""
     from ki_edge.checkpoints import Checkpoint
     from ki_edge.errors import ParityError
-    from ki_export.precision.ranges_report import read_ranges
 
-    from .parity import compare_with_checkpoint, report_facts
+    from .parity import compare_with_checkpoint
     from .recorded import compare_with_recording
     from .report import to_json, write_report
 
@@ -82,7 +81,7 @@ def _reference(bundle: Bundle, arguments: argparse.Namespace) -> int:
         show(table(comparison).rstrip("\n").split("\n"))
     if arguments.report is not None:
         arguments.report.mkdir(parents=True, exist_ok=True)
-        write_report(arguments.report, comparison, report_facts(bundle), read_ranges(bundle.path))
+        write_report(arguments.report, comparison, bundle)
         tell(f"ki-parity: wrote {arguments.report / 'parity.html'}")
     if comparison.explanation is not None:
         raise ParityError(comparison.explanation)
@@ -94,17 +93,20 @@ def _say(line: Any) -> None:
 
 
 def table(comparison: Comparison) -> str:
-    """The worst error of each tensor, a line each."""
+    """The worst error of each tensor, a line each, and that of the actions in words."""
+    from .headline import actions_error, in_words
+
     groups: dict[tuple[str, str], list[int]] = {}
     for at, m in enumerate(comparison.measurements):
         groups.setdefault((m.graph, m.tensor), []).append(at)
-    lines = [f"{'graph':12} {'tensor':12} {'error':>9} {'bar':>9}"]
+    lines = [f"{'graph':12} {'tensor':17} {'error':>9} {'allowed':>9}  measure"]
     for (graph, tensor), places in groups.items():
         m = max((comparison.measurements[at] for at in places), key=lambda m: m.severity)
         verdict = "" if m.passed else "  FAILED"
-        lines.append(f"{graph:12} {tensor:12} {m.error:9.2e} {m.limit:9.1e}  {m.metric}{verdict}")
+        lines.append(f"{graph:12} {tensor:17} {m.error:9.2e} {m.limit:9.1e}  {m.metric}{verdict}")
     lines.append(f"{len(comparison.measurements)} comparisons with {printable(comparison.reference)}")
-    return "\n".join(lines) + "\n"
+    actions = actions_error(comparison.measurements)
+    return "\n".join(lines + ([] if actions is None else [in_words(actions)])) + "\n"
 
 
 def _parser() -> Parser:

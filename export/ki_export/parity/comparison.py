@@ -92,8 +92,8 @@ def compare(pair: ParityPair, cases: Sequence[Case], progress: Progress) -> Comp
         result.answers.append(answer)
         result.traces = result.traces or traces
         result.cases.append({**case.describe(), **({} if pair.has_fast else {"fast_tokens": 0})})
-        worst = max(found, key=lambda m: m.severity)
-        progress.say(f"compared {case.name}: worst {worst.error:.1e} of {worst.limit:.1e} ({worst.where})")
+        shown = next((m for m in found if not m.passed), next(m for m in found if m.tensor == "actions"))
+        progress.say(f"compared {case.name}: {shown.tensor} {shown.figures}")
     return result
 
 

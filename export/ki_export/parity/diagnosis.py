@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ki_edge import graphs
-from ki_edge.bundle import Bundle
+from ki_edge.bundle import Bundle, sha256
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.flow import denoise_times, step_size
 from ki_edge.graphs import GraphSpec
@@ -45,9 +45,12 @@ def explain(
         case = next(case for case in cases if case.name == failure.case)
         layer = _wrong_layer(failure.graph, bundle, model, case)
     parts = [line] + ([f"first wrong layer {layer}"] if layer else [])
-    if changed:
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        parts.append(f"cause: weight '{changed[0]}'{more} in the bundle is not the checkpoint's: damaged or replaced")
+    if changed and _of_another(bundle, checkpoint):
+        name = f"{bundle.manifest.provenance.get('checkpoint')!s:.60}"
+        parts.append(f"cause: this bundle was exported from another checkpoint ({name})")
+    elif changed:
+        more = f" and {len(changed) - 1} more differ" if len(changed) > 1 else " differs"
+        parts.append(f"cause: weight '{changed[0]}'{more} from the checkpoint's: the bundle is damaged or was changed")
     elif not np.isfinite(failure.error):
         parts.append(f"cause: {NOT_FINITE_CAUSE}")
     elif failure.graph == RUNTIME:
@@ -55,6 +58,14 @@ def explain(
     else:
         parts.append(f"cause: {GRAPH_CAUSE if layer else ROUNDING_CAUSE}")
     return "; ".join(parts)
+
+
+def _of_another(bundle: Bundle, checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint's files are not those that the bundle records."""
+    recorded = bundle.manifest.provenance.get("sha256")
+    return isinstance(recorded, dict) and sorted(map(str, recorded.values())) != sorted(
+        sha256(path) for path in checkpoint.source.files
+    )
 
 
 def _order(failure: Measurement) -> tuple[int, float, float]:
@@ -65,7 +76,7 @@ def _order(failure: Measurement) -> tuple[int, float, float]:
 
 def summary(failure: Measurement) -> str:
     """Which tensor failed, by how much, and where."""
-    return f"{failure.where}: {failure.metric} {failure.error:.2e}, bar {failure.limit:.2e} ({failure.case})"
+    return f"{failure.where}: {failure.figures} ({failure.case})"
 
 
 def _wrong_layer(graph: str, bundle: Bundle, model: PiModel, case: Case) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from ki_edge.bundle import Bundle, BundleWriter
 from ki_edge.bundle.witness import WITNESS, read_witness
@@ -15,8 +14,6 @@ from ki_edge.policy.contract import PolicyContract
 from ki_edge.proc import peak_memory
 from ki_edge.progress import Progress
 from ki_export.arithmetic.session import SIXTEEN_BITS
-from ki_export.precision.ranges_report import read_ranges
-from ki_export.source.provenance import tool_versions
 from ki_export.weights.differences import differing_weights
 from ki_runtime.backends.registry import choose_backend
 from ki_runtime.policy.decode import read_tokenizer
@@ -55,15 +52,14 @@ def prove(writer: BundleWriter, bundle: Bundle, checkpoint: Checkpoint, say: Say
     comparison = compare_with_checkpoint(bundle, checkpoint, say, then=keep_witness)
     if comparison.explanation is not None:
         raise ParityError(comparison.explanation)
-    facts = report_facts(bundle)
-    write_report(writer.folder, comparison, facts, read_ranges(bundle.path))
+    write_report(writer.folder, comparison, bundle)
     report = to_json(comparison, {})
-    verdict = {key: report[key] for key in ("verified", "reference", "method", "cases", "worst")}
+    verdict = {key: report[key] for key in ("verified", "reference", "method", "cases", "actions", "worst")}
     if bundle.manifest.precision not in SIXTEEN_BITS:  # those are proven in exact arithmetic, by no engine
         verdict["proven_by"] = proving_environment(choose_backend("ort").setting(bundle, tuple(bundle.manifest.graphs)))
     peak = peak_memory()
     memory = "" if peak is None else f", peak memory {peak / 1e9:.1f} GB"
-    say(f"verified, model {comparison.method} ({time.perf_counter() - start:.1f} s{memory})")
+    say(f"proven equal to {comparison.reference} ({time.perf_counter() - start:.1f} s{memory})")
     sealed = writer.seal(replace(bundle.manifest, parity=verdict))
     read_witness(sealed)  # what a robot would refuse is never published
     return sealed
@@ -86,8 +82,8 @@ def compare_with_checkpoint(
     """
     if checkpoint.config != bundle.manifest.config:
         raise ArgumentError(
-            f"{checkpoint.path} is not this bundle's checkpoint: its geometry is {checkpoint.config}, "
-            f"the bundle's {bundle.manifest.config}"
+            f"this bundle was exported from another checkpoint ({bundle.manifest.provenance.get('checkpoint')!s:.60}): "
+            f"{checkpoint.path} has another geometry"
         )
     checkpoint = checkpoint.with_pictures(bundle.manifest.config.pictures)
     progress, method = Progress(say), method or choose_method(checkpoint.config)
@@ -96,7 +92,7 @@ def compare_with_checkpoint(
     pair = open_pair(bundle, checkpoint, method, progress)
     cases = _prepare(pair, checkpoint)
     comparison = compare(pair, cases, progress)
-    comparison.reference = f"the PyTorch model of checkpoint {checkpoint.path.resolve().name}"
+    comparison.reference = f"the PyTorch model of {checkpoint.path.resolve().name}"
     if CHANGED_WEIGHTS in pair.bars:
         with progress.stage("comparing all weights"):
             changed = len(differing_weights(bundle, checkpoint))
@@ -119,7 +115,7 @@ def _compare_engine(
     pair, chosen = open_engine(bundle, checkpoint, method, progress, backend)
     cameras, tokens = limits(bundle.manifest)
     comparison = compare(pair, engine_cases(_prepare(pair, checkpoint), cameras=cameras, max_prompt=tokens), progress)
-    comparison.reference = f"the PyTorch model of checkpoint {checkpoint.path.resolve().name}, on backend {chosen.name}"
+    comparison.reference = f"the PyTorch model of {checkpoint.path.resolve().name}, on backend {chosen.name}"
     if comparison.failures:
         worst, failed = comparison.worst, len(comparison.failures)
         comparison.explanation = (
@@ -127,12 +123,6 @@ def _compare_engine(
             "computes it differently: its version, its driver, or this precision on this device"
         )
     return comparison
-
-
-def report_facts(bundle: Bundle) -> dict[str, Any]:
-    """What a report says of the bundle."""
-    manifest = bundle.manifest
-    return {"provenance": manifest.provenance, "sampling": manifest.sampling, "tools": tool_versions()}
 
 
 def _prepare(pair: ParityPair, checkpoint: Checkpoint) -> list[Case]:

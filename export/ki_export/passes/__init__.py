@@ -1,4 +1,7 @@
-"""Graph passes, in the order in which they run. Each changes one thing, exactly, and never reads a weight."""
+"""Graph passes, in the order in which they run. Each changes one thing, exactly, and never reads a weight.
+
+Imports: nothing.
+"""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def quantize(model: ir.Model, chosen: Callable[[str], bool]) -> list[Int8Weight]
                 continue
             if not _is_linear(node, weight):
                 raise ValueError(
-                    f"'{weight.name}' is used by a {node.op_type} that is no x W^T + b: keep it in float32"
+                    f"'{weight.name}' is used by a {node.op_type} that is not x W^T + b: keep it in float32"
                 )
             if weight not in found:
                 found[weight] = _split_weight(model.graph, weight)

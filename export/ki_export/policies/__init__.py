@@ -2,6 +2,8 @@
 
 A format records some of the contract; the rest is given by name or file. What neither tells is listed, and stops the
 export.
+
+Imports: of ki_edge: bundle, checkpoints.layout, files, policy.
 """
 
 from .description import PolicyDescription, describe_policy, read_policy

@@ -81,5 +81,5 @@ def _check_statistics(feature: Feature, contract: PolicyContract, record: Record
     if entry.dim < dim or (record.exact_statistics and entry.dim != dim):
         raise CheckpointError(
             f"{statistics.source}: statistics whose length does not fit: '{feature}' has {entry.dim} numbers, the "
-            f"contract {dim}: are they this robot's? give the right ones with --assets"
+            f"contract {dim}: are they this robot's? give the right ones with --norm-stats"
         )

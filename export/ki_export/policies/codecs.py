@@ -17,7 +17,7 @@ COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
 def find_codec(given: Path) -> Path:
     """The codec's folder in `given`: itself, or the newest snapshot below it. ContractError names what it lacks."""
     if not given.is_dir():
-        raise ArgumentError(f"--fast {given}: {'no folder' if given.exists() else 'no such folder'}")
+        raise ArgumentError(f"--fast-codec {given}: {'not a folder' if given.exists() else 'no such folder'}")
     folder = next(iter(snapshots(given)), given)
     lacks = [] if (folder / CONFIG_FILE).is_file() else [CONFIG_FILE]
     if not tokenizer_place(folder).is_file():
@@ -25,7 +25,7 @@ def find_codec(given: Path) -> Path:
     if lacks:
         inside = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise ContractError(
-            f"--fast {given}: no FAST codec, which has {CONFIG_FILE} and {CODEC_FILE} (also in bpe_tokenizer/): "
+            f"--fast-codec {given}: no FAST codec, which has {CONFIG_FILE} and {CODEC_FILE} (also in bpe_tokenizer/): "
             f"{' and '.join(lacks)} missing, found {inside}"
         )
     return folder

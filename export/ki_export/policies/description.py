@@ -80,7 +80,8 @@ def describe_policy(
         missing.append(missing_tokenizer(record.tokenizers))
     contract, codec = _with_codec(folder, record.contract, request.fast)
     if contract is not None and contract.fast is not None and codec is None:
-        missing.append(f"no assets/{contract.fast.folder}/{CODEC_FILE} (give --fast, the folder of the FAST codec)")
+        place = f"assets/{contract.fast.folder}/{CODEC_FILE}"
+        missing.append(f"no {place} (give --fast-codec, the folder of the FAST codec)")
     if contract is not None and request.prompt is not None:
         contract = replace(contract, default_prompt=request.prompt)
     words = _words(folder, tokenizer, contract)
@@ -120,7 +121,7 @@ def read_policy(
 
 def incomplete(folder: Path, missing: tuple[str, ...]) -> str:
     """The sentence of an export that lacks something."""
-    return f"{folder} is no complete policy: {'; '.join(missing)}; or export the model alone with --model-only"
+    return f"{folder} is not a complete policy: {'; '.join(missing)}; or export the model alone with --model-only"
 
 
 def _words(folder: Path, file: TokenizerFile | None, contract: PolicyContract | None) -> PromptTokenizer | None:
@@ -143,7 +144,7 @@ def _fields(
     values = dict(record.values if contract is None else contract.to_json())
     if not horizon_known:
         values = {name: value for name, value in values.items() if name not in HORIZON}
-    flags = {"default_prompt": request.prompt and "--prompt", "fast": request.fast and "--fast"}
+    flags = {"default_prompt": request.prompt and "--prompt", "fast": request.fast and "--fast-codec"}
     return values, {name: flags.get(name) or record.known.get(name, "not recorded") for name in values}
 
 

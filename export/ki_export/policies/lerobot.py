@@ -146,7 +146,8 @@ def _read_statistics(
         elif kinds[name] != "none":
             mode = side.mode(feature)
             notes.missing.append(
-                f"no statistics of '{feature}' for {mode} in the state files of {side.processor.file} (give --assets)"
+                f"no statistics of '{feature}' for {mode} in the state files of {side.processor.file} "
+                "(give --norm-stats)"
             )
     if not features:
         return None, True

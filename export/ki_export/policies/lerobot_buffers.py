@@ -76,7 +76,7 @@ def read_old_statistics(
         if statistics and wanted and problem:
             notes.missing.append(
                 f"no statistics of '{name}' for {mode}: in {WEIGHTS}, where LeRobot before 0.4 kept them, "
-                f"{module}.buffer_{feature} {problem} (give --assets, statistics with {' and '.join(statistics)})"
+                f"{module}.buffer_{feature} {problem} (give --norm-stats, statistics with {' and '.join(statistics)})"
             )
         elif statistics and wanted:
             names = dict(zip(FIELDS[normalization], statistics, strict=True))

@@ -193,14 +193,16 @@ class Normalizer:
         if not path.is_file():
             raise CheckpointError(f"{self.processor.where} names {name}, which is missing: copy the whole checkpoint")
         if path.stat().st_size > MAX_STATE:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes are no statistics (at most {MAX_STATE})")
+            raise CheckpointError(
+                f"{path}: {path.stat().st_size} bytes are too many for statistics (at most {MAX_STATE})"
+            )
         return path
 
 
 def inside(folder: Path, name: str, where: str) -> Path:
     """The file `name` of a folder. CheckpointError for a name that leads out of it."""
     if not is_inside(name):
-        raise CheckpointError(f"{where}: the file {name!r:.100} lies outside its folder, or is no file name")
+        raise CheckpointError(f"{where}: the file {name!r:.100} lies outside its folder, or is not a file name")
     return folder / name
 
 

@@ -21,7 +21,7 @@ def read_contract(folder: Path) -> PolicyContract | None:
     if not path.is_file():
         return None
     if path.stat().st_size > MAX_BYTES:
-        raise CheckpointError(f"{path}: {path.stat().st_size} bytes are no contract")
+        raise CheckpointError(f"{path}: {path.stat().st_size} bytes are too many for a contract")
     return PolicyContract.load(path)
 
 

@@ -85,10 +85,13 @@ def missing_tokenizer(recorded: Iterable[str]) -> str:
 
 
 def _given(path: Path) -> TokenizerFile:
-    files = [path / name for name in FILES] if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        other = sorted(path.glob("*.model"))  # such as openpi's paligemma_tokenizer.model
+        files = [*(path / name for name in FILES), *(other if len(other) == 1 else ())]
     found = next((file for file in files if file.is_file()), None)
     if found is None:
-        what = f"a folder without {' and '.join(FILES)}" if path.is_dir() else "no such file"
+        what = f"a folder without {' and '.join(FILES)}" if path.is_dir() else "there is no such file"
         raise ArgumentError(f"--tokenizer {path}: {what}; {GET_IT}")
     return _read(found, found.name)
 

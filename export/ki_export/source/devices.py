@@ -12,26 +12,10 @@ from dataclasses import dataclass
 
 from ki_edge.checkpoints.layout.counts import count_weights
 from ki_edge.config import Pi05Config
+from ki_runtime.doctor.boards import BOARDS, Board
 
-
-@dataclass(frozen=True)
-class Device:
-    """Memory bandwidth in GB/s, peaks in 1e12 operations a second, memory in GB (shared with the host on Jetsons)."""
-
-    name: str
-    bandwidth: float
-    peak16: float
-    peak8: float
-    memory: float
-
-
-DEVICES = (
-    Device("Jetson AGX Orin 64 GB", 204.8, 42.5, 85.0, 64),
-    Device("Jetson Thor", 273.0, 259.0, 517.0, 128),
-    Device("RTX 4090", 1008.0, 165.0, 330.0, 24),
-    Device("RTX 5090", 1792.0, 209.5, 419.0, 32),
-    Device("H200", 4800.0, 989.0, 1979.0, 141),
-)
+Device = Board
+DEVICES = tuple(board for board in BOARDS if board.peak16)
 
 
 @dataclass(frozen=True)

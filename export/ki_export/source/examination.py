@@ -1,4 +1,4 @@
-"""Everything that is checked of a checkpoint before its graphs are traced: what `--inspect` tells and an export needs.
+"""Everything that is checked of a checkpoint before its graphs are traced: what `ki-inspect` tells and an export needs.
 
 Both call `examine`, so they never disagree: what is wrong is the same error, what is missing the same list.
 """
@@ -24,12 +24,23 @@ PLACEHOLDER = 50  # a horizon to read the geometry of a checkpoint that does not
 VALUES = {
     "--contract": "NAME",
     "--horizon": "ACTIONS",
-    "--assets": "NORM_STATS_JSON",
+    "--norm-stats": "NORM_STATS_JSON",
     "--tokenizer": "TOKENIZER_MODEL",
-    "--fast": "FOLDER",
+    "--fast-codec": "FOLDER",
     "--lerobot-version": "VERSION",
 }
 FLAG = re.compile(r"\(give (--[a-z-]+)|or give (--[a-z-]+)")
+
+
+class IncompleteError(CheckpointError):
+    """Something is missing. `lines`: the same as the message, for people."""
+
+    def __init__(self, found: Examination) -> None:
+        alone = "" if found.policy is None else "; or export the model alone with --model-only"
+        what = "cannot be exported" if found.policy is None else "is not a complete policy"
+        head = f"{found.checkpoint.path} {what}"
+        super().__init__(f"{head}: {'; '.join(found.missing)}{alone}. Then: {found.command}")
+        self.lines = (f"error: {head}, missing:", *found.missing_lines())
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,14 +54,15 @@ class Examination:
     horizon_from: str | None  # what tells the horizon; None: the geometry holds a placeholder
 
     def files(self) -> PolicyFiles | None:
-        """The complete policy, None for the model alone. CheckpointError lists everything that is missing."""
+        """The complete policy, None for the model alone. IncompleteError lists everything that is missing."""
         if self.missing:
-            alone = "" if self.policy is None else "; or export the model alone with --model-only"
-            what = "cannot be exported" if self.policy is None else "is no complete policy"
-            raise CheckpointError(
-                f"{self.checkpoint.path} {what}: {'; '.join(self.missing)}{alone}. Then: {self.command}"
-            )
+            raise IncompleteError(self)
         return None if self.policy is None else self.policy.files
+
+    def missing_lines(self) -> tuple[str, ...]:
+        """What is missing, a line each, and the command to paste."""
+        alone = "" if self.policy is None else " (or add --model-only and give none of it)"
+        return (*(f"  - {sentence}" for sentence in self.missing), f"then paste{alone}:", f"  {self.command}")
 
 
 def examine(
@@ -101,9 +113,9 @@ def _command(where: CheckpointRef, request: PolicyRequest, extra: Sequence[str],
         "--base": where.base,
         "--horizon": where.horizon,
         "--contract": request.contract,
-        "--assets": request.assets,
+        "--norm-stats": request.assets,
         "--tokenizer": request.tokenizer,
-        "--fast": request.fast,
+        "--fast-codec": request.fast,
         "--prompt": request.prompt,
         "--lerobot-version": request.lerobot_version,
     }

@@ -6,7 +6,7 @@ Only headers and JSON files are read.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -15,14 +15,16 @@ from ki_edge.checkpoints import Checkpoint
 from ki_edge.checkpoints.layout.counts import count_weights
 from ki_edge.checkpoints.layout.keys import parameter_shapes
 from ki_edge.config import Pi05Config
-from ki_edge.policy.contract import Camera
+from ki_edge.policy.contract import Camera, PolicyContract
 from ki_export.policies import PolicyRequest
 
 from .devices import DEVICES, Device, Stage, floor_ms, stages
 from .examination import PLACEHOLDER, Examination, examine
 from .opening import CheckpointRef, Say
 
-CASES = ((2, 30), (3, 200))  # cameras present, tokens of the prompt
+PROMPT = 30  # tokens of a common instruction
+CASES = ((2, PROMPT), (3, 200))  # cameras present, tokens of the prompt; of a model without a contract
+SMALLEST = 0.1  # ms: below it an inference is all overhead, of which a roofline knows nothing
 STEPS = 10
 CELL = 40  # characters of a table cell
 TYPES = {"fp32": 4, "16 bit": 2, "8 bit": 1}
@@ -68,7 +70,7 @@ class Inspection:
             "missing": self.missing,
             "command": self.found.command,
             "memory_gb": {name: memory(config, width) / 1e9 for name, width in TYPES.items()},
-            "floor_ms": {device.name: _floors(config, device) for device in DEVICES},
+            "floor_ms": {device.name: _floors(config, device, _cases(contract)) for device in DEVICES},
         }
 
     def lines(self) -> list[str]:
@@ -81,13 +83,13 @@ class Inspection:
         lines = []
         if policy is not None:
             lines += ["", "policy contract"]
-            lines += [f"  {name:22} {_short(value):40} {policy.known[name]}" for name, value in policy.values.items()]
+            for name, value in policy.values.items():
+                first, *more = _cell(name, value)
+                lines += [f"  {name:22} {first:40}  {policy.known[name]}", *(f"{'':25}{line}" for line in more)]
         if not self.missing:
-            what = "a policy of it" if policy is not None else "a bundle of the model alone"
-            return [*lines, f"  complete: ki-export can make {what}"]
-        alone = "" if policy is None else " (a model alone can be exported with --model-only)"
-        lines += [f"missing for {'a model' if policy is None else 'a policy'}{alone}:"]
-        return [*lines, *(f"  - {sentence}" for sentence in self.missing), f"  then: {self.found.command}"]
+            what = "the policy" if policy is not None else "the model alone"
+            return [*lines, "", f"nothing is missing: ki-export can export {what}"]
+        return [*lines, "", "missing:", *self.found.missing_lines()]
 
 
 def memory(config: Pi05Config, width: int) -> int:
@@ -115,15 +117,31 @@ def _model_lines(found: Mapping[str, Any], config: Pi05Config) -> list[str]:
 
 def _cost_lines(found: Mapping[str, Any]) -> list[str]:
     sizes = ", ".join(f"{_count(1e9 * size)}B in {name}" for name, size in found["memory_gb"].items())
-    head = " | ".join(f"{cameras} cameras, {prompt} tokens: 16 bit / 8 bit" for cameras, prompt in CASES)
-    horizon = "" if found["geometry"]["action_horizon"] else f", if the horizon is {PLACEHOLDER}"
-    lines = ["", f"weights while acting: {sizes}", f"least time of one inference, {STEPS} steps, ms{horizon} ({head})"]
-    for device, floors in found["floor_ms"].items():
-        cells = [f"{cell['16 bit']:.3g} / {cell['8 bit']:.3g}" for cell in floors]
-        lines.append(f"  {device:24} {' | '.join(cells)}")
+    lines = ["", f"weights in memory while it runs: {sizes}"]
+    floors = found["floor_ms"]
+    if all(cells[0]["16 bit"] < SMALLEST for cells in floors.values()):
+        return [*lines, "too small a model for a least time: overhead decides, ki-bench measures it"]
+    horizon = "" if found["geometry"]["action_horizon"] else f", if a chunk has {PLACEHOLDER} actions"
+    head = [f"{cell['cameras']} cameras, {cell['prompt']} tokens" for cell in next(iter(floors.values()))]
+    lines.append(f"least time of one inference in ms, {STEPS} steps, weights in 16 / 8 bits{horizon}")
+    lines.append(f"  {'':24} {' '.join(f'{text:>23}' for text in head)}")
+    for device, cells in floors.items():
+        texts = [f"{_ms(cell['16 bit'])} / {_ms(cell['8 bit'])}" for cell in cells]
+        lines.append(f"  {device:24} {' '.join(f'{text:>23}' for text in texts)}")
+    return [*lines, "  (for each stage the larger of operations / peak and bytes / bandwidth; no engine is faster)"]
+
+
+def _ms(value: float) -> str:
+    return f"<{SMALLEST}" if value < SMALLEST else f"{value:.1f}"
+
+
+def _cases(contract: PolicyContract | None) -> Sequence[tuple[int, int]]:
+    """Cameras and tokens for which times are told: the policy's own, with a common and the longest prompt."""
+    if contract is None:
+        return CASES
+    cameras = sum(camera.key is not None for camera in contract.cameras)
     return [
-        *lines,
-        "  (roofline: the larger of operations / peak and bytes / bandwidth of each stage)",
+        (cameras, tokens) for tokens in dict.fromkeys((min(PROMPT, contract.max_token_len), contract.max_token_len))
     ]
 
 
@@ -132,9 +150,9 @@ def _types(checkpoint: Checkpoint) -> Counter[str]:
     return Counter(checkpoint.source.tensors[key].dtype for key in needed)
 
 
-def _floors(config: Pi05Config, device: Device) -> list[dict[str, Any]]:
+def _floors(config: Pi05Config, device: Device, cases: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
     cells = []
-    for cameras, prompt in CASES:
+    for cameras, prompt in cases:
         found: tuple[Stage, ...] = stages(config, cameras=cameras, prompt=prompt, steps=STEPS)
         cells.append(
             {
@@ -155,9 +173,21 @@ def _count(number: float) -> str:
     return f"{number:.4g} G"
 
 
-def _short(value: Any) -> str:
-    """A contract's field in a table cell."""
-    if isinstance(value, list | tuple) and value and isinstance(value[0], Mapping | Camera):
-        value = ", ".join(str(item.slot if isinstance(item, Camera) else item.get("slot", item)) for item in value)
-    text = str(value)
-    return text if len(text) <= CELL else text[: CELL - 1] + "…"
+def _cell(name: str, value: Any) -> Sequence[str]:
+    """The lines of a contract's field in a table cell."""
+    if name == "cameras":
+        return [_camera(**(vars(camera) if isinstance(camera, Camera) else camera)) for camera in value]
+    if value is None:
+        return ["not set"]
+    if isinstance(value, bool):
+        return ["yes" if value else "no"]
+    if isinstance(value, Mapping):
+        return [f"{key} {item}" for key, item in value.items()]
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return [text if len(text) <= CELL else text[: CELL - 1] + "…"]
+
+
+def _camera(slot: str, key: str | None, required: bool = True) -> str:
+    if key is None:
+        return f"{slot} (always empty)"
+    return (slot if key == slot else f"{slot} from {key}") + ("" if required else " (may be absent)")

@@ -105,7 +105,7 @@ def place_weights(
     if link:
         raise ExportError(
             f"{checkpoint.path}: --link needs one safetensors file with every weight in the type that the graphs take "
-            "(float32, or any with --weights stored): leave it out"
+            "(float32, or any with --stored-types): leave it out"
         )
     parts = _parts(checkpoint.source, keys, stored, forms)
     tensors = checkpoint.source.tensors

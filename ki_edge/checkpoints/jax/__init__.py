@@ -1,1 +1,4 @@
-"""JAX (orbax) checkpoints: names, arrays in zarr stores, openpi's layout of them."""
+"""JAX (orbax) checkpoints: names, arrays in zarr stores, openpi's layout of them. tensorstore at first use.
+
+Imports: checkpoints.layout.
+"""

@@ -54,7 +54,7 @@ class OrbaxSource(TensorSource):
         """
         folder = folder / "params" if (folder / "params").is_dir() else folder
         if not (folder / METADATA).is_file():
-            raise CheckpointError(f"{folder}: no {METADATA}, so this is no complete orbax folder: copy it again")
+            raise CheckpointError(f"{folder}: no {METADATA}, so this is not a complete orbax folder: copy it again")
         _files(folder)
         metadata = read_json(folder / METADATA)
         ocdbt = (folder / MANIFEST).is_file()
@@ -117,7 +117,9 @@ def leaf_names(metadata: Mapping[str, Any], folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{folder / METADATA} lists {len(keys)} parameters, expected 1 to {MAX_LEAVES}")
     for key in keys:
         if not key or not all(part.isprintable() and "/" not in part and part not in ("", ".", "..") for part in key):
-            raise CheckpointError(f"{folder / METADATA} names a parameter {key!r:.80}, which is no name in a tree")
+            raise CheckpointError(
+                f"{folder / METADATA} names a parameter {key!r:.80}, which cannot be a name in a tree"
+            )
     paths = [key[1:] if key[:1] == ["params"] else key for key in keys]
     if all(path[-1:] == ["value"] for path in paths):
         paths = [path[:-1] for path in paths]
@@ -131,7 +133,7 @@ def _files(folder: Path) -> tuple[Path, ...]:
         if path.is_file():
             files.append(path)
         elif path.exists() and not path.is_dir():
-            raise CheckpointError(f"{path} is no regular file: copy the checkpoint again")
+            raise CheckpointError(f"{path} is not a regular file: copy the checkpoint again")
         if len(files) > MAX_FILES:
             raise CheckpointError(f"{folder} holds more than {MAX_FILES} files")
     return tuple(sorted(files))

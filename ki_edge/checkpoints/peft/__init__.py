@@ -1,1 +1,1 @@
-"""PEFT adapters over a base checkpoint, merged while reading."""
+"""PEFT adapters over a base checkpoint, merged while reading. Imports: checkpoints.layout, files."""

@@ -180,7 +180,7 @@ class NamePattern:
         least, comma, most = self._text[self._at + 1 : max(end, 0)].partition(",")
         numbers = [number for number in (least, most) if number]
         if end < 0 or not numbers or not all(number.isdecimal() and len(number) < 4 for number in numbers):
-            raise PatternError(f"braces that are no repetition at character {self._at + 1}")
+            raise PatternError(f"braces that are not a repetition at character {self._at + 1}")
         self._at = end + 1
         low = int(least or 0)
         high = (int(most) if most else None) if comma else low
@@ -246,5 +246,5 @@ class NamePattern:
     @staticmethod
     def _span(first: str, last: str) -> frozenset[str]:
         if not ord(first) <= ord(last) < 0x250 or last == "\\":
-            raise PatternError(f"'{first}-{last}' is no range of letters")
+            raise PatternError(f"'{first}-{last}' is not a range of letters")
         return frozenset(map(chr, range(ord(first), ord(last) + 1)))

@@ -97,6 +97,8 @@ def _print(options: argparse.Namespace, loop: ControlLoop, recorder: Recorder | 
         show_json(facts)
         return
     lines = [*report.lines(), *(recorder.notes if recorder else ())]
+    if options.verbose:
+        lines.append(f"torch loaded  {'yes' if 'torch' in sys.modules else 'no'}")
     if options.record:
         lines = [*lines, f"recorded      {options.record}"]
     elif options.robot.startswith("replay:"):
@@ -116,17 +118,27 @@ def _parser() -> Parser:
     add("--backend", default="auto", metavar="NAME", help=f"{', '.join(NAMES)}; default: the fastest one that can")
     add("--threads", type=int, metavar="N", help="CPU threads of the engine; default: its own choice")
     add("--num-steps", type=int, metavar="N", help="denoising steps; default: the bundle's")
-    add("--execute", type=int, metavar="K", help="actions executed per inference; default: the contract's")
+    add("--execute", type=int, metavar="K", help="actions to execute after each inference; default: the contract's")
     add("--max-steps", type=int, metavar="N", help="end an episode after N actions")
-    add("--max-hz", type=float, metavar="HZ", help="actions a second at most; default: as fast as the robot takes them")
+    add(
+        "--max-hz",
+        type=float,
+        metavar="HZ",
+        help="at most so many actions a second; default: as fast as the robot takes them",
+    )
     add("--record", metavar="DIR", help="keep films, steps.jsonl and plots in this folder")
     add("--json", action="store_true", help="print the report as JSON")
-    add("--trust-engines", action="store_true", help="load engines with code of the host's that were built elsewhere")
+    add("--verbose", action="store_true", help="also say whether PyTorch was loaded, which a robot does not need")
+    add(
+        "--trust-engines",
+        action="store_true",
+        help="load engines that were built elsewhere and bring code of their own to run",
+    )
     add("--verify", action="store_true", help="check the bundle's hashes before running")
     add(
         "--digest",
         metavar="HEX",
-        help="run only the bundle of this digest, which its export printed; checks all hashes",
+        help="run only the bundle with this digest, which its export printed; checks all hashes",
     )
     return parser
 

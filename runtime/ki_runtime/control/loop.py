@@ -122,7 +122,8 @@ class ControlLoop:
         self._execute = self._options.execute or contract.execute
         if self._execute > contract.action_horizon:
             raise ArgumentError(
-                f"execute {self._execute}: the policy gives {contract.action_horizon} actions an inference"
+                f"execute must be at most {contract.action_horizon}, the actions that the policy gives at once; "
+                f"got {self._execute}"
             )
         taken, given = getattr(robot, "action_names", None), contract.action_names
         if taken is not None and given is not None and tuple(taken) != tuple(given):

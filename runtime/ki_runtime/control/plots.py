@@ -38,7 +38,10 @@ def plot_actions(
         panel.set_ylabel(f"action {dim}", fontsize=8)
     for panel in panels[dims:]:
         panel.set_visible(False)
-    for panel in panels[max(0, dims - len(panels) // rows) : dims]:
+    lowest = max(0, dims - len(panels) // rows)  # of each column
+    for panel in panels[:lowest]:
+        panel.tick_params(labelbottom=False)
+    for panel in panels[lowest:dims]:
         panel.set_xlabel("step", fontsize=8)
     if recorded is not None:
         panels[0].legend(frameon=False, fontsize=8, loc="upper right")
@@ -67,7 +70,11 @@ def _panels(rows: int, columns: int, height: float, title: str) -> tuple[Any, li
     """A figure and its panels, row by row. `height` in inches of one row."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.2 * columns + 1.2, height * rows + 0.6), layout="constrained")
+    width, tall = 4.2 * columns + 1.2, height * rows + 0.6
+    figure = Figure(figsize=(width, tall))
+    # by hand, in inches: the layouts that find the margins draw everything twice
+    edges = {"left": 0.95 / width, "right": 1 - 0.15 / width, "bottom": 0.45 / tall, "top": 1 - 0.4 / tall}
+    figure.subplots_adjust(**edges, wspace=0.25, hspace=0.15)
     panels = list(np.atleast_1d(figure.subplots(rows, columns)).reshape(-1))
     for panel in panels:
         panel.spines[["top", "right"]].set_visible(False)

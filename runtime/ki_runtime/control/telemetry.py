@@ -105,7 +105,6 @@ class RunReport:
         for stage, x in self.latency.items():
             name = stage.removesuffix("_ms")
             out.append(f"  {name:<12}{x.p50:9.2f}{x.p99:9.2f}{x.max:9.2f}{x.count:8d}")
-        out.append(f"torch loaded  {'yes' if 'torch' in sys.modules else 'no'}")
         return out
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ki_edge.bundle import Bundle
 from ki_edge.errors import BackendError, KiEdgeError
-from ki_runtime.gpu.device import Device
-from ki_runtime.trt.api import Api
-from ki_runtime.trt.engines import ACTING, FAST, default_graphs
+from ki_runtime.gpu.device import Device, describe_capabilities
+from ki_runtime.trt.api import TITLES, Api
+from ki_runtime.trt.engines import ACTING, FAST, Engines, default_graphs
 from ki_runtime.trt.memory import OVERHEAD, needed
 from ki_runtime.trt.requirements import GraphFacts, check_graph, graph_facts
-from ki_runtime.trt.selection import EngineSet, build_command, look
+from ki_runtime.trt.selection import EngineSet, build_command, folders_in, look, mismatches
 
-from .finding import Finding
+from .finding import Finding, in_bytes
 from .gpu import Gpu
 from .host import Host
 from .memory import Needs, needs
@@ -55,7 +55,7 @@ def check_bundle(folder: Path) -> tuple[Contents | None, Finding]:
     manifest = contents.bundle.manifest
     size = sum(facts["size"] for facts in manifest.files.values())
     verified = bool(manifest.parity.get("verified"))
-    text = f"{folder}: {manifest.precision}, {size / 1e9:.2f} GB, {'' if verified else 'not '}verified at its export"
+    text = f"{folder}: {manifest.precision}, {in_bytes(size)}, {'' if verified else 'not '}verified at its export"
     text += f", digest {contents.bundle.digest[:16]}..."
     if verified:
         return contents, Finding("ok", NAME, text)
@@ -76,23 +76,23 @@ def check_room(need: Needs, gpu: Gpu | None, memory: Memory | None) -> Finding |
     have = gpu.memory if gpu is not None and own else memory.available if memory is not None else None
     if have is None:
         return None
-    fast = f", with FAST {need.with_fast / 1e9:.1f} GB" if need.with_fast > need.acting else ""
+    fast = f", with FAST {in_bytes(need.with_fast)}" if need.with_fast > need.acting else ""
     text = (
-        f"acting {need.acting / 1e9:.1f} GB{fast} (weights, K/V, activations; estimated); "
-        f"{have / 1e9:.1f} GB {'on the GPU' if own else 'available'}"
+        f"acting takes {in_bytes(need.acting)}{fast} (weights, K/V, activations; estimated); "
+        f"{in_bytes(have)} {'on the GPU' if own else 'available'}"
     )
     if need.acting > have:
         fix = "stop other programs, export with a smaller --precision, or use a larger board"
         return Finding("problem", "model memory", f"too little: {text}", fix)
     if need.with_fast > have:
-        fix = "decode no FAST tokens here: their engine is loaded at its first use"
+        fix = "do not call infer_fast here: the engine for FAST is loaded at its first use"
         return Finding("warning", "model memory", text, fix)
     return Finding("ok", "model memory", text)
 
 
 def check_engines(host: Host, contents: Contents, api: Api, gpu: Gpu, memory: Memory | None) -> tuple[Fit, Finding]:
     """Do the bundle's engines fit this GPU and this TensorRT, and if not, can they be built here."""
-    device = Device(gpu.name, gpu.capability, gpu.memory, gpu.shared, gpu.multiprocessors)
+    device = _device(gpu)
     found = look(contents.bundle, api, device)
     if isinstance(found, EngineSet):
         which = f"{api.title}: {', '.join(folder.name for folder in found.folders)} fits"
@@ -110,6 +110,41 @@ def check_engines(host: Host, contents: Contents, api: Api, gpu: Gpu, memory: Me
     return Fit(False, True), Finding("warning", ENGINES, found, build_command(contents.bundle, api))
 
 
+def list_engines(contents: Contents, packages: Mapping[str, Api], gpu: Gpu | None) -> Iterator[Finding]:
+    """The engines that lie in the bundle, also those for other machines: of which graphs, by what, for what."""
+    for folder, engines in folders_in(contents.bundle):
+        if isinstance(engines, str):
+            yield Finding("warning", "engine files", engines, f"rm -r {folder}, and build them again")
+            continue
+        made = engines.identity
+        target = made.device or f"compute capability {describe_capabilities(made.capabilities)} (ahead of time)"
+        size = in_bytes(sum(facts.size for facts in engines.files.values()))
+        text = f"{folder.name}: {', '.join(engines.files)}, {size}, {TITLES.get(made.flavour, made.flavour)} "
+        text += f"{made.version} for {target}: "
+        reason = _why_unusable(contents.bundle, engines, packages, gpu)
+        yield Finding("ok", "engine files", text + (f"not usable here, {reason}" if reason else "usable here"))
+
+
+def _why_unusable(bundle: Bundle, engines: Engines, packages: Mapping[str, Api], gpu: Gpu | None) -> str | None:
+    if gpu is None:
+        return "there is no GPU"
+    made = engines.identity
+    apis = [api for api in packages.values() if api.name == made.flavour or (made.lean and api.is_lean)]
+    if not apis:
+        return f"{TITLES.get(made.flavour, made.flavour)} is not installed"
+    device, reasons = _device(gpu), [*engines.damage()]
+    for api in apis:
+        found = [why for graph in engines.files for why in mismatches(made, graph, bundle, api, device)]
+        if not found and not reasons:
+            return None
+        reasons += found
+    return reasons[0]
+
+
+def _device(gpu: Gpu) -> Device:
+    return Device(gpu.name, gpu.capability, gpu.memory, gpu.shared, gpu.multiprocessors)
+
+
 def _obstacle(host: Host, contents: Contents, api: Api, gpu: Gpu, memory: Memory | None) -> tuple[str, str] | None:
     """What keeps engines from being built here, and the fix; None if nothing does."""
     folder = contents.bundle.path
@@ -125,7 +160,7 @@ def _obstacle(host: Host, contents: Contents, api: Api, gpu: Gpu, memory: Memory
     sizes = [contents.graphs[name].weight_bytes for name in ACTING]  # what else is built may fail
     disk, free = sum(sizes) + int(OVERHEAD), host.free_bytes(folder)
     if disk > free:
-        return f"engines need {disk / 1e9:.1f} GB of disk", f"free {(disk - free) / 1e9:.1f} GB at {folder}"
+        return f"engines need {in_bytes(disk)} of disk", f"free {in_bytes(disk - free)} at {folder}"
     need, have = max(needed(api, size, shared=gpu.shared) for size in sizes), memory.with_swap if memory else None
     if have is not None and need > have:
         more = -(-(need - have) // 10**9)

@@ -12,7 +12,7 @@ from ki_runtime.gpu.device import check_precision
 from ki_runtime.policy.proof import Standing
 from ki_runtime.trt.api import Api
 
-from .bundle import Contents, Fit, check_bundle, check_engines, check_room
+from .bundle import Contents, Fit, check_bundle, check_engines, check_room, list_engines
 from .finding import Checkup, Finding, Verdict
 from .gpu import Gpu, check_gpu
 from .host import Host
@@ -82,7 +82,7 @@ def _look_at(host: Host, folder: Path, machine: Machine) -> list[Finding]:
         machine.broken = True
         return [finding]
     room = check_room(machine.bundle.needs, machine.gpu, machine.memory)
-    found = [finding, *([room] if room else [])]
+    found = [finding, *([room] if room else []), *list_engines(machine.bundle, machine.packages, machine.gpu)]
     if machine.gpu is None or _gpu_precision(machine) is not None:
         return found
     fits = {}

@@ -14,7 +14,9 @@ NOTHING_RUNS = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 if something can run a bundle here (or the given one), 1 if nothing can, 2 for an error."""
+    """Exit status: 0 if something can run a bundle here (or the given one; with --for, if it fits the board), 1 if
+    nothing can, 2 for an error.
+    """
     options = _parser().parse_args(arguments)
     return run_command("ki-doctor", lambda: _examine(options), "nothing was changed")
 
@@ -24,12 +26,27 @@ def _examine(options: argparse.Namespace) -> int:
 
     if options.bundle is not None and not options.bundle.is_dir():
         raise ArgumentError(f"no folder at {options.bundle}: expected a bundle written by ki-export")
+    if options.board is not None:
+        return _plan(options)
     checkup = examine(options.bundle)
     if options.json:
         show_json(checkup.to_json())
     else:
         show(checkup.lines())
     return 0 if checkup.runs else NOTHING_RUNS
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from .boards import find_board
+    from .plan import lines, plan
+
+    board = find_board(options.board)
+    found = plan(board, options.bundle)
+    if options.json:
+        show_json(found)
+    else:
+        show(lines(board, found))
+    return 0 if found["fits"] else NOTHING_RUNS
 
 
 def _parser() -> Parser:
@@ -39,6 +56,13 @@ def _parser() -> Parser:
         "with a bundle also whether it and its engines fit. Changes nothing.",
     )
     parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="folder written by ki-export")
+    parser.add_argument(
+        "--for",
+        dest="board",
+        metavar="BOARD",
+        help="does a bundle, or without one the full-size model, fit this board: orin-8gb, orin-16gb, orin-32gb, "
+        "orin-64gb, thor, rtx-4090, rtx-5090, h200",
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     return parser
 

@@ -9,6 +9,14 @@ from typing import Any, Literal
 Level = Literal["ok", "warning", "problem"]
 
 
+def in_bytes(count: float) -> str:
+    """A size for people: "6.5 GB", "3.1 MB", "12 kB"."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.{0 if name == 'kB' else 1}f} {name}"
+    return f"{count:.0f} bytes"
+
+
 @dataclass(frozen=True)
 class Finding:
     """One check in one line. `fix`: the command or the step that mends it; None where there is nothing to mend."""

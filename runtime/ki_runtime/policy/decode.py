@@ -226,5 +226,5 @@ def check_decoding(max_tokens: Any, forced: Any, vocab_size: int) -> list[int]:
     ids = integers(forced, "forced", MAX_TOKENS)
     for token in ids:
         if not 0 <= token < vocab_size:
-            raise ArgumentError(f"forced id {token!r} is no token: expected integers from 0 to {vocab_size - 1}")
+            raise ArgumentError(f"forced id {token!r} is not a token: expected integers from 0 to {vocab_size - 1}")
     return ids

@@ -71,10 +71,10 @@ class DenoiseStage:
     def run(self, prefix: Prefix, noise: F32, num_steps: int, once: Mapping[str, F32]) -> F32:
         """Actions f32 [B, H, A], in the model's space, from noise of that shape."""
         try:
-            loop = self._loop(prefix, num_steps)
-            loop.start(noise, once)
-            loop.whole.run()
-            return loop.x(num_steps).read()
+            loop = self._loop(prefix, num_steps)  # binds what is new: nothing allocates after this line
+            loop.start(noise, once)  # anew for every run: the steps overwrite the noise
+            loop.whole.run()  # on a GPU only queued: from here on the host writes to no buffer of the loop
+            return loop.x(num_steps).read()  # waits for the device; it is where a further step would have read x
         except DeviceMemoryError:
             raise  # the caller may make room and try again
         except (BackendError, MemoryError):
@@ -116,7 +116,7 @@ class DenoiseStage:
         self._loops: WeakKeyDictionary[Prefix, dict[int, _Loop]] = WeakKeyDictionary()  # by number of steps
 
     def _loop(self, prefix: Prefix, num_steps: int) -> _Loop:
-        clock = self.clock(num_steps)
+        clock = self.clock(num_steps)  # first: it may drop an old clock, whose loops go below
         loops = self._loops.setdefault(prefix, {})
         if num_steps not in loops or loops[num_steps].clock is not clock:
             loops[num_steps] = self._bind(prefix, clock)

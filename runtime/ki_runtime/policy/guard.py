@@ -61,7 +61,7 @@ def _numbers(actions: object) -> npt.NDArray[Any]:
     try:
         given = np.asarray(actions)
     except (ValueError, TypeError, RuntimeError) as error:  # ragged lists; tensors on a device
-        raise BackendError(f"the policy's actions are no array of numbers ({error}); {NOTHING}") from None
+        raise BackendError(f"the policy's actions are not an array of numbers ({error}); {NOTHING}") from None
     if given.dtype.kind not in "fiu":
         raise BackendError(f"the policy's actions are an array of {given.dtype}, expected floating point; {NOTHING}")
     return given

@@ -147,7 +147,7 @@ class Policy:
         if self.contract.fast is None:
             raise ArgumentError(
                 "this policy has no FAST head: it was exported without 'fast' in its contract. Use infer, or, if the "
-                "checkpoint was trained with FAST, export it with --fast DIR, the folder of its codec"
+                "checkpoint was trained with FAST, export it with --fast-codec DIR, the folder of its codec"
             )
         return self.contract.fast
 

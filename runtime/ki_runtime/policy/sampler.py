@@ -119,7 +119,7 @@ class Sampler:
         precision = opened.manifest.precision
         if chosen is not None and (say is not None or chosen.surprising(precision)):
             options.say(chosen.describe(precision))
-        opened.check_unchanged()
+        opened.check_unchanged()  # at last: all that was opened belongs to the manifest that was read
         return sampler
 
     @classmethod
@@ -189,11 +189,12 @@ class Sampler:
             start = time.perf_counter_ns()
             prefix = self._prefix.run(inputs)
             middle = time.perf_counter_ns()
+            # K/V lie in the prefix stage's own memory: they are read before its next run, which the lock keeps away
             actions = self._denoise.run(prefix, x, steps, once)
             self._times.last = StageTimes(prefix=middle - start, denoise=time.perf_counter_ns() - middle)
             return actions
 
-        actions = self._alone(run)
+        actions = self._alone(run)  # arguments were checked before: a wrong call waits for nobody
         self._check_finite(actions)
         return actions
 

@@ -113,7 +113,7 @@ class Verdict:
             if found.passed is not content["passed"]:
                 raise ValueError("its figures and its verdict disagree")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BackendError(f"{where} is no verdict ({error!r:.80})") from None
+            raise BackendError(f"{where} is not a verdict ({error!r:.80})") from None
         return found
 
 

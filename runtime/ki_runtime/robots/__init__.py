@@ -1,4 +1,7 @@
-"""Robots that a policy can drive: simulated, or replayed from a file. Needs numpy only until one is opened."""
+"""Robots that a policy can drive: simulated, or replayed from a file. The simulator at first use.
+
+Imports: of ki_edge: policy, recordings.
+"""
 
 from ki_edge.errors import RobotError
 

@@ -174,7 +174,7 @@ class Recorded:
 
     def run(self) -> None:
         if self._recording is not None:
-            self._recording.launch()
+            self._recording.launch()  # reads the inputs as they are now, at the addresses that were recorded
             self._session.replayed()
             return
         runs = self._runs() if self._session.records and self._tries else None
@@ -182,8 +182,8 @@ class Recorded:
             for binding in self._bindings:
                 binding.run()
         else:
-            enqueue_all(runs)
-            self._recording = self._session.record(runs)
+            enqueue_all(runs)  # this call's result; new shapes need one run before they can be recorded
+            self._recording = self._session.record(runs)  # on the same stream; what is recorded does not run now
         if not self._settled or runs is not None:
             self._session.keep_kernels()
         self._settled = True

@@ -1,4 +1,4 @@
-"""Bundle to engines: with `ki-export --build`, by ki-run at its first start, or ahead of time with TensorRT-RTX.
+"""Bundle to engines: by ki-build, by ki-run at its first start, or ahead of time with TensorRT-RTX.
 
 Each graph becomes an engine of its own. TensorRT shares no weights between engines, so fast_decode, whose transformer
 is the prefix's, holds them a second time on disk, and on the device from its first use on. It is built where the
@@ -27,7 +27,7 @@ from .memory import check_disk, check_memory, check_size, estimate
 from .profiles import profiles
 from .requirements import GraphFacts, check_graph, graph_facts
 from .selection import EngineSet, build_command, look
-from .targets import MODULES, capabilities_of, this_device
+from .targets import MODULES, capabilities_of, meant, this_device
 from .trust import remember
 
 Say = Callable[[str], object]
@@ -58,12 +58,12 @@ def build_bundle(
     options: BuildOptions | None = None,
     say: Say = lambda _: None,
 ) -> EngineSet:
-    """What `ki-export --build` does. `target` "trt" or "trt-rtx"; `compute_capability` such as "8.6,12.0", for RTX.
+    """What `ki-build` does. `target` "trt" or "trt-rtx"; `compute_capability` such as "8.6,12.0", for RTX.
 
     Errors as of `build`, and ArgumentError for a target or capability that does not exist.
     """
     if target not in MODULES:
-        raise ArgumentError(f"target {target!r}: engines are built for {', '.join(MODULES)}")
+        raise ArgumentError(f"target {target!r}: engines are built for {' and '.join(MODULES)}{meant(target)}")
     options = options or BuildOptions()
     if compute_capability is not None:
         options = replace(options, capabilities=parse_capabilities(compute_capability))

@@ -73,11 +73,11 @@ class EngineContexts:
     def _open(self, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]) -> Context:
         dynamic = {name: shape for name, shape in inputs.items() if -1 in tuple(self._engine.get_tensor_shape(name))}
         profile = self._profile(dynamic)
-        context, memory = self._create(profile)
+        context, memory = self._create(profile)  # shapes are set within a profile, so it is chosen first
         for name, shape in dynamic.items():
             if not context.set_input_shape(name, shape):
                 raise self._failure(f"'{name}' {list(shape)}")
-        with refusing(self._failure, "its shapes are not known"):
+        with refusing(self._failure, "its shapes are not known"):  # of outputs: once every input has its own
             missing = ", ".join(context.infer_shapes())
         if missing:
             raise self._failure(f"its shapes are not known: {missing}")
@@ -107,8 +107,8 @@ class EngineContexts:
         if not context.set_optimization_profile_async(profile, self._gpu.stream):
             raise self._failure(f"optimization profile {profile}")
         memory = self._scratch.take(int(self._engine.device_memory_size_v2))
-        context.set_device_memory(memory.address, memory.size)
-        self._gpu.synchronize()
+        context.set_device_memory(memory.address, memory.size)  # before its first run: it has taken none of its own
+        self._gpu.synchronize()  # the switch of profiles is work on the stream, and must not become part of a recording
         return context, memory
 
     def _profile(self, shapes: Mapping[str, Shape]) -> int:

@@ -57,7 +57,7 @@ class Engines:
         """File of one graph's engine; BackendError if that graph was left out."""
         if graph not in self.files:
             built = ", ".join(self.files)
-            raise BackendError(f"{self.folder}: built without {graph}, only {built}; build it with ki-export --build")
+            raise BackendError(f"{self.folder}: built without {graph}, only {built}; build it with ki-build")
         return self.folder / self.files[graph].file
 
     def damage(self, verify: bool = False, graphs: Sequence[str] | None = None) -> list[str]:

@@ -65,7 +65,7 @@ class Identity:
         _check(found, weights=str, graphs=dict, precision=str, device=(str, type(None)), flavour=str, version=str)
         _check(found, lean=bool, multiprocessors=(int, type(None)), memory=(int, type(None)))
         if not all(isinstance(digest, str) for digest in found.graphs.values()):
-            raise TypeError("a hash in 'graphs' is no text")
+            raise TypeError("a hash in 'graphs' is not text")
         return found
 
 

@@ -53,7 +53,7 @@ def build_command(bundle: Bundle, api: Api, graphs: Graphs = ACTING) -> str:
     """What to type to build engines of these graphs for this machine."""
     more = "" if set(graphs) <= set(default_graphs(bundle)) else f" --graphs {','.join(graphs)}"
     more += " --target trt-rtx" if api.is_rtx else " --lean (run where tensorrt is installed)" if api.is_lean else ""
-    return f"ki-export --build {bundle.path}{more}"
+    return f"ki-build {bundle.path}{more}"
 
 
 def look(
@@ -86,6 +86,11 @@ def look(
             return _why_none(bundle, graph, refused, bool(read))
         chosen[graph] = max(fitting, key=lambda e: (e.identity.lean is api.is_lean, len(set(graphs) & set(e.files))))
     return EngineSet(chosen)
+
+
+def folders_in(bundle: Bundle) -> list[tuple[Path, Engines | str]]:
+    """Every folder of engines in a bundle, with them or why they cannot be read."""
+    return [(folder, engines) for folder, _, engines in map(_read, _folders(bundle))]
 
 
 def _folders(bundle: Bundle) -> list[Path]:

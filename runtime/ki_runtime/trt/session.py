@@ -134,7 +134,7 @@ class Connection:
             engine = self._load(path, lean=made.identity.lean)
         if engine is None:
             raise self.failure(f"cannot load {path}; build it again")
-        check_signature(path, graph, engine, self._sizes)
+        check_signature(path, graph, engine, self._sizes)  # of a foreign engine, contexts would fail unclearly
         session = TensorRTSession(self, graph, self._sizes, engine, path)
         session.loaded = Loaded(identity, path.parent)
         return session

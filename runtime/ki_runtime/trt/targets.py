@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -11,6 +12,21 @@ from ki_runtime.gpu.device import Capability, Device, check_precision, describe_
 from .api import Api
 
 MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}  # target -> module
+OF_GEFORCE = re.compile(r"rtx|geforce|[345]0[6-9]0")
+OF_CPUS = re.compile(r"cpu|onnx|ort|x86|intel|amd|arm|raspberry")
+OF_BOARDS = re.compile(r"jetson|orin|thor|agx|nano|nvidia|tensorrt|gpu|cuda")
+
+
+def meant(target: str) -> str:
+    """What somebody means who names a device instead of a target, as the end of a message; "" if nobody can tell."""
+    name = target.lower()
+    if OF_GEFORCE.search(name):
+        return "; for a GeForce or RTX card use --target trt-rtx"
+    if OF_BOARDS.search(name) and not OF_CPUS.search(name):
+        return "; for a Jetson or a data-centre GPU use --target trt, and ki-build there"
+    if OF_CPUS.search(name):
+        return "; for ONNX Runtime, on a CPU or through CUDA, use --target ort, the default of ki-export"
+    return ""
 
 
 def check_ahead(compute_capability: str, precision: str) -> None:
@@ -34,7 +50,7 @@ def capabilities_of(
         raise BackendError(f"{api.title} only runs engines: build them with tensorrt or tensorrt_rtx")
     if wanted and not api.is_rtx:
         raise BackendError(
-            "TensorRT builds only on the GPU that will run the engines: run ki-export --build there, or compile ahead "
+            "TensorRT builds only on the GPU that will run the engines: run ki-build there, or compile ahead "
             "of time with --target trt-rtx --compute-capability"
         )
     if not wanted and device is None:
@@ -67,4 +83,4 @@ def this_device(api: Api) -> Device:
 
 def _elsewhere(api: Api) -> str:
     ahead = ", or name the GPU to compile for: --compute-capability 8.6" if api.is_rtx else ""
-    return f"run ki-export --build BUNDLE on the robot{ahead}"
+    return f"run ki-build BUNDLE on the robot{ahead}"

@@ -1,0 +1,125 @@
+"""ki-doctor --for: does a policy fit a board that is not here; and the engines that lie in a bundle."""
+
+import json
+
+import pytest
+
+from ki_runtime.doctor import cli
+from ki_runtime.doctor.boards import BOARDS, find_board
+from ki_runtime.doctor.checkup import examine
+from ki_runtime.doctor.finding import in_bytes
+from ki_runtime.doctor.plan import lines, plan
+from ki_runtime.gpu.device import Device
+from ki_runtime.trt.api import Api
+from ki_runtime.trt.engines import EngineFile, Engines, identify
+
+from .test_doctor import Machine, found, orin
+
+
+@pytest.mark.parametrize(
+    ("board", "fits", "said"),
+    [
+        ("orin-8gb", 1, "a full-size π0.5 does not fit: take a larger board"),
+        ("orin-16gb", 0, "compiling takes 24.5 GB, so 11.0 GB of swap while it builds"),
+        ("ORIN-32GB", 0, "compiling takes 24.5 GB, which is there"),
+        ("thor", 0, "JetPack 7.0 or newer (TensorRT 10.13"),
+        ("rtx-4090", 0, "of the host's memory"),
+    ],
+)
+def test_the_full_size_model_on_a_board(board, fits, said, capsys):
+    """As docs/jetson.md has it: 16 bits take 6.5 GB, which 8 GB boards do not have to spare."""
+    assert cli.main(["--for", board]) == fits
+    out = capsys.readouterr().out
+    assert said in out and "acting takes 6.5 GB, with FAST 11.6 GB" in out
+    assert "run on" in out and "yet" in out  # what has never been tried
+
+
+def test_every_board_is_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(board.key in shown for board in BOARDS)
+
+
+def test_a_board_that_is_not_known(capsys):
+    assert cli.main(["--for", "orin16"]) == 2
+    assert "'orin16' is not known, expected one of orin-8gb, orin-16gb" in capsys.readouterr().err
+
+
+def test_a_bundle_on_a_board(make_bundle, capsys):
+    path = str(make_bundle(precision="bfloat16").path)
+    assert cli.main([path, "--for", "orin-8gb"]) == 0
+    out = capsys.readouterr().out
+    assert "bfloat16 (this bundle)" in out and f"{path} fits there" in out
+    assert cli.main([path, "--for", "orin-8gb", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["precision"] == "bfloat16" and report["precisions"]["bfloat16"]["fits"] is True
+
+
+def test_bundles_that_no_board_runs(make_bundle, tmp_path, capsys):
+    eight = make_bundle(precision="int8").path
+    report = plan(find_board("thor"), eight)
+    assert report["fits"] is False
+    assert "cannot run there: precision int8 is for the CPU" in list(lines(find_board("thor"), report))[-1]
+    assert cli.main([str(tmp_path), "--for", "thor"]) == 2
+    assert "not a bundle" in capsys.readouterr().err
+
+
+def test_too_large_in_one_precision_only(make_bundle, monkeypatch):
+    """The cure names the precision that fits."""
+    from ki_edge.config import PI05
+
+    bundle = make_bundle(model=PI05.to_dict())
+    report = plan(find_board("orin-16gb"), bundle.path)
+    assert report["fits"] is True
+    monkeypatch.setattr("ki_runtime.doctor.boards.RESERVED", 8e9)
+    report = plan(find_board("orin-16gb"), bundle.path)
+    assert list(lines(find_board("orin-16gb"), report))[-1].endswith("export it with --target trt --precision fp16")
+
+
+def test_sizes():
+    sizes = [in_bytes(count) for count in (0, 999, 12_345, 3_140_000, 6_510_000_000)]
+    assert sizes == ["0 bytes", "999 bytes", "12 kB", "3.1 MB", "6.5 GB"]
+
+
+def put_ahead(bundle, version="1.7.1"):
+    """Engines compiled ahead of time by TensorRT-RTX."""
+    api = Api(None, "tensorrt_rtx", (1, 7, 1), version)
+    identity = identify(bundle, api, None, [(8, 6), (12, 0)])
+    folder = bundle.path / "engines" / identity.key
+    folder.mkdir(parents=True)
+    files = {name: EngineFile(f"{name}.engine", 4, "", 4, 1.0) for name in bundle.manifest.graphs}
+    for name in files:
+        (folder / f"{name}.engine").write_bytes(b"plan")
+    Engines(folder, identity, files).write()
+    return folder
+
+
+def test_engines_compiled_ahead_of_time_are_listed(make_bundle):
+    bundle = make_bundle(precision="float16")
+    folder = put_ahead(bundle)
+    text = found(examine(bundle.path, Machine()), "engine files", "ok")[0].text
+    assert text.startswith(f"{folder.name}: prefix, denoise, fast_decode, 12 bytes, TensorRT-RTX 1.7.1 for ")
+    assert text.endswith("compute capability 8.6, 12.0 (ahead of time): not usable here, there is no GPU")
+    other = found(examine(bundle.path, orin()), "engine files", "ok")[0].text
+    assert other.endswith("not usable here, TensorRT-RTX is not installed")
+
+
+def test_engines_that_are_usable_or_damaged(make_bundle):
+    bundle = make_bundle(precision="float16")
+    identity = identify(bundle, Api(None, "tensorrt", (10, 3), "10.3.0"), Device("Orin", (8, 7)), [(8, 7)])
+    folder = bundle.path / "engines" / identity.key
+    folder.mkdir(parents=True)
+    Engines(folder, identity, {n: EngineFile(f"{n}.engine", 4, "", 4, 1.0) for n in bundle.manifest.graphs}).write()
+    assert "not usable here, prefix.engine is missing" in examined(bundle)
+    for name in bundle.manifest.graphs:
+        (folder / f"{name}.engine").write_bytes(b"plan")
+    assert examined(bundle).endswith("for Orin: usable here")
+    (folder / "engine.json").write_text("{")
+    assert (
+        found(examine(bundle.path, orin()), "engine files", "warning")[0].fix == f"rm -r {folder}, and build them again"
+    )
+
+
+def examined(bundle):
+    return found(examine(bundle.path, orin()), "engine files", "ok")[0].text
