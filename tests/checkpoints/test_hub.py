@@ -135,14 +135,13 @@ def hub() -> Iterator[FakeHub]:
 
 SCRIPT = """
 import json, sys
-from ki_edge.files.hub import find_cached, resolve
+from ki_edge.files.hub import resolve
 from ki_edge.errors import CheckpointError
 said = []
 try:
     found = resolve(sys.argv[1], revision=sys.argv[2] or None, say=said.append)
     files = sorted(p.relative_to(found.folder).as_posix() for p in found.folder.rglob("*") if p.is_file())
-    cached = find_cached(sys.argv[1], "tokenizer.model")
-    print(json.dumps([str(found.folder), dict(found.origin), files, said, cached is not None]))
+    print(json.dumps([str(found.folder), dict(found.origin), files, said]))
 except CheckpointError as error:
     print(json.dumps(str(error)))
 """

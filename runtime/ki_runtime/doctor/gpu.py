@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import re
 from dataclasses import dataclass
 from typing import Any
+
+from ki_runtime.gpu.identity import KERNEL_MODULE, driver_version
 
 from .finding import Finding
 from .host import Host
@@ -59,7 +60,7 @@ def check_gpu(host: Host) -> tuple[Gpu | None, Finding]:
         if hidden is not None:
             text, fix = f"{text}; CUDA_VISIBLE_DEVICES is '{hidden}'", "unset CUDA_VISIBLE_DEVICES"
         return None, Finding("problem", "GPU", f"none: {text}", fix)
-    gpu = _ask(library, _driver_version(host))
+    gpu = _ask(library, driver_version(host.read(str(KERNEL_MODULE)) or ""))
     more = f", the first of {count.value}" if count.value > 1 else ""
     return gpu, Finding("ok", "GPU", describe(gpu) + more)
 
@@ -92,13 +93,6 @@ def _ask(library: Any, driver: str | None) -> Gpu:
     library.cuDriverGetVersion(ctypes.byref(number))
     cuda = (number.value // 1000, number.value % 1000 // 10)
     return Gpu(name.value.decode(errors="replace"), capability, size.value, shared, cuda, driver, multiprocessors)
-
-
-def _driver_version(host: Host) -> str | None:
-    """Of the kernel module; Jetsons before JetPack 7 have none of their own."""
-    text = host.read("/proc/driver/nvidia/version") or ""
-    found = re.search(r"Kernel Module\D*?(\d+(?:\.\d+)+)", text)
-    return found[1] if found else None
 
 
 def _without_library(host: Host) -> tuple[None, Finding]:

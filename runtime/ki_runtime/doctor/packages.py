@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from ki_runtime.gpu.ort_cuda import TRIAL
 from ki_runtime.trt.api import OLDEST, TITLES, Api
 from ki_runtime.trt.requirements import OPERATORS, OPSETS
 
@@ -24,14 +25,6 @@ TENSORRT = {
 }
 SYSTEM_PACKAGES = "/usr/lib"  # where JetPack's Python packages lie
 JETPACK_CURE = "make the environment with `python3 -m venv --system-site-packages ENV`"
-# A graph of one Identity, float32 [1]: a session of it shows whether a provider's libraries load.
-IDENTITY = bytes.fromhex(
-    "080812003a37"  # IR version 8, a graph of 55 bytes
-    "0a100a017812017922084964656e74697479120167"  # named g: y = Identity(x)
-    "5a0f0a0178120a0a08080112040a020801"  # x float32 [1]
-    "620f0a0179120a0a08080112040a020801"  # y float32 [1]
-    "42040a00100d"  # opset 13
-)
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -69,7 +62,7 @@ def _try_provider(module: Any, provider: str) -> str | None:
     options.log_severity_level = QUIET
     try:
         module.set_default_logger_severity(QUIET)
-        used = module.InferenceSession(IDENTITY, options, providers=[provider]).get_providers()
+        used = module.InferenceSession(TRIAL, options, providers=[provider]).get_providers()
     except Exception as error:  # the library raises its own types
         return next(iter(str(error).strip().splitlines()), type(error).__name__)
     return None if provider in used else "its libraries (CUDA, cuDNN) are missing or of another version"
