@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from ki_runtime.gpu.ort_cuda import TRIAL
-from ki_runtime.trt.api import OLDEST, TITLES, Api
+from ki_runtime.trt.api import OLDEST, TITLES, Api, parse_version
 from ki_runtime.trt.requirements import OPERATORS, OPSETS
 
 from .finding import Finding
@@ -25,11 +24,6 @@ TENSORRT = {
 }
 SYSTEM_PACKAGES = "/usr/lib"  # where JetPack's Python packages lie
 JETPACK_CURE = "make the environment with `python3 -m venv --system-site-packages ENV`"
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    """(10, 3, 0) of "10.3.0.26"."""
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def check_onnxruntime(host: Host, gpu: Gpu | None) -> tuple[tuple[str, ...], list[Finding]]:
@@ -79,7 +73,7 @@ def check_tensorrt(host: Host, gpu: Gpu | None, jetson: Jetson | None) -> tuple[
             findings += [finding] if finding else []
             continue
         text = str(module.__version__)
-        api = Api(module, name, numbers(text), text)
+        api = Api(module, name, parse_version(text), text)
         if api.version < OLDEST[name]:
             fix = "flash JetPack 6.2 or newer" if jetson else f"{install} --upgrade"
             oldest = ".".join(map(str, OLDEST[name]))
@@ -123,7 +117,7 @@ def check_cuda_python(host: Host, gpu: Gpu | None) -> tuple[bool, Finding]:
             return False, Finding("ok", "cuda-python", "not installed, and not needed without a GPU")
         wanted = f"'cuda-python>=12.6,<{gpu.cuda[0] + 1}'" if gpu.cuda else "cuda-python"
         return False, Finding("warning", "cuda-python", "not installed: TensorRT needs it", f"pip install {wanted}")
-    if gpu is not None and gpu.cuda is not None and numbers(version)[0] > gpu.cuda[0]:
+    if gpu is not None and gpu.cuda is not None and parse_version(version)[0] > gpu.cuda[0]:
         text = f"{version} is newer than the driver, which is for CUDA {gpu.cuda[0]}.{gpu.cuda[1]}"
         return False, Finding("problem", "cuda-python", text, f"pip install 'cuda-python<{gpu.cuda[0] + 1}'")
     return True, Finding("ok", "cuda-python", version)
