@@ -24,12 +24,7 @@ from .request import PolicyRequest, missing_horizon, read_given
 from .statistics import Statistics
 from .tokenizers import TokenizerFile, find_tokenizer, missing_tokenizer
 
-READERS = {
-    "openpi": read_openpi,
-    "openpi-jax": read_openpi,
-    "lerobot": read_lerobot,
-    "ki-train": read_native,
-}
+READERS = {"openpi": read_openpi, "openpi-jax": read_openpi, "lerobot": read_lerobot, "ki-train": read_native}
 HORIZON = ("action_horizon", "execute")
 
 
@@ -95,14 +90,7 @@ def describe_policy(
     if not missing and contract is not None and words is not None and tokenizer is not None:
         files = PolicyFiles(contract, words, tokenizer, record.statistics, codec, known)
     return PolicyDescription(
-        contract if horizon_known else None,
-        values,
-        known,
-        record.statistics,
-        tokenizer,
-        codec,
-        tuple(missing),
-        files,
+        contract if horizon_known else None, values, known, record.statistics, tokenizer, codec, tuple(missing), files
     )
 
 

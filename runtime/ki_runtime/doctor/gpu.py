@@ -18,10 +18,7 @@ CAUSES = {  # of enum CUresult: what it means, and what helps
     100: ("the driver sees no GPU", "in a container start it with --gpus all (on a Jetson --runtime nvidia)"),
     802: ("the GPU's fabric is not ready", "start nvidia-fabricmanager, or wait a minute after booting"),
     803: ("the driver's library and kernel module differ", "reboot; in a container use a driver as new as the host's"),
-    804: (
-        "this GPU does not take a newer CUDA than its driver",
-        "remove cuda-compat, or upgrade the driver",
-    ),
+    804: ("this GPU does not take a newer CUDA than its driver", "remove cuda-compat, or upgrade the driver"),
     999: ("the driver failed", "look at `dmesg | grep -i nvrm`, reload the module or reboot"),
 }
 DRIVER_FIX = "install NVIDIA's driver (on a Jetson: sudo apt install nvidia-jetpack), or use the CPU if there is no GPU"
