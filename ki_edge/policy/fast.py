@@ -36,7 +36,7 @@ MAX_SCALE = 1_000_000
 MAX_CHUNK = 4096  # actions, or numbers of an action
 MAX_IDS = 10_000_000
 CONFIG_FILE, CODEC_FILE = "processor_config.json", "tokenizer.json"
-MAX_CODEC = 64_000_000  # bytes of the codec's file
+MAX_CODEC = 64_000_000  # bytes of one of the codec's files
 
 
 @dataclass(frozen=True, eq=False)
