@@ -52,7 +52,7 @@ def open_onnxruntime(bundle: Bundle, name: str, threads: int) -> Graph:
     from ki_edge import graphs
     from ki_runtime.backends.registry import SessionOptions, choose_backend, open_session
 
-    spec = {spec.name: spec for spec in graphs.specs(bundle.manifest.config)}[name]
+    spec = {spec.name: spec for spec in graphs.specs(bundle.manifest.config, fast=True)}[name]
     session = open_session(bundle, spec, choose_backend("ort"), SessionOptions(threads))
     return lambda feeds: list(session.run(feeds).values())
 

@@ -1,4 +1,4 @@
-"""THE CONTRACT between exporter and runtime: the three graphs' tensors, their names, types and symbolic dimensions.
+"""THE CONTRACT between exporter and runtime: the graphs' tensors, their names, types and symbolic dimensions.
 
 Every other place (export wrappers, TensorRT profiles, manifest, runtime checks, test feeds) derives from this file.
 
@@ -9,7 +9,8 @@ Every other place (export wrappers, TensorRT profiles, manifest, runtime checks,
     M, R modulation (constant): M = 2L+1 modulated norms, R = 3W numbers each; π0's one embedding of the time is 1, W
 
 The denoise graph of a π0 has one input more than a π0.5's, the robot's state. The prefix graph takes pictures as bytes,
-or as float32 in [-1, 1] where the policy's makers resized in float. `specs` gives the graphs of a policy.
+or as float32 in [-1, 1] where the policy's makers resized in float. Policies without a FAST head have no fast_decode.
+`specs` gives the graphs of a policy.
 """
 
 from __future__ import annotations
@@ -111,9 +112,10 @@ GRAPHS = (PREFIX, DENOISE, FAST_DECODE)
 DYNAMIC = ("B", "N", "T", "S", "C", "Q")
 
 
-def specs(config: Pi05Config) -> tuple[GraphSpec, GraphSpec, GraphSpec]:
-    """The prefix, denoise and fast_decode graphs of one policy."""
-    return prefix(config.pictures), DENOISE_WITH_STATE if config.has_state else DENOISE, FAST_DECODE
+def specs(config: Pi05Config, *, fast: bool = False) -> tuple[GraphSpec, ...]:
+    """The prefix and denoise graphs of one policy, with `fast` also fast_decode, in this order."""
+    acting = prefix(config.pictures), DENOISE_WITH_STATE if config.has_state else DENOISE
+    return (*acting, FAST_DECODE) if fast else acting
 
 
 def sizes(config: Pi05Config, decode_vocabulary: int) -> dict[str, int]:

@@ -338,7 +338,14 @@ def test_malformed_model_and_weights_are_found_on_use(write):
 )  # fmt: skip
 def test_decode_vocabulary_that_the_model_does_not_have(changes):
     with pytest.raises(BundleError, match="'decode_vocabulary'"):
-        _ = manifest(decode_vocabulary={"first": 600, "count": 3, "extra": [7, 1], **changes}).vocabulary
+        vocabulary = {"first": 600, "count": 3, "extra": [7, 1], **changes}
+        _ = manifest(decode_vocabulary=vocabulary, graphs={"fast_decode": {}}).vocabulary
+
+
+def test_without_the_fast_head_no_token_can_be_chosen():
+    found = manifest(decode_vocabulary={"first": 0, "count": 0, "extra": []})
+    assert (found.has_fast, found.vocabulary.ids) == (False, [])
+    assert manifest(graphs={"fast_decode": {}}).has_fast
 
 
 # ---------------------------------------------------------------------- what exists already

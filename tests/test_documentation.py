@@ -6,6 +6,7 @@ import importlib
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,9 @@ def parser_of(program: str) -> argparse.ArgumentParser:
         raise Captured(self)
 
     module, _, function = SCRIPTS[program].partition(":")
-    with patch.object(ki_edge.commands.Parser, "parse_args", capture), pytest.raises(Captured) as caught:
+    with pytest.raises(Captured) as caught, ExitStack() as patched:
+        for name in ("parse_args", "parse_intermixed_args"):
+            patched.enter_context(patch.object(ki_edge.commands.Parser, name, capture))
         getattr(importlib.import_module(module), function)([])
     parser: argparse.ArgumentParser = caught.value.args[0]
     return parser
@@ -86,7 +89,7 @@ def test_flags_in_sentences_exist() -> None:
 def test_a_command_line_is_accepted_by_its_parser(command: Command) -> None:
     words = command.words
     words = words[: words.index(">")] if ">" in words else words
-    parser_of(words[0]).parse_args(words[1:])
+    parser_of(words[0]).parse_intermixed_args(words[1:])
 
 
 def test_scripts_and_their_flags_exist() -> None:

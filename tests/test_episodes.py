@@ -149,6 +149,13 @@ def test_what_is_no_episode(tmp_path, arrays, message):
         RecordedEpisode.open(saved(tmp_path, arrays))
 
 
+def test_other_arrays_are_not_read(tmp_path):
+    """A camera's depth, a dict of notes: they are the recorder's."""
+    path = saved(tmp_path, named(DROID, state=STATE) | {"notes": np.array([{"by": "me"}], dtype=object)})
+    episode = RecordedEpisode.open(path)
+    assert len(episode) == T and "notes object[1]" in episode.contents
+
+
 def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.npz")
     for name, message in (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ki_edge.errors import DatasetError
-from ki_edge.files.npz import read_npz
+from ki_edge.files.npz import read_headers, read_npz
 
 
 def header(shape: tuple[int, ...], dtype: str = "|u1") -> bytes:
@@ -74,3 +74,28 @@ def test_what_the_caller_does_not_want_is_not_unpacked(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", a=np.zeros(3))
     with pytest.raises(DatasetError, match="a is float64"):
         read_npz(tmp_path / "x.npz", 1000, DatasetError, lambda headers: f"a is {headers['a'][1]}")
+
+
+def test_what_is_not_chosen_may_be_anything(tmp_path: Path) -> None:
+    """Headers of all are told, data and promises of those that are read are looked at."""
+    np.savez(tmp_path / "x.npz", a=np.arange(3), big=np.zeros(9999), objects=np.array([{}], dtype=object))
+    headers = read_headers(tmp_path / "x.npz", DatasetError)
+    assert headers["big"] == ((9999,), np.dtype("float64")) and headers["objects"][1].hasobject
+    found = read_npz(tmp_path / "x.npz", 24, DatasetError, choose=lambda headers: [n for n in headers if n == "a"])
+    assert found.keys() == {"a"} and found["a"].tolist() == [0, 1, 2]
+    with pytest.raises(DatasetError, match="Python objects"):
+        read_npz(tmp_path / "x.npz", 1 << 20, DatasetError)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", None])
+def test_every_error_ends_with_the_cure(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "x.npz"
+    np.savez(path, a=np.zeros(3))
+    if content is not None:
+        path.write_bytes(content)
+    for read in (
+        lambda: read_npz(path, 3, DatasetError, cure="; record it again"),
+        lambda: read_headers(tmp_path / "none.npz", DatasetError, "; record it again"),
+    ):
+        with pytest.raises(DatasetError, match=r"npz: .*; record it again$"):
+            read()

@@ -62,6 +62,7 @@ def _export(arguments: argparse.Namespace) -> int:
         verify=not arguments.no_verify,
         force=arguments.force,
         full_vocabulary=arguments.full_vocabulary,
+        fast_head=arguments.fast_head,
         pack=arguments.pack,
         link=arguments.link,
         precision=arguments.precision,
@@ -128,7 +129,7 @@ def _gpu_ready(target: str) -> bool:
 def _parser() -> Parser:
     parser = Parser(
         prog=NAME,
-        description="Turn a checkpoint into a bundle: three ONNX graphs, their weights and the policy contract, proven "
+        description="Turn a checkpoint into a bundle: its ONNX graphs, their weights and the policy contract, proven "
         "against the checkpoint's PyTorch model. ki-inspect tells what a checkpoint is and lacks; ki-build makes the "
         "TensorRT engines of a bundle on the robot.",
     )
@@ -159,6 +160,12 @@ def _parser() -> Parser:
     add("--pack", action="store_true", help="write only the tensors in use, instead of the checkpoint's whole file")
     add("--link", action="store_true", help="share the checkpoint's file (hard link); checked whenever it is opened")
     add("--full-vocabulary", action="store_true", help="keep the logits of all tokens, not only those of FAST")
+    add(
+        "--fast-head",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="export the decoding of FAST tokens too (if the contract has FAST; of a model alone, if it is a π0.5)",
+    )
     add("--opset", type=int, default=20, metavar="N", help="ONNX opset of the graphs (%(default)s)")
     add = parser.add_argument_group("TensorRT").add_argument
     add(

@@ -1,4 +1,4 @@
-"""Export: trace the three graphs, place the weights, describe the bundle, prove it, publish it.
+"""Export: trace the graphs, place the weights, describe the bundle, prove it, publish it.
 
 The weights are never loaded to write a bundle, only to prove it.
 """
@@ -34,7 +34,7 @@ from ki_export.weights.int8 import choose
 from ki_export.weights.weights import WEIGHTS, TensorSlice, Weights, attach, place_weights, sources
 
 from .options import ExportOptions
-from .policies import PolicyFiles, decode_vocabulary
+from .policies import PolicyFiles, decode_vocabulary, has_fast_head
 
 NUM_STEPS = 10
 Say = Callable[[str], object]
@@ -72,6 +72,10 @@ def export(
     opened, files = examined.checkpoint, examined.files()
     if files is not None:
         opened = opened.with_pictures(files.contract.pictures)
+    if options.fast_head is None:  # decided once, for tracing, manifest and contract
+        options = replace(options, fast_head=options.full_vocabulary or has_fast_head(opened.config, files))
+    if files is not None and not options.fast_head:
+        files = replace(files, contract=replace(files.contract, fast=None))
     with write_bundle(output, force=options.force) as writer, ThreadPoolExecutor(1) as hasher:
         ctime_ns = opened.source.files[0].stat().st_ctime_ns
         hashes = hasher.submit(hash_files, opened.source.files)
@@ -88,7 +92,7 @@ def export(
 
 def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOptions, say: Say) -> Plan:
     config = checkpoint.config
-    vocabulary = decode_vocabulary(config, files, full=options.full_vocabulary)
+    vocabulary = decode_vocabulary(config, files, full=options.full_vocabulary, fast_head=bool(options.fast_head))
     # an unfit recording is told before minutes of tracing
     observed = observations(checkpoint, files, options.calibrate) if options.sixteen else None
     say("tracing prefix, denoise and fast_decode")
@@ -215,7 +219,7 @@ def _signatures(plan: Plan) -> dict[str, dict[str, Any]]:
             "ops": sorted({_operator(node) for node in plan.models[spec.name].graph}),
             "weight_bytes": _weight_bytes(plan.models[spec.name]),
         }
-        for spec in graphs.specs(plan.checkpoint.config)
+        for spec in graphs.specs(plan.checkpoint.config, fast=bool(plan.vocabulary.ids))
     }
 
 

@@ -28,6 +28,8 @@ DEFAULTS: Mapping[str, Precision] = {"ort": "fp32", "trt": "fp16", "trt-rtx": "f
 class ExportOptions:
     """How to export. `num_steps` None: the contract's, or 10.
 
+    `fast_head`: whether fast_decode is exported; None: as the contract says, of a π0.5 without a contract and with
+    `full_vocabulary` yes;
     `precision` of the matrix products, None: the target's default; `weights`: "float32", or "stored" to keep the
     checkpoint's own types in the file and widen while running; `link`: share the checkpoint's file instead of taking
     its bytes (a change of it is noticed when the bundle is opened; nothing protects a running robot); `calibrate`:
@@ -43,6 +45,7 @@ class ExportOptions:
     verify: bool = True
     force: bool = False
     full_vocabulary: bool = False
+    fast_head: bool | None = None
     pack: bool = False
     precision: Precision | None = None
     weights: Stored = "float32"
@@ -83,6 +86,10 @@ class ExportOptions:
             raise ArgumentError(
                 f"attention fused is for targets trt and trt-rtx in fp16 or bf16, not {self.target} in "
                 f"{self.precision}: TensorRT has no such kernel for float32"
+            )
+        if self.full_vocabulary and self.fast_head is False:
+            raise ArgumentError(
+                "--full-vocabulary is of the FAST head's logits, and --no-fast-head exports none of them"
             )
         newest = onnx.defs.onnx_opset_version()
         if not MIN_OPSET <= self.opset <= newest:

@@ -1,4 +1,4 @@
-"""A bundle on disk: three graphs, their weights and everything needed to use them, described by `manifest.json`.
+"""A bundle on disk: its graphs, their weights and everything needed to use them, described by `manifest.json`.
 
 Written into a hidden folder beside its target and exchanged with it, so an interrupted export leaves the old bundle or
 nothing (`publishing`). Opening checks the manifest, that every file is there with its recorded size, and that no path
@@ -27,6 +27,7 @@ from ki_edge.files.publishing import publishing
 from ki_edge.files.reading import read_file, read_json
 from ki_edge.files.safetensors_index import SafetensorsIndex
 from ki_edge.files.writing import write_file
+from ki_edge.graphs import FAST_DECODE
 
 from .external_data import check_external_data
 from .files import DIGEST, MANIFEST, MAX_MANIFEST, check_file, check_inside, check_replaceable
@@ -43,7 +44,10 @@ Say = Callable[[str], object]
 
 @dataclass(frozen=True)
 class DecodeVocabulary:
-    """Which token each column of the FAST logits stands for: `count` ids from `first` upwards, then `extra`."""
+    """Which token each column of the FAST logits stands for: `count` ids from `first` upwards, then `extra`.
+
+    Of a bundle without the FAST head it is empty.
+    """
 
     first: int
     count: int
@@ -81,14 +85,23 @@ class Manifest:
             raise BundleError(f"manifest: {error}") from None
 
     @property
+    def has_fast(self) -> bool:
+        """Whether the bundle was exported with the FAST head."""
+        return FAST_DECODE.name in self.graphs
+
+    @property
     def vocabulary(self) -> DecodeVocabulary:
-        """Columns of the FAST logits; BundleError unless all are tokens of the model."""
+        """Columns of the FAST logits; BundleError unless all are tokens of the model, and some if it has the head."""
         v = self.decode_vocabulary
         first, count, extra = (v.get(name) for name in ("first", "count", "extra"))
         if type(first) is not int or type(count) is not int or not isinstance(extra, list | tuple):
             raise BundleError("manifest: 'decode_vocabulary' needs integers first, count and a list extra")
         size = self.config.vocab_size
-        fits = 0 <= first < first + count <= size and all(type(i) is int and 0 <= i < size for i in extra)
+        fits = (
+            0 <= first < size
+            and self.has_fast <= count <= size - first
+            and all(type(i) is int and 0 <= i < size for i in extra)
+        )
         if not fits:
             raise BundleError(f"manifest: 'decode_vocabulary' {v!r:.200} is not within the model's {size} tokens")
         return DecodeVocabulary(first, count, tuple(extra))

@@ -3,8 +3,9 @@
     n observations (3 to 5)    N camera slots    T prompt tokens with padding    f forced, m sampled FAST tokens
     h, w, H, A, Z of `ki_edge.graphs`
 
-One array a name, all in ARRAYS. An .npz is a zip archive, so a hostile one could be a bomb, hold pickled objects or
-other shapes than it says: everything is checked against the manifest's geometry before anything is unpacked.
+One array a name, all in ARRAYS; those of FAST only if the bundle has fast_decode. An .npz is a zip archive, so a
+hostile one could be a bomb, hold pickled objects or other shapes than it says: everything is checked against the
+manifest's geometry before anything is unpacked.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ ARRAYS: Mapping[str, tuple[str, tuple[str | int, ...]]] = {
     "fast_margins": ("float32", ("m",)),  # by how much each was the most likely, in logits
     "fast_ties": ("float32", ("m",)),  # below this margin, this precision may choose another
 }
+CONTINUED = {name for name in ARRAYS if name.startswith("fast_")}
 LARGEST = {"n": 5, "N": 16, "T": 4096, "f": 64, "m": 512}
 HEADER = 4096  # bytes; what describes an array takes 128
 TAIL = 22  # bytes of a zip's last record
@@ -88,7 +90,7 @@ class Continuation:
 
 @dataclass(frozen=True, eq=False)
 class Witness:
-    """Arrays as in ARRAYS. `state` is None but for a π0."""
+    """Arrays as in ARRAYS. `state` is None but for a π0, `fast` without the FAST head."""
 
     images: Array
     camera_mask: Array
@@ -101,7 +103,7 @@ class Witness:
     max_abs: Array
     cosine_distance: float
     apart: float
-    fast: Continuation
+    fast: Continuation | None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -123,18 +125,8 @@ class Witness:
 
     def write(self, path: Path) -> None:
         """Write the file; the same witness is the same bytes."""
-        fast = self.fast
-        content = {
-            "format": FORMAT,
-            **{name: getattr(self, name) for name in ARRAYS if hasattr(self, name)},
-            "fast_row": fast.row,
-            "fast_forced": fast.forced,
-            "fast_max_tokens": fast.max_tokens,
-            "fast_constrained": fast.constrained,
-            "fast_ids": fast.ids,
-            "fast_margins": fast.margins,
-            "fast_ties": fast.ties,
-        }
+        fast = {} if self.fast is None else {f"fast_{name}": value for name, value in vars(self.fast).items()}
+        content = {"format": FORMAT, **{name: getattr(self, name) for name in ARRAYS if hasattr(self, name)}, **fast}
         arrays = {
             name: np.asarray(value, None if ARRAYS[name][0] == "pictures" else ARRAYS[name][0])
             for name, value in content.items()
@@ -199,7 +191,8 @@ def _unpack(content: bytes, dims: Mapping[str, int], kind: str) -> dict[str, Arr
     found = {}
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         names = [info.filename.removesuffix(".npy") for info in archive.infolist()]
-        if sorted(names) not in (sorted(ARRAYS), sorted(set(ARRAYS) - {"state"})):
+        missing = {*ARRAYS} - {*names}
+        if missing - {"state"} not in (set(), CONTINUED) or sorted([*names, *missing]) != sorted(ARRAYS):
             raise ValueError(f"its arrays are {', '.join(sorted(names))[:300]}")
         for info, name in zip(archive.infolist(), names, strict=True):
             if info.file_size > _bytes(name, dims, kind) + HEADER:
@@ -253,29 +246,20 @@ def _checked(found: Mapping[str, Array], manifest: Manifest) -> Witness:
         raise ValueError("it has no observations, or negative bars")
     if config.has_state != ("state" in found):
         raise ValueError("'state' belongs to a π0 and to no other model")
-    ids = (found["prompt_tokens"], found["fast_ids"], found["fast_forced"])
+    if manifest.has_fast != (found.keys() >= CONTINUED):
+        raise ValueError("a FAST continuation belongs to a bundle with fast_decode and to no other")
+    ids = [found[name] for name in ("prompt_tokens", "fast_ids", "fast_forced") if name in found]
     if any(((array < 0) | (array >= config.vocab_size)).any() for array in ids):
         raise ValueError(f"a token is outside of the model's vocabulary of {config.vocab_size}")
-    mask, count = found["prompt_mask"], len(found["fast_ids"])
+    mask = found["prompt_mask"]
     if not mask[:, :1].all() or (mask[:, 1:] > mask[:, :-1]).any():
         raise ValueError("a prompt is empty or has a gap")
-    within = {
-        "num_steps": (1, MAX_STEPS),
-        "fast_row": (0, rows - 1),
-        "fast_max_tokens": (max(1, count), LARGEST["m"]),
-    }
+    within = {"num_steps": (1, MAX_STEPS)}
+    if manifest.has_fast:
+        within |= {"fast_row": (0, rows - 1), "fast_max_tokens": (max(1, len(found["fast_ids"])), LARGEST["m"])}
     for name, (least, most) in within.items():
         if not least <= found[name] <= most:
             raise ValueError(f"'{name}' is {int(found[name])}, expected {least} to {most}")
-    fast = Continuation(
-        row=int(found["fast_row"]),
-        forced=tuple(map(int, found["fast_forced"])),
-        max_tokens=int(found["fast_max_tokens"]),
-        constrained=bool(found["fast_constrained"]),
-        ids=found["fast_ids"],
-        margins=found["fast_margins"],
-        ties=found["fast_ties"],
-    )
     names = ("images", "camera_mask", "prompt_tokens", "prompt_mask", "noise", "actions", "max_abs")
     return Witness(
         **{name: found[name] for name in names},
@@ -283,5 +267,17 @@ def _checked(found: Mapping[str, Array], manifest: Manifest) -> Witness:
         num_steps=int(found["num_steps"]),
         cosine_distance=float(found["cosine_distance"]),
         apart=float(found["apart"]),
-        fast=fast,
+        fast=_continuation(found) if manifest.has_fast else None,
+    )
+
+
+def _continuation(found: Mapping[str, Array]) -> Continuation:
+    return Continuation(
+        row=int(found["fast_row"]),
+        forced=tuple(map(int, found["fast_forced"])),
+        max_tokens=int(found["fast_max_tokens"]),
+        constrained=bool(found["fast_constrained"]),
+        ids=found["fast_ids"],
+        margins=found["fast_margins"],
+        ties=found["fast_ties"],
     )

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from ki_edge.errors import KiEdgeError
 
 Header = tuple[tuple[int, ...], "np.dtype[Any]"]  # shape, dtype
+Headers = Mapping[str, Header]
 Arrays = dict[str, npt.NDArray[Any]]
 MAX_ENTRIES = 10_000
 MAX_AXES = 16
@@ -30,36 +32,60 @@ _npy: Any = np.lib.format  # some of its functions carry no types in numpy 1
 
 
 def read_npz(
-    path: Path, most: int, error: type[KiEdgeError], check: Callable[[Mapping[str, Header]], str] | None = None
+    path: Path,
+    most: int,
+    error: type[KiEdgeError],
+    check: Callable[[Headers], str] = lambda _: "",
+    choose: Callable[[Headers], Iterable[str]] = tuple,
+    cure: str = "",
 ) -> Arrays:
-    """All arrays of a file, at most `most` bytes unpacked.
+    """The arrays of a file that `choose` names (all), at most `most` bytes unpacked.
 
     `check` is given shapes and dtypes before any data is read, and says what is wrong with them, "" if nothing.
-    `error`, one line that names the file, for that and for a file that is missing, damaged, too large, or no regular
-    file.
+    `error`, one line that names the file and ends with `cure`, for that and for a file that is missing, damaged, too
+    large, or no regular file.
     """
+    with _opened(path, error, cure) as (archive, entries):
+        found = {name: _header(archive, entry) for name, entry in entries.items()}
+        headers = {name: header for name, (header, _) in found.items()}
+        chosen = tuple(choose(headers))
+        fault = check(headers)
+        if not fault and (size := sum(_size(name, *found[name]) for name in chosen)) > most:
+            fault = f"{size} bytes of arrays, at most {most} are read"
+        if fault:
+            raise error(f"{path}: {fault}{cure}")
+        return {name: _array(archive, entries[name]) for name in chosen}
+
+
+def read_headers(path: Path, error: type[KiEdgeError], cure: str = "") -> dict[str, Header]:
+    """Shape and dtype of every array of a file, without its data. `error` as of `read_npz`."""
+    with _opened(path, error, cure) as (archive, entries):
+        return {name: _header(archive, entry)[0] for name, entry in entries.items()}
+
+
+@contextmanager
+def _opened(
+    path: Path, error: type[KiEdgeError], cure: str
+) -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]]:
+    """The archive and its entries by the names of their arrays."""
     try:
         if not path.is_file():
-            raise error(f"{path}: {'not a regular file' if path.exists() else 'no such file'}; expected arrays (.npz)")
+            raise error(
+                f"{path}: {'not a regular file' if path.exists() else 'no such file'}; expected arrays (.npz){cure}"
+            )
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             if len(entries) > MAX_ENTRIES:
                 raise ValueError(f"{len(entries)} entries, at most {MAX_ENTRIES}")
-            headers = {_name(entry): _header(archive, entry) for entry in entries}
-            if len(headers) != len(entries):
+            named = {_name(entry): entry for entry in entries}
+            if len(named) != len(entries):
                 raise ValueError("a name comes twice")
-            size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in headers.values())
-            if size > most:
-                raise error(f"{path}: {size} bytes of arrays, at most {most} are read")
-            fault = check(headers) if check is not None else ""
-            if fault:
-                raise error(f"{path}: {fault}")
-            return {_name(entry): _array(archive, entry) for entry in entries}
+            yield archive, named
     except error:
         raise
     except UNREADABLE as problem:
         why = " ".join(str(problem).split())[:200] or type(problem).__name__
-        raise error(f"{path}: no .npz file of arrays that can be read ({why})") from None
+        raise error(f"{path}: no .npz file of arrays that can be read ({why}){cure}") from None
 
 
 def _name(entry: zipfile.ZipInfo) -> str:
@@ -69,20 +95,25 @@ def _name(entry: zipfile.ZipInfo) -> str:
     return name
 
 
-def _header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Header:
-    """Shape and dtype of one array, which must be what its entry has room for."""
+def _header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[Header, int]:
+    """Shape and dtype of one array, and the bytes that its entry has for its numbers."""
     with archive.open(entry) as file:
         version = _npy.read_magic(file)
         read = _npy.read_array_header_1_0 if version == (1, 0) else _npy.read_array_header_2_0
         shape, _, dtype = read(file)
-        start = file.tell()
+        return (tuple(shape), dtype), entry.file_size - file.tell()
+
+
+def _size(name: str, header: Header, there: int) -> int:
+    """Bytes of one array. ValueError unless it is one of numbers or text, and as large as its entry."""
+    shape, dtype = header
     if dtype.hasobject or dtype.kind == "V":
-        raise ValueError(f"'{entry.filename}' holds Python objects or records")
+        raise ValueError(f"'{name}' holds Python objects or records")
     if len(shape) > MAX_AXES or any(type(n) is not int or n < 0 for n in shape):
-        raise ValueError(f"'{entry.filename}' has the shape {shape!r:.80}")
-    if start + math.prod(shape) * dtype.itemsize != entry.file_size:
-        raise ValueError(f"'{entry.filename}' does not fit its {entry.file_size} bytes")
-    return tuple(shape), dtype
+        raise ValueError(f"'{name}' has the shape {shape!r:.80}")
+    if math.prod(shape) * dtype.itemsize != there:
+        raise ValueError(f"'{name}' does not fit its {there} bytes")
+    return there
 
 
 def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> npt.NDArray[Any]:

@@ -13,8 +13,6 @@ Cameras and state may also stand under the robot's own keys, as its observations
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,22 +22,18 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.errors import DatasetError
+from ki_edge.files.npz import Header, Headers, read_headers, read_npz
 
 Array = npt.NDArray[Any]
 Float32 = npt.NDArray[np.float32]
-Header = tuple[tuple[int, ...], "np.dtype[Any]"]
 
 MAX_BYTES = 4 << 30  # of all arrays that are read, uncompressed
-MAX_ARRAYS = 1000
 MAX_PROMPT = 4096  # characters
 ACTIONS, PROMPTS = ("actions", "action"), ("prompt", "task")
 STATES = ("state", "observation/state", "observation.state")
 PARTS = ("observation/joint_position", "observation/gripper_position")  # of a state
 PREFIXES = ("images/", "observation.images.")
-CURE = "record it again with ki_runtime.robots.replay.record_episode"
-# What zipfile and numpy raise for a damaged, encrypted or foreign archive.
-UNREADABLE = (OSError, ValueError, EOFError, KeyError, SyntaxError, RuntimeError, zipfile.BadZipFile, zlib.error)
-_npy: Any = np.lib.format  # some of its functions carry no types in numpy 1
+CURE = "; record it again with ki_runtime.robots.replay.record_episode"
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,22 +51,15 @@ class RecordedEpisode:
     def open(cls, path: str | os.PathLike[str]) -> RecordedEpisode:
         """Read an episode; headers are checked before any data is read. DatasetError names what does not fit."""
         path = Path(path)
-        headers = read_headers(path)
-        wanted = _wanted(headers)
-        if fault := _fault(headers, wanted):
-            raise DatasetError(f"{path}: {fault}; {CURE}")
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in wanted}
-        except UNREADABLE as error:
-            raise DatasetError(f"{path}: not a readable episode ({error}); {CURE}") from error
+        headers = read_headers(path, DatasetError, CURE)
+        arrays = read_npz(path, MAX_BYTES, DatasetError, header_fault, _wanted, CURE)
         if fault := value_fault(arrays):
-            raise DatasetError(f"{path}: {fault}; {CURE}")
+            raise DatasetError(f"{path}: {fault}{CURE}")
         parts = [arrays[name].reshape(len(arrays[name]), -1) for name in _state_names(headers)]
         prompt = _first(PROMPTS, headers)
         return cls(
             path,
-            {_camera(name): arrays[name] for name in wanted if _is_camera(name, headers[name])},
+            {_camera(name): array for name, array in arrays.items() if _is_camera(name, headers[name])},
             np.concatenate(parts, axis=1).astype(np.float32),
             arrays[_first(ACTIONS, headers) or ""].astype(np.float32),
             None if prompt is None else str(arrays[prompt]),
@@ -81,29 +68,6 @@ class RecordedEpisode:
 
     def __len__(self) -> int:
         return len(self.actions)
-
-
-def read_headers(path: Path) -> dict[str, Header]:
-    """Shape and dtype of every array of an .npz file, without its data. DatasetError if it is none."""
-    try:
-        if path.exists() and not path.is_file():
-            raise DatasetError(f"{path}: not a regular file; expected an .npz written by record_episode")
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            if len(entries) > MAX_ARRAYS:
-                raise DatasetError(f"{path}: {len(entries)} arrays, at most {MAX_ARRAYS} are read")
-            return {entry.filename.removesuffix(".npy"): _header(archive, entry) for entry in entries}
-    except FileNotFoundError:
-        raise DatasetError(f"{path}: no such file; expected an .npz written by record_episode") from None
-    except DatasetError:
-        raise
-    except UNREADABLE as error:
-        raise DatasetError(f"{path}: not a readable episode ({error}); {CURE}") from error
-
-
-def header_fault(headers: Mapping[str, Header]) -> str:
-    """What is wrong with the names, shapes and dtypes of an episode; "" if nothing."""
-    return _fault(headers, _wanted(headers))
 
 
 def value_fault(arrays: Mapping[str, Array]) -> str:
@@ -118,26 +82,19 @@ def value_fault(arrays: Mapping[str, Array]) -> str:
     return ""
 
 
-def _header(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Header:
-    with archive.open(entry) as file:
-        version = _npy.read_magic(file)
-        shape, _, dtype = (_npy.read_array_header_1_0 if version == (1, 0) else _npy.read_array_header_2_0)(file)
-    return tuple(shape), dtype
-
-
-def _wanted(headers: Mapping[str, Header]) -> list[str]:
+def _wanted(headers: Headers) -> list[str]:
     """The arrays that are read."""
     single = (_first(ACTIONS, headers), _first(PROMPTS, headers), *_state_names(headers))
     return [*(name for name in single if name), *(name for name in headers if _is_camera(name, headers[name]))]
 
 
-def _state_names(headers: Mapping[str, Header]) -> tuple[str, ...]:
+def _state_names(headers: Headers) -> tuple[str, ...]:
     """One array, or the parts that make it up."""
     whole = _first(STATES, headers)
     return (whole,) if whole is not None else tuple(name for name in PARTS if name in headers)
 
 
-def _first(names: tuple[str, ...], headers: Mapping[str, Header]) -> str | None:
+def _first(names: tuple[str, ...], headers: Headers) -> str | None:
     return next((name for name in names if name in headers), None)
 
 
@@ -151,13 +108,14 @@ def _camera(name: str) -> str:
     return next((name[len(prefix) :] for prefix in PREFIXES if name.startswith(prefix) and name != prefix), name)
 
 
-def _fault(headers: Mapping[str, Header], wanted: list[str]) -> str:
+def header_fault(headers: Headers) -> str:
+    """What is wrong with the names, shapes and dtypes of an episode; "" if nothing."""
     actions, prompt, states = _first(ACTIONS, headers), _first(PROMPTS, headers), _state_names(headers)
     cameras = [name for name in headers if _is_camera(name, headers[name])]
     there = {"state": states, "actions": actions, "images/<camera>": cameras}
     if missing := [name for name, found in there.items() if not found]:
         return f"{', '.join(missing)} is missing, found {_contents(headers)}"
-    size = sum(int(np.prod(headers[name][0], dtype=object)) * headers[name][1].itemsize for name in wanted)
+    size = sum(int(np.prod(headers[name][0], dtype=object)) * headers[name][1].itemsize for name in _wanted(headers))
     if size > MAX_BYTES:
         return f"{size} bytes of arrays, at most {MAX_BYTES} are read"
     if prompt is not None:
@@ -178,7 +136,7 @@ def _fault(headers: Mapping[str, Header], wanted: list[str]) -> str:
     return ""
 
 
-def _contents(headers: Mapping[str, Header]) -> str:
+def _contents(headers: Headers) -> str:
     found = [f"{name} {dtype}{list(shape)}" for name, (shape, dtype) in sorted(headers.items())[:12]]
     more = [f"and {len(headers) - 12} more"] if len(headers) > 12 else []
     return ", ".join([*found, *more]) or "nothing"

@@ -18,11 +18,9 @@ MAX_BYTES = 4 << 30  # of all arrays of a file
 PROMPTS = (("prompt_only_tokens", "prompt_only_mask"), ("tokenized_prompt", "tokenized_prompt_mask"))
 
 
-def read_arrays(path: Path) -> dict[str, Array]:
-    """All arrays of an .npz file; DatasetError if it is missing or no such file."""
-    if not path.is_file():
-        raise DatasetError(f"{path}: no such file, expected recorded arrays (.npz)")
-    return read_npz(path, MAX_BYTES, DatasetError)
+def read_arrays(path: Path, cure: str = "") -> dict[str, Array]:
+    """All arrays of an .npz file; DatasetError, which ends with `cure`, if it is missing or no such file."""
+    return read_npz(path, MAX_BYTES, DatasetError, cure=cure)
 
 
 def recorded_pictures(images: Array, config: Pi05Config) -> Array:

@@ -41,7 +41,7 @@ def small_arrays():
 @pytest.fixture(scope="module")
 def report(bundle, checkpoint):
     """Several cases, FAST, and PyTorch in both types."""
-    options = replace(QUICK, cameras=(2, 1), prompts=(7, 12), steps=(3, 2), fast=True, against=checkpoint)
+    options = replace(QUICK, cameras=(2, 1), prompts=(7, 12), steps=(3, 2), fast=True, others=(checkpoint,))
     return bench(bundle, options)
 
 
@@ -110,11 +110,11 @@ def test_an_inference_is_the_sum_of_its_graphs(report):
 
 
 def test_pytorch_runs_beside_it(report):
-    assert [x.dtype for x in report.against] == ["float32", "bfloat16"]
-    exact, low = report.against
+    assert [(x.engine, x.precision) for x in report.others] == [("PyTorch", "float32"), ("PyTorch", "bfloat16")]
+    exact, low = report.others
     assert exact.tokens == 2 * CONFIG.vision.patches + 20
     assert exact.max_abs_difference < 2e-5 < low.max_abs_difference < 0.2
-    for x in report.against:
+    for x in report.others:
         assert 0 < x.ratio.least <= x.ratio.p50 <= x.ratio.most
         assert x.total.p50 >= x.prefix.p50
 
@@ -124,19 +124,20 @@ def test_json_holds_everything(report):
     assert found["stages"][0]["reached"] > 0 and found["stages"][0]["flops"]["float32"] > 0
     assert found["memory"]["rss_peak"] > found["memory"]["anonymous"] > 0
     assert found["startup"]["load_s"] > 0 and found["peaks"]["bandwidth"] > 0
-    assert set(found["warm_up"]) >= {"float32", "bfloat16", "bandwidth", "FAST", "cameras 2, prompt 7, steps 3"}
+    assert set(found["warm_up"]) >= {"bandwidth", "FAST", "pictures", "cameras 2, prompt 7, steps 3"}
+    assert [name[:3] for name in found["warm_up"] if name[0].isdigit()] == ["2: ", "3: "]
 
 
 def test_the_report_for_people(report):
     text = "\n".join(lines(replace(report, other_load=0.01, warnings=("beware",))))
     for part in ("warm-up: each at least 2 runs", "denoise step", "FAST token", "reached", "GB/s", "prefix tokens",
-                 "PyTorch as openpi runs it", "bfloat16", "others used 1.0 %", "warning: beware"):  # fmt: skip
+                 "side by side", "bfloat16", "2 pictures of 480x640", "others used 1.0 %", "beware"):  # fmt: skip
         assert part in text
     assert all(line == line.rstrip() for line in text.splitlines())
 
 
 def test_pictures(report, bundle):
-    curves, bars = draw(report), draw(replace(report, stages=tuple(report.main), against=()))
+    curves, bars = draw(report), draw(replace(report, stages=tuple(report.main), others=()))
     for picture in (curves, bars):
         assert picture.startswith(b"\x89PNG")
     width = [int.from_bytes(picture[16:20], "big") for picture in (curves, bars)]
@@ -177,20 +178,31 @@ BAD_ARGUMENTS = [
     (["--threads", "-1"], "threads -1"),
     (["--backend", "abacus"], "no backend 'abacus'"),
     (["--dtypes", "int4"], "expected some of float32, bfloat16"),
-    (["--prompt", "5", "--against", "nowhere"], "nowhere"),
+    (["--prompt", "5", "nowhere"], "nowhere: no such folder; expected a bundle or a checkpoint"),
+    (["--picture-size", "0x640"], "picture size (0, 640): expected height and width from 1"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "expected"), BAD_ARGUMENTS)
 def test_bad_arguments_are_one_line(bundle, capsys, arguments, expected, monkeypatch):
-    monkeypatch.setattr(benchmark, "_fresh_process", lambda _: (None, None))
+    monkeypatch.setattr(benchmark, "fresh_process", lambda _: (None, None))
     assert cli.main([str(bundle.path), *arguments]) == 2
     *said, error = capsys.readouterr().err.splitlines()
     assert error.startswith("ki-bench: error: ") and expected in error
     assert all(not line.startswith("ki-bench: error") for line in said)
 
 
-@pytest.mark.parametrize("arguments", [[], ["x", "--steps", "a"], ["x", "--colour"], ["x", "--rounds", "1.5"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["x", "--steps", "a"],
+        ["x", "--colour"],
+        ["x", "--rounds", "1.5"],
+        ["x", "--picture-size", "480"],
+        ["x", "--picture-size", "axb"],
+    ],
+)
 def test_a_wrong_command_line_is_one_line_too(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
@@ -206,7 +218,7 @@ def test_another_geometry_is_refused(bundle, checkpoint):
 
 def test_a_process_that_fails_tells_why(bundle):
     with pytest.raises(BackendError, match=r"status 1: .*no backend 'abacus'"):
-        benchmark._fresh_process(replace(benchmark._setting(bundle, replace(QUICK, prompts=(5,))), backend="abacus"))
+        benchmark.fresh_process(replace(benchmark.prepare(bundle, replace(QUICK, prompts=(5,))), backend="abacus"))
 
 
 def test_command_line(bundle, tmp_path, capsys):
@@ -214,7 +226,7 @@ def test_command_line(bundle, tmp_path, capsys):
     assert cli.main([*arguments, "--json", "--output", str(tmp_path / "out")]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "out" / "bench.json").read_text())
-    assert printed["against"] == [] and (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert printed["others"] == [] and (tmp_path / "out" / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_torch_is_imported_for_a_comparison_only(bundle):

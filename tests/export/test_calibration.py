@@ -154,7 +154,7 @@ def test_an_unfit_recording_is_told_before_anything_is_traced(checkpoint, tmp_pa
     monkeypatch.setattr(ki_export.exporter, "trace_all", traced)
     (tmp_path / "bad.npz").write_bytes(content)
     options = ExportOptions(target="trt", precision="fp16", calibrate=tmp_path / "bad.npz")
-    with pytest.raises(DatasetError, match=r"^--calibrate: .*bad\.npz: not a readable episode"):
+    with pytest.raises(DatasetError, match=r"^--calibrate: .*bad\.npz: no \.npz file of arrays that can be read"):
         export(str(checkpoint), tmp_path / "bundle", options)
     assert not (tmp_path / "bundle").exists()
     options = replace(options, calibrate=tmp_path / "none.npz")

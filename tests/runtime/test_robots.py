@@ -329,7 +329,7 @@ def test_bad_recordings_are_refused(episode, tmp_path):
     with pytest.raises(RobotError, match="no such file"):
         open_robot(f"replay:{tmp_path / 'none.npz'}")
     (tmp_path / "text.npz").write_text("hello")
-    with pytest.raises(RobotError, match="readable"):
+    with pytest.raises(RobotError, match="arrays that can be read"):
         open_robot(f"replay:{tmp_path / 'text.npz'}")
     with pytest.raises(RobotError, match="expected uint8"):
         record_episode(tmp_path / "no.npz", **{**content, "images": {"left": content["images"]["left"][0]}})

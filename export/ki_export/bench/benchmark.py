@@ -3,68 +3,47 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from ki_edge.bundle import Bundle
 from ki_edge.config import Pi05Config
-from ki_runtime.backends.registry import choose_backend
+from ki_edge.policy.contract import PolicyContract
 from ki_runtime.policy.sampler import Sampler
 
-from .machine import OtherLoad, cores, describe
-from .options import BenchOptions, Case, cases
+from .machine import OtherLoad, describe
+from .options import PICTURE_SIZE, BenchOptions, Case
+from .others import compare, main_actions, open_others
 from .peaks import PeakContenders, Peaks, biggest
-from .process import Memory, Startup, process_memory, start_once
-from .report import FAST_FIRST, FAST_TOKEN, INFERENCE, PREFIX, STEP, Against, Ratio, Report, Stage
+from .report import FAST_FIRST, FAST_TOKEN, INFERENCE, PREFIX, STEP, Pictures, Report, Stage
 from .rounds import Contender, Samples, Say, Spread, measure, policy
-from .stages import FORCED, Room, Works, bundle_contender, draw_inputs, draw_noise, fast_contender, room
+from .setting import Setting, fresh_process, prepare
+from .stages import FORCED, bundle_contender, draw_inputs, draw_noise, fast_contender, resizing
 from .work import Work
 
-if TYPE_CHECKING:
-    from .pytorch import TorchSide
-
 BUSY = 0.05  # other processes' share of the CPU from which on figures are suspect
-FAST = "FAST"
+FAST, PICTURES = "FAST", "pictures"
 PARTS = ("prefix", "step")
-
-
-@dataclass(frozen=True, eq=False)
-class Setting:
-    """What is known before anything is measured."""
-
-    bundle: Bundle
-    backend: str
-    threads: int
-    options: BenchOptions
-    space: Room
-    cases: Sequence[Case]
-    works: Works
-
-    @property
-    def config(self) -> Pi05Config:
-        return self.bundle.manifest.config
 
 
 def bench(bundle: str | Path | Bundle, options: BenchOptions, say: Say = lambda _: None) -> Report:
     """Measure a bundle on this machine; `say` gets a line for each thing that takes time.
 
     ArgumentError for cases that the bundle has no room for, BundleError and BackendError as `Sampler.open`,
-    CheckpointError for the checkpoint of `options.against`.
+    all three and CheckpointError for `options.others`.
     """
-    setting = _setting(bundle, options)
+    setting = prepare(bundle, options)
     say("a fresh process that acts once")
-    memory, startup = _fresh_process(setting)
+    memory, startup = fresh_process(setting)
     sampler = Sampler.open(setting.bundle, setting.backend, threads=setting.threads)
     works = _main_works(setting)
     peaks = PeakContenders(biggest(works), setting.threads)
-    rivals = _rivals(setting, say)
+    rivals = open_others(setting, say)
     contenders = {**_contenders(setting, sampler), **peaks.contenders()}
-    contenders.update({dtype: side.contender() for dtype, side in rivals.items()})
+    contenders.update({name: rival.run for name, rival in rivals.items()})
+    if setting.contract is not None:
+        contenders[PICTURES] = resizing(setting.contract, options.picture_size or PICTURE_SIZE)
     say("warming up")
     with OtherLoad() as others:
         samples = measure(contenders, options.rounds, options.warm_up_s, say)
@@ -83,29 +62,12 @@ def bench(bundle: str | Path | Bundle, options: BenchOptions, say: Say = lambda 
         memory=memory,
         peaks=limits,
         stages=tuple(_stages(setting, samples, limits)),
-        against=tuple(_against(setting, sampler, rivals, samples)),
+        pictures=None if setting.contract is None else _pictures(setting.contract, options, samples[PICTURES]),
+        others=tuple(compare(main_actions(setting, sampler), rivals, samples, _name(setting.cases[0]))),
         other_load=None if math.isnan(others.share) else others.share,
         warnings=(),
     )
     return replace(report, warnings=tuple(_warnings(report, works)))
-
-
-def _setting(bundle: str | Path | Bundle, options: BenchOptions) -> Setting:
-    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    space = room(opened)
-    steps = int(opened.manifest.sampling["num_steps"])
-    wanted = cases(options, slots=space.slots, padded=space.padded, steps=steps)
-    threads = options.threads or cores()
-    return Setting(opened, choose_backend(options.backend, opened).name, threads, options, space, wanted, Works(opened))
-
-
-def _fresh_process(setting: Setting) -> tuple[Memory | None, Startup]:
-    """Its memory (where the kernel tells), then its times with the files in the page cache."""
-    main = setting.cases[0]
-    arguments = ["model", "--backend", setting.backend, "--threads", str(setting.threads)]
-    arguments += ["--cameras", str(main.cameras), "--tokens", str(main.tokens), "--steps", str(main.steps)]
-    memory = process_memory(setting.bundle, *arguments) if sys.platform.startswith("linux") else None
-    return memory, start_once(setting.bundle.path, *arguments)
 
 
 def _main_works(setting: Setting) -> list[Work]:
@@ -124,24 +86,6 @@ def _contenders(setting: Setting, sampler: Sampler) -> dict[str, Contender]:
     if setting.options.fast:
         inputs = draw_inputs(setting.config, setting.space, setting.cases[0])
         found[FAST] = fast_contender(setting.bundle, setting.backend, setting.threads, inputs)
-    return found
-
-
-def _rivals(setting: Setting, say: Say) -> dict[str, TorchSide]:
-    """PyTorch by dtype; torch is imported here and nowhere else."""
-    checkpoint = setting.options.against
-    if checkpoint is None:
-        return {}
-    from . import pytorch
-
-    main, convention = setting.cases[0], str(setting.bundle.manifest.sampling["time_convention"])
-    inputs, noise = draw_inputs(setting.config, setting.space, main), draw_noise(setting.config)
-    found = {}
-    for dtype in setting.options.dtypes:
-        say(f"loading {checkpoint} into PyTorch, {dtype}")
-        model = pytorch.load(checkpoint, dtype, setting.threads)
-        pytorch.check_same_model(model, setting.config, checkpoint)
-        found[dtype] = pytorch.TorchSide(model, inputs, noise, convention=convention, steps=main.steps)
     return found
 
 
@@ -182,32 +126,9 @@ def _inference(case: Case, prefix: Stage, step: Stage, time: Spread) -> Stage:
     )
 
 
-def _against(
-    setting: Setting, sampler: Sampler, rivals: Mapping[str, TorchSide], samples: Mapping[str, Samples]
-) -> list[Against]:
-    if not rivals:
-        return []
-    main = setting.cases[0]
-    inputs, noise = draw_inputs(setting.config, setting.space, main), draw_noise(setting.config)
-    actions = sampler.sample_actions(*inputs.arrays, state=inputs.state, noise=noise, num_steps=main.steps)
-    ours = samples[_name(main)].times["total"]
-    found = []
-    for dtype, side in rivals.items():
-        theirs = samples[dtype].times
-        each = np.divide(theirs["total"], ours)
-        ratio = Ratio(float(np.median(theirs["total"]) / np.median(ours)), float(each.min()), float(each.max()))
-        found.append(
-            Against(
-                dtype=dtype,
-                tokens=setting.space.slots * setting.config.vision.patches + setting.space.padded,
-                prefix=Spread.of(theirs["prefix"]),
-                denoise=Spread.of(theirs["denoise"]),
-                total=Spread.of(theirs["total"]),
-                ratio=ratio,
-                max_abs_difference=float(np.abs(side.actions - actions).max()),
-            )
-        )
-    return found
+def _pictures(contract: PolicyContract, options: BenchOptions, samples: Samples) -> Pictures:
+    cameras = sum(camera.key is not None for camera in contract.cameras)
+    return Pictures(cameras, options.picture_size or PICTURE_SIZE, Spread.of(samples.times["total"]))
 
 
 def _warnings(report: Report, works: Sequence[Work]) -> list[str]:

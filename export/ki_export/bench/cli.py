@@ -12,14 +12,14 @@ from ki_edge.commands import Parser, run_command, show, show_json, tell
 from ki_edge.errors import BackendError, ExportError
 from ki_edge.files.writing import write_file
 
-from .options import CAMERAS, DTYPES, PROMPT_TOKENS, BenchOptions
+from .options import CAMERAS, DTYPES, PICTURE_SIZE, PROMPT_TOKENS, BenchOptions
 
 PICTURE = "bench.png"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0; 2 for an error, which is one line on stderr; 130 after Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     return run_command("ki-bench", lambda: _bench(options), "nothing was written")
 
 
@@ -32,8 +32,9 @@ def _bench(arguments: argparse.Namespace) -> int:
         prompts=arguments.prompt,
         rounds=arguments.rounds,
         warm_up_s=arguments.warm_up,
-        fast=arguments.fast,
-        against=arguments.against,
+        fast=arguments.fast_head,
+        others=tuple(arguments.others),
+        picture_size=arguments.picture_size,
         dtypes=arguments.dtypes,
     )
     picture = None if arguments.output is None else _place(arguments.output)
@@ -73,6 +74,12 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
+def _size(text: str) -> tuple[int, int]:
+    height, width = text.lower().split("x")
+    return int(height), int(width)
+
+
+_size.__name__ = "height and width (480x640)"
 _numbers.__name__ = "list of integers"  # argparse names the type in its message
 
 
@@ -85,6 +92,13 @@ def _parser() -> Parser:
     )
     add = parser.add_argument
     add("bundle", type=Path, metavar="BUNDLE", help="folder written by ki-export")
+    add(
+        "others",
+        nargs="*",
+        type=Path,
+        metavar="OTHER",
+        help="compare with these, side by side: bundles, or checkpoints, which PyTorch runs as openpi does",
+    )
     add("--backend", default=defaults.backend, metavar="NAME", help="engine; default: the best one installed")
     add("--threads", type=int, metavar="N", help="CPU threads of all sides; default: all cores")
     add("--steps", type=_numbers, default=(), metavar="N,...", help="denoising steps; default: the bundle's")
@@ -92,13 +106,10 @@ def _parser() -> Parser:
     add("--prompt", type=_numbers, default=(), metavar="N,...", help=f"tokens; default: {PROMPT_TOKENS}")
     add("--rounds", type=int, default=defaults.rounds, metavar="N", help="measurements; default: %(default)s")
     add("--warm-up", type=float, default=defaults.warm_up_s, metavar="S", help="seconds at most; default: %(default)s")
-    add("--fast", action="store_true", help="measure FAST decoding too")
     add(
-        "--against",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="also run this checkpoint in PyTorch, as openpi does, and compare",
+        "--picture-size", type=_size, metavar="HxW", help=f"of the cameras; default: {'x'.join(map(str, PICTURE_SIZE))}"
     )
+    add("--fast-head", action="store_true", help="measure the decoding of FAST tokens too")
     add("--dtypes", type=_words, default=DTYPES, metavar="TYPE,...", help=f"of PyTorch; default: {','.join(DTYPES)}")
     add("--output", type=Path, metavar="PNG|FOLDER", help="write a picture and the JSON there")
     add("--json", action="store_true", help="print the report as JSON")

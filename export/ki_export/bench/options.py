@@ -13,6 +13,8 @@ CAMERAS, PROMPT_TOKENS = 2, 30  # of the main case, if there is room for them
 PADDED_PROMPT = 200  # openpi's max_token_len of π0.5
 CAMERA_SLOTS = 3  # openpi's: base, left wrist, right wrist
 DTYPES = ("float32", "bfloat16")
+PICTURE_SIZE = (480, 640)  # height, width of a camera
+MAX_SIDE = 8192
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class BenchOptions:
     """How to measure. Empty tuples and None: the bundle's own, or this machine's.
 
     Every combination of `cameras`, `prompts` (tokens) and `steps` is measured. The first of each is the main case: it
-    is drawn stage by stage, and compared with PyTorch on `against`, a checkpoint folder, in each of `dtypes`.
+    is drawn stage by stage, and compared with `others`: bundles, and checkpoints in PyTorch in each of `dtypes`.
+    `picture_size`: height and width of a policy's pictures before they are resized, None: PICTURE_SIZE.
     """
 
     backend: str = "auto"
@@ -40,7 +43,8 @@ class BenchOptions:
     rounds: int = 10
     warm_up_s: float = 20.0
     fast: bool = False
-    against: Path | None = None
+    others: tuple[Path, ...] = ()
+    picture_size: tuple[int, int] | None = None
     dtypes: tuple[str, ...] = DTYPES
 
     def __post_init__(self) -> None:
@@ -54,6 +58,8 @@ class BenchOptions:
             raise ArgumentError(f"rounds {self.rounds}, warm_up_s {self.warm_up_s}: expected 1 or more, 0 or more")
         if self.threads is not None and self.threads < 1:
             raise ArgumentError(f"threads {self.threads}: expected a positive integer")
+        if self.picture_size is not None and not all(1 <= side <= MAX_SIDE for side in self.picture_size):
+            raise ArgumentError(f"picture size {self.picture_size}: expected height and width from 1 to {MAX_SIDE}")
         unknown = [dtype for dtype in self.dtypes if dtype not in DTYPES]
         if unknown or not self.dtypes:
             raise ArgumentError(f"dtypes {list(self.dtypes)}: expected some of {', '.join(DTYPES)}")

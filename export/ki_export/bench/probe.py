@@ -42,11 +42,14 @@ class Watch(threading.Thread):
         self.join()
 
 
-def black_observation(contract: PolicyContract) -> dict[str, Any]:
-    """An observation with everything that the contract wants: black pictures, a state of zeros, any prompt."""
+def black_observation(contract: PolicyContract, size: tuple[int, int] | None = None) -> dict[str, Any]:
+    """An observation with everything that the contract wants: black pictures, a state of zeros, any prompt.
+
+    `size`: height and width of the pictures, None: the model's.
+    """
     import numpy as np
 
-    picture = np.zeros((*contract.image_size, 3), np.uint8)
+    picture = np.zeros((*(size or contract.image_size), 3), np.uint8)
     pictures: dict[str, Any] = {camera.key: picture for camera in contract.cameras if camera.key is not None}
     state, prompt = np.zeros(contract.state_dim), {"prompt": contract.default_prompt or "reach the target"}
     if contract.robot == "libero":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ki_edge.checkpoints import Checkpoint
-from ki_edge.config import Pi05Config
+from ki_edge.config import Pi05Config, Pictures
 from ki_edge.errors import ArgumentError
 from ki_edge.flow import denoise_times, step_size
 from ki_edge.model import PiModel, load_model
@@ -26,16 +26,18 @@ from .rounds import Contender
 from .stages import F32, Inputs
 
 
-def load(checkpoint: Path, dtype: str, threads: int) -> PiModel:
+def load(checkpoint: Path, dtype: str, threads: int, pictures: Pictures = "uint8") -> PiModel:
     """The model in one dtype; PyTorch computes with `threads` threads from then on."""
     torch.set_num_threads(threads)
-    return load_model(Checkpoint.open(checkpoint), dtype=getattr(torch, dtype))
+    return load_model(Checkpoint.open(checkpoint).with_pictures(pictures), dtype=getattr(torch, dtype))
 
 
 def check_same_model(model: PiModel, config: Pi05Config, checkpoint: Path) -> None:
     """ArgumentError if a checkpoint has another geometry than the bundle."""
     if model.config != config:
-        raise ArgumentError(f"--against {checkpoint}: its model has another geometry than the bundle's, so no ratio")
+        raise ArgumentError(
+            f"{checkpoint}: its model has another geometry than the first bundle's, so there is no ratio"
+        )
 
 
 class TorchSide:

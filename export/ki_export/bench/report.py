@@ -44,8 +44,17 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """A policy's pictures resized to the model's, before the model runs."""
+
+    cameras: int
+    size: tuple[int, int]  # height, width
+    time: Spread
+
+
+@dataclass(frozen=True)
 class Ratio:
-    """How many times faster the bundle is: of the medians, and the extremes of single rounds."""
+    """Its time over the first bundle's: of the medians, and the extremes of single rounds."""
 
     p50: float
     least: float
@@ -53,16 +62,19 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class Against:
-    """PyTorch as openpi runs it, in one dtype, in the main case."""
+class Other:
+    """Another bundle, or a checkpoint in PyTorch as openpi runs it, in the main case."""
 
-    dtype: str
-    tokens: int  # of the padded prefix
+    name: str
+    engine: str  # a backend, or "PyTorch"
+    precision: str
+    tokens: int  # of the prefix that it computes; PyTorch's is padded
     prefix: Spread
     denoise: Spread
     total: Spread
     ratio: Ratio
-    max_abs_difference: float  # of the actions
+    max_abs_difference: float | None  # of the actions; None for a model of another geometry
+    memory: Memory | None
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,8 @@ class Report:
     memory: Memory | None
     peaks: Peaks
     stages: tuple[Stage, ...]
-    against: tuple[Against, ...]
+    pictures: Pictures | None  # None for a bundle of the model alone
+    others: tuple[Other, ...]
     other_load: float | None
     warnings: tuple[str, ...]
 

@@ -15,12 +15,14 @@ from ki_edge.bundle import Bundle
 from ki_edge.config import Pi05Config
 from ki_edge.policy.contract import PolicyContract
 from ki_edge.policy.images import model_pictures
+from ki_edge.policy.transforms import read_images
 from ki_runtime.backends.registry import SessionOptions, connect
 from ki_runtime.policy.decode import Choices, FastStage
 from ki_runtime.policy.prefix import PrefixStage, prepare_inputs
 from ki_runtime.policy.sampler import Sampler
 
 from .options import CAMERA_SLOTS, PADDED_PROMPT, Case
+from .probe import black_observation
 from .rounds import Contender
 from .work import Work, count
 
@@ -94,8 +96,8 @@ def bundle_contender(sampler: Sampler, inputs: Inputs, noise: F32, steps: int) -
 def fast_contender(bundle: Bundle, backend: str, threads: int, inputs: Inputs) -> Contender:
     """FAST decoding behind a prefix: the first token, and each one after it. Nothing ends a row."""
     opened = connect(bundle, backend, SessionOptions(threads))
-    prefix_spec, _, fast_spec = graphs.specs(bundle.manifest.config)
-    prefix_stage, fast = PrefixStage(opened.open(prefix_spec)), FastStage(opened.open(fast_spec))
+    prefix_spec, _ = graphs.specs(bundle.manifest.config)
+    prefix_stage, fast = PrefixStage(opened.open(prefix_spec)), FastStage(opened.open(graphs.FAST_DECODE))
     kept = prepare_inputs(*inputs.arrays, bundle.manifest.config)
     prefix = prefix_stage.run(kept)
     ids = bundle.manifest.vocabulary.ids
@@ -113,6 +115,18 @@ def fast_contender(bundle: Bundle, backend: str, threads: int, inputs: Inputs) -
     return run
 
 
+def resizing(contract: PolicyContract, size: tuple[int, int]) -> Contender:
+    """A policy's pictures of this height and width to the model's. What they show does not matter for the time."""
+    observation = black_observation(contract, size)
+
+    def run() -> dict[str, float]:
+        start = time.perf_counter()
+        read_images(contract, observation)
+        return {"total": 1e3 * (time.perf_counter() - start)}
+
+    return run
+
+
 class Works:
     """The work of a bundle's graphs, counted once for each size."""
 
@@ -120,7 +134,7 @@ class Works:
         self._bundle = bundle
         manifest = bundle.manifest
         self._sizes = graphs.sizes(manifest.config, len(manifest.vocabulary.ids))
-        self._prefix, self._denoise, self._fast = graphs.specs(manifest.config)
+        self._prefix, self._denoise = graphs.specs(manifest.config)
         self._found: dict[tuple[object, ...], Work] = {}
 
     def prefix(self, case: Case) -> Work:
@@ -134,7 +148,7 @@ class Works:
     def fast(self, case: Case, new: int) -> Work:
         """One run of the decode graph that is fed `new` tokens; the cache is what `fast_contender` ends with."""
         length = self.tokens(case) + FORCED + 1 + (DECODED if new == 1 else 0)
-        return self._count(self._fast, {"Q": new, "C": length})
+        return self._count(graphs.FAST_DECODE, {"Q": new, "C": length})
 
     def tokens(self, case: Case) -> int:
         """Prefix tokens of a case (S)."""

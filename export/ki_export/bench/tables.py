@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from .process import Memory
 from .report import INFERENCE, PREFIX, Report
 
 
@@ -29,11 +30,12 @@ def lines(report: Report) -> Iterator[str]:
     yield f"warm-up: {report.warm_up_policy}; here {min(runs)} to {max(runs)} runs"
     yield ""
     yield from _stages(report)
+    yield from _pictures(report)
     yield ""
     yield from _curve(report)
     yield from _peaks(report)
     yield from _process(report)
-    yield from _against(report)
+    yield from _side_by_side(report)
     if report.other_load is not None:
         yield f"others used {100 * report.other_load:.1f} % of the CPU while the times were taken"
     yield from (f"warning: {warning}" for warning in report.warnings)
@@ -50,6 +52,16 @@ def _stages(report: Report) -> list[str]:
         limit = [f"{stage.limit_ms:.2f}", stage.limited_by, f"{100 * stage.reached:.0f} %"]
         rows.append((stage.name, str(case.cameras), str(case.tokens), steps, *times, *work, *limit))
     return table(head, rows)
+
+
+def _pictures(report: Report) -> Iterator[str]:
+    if report.pictures is not None:
+        found, model = report.pictures, report.main[2].time.p50
+        size, time = "x".join(map(str, found.size)), found.time
+        yield (
+            f"before the model: {found.cameras} pictures of {size} resized: p50 {time.p50:.2f}, p90 {time.p90:.2f}, "
+            f"p99 {time.p99:.2f} ms; {100 * time.p50 / (time.p50 + model):.0f} % of both together"
+        )
 
 
 def _curve(report: Report) -> Iterator[str]:
@@ -98,16 +110,28 @@ def _process(report: Report) -> Iterator[str]:
     yield ""
 
 
-def _against(report: Report) -> Iterator[str]:
-    if not report.against:
+def _side_by_side(report: Report) -> Iterator[str]:
+    """The bundle and what it was compared with; nothing if it was measured alone."""
+    if not report.others:
         return
-    main = report.main[-1].case
-    rows = []
-    for x in report.against:
-        times = [f"{spread.p50:.1f}" for spread in (x.prefix, x.denoise, x.total)]
-        spread = f"{x.ratio.least:.2f} to {x.ratio.most:.2f}"
-        rows.append((x.dtype, str(x.tokens), *times, f"{x.ratio.p50:.2f}x", spread, f"{x.max_abs_difference:.1e}"))
-    yield f"PyTorch as openpi runs it, {main.steps} steps, p50 ms"
-    head = ("dtype", "tokens", "prefix", "denoise", "total", "bundle is faster", "in single rounds", "max |difference|")
-    yield from table(head, rows)
+    prefix, step, inference = report.main[:3]
+    case, memory = inference.case, report.memory
+    own = [prefix.time.p50, case.steps * step.time.p50, inference.time.p50]
+    rows = [(report.bundle, report.backend, report.precision, str(prefix.tokens), *_ms(own), "1", "", "", _mb(memory))]
+    for x in report.others:
+        times, spread = [x.prefix.p50, x.denoise.p50, x.total.p50], f"{x.ratio.least:.2f} to {x.ratio.most:.2f}"
+        difference = "other model" if x.max_abs_difference is None else f"{x.max_abs_difference:.1e}"
+        ratio = (f"{x.ratio.p50:.2f}", spread, difference, _mb(x.memory))
+        rows.append((x.name, x.engine, x.precision, str(x.tokens), *_ms(times), *ratio))
+    yield f"side by side, in the same rounds: cameras {case.cameras}, prompt {case.tokens}, {case.steps} steps; p50 ms"
+    head = ("", "runs on", "precision", "tokens", "prefix", "denoise", "total", "times the first's", "in single rounds")
+    yield from table((*head, "max |difference|", "peak MB"), rows)
     yield ""
+
+
+def _ms(values: Sequence[float]) -> list[str]:
+    return [f"{value:.1f}" for value in values]
+
+
+def _mb(memory: Memory | None) -> str:
+    return "" if memory is None else f"{memory.rss_peak / 1e6:.0f}"

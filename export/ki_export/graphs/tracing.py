@@ -63,7 +63,10 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 def trace_all(
     config: Pi05Config, vocabulary: DecodeVocabulary, opset: int, say: Callable[[str], object] = lambda _: None
 ) -> dict[str, ir.Model]:
-    """The three graphs of a model, by name. ExportError if one cannot be traced. `say` gets a line a graph."""
+    """The graphs of a model, by name; fast_decode if there is a vocabulary. `say` gets a line a graph.
+
+    ExportError if one cannot be traced.
+    """
     sizes = graphs.sizes(config, len(vocabulary.ids))
     models = {}
     for traceable in traceables(config, vocabulary, SHALLOW):

@@ -1,4 +1,4 @@
-"""The three graphs as PyTorch modules: each forwards its contract's inputs to one method of the model.
+"""The graphs as PyTorch modules: each forwards its contract's inputs to one method of the model.
 
 Nothing here computes. Inputs, their order, types and free dimensions come from `ki_edge.graphs`.
 """
@@ -109,7 +109,7 @@ def runs(vocabulary: DecodeVocabulary) -> list[tuple[int, int]]:
 
 
 def traceables(config: Pi05Config, vocabulary: DecodeVocabulary, layers: int | None = None) -> list[Traceable]:
-    """The three graphs of a model without weights: everything lies on the meta device.
+    """The graphs of a model without weights, on the meta device; fast_decode if there is a vocabulary.
 
     The modules have at most `layers` layers a stack, but take inputs of the whole model's sizes.
     """
@@ -124,9 +124,10 @@ def traceables(config: Pi05Config, vocabulary: DecodeVocabulary, layers: int | N
     with torch.device("meta"):
         model = build(shallow).eval().requires_grad_(False)
     denoise = StateDenoiseModule if config.has_state else DenoiseModule
-    modules = (PrefixModule(model), denoise(model), FastDecodeModule(model, vocabulary))
+    modules: list[nn.Module] = [PrefixModule(model), denoise(model)]
+    modules += [FastDecodeModule(model, vocabulary)] if vocabulary.ids else []
     sizes = {**graphs.sizes(config, len(vocabulary.ids)), **TRACED_SIZES}
-    specs = graphs.specs(config)
+    specs = graphs.specs(config, fast=bool(vocabulary.ids))
     return [_traceable(spec, module.eval(), sizes, depths) for spec, module in zip(specs, modules, strict=True)]
 
 

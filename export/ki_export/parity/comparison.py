@@ -91,7 +91,7 @@ def compare(pair: ParityPair, cases: Sequence[Case], progress: Progress) -> Comp
         result.measurements += found
         result.answers.append(answer)
         result.traces = result.traces or traces
-        result.cases.append(case.describe())
+        result.cases.append({**case.describe(), **({} if pair.has_fast else {"fast_tokens": 0})})
         shown = next((m for m in found if not m.passed), next(m for m in found if m.tensor == "actions"))
         progress.say(f"compared {case.name}: {shown.tensor} {shown.figures}")
     return result
@@ -135,7 +135,7 @@ def observe(case: Case) -> Observation:
 def _prefix(
     pair: ParityPair, case: Case, observation: Observation, reference: tuple[Tensor, ...]
 ) -> Iterator[Measurement]:
-    graph, _, _ = graphs.specs(pair.bundle.manifest.config)
+    graph, _ = graphs.specs(pair.bundle.manifest.config)
     given = pair.run(
         graph,
         observation.images,
@@ -172,7 +172,7 @@ def _denoise(
     rows = pair.model.modulation(torch.from_numpy(times))
     table = modulation_table(runtime_weights(pair.bundle), times, manifest.config)
     dt = torch.tensor(step_size(case.num_steps))
-    _, graph, _ = graphs.specs(manifest.config)
+    _, graph = graphs.specs(manifest.config)
     fixed = prefix if observation.state is None else (*prefix, observation.state)
     for step, row in enumerate(rows):
         yield measure(case.name, RUNTIME, "modulation", table[step], row.numpy(), step, pair.bars)

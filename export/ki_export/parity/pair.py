@@ -49,11 +49,12 @@ class ParityPair:
         open_graph: Callable[[GraphSpec], Session],
         method: Method,
         *,
-        has_fast: bool = True,
+        has_fast: bool | None = None,
     ) -> None:
-        self.bundle, self.model, self.method, self.has_fast = bundle, model, method, has_fast
+        self.bundle, self.model, self.method = bundle, model, method
+        self.has_fast = bundle.manifest.has_fast if has_fast is None else has_fast
         self.bars: Mapping[str, Bar] = bars_of(bundle.manifest.precision)
-        wanted = graphs.specs(model.config)[: None if has_fast else 2]
+        wanted = graphs.specs(model.config, fast=self.has_fast)
         self._sessions = {spec.name: open_graph(spec) for spec in wanted}
         self.sampler = Sampler(bundle, lambda spec: self._sessions[spec.name])
 
@@ -99,7 +100,7 @@ def open_engine(
     else:
         model = streamed(checkpoint, budget=PASSING, on_layer=progress.step)
     contract = bundle.manifest.contract
-    has_fast = contract is not None and contract.get("fast") is not None
+    has_fast = bundle.manifest.has_fast and contract is not None and contract.get("fast") is not None
     return ParityPair(bundle, model, connection.open, method, has_fast=has_fast), connection.backend
 
 

@@ -52,7 +52,7 @@ def compare_with_recording(
     recorded = read_arrays(outputs)
     if not set(KNOWN) & set(recorded):
         raise DatasetError(f"{outputs}: none of {', '.join(KNOWN)} in it, only {', '.join(sorted(recorded)[:8])}")
-    given = read_arrays(inputs or outputs.with_name("inputs.npz"))
+    given = read_arrays(inputs or outputs.with_name("inputs.npz"), "" if inputs else "; or name them with --inputs")
     exact = bundle.manifest.precision in SIXTEEN_BITS and backend is None
     sampler = arithmetic_sampler(bundle) if exact else _sampler(bundle, backend or "ort")
     try:

@@ -44,8 +44,9 @@ def call_witness(pair: ParityPair, comparison: Comparison, progress: Progress) -
         more = twin(config, first.case)
     with progress.stage("the witness", pair.steps(config.vision.depth + config.backbone.depth)):
         actions, found = _answer(pair, more)
+    fast = _continuation(manifest, first, bool(pair.model.decode_ids)) if pair.has_fast else None
     answers = [(answer.case, answer.actions) for answer in suitable] + [(more, actions)]
-    return _gather(manifest, _continuation(manifest, first, bool(pair.model.decode_ids)), answers), found
+    return _gather(manifest, fast, answers), found
 
 
 def limits(manifest: Manifest) -> tuple[int, int]:
@@ -77,7 +78,7 @@ def _answer(pair: ParityPair, case: Case) -> tuple[Array, list[Measurement]]:
     return expected, found
 
 
-def _gather(manifest: Manifest, fast: Continuation, answers: Sequence[tuple[Case, Array]]) -> Witness:
+def _gather(manifest: Manifest, fast: Continuation | None, answers: Sequence[tuple[Case, Array]]) -> Witness:
     bars = WITNESS[manifest.precision]
     cases = [case for case, _ in answers]
     actions = np.concatenate([found for _, found in answers])

@@ -9,7 +9,7 @@ Imports: of ki_edge: bundle, checkpoints.layout, files, policy.
 from .description import PolicyDescription, describe_policy, read_policy
 from .files import PolicyFiles
 from .request import PolicyRequest
-from .vocabulary import decode_vocabulary
+from .vocabulary import decode_vocabulary, has_fast_head
 
 __all__ = [
     "PolicyDescription",
@@ -17,5 +17,6 @@ __all__ = [
     "PolicyRequest",
     "decode_vocabulary",
     "describe_policy",
+    "has_fast_head",
     "read_policy",
 ]

@@ -33,7 +33,7 @@ from .lerobot_processors import (
 )
 from .lerobot_steps import read_prompt, read_relative
 from .lerobot_version import ADDED_TIMES, EITHER, read_version
-from .records import PALIGEMMA, Record
+from .records import PALIGEMMA, Record, Settings
 from .request import GIVE_CONTRACT, ContractFile, PolicyRequest, read_given
 from .statistics import Statistics, find_statistics
 
@@ -48,11 +48,7 @@ FIXED = frozenset({
 
 
 def read_lerobot(
-    folder: Path,
-    settings: Mapping[str, Any],
-    config: Pi05Config | None,
-    request: PolicyRequest,
-    horizon_from: str | None,
+    folder: Path, settings: Settings, config: Pi05Config | None, request: PolicyRequest, horizon_from: str | None
 ) -> Record:
     """The policy of a LeRobot folder. CheckpointError for another policy's, and for what cannot be reproduced."""
     if settings.get("type") not in TYPES:
@@ -78,9 +74,7 @@ def read_lerobot(
     return Record(contract, statistics, notes.known, tuple(notes.missing), tokenizers, notes.values, exact)
 
 
-def _read_sizes(
-    folder: Path, settings: Mapping[str, Any], config: Pi05Config, horizon_from: str | None, notes: Notes
-) -> None:
+def _read_sizes(folder: Path, settings: Settings, config: Pi05Config, horizon_from: str | None, notes: Notes) -> None:
     """What the tensors and the command line tell where config.json does not; a state width that they contradict."""
     padded = settings.get("max_state_dim", config.state_size)
     if config.has_state and padded != config.state_size:
@@ -96,7 +90,7 @@ def _read_sizes(
 
 
 def _without_processors(
-    folder: Path, settings: Mapping[str, Any], request: PolicyRequest, notes: Notes, absent: str
+    folder: Path, settings: Settings, request: PolicyRequest, notes: Notes, absent: str
 ) -> Statistics | None:
     """Statistics of a folder that LeRobot wrote before 0.4, or that somebody copied in part."""
     buffers = read_buffers(folder)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ki_edge.config import Pi05Config
 from ki_edge.errors import ArgumentError, CheckpointError
 from ki_edge.policy.contract import PolicyContract
 
-from .records import Record
+from .records import Record, Settings
 from .request import PolicyRequest
 from .statistics import MAX_BYTES, NORM_STATS, find_statistics, read_statistics
 
@@ -28,11 +26,7 @@ def read_contract(folder: Path) -> PolicyContract | None:
 
 
 def read_native(
-    folder: Path,
-    settings: Mapping[str, Any],
-    config: Pi05Config | None,
-    request: PolicyRequest,
-    horizon_from: str | None,
+    folder: Path, settings: Settings, config: Pi05Config | None, request: PolicyRequest, horizon_from: str | None
 ) -> Record:
     """The contract of contract.json, the statistics of assets/norm_stats.json."""
     if request.contract is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from ki_edge.config import Pi05Config
 from ki_edge.errors import CheckpointError
 from ki_edge.policy.contract import PolicyContract
 
-from .records import Record
+from .records import Record, Settings
 from .request import GIVE_CONTRACT, Given, GivenPreset, PolicyRequest, read_given
 from .statistics import find_statistics
 
@@ -23,11 +22,7 @@ NOT_RECORDED = "robot, cameras, prompt format, normalisation, delta mask, state 
 
 
 def read_openpi(
-    folder: Path,
-    settings: Mapping[str, Any],
-    config: Pi05Config | None,
-    request: PolicyRequest,
-    horizon_from: str | None,
+    folder: Path, settings: Settings, config: Pi05Config | None, request: PolicyRequest, horizon_from: str | None
 ) -> Record:
     """What config.json and the tensors tell, put into the contract that was asked for; statistics from assets/."""
     recorded = _recorded(folder, settings)
@@ -66,7 +61,7 @@ def _origins(given: Given) -> dict[str, str]:
     return origins
 
 
-def _recorded(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _recorded(folder: Path, settings: Settings) -> dict[str, Any]:
     """Contract fields of config.json."""
     recorded: dict[str, Any] = {}
     for name, field in NUMBERS.items():

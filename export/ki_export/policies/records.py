@@ -10,6 +10,7 @@ from ki_edge.policy.contract import PolicyContract
 
 from .statistics import Statistics
 
+Settings = Mapping[str, Any]  # a config.json
 PALIGEMMA = "google/paligemma-3b-pt-224"
 
 

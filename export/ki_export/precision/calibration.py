@@ -16,9 +16,10 @@ import numpy.typing as npt
 
 from ki_edge.config import Pi05Config
 from ki_edge.errors import DatasetError, KiEdgeError, PromptError
+from ki_edge.files.npz import read_headers
 from ki_edge.policy.images import LOWEST, METHODS, model_pictures
 from ki_edge.policy.transforms import InputPipeline, ModelInputs, pad_last
-from ki_edge.recordings.episode_file import RecordedEpisode, read_headers
+from ki_edge.recordings.episode_file import RecordedEpisode
 from ki_edge.recordings.episodes import EpisodeView
 from ki_edge.recordings.model_inputs import PROMPTS, read_arrays, recorded_pictures
 from ki_export.policies import PolicyFiles
@@ -75,7 +76,7 @@ def calibration(
 def _recorded(path: Path, config: Pi05Config, files: PolicyFiles | None, count: int) -> list[Observed]:
     rng = np.random.default_rng(0)
     try:
-        if any(name.startswith("image/") for name in read_headers(path)):
+        if any(name.startswith("image/") for name in read_headers(path, DatasetError)):
             return list(_model_inputs(path, read_arrays(path), config, count, rng))
         return _episode(path, config, files, count, rng)
     except DatasetError as error:

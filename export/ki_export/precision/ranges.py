@@ -150,7 +150,8 @@ def audit(
 
     prefixes = rehearsal.prefix(observations, watch(graphs.PREFIX.name))
     rehearsal.actions(observations, prefixes, watch(graphs.DENOISE.name))
-    rehearsal.decode(observations, prefixes, np.array(vocabulary.ids), watch(graphs.FAST_DECODE.name))
+    if vocabulary.ids:
+        rehearsal.decode(observations, prefixes, np.array(vocabulary.ids), watch(graphs.FAST_DECODE.name))
     table = result.ranges.get((graphs.FAST_DECODE.name, EMBEDDING))
     if table is not None:  # of which the observations used a few rows
         table.weight = Extent()

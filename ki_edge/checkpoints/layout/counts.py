@@ -63,13 +63,13 @@ def count_weights(config: Pi05Config) -> Counts:
 
 
 def graph_bytes(config: Pi05Config, decode_rows: int, low: int) -> dict[str, int]:
-    """Of each graph's weights, matrices at `low` bytes a number. `decode_rows`: columns of the FAST logits."""
+    """Of each graph's weights, matrices at `low` bytes a number. `decode_rows`: columns of FAST logits, 0 without."""
     count = count_weights(config)
     rows = decode_rows if decode_rows < config.vocab_size else 0  # all of them are the embedding itself
     decoding = count.embedding + count.backbone + count.rest + Count(rows * config.backbone.width)
     found = {
         "prefix": count.vision + count.embedding + count.backbone,
         "denoise": count.expert,
-        "fast_decode": decoding,
+        **({"fast_decode": decoding} if decode_rows else {}),
     }
     return {name: part.nbytes(low) for name, part in found.items()}

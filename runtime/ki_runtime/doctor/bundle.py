@@ -76,9 +76,10 @@ def check_room(need: Needs, gpu: Gpu | None, memory: Memory | None) -> Finding |
     have = gpu.memory if gpu is not None and own else memory.available if memory is not None else None
     if have is None:
         return None
+    fast = f", with FAST {in_bytes(need.with_fast)}" if need.with_fast > need.acting else ""
     text = (
-        f"acting takes {in_bytes(need.acting)}, with FAST {in_bytes(need.with_fast)} (weights, K/V, activations; "
-        f"estimated); {in_bytes(have)} {'on the GPU' if own else 'available'}"
+        f"acting takes {in_bytes(need.acting)}{fast} (weights, K/V, activations; estimated); "
+        f"{in_bytes(have)} {'on the GPU' if own else 'available'}"
     )
     if need.acting > have:
         fix = "stop other programs, export with a smaller --precision, or use a larger board"

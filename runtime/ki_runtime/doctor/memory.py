@@ -1,4 +1,4 @@
-"""What the three graphs need on the device while they run, from shapes alone: weights, K/V, activations.
+"""What the graphs need on the device while they run, from shapes alone: weights, K/V, activations.
 
 An estimate for planning. Weights are exact but for the few products that stay in float32 whatever the precision; for
 activations the largest tensors of one layer are counted as if all lived at once. CUDA's context, the engines' own
@@ -41,39 +41,30 @@ class Needs:
 
     @property
     def with_fast(self) -> int:
-        """All three resident; the FAST engine has weights of its own and a longer cache."""
-        fast = self.graphs["fast_decode"]
+        """All resident; the FAST engine, if the bundle has the graph, has weights of its own and a longer cache."""
+        fast = self.graphs.get("fast_decode", GraphMemory(0, 0, 0))
         return self.acting + fast.weights + fast.kv
 
     @property
     def engines(self) -> int:
-        """On the disk: the weights of all three."""
+        """On the disk: the weights of all."""
         return sum(graph.weights for graph in self.graphs.values())
 
 
 def needs(config: Pi05Config, decode_rows: int, precision: str) -> Needs:
-    """Of a policy in a precision of the manifest. `decode_rows`: columns of the FAST logits."""
+    """Of a policy in a precision of the manifest. `decode_rows`: columns of the FAST logits, 0 without FAST."""
     low = BY_NAME[precision].nbytes
     sizes = graph_bytes(config, decode_rows, low)
     tokens = CAMERAS * config.vision.patches + PROMPT
     horizon = config.action_horizon + config.has_state
     cache = 2 * config.backbone.depth * config.backbone.num_kv_heads * config.backbone.head_dim * F32
     vision = _vision(config, low)
-    return Needs(
-        {
-            "prefix": GraphMemory(
-                sizes["prefix"], max(vision, _layer(config.backbone, tokens, tokens, low)), cache * tokens
-            ),
-            "denoise": GraphMemory(
-                sizes["denoise"], _layer(config.expert, horizon, tokens + horizon, low), cache * tokens
-            ),
-            "fast_decode": GraphMemory(
-                sizes["fast_decode"],
-                _layer(config.backbone, 4, tokens + FAST_TOKENS, low),
-                cache * (tokens + FAST_TOKENS),
-            ),
-        }
-    )
+    layers = {
+        "prefix": (max(vision, _layer(config.backbone, tokens, tokens, low)), tokens),
+        "denoise": (_layer(config.expert, horizon, tokens + horizon, low), tokens),
+        "fast_decode": (_layer(config.backbone, 4, tokens + FAST_TOKENS, low), tokens + FAST_TOKENS),
+    }
+    return Needs({name: GraphMemory(size, layers[name][0], cache * layers[name][1]) for name, size in sizes.items()})
 
 
 def _layer(config: GemmaConfig, tokens: int, keys: int, low: int) -> int:

@@ -17,7 +17,7 @@ from ki_edge.bundle import Bundle
 from ki_edge.commands import tell
 from ki_edge.config import Pi05Config
 from ki_edge.errors import ArgumentError, BundleError
-from ki_edge.policy.contract import PolicyContract
+from ki_edge.policy.contract import FastContract, PolicyContract
 from ki_edge.policy.fast import FastCodec, FastIds
 from ki_edge.policy.normalize import NormStats, read_norm_stats
 from ki_edge.policy.prompt import PromptTokenizer
@@ -116,9 +116,7 @@ class Policy:
         {"actions": float64 [H, action_dim] in robot units or None, "tokens": i64 [n] as sampled, "problem": why there
         are no actions or None, "timing": milliseconds by stage}. ArgumentError for a policy without FAST.
         """
-        contract = self.contract.fast
-        if contract is None:
-            raise ArgumentError("this policy has no FAST head: its contract has no 'fast'; use infer")
+        contract = self._fast_contract()
         clock = _Stopwatch()
         inputs = self._read(observation)
         clock.lap("preprocess_ms")
@@ -140,9 +138,18 @@ class Policy:
         default prompt, or lengths around a usual one) with its state, and `num_steps` (None: the bundle's). `fast`:
         `infer_fast` too. Gives what was prepared. Errors as of `infer`; ArgumentError for `fast` without FAST.
         """
-        if fast and self.contract.fast is None:
-            raise ArgumentError("this policy has no FAST head: its contract has no 'fast'; warm up without fast=True")
+        if fast:
+            self._fast_contract()
         return warm_up(self.sampler, self.contract, self.tokenizer, prompt=prompt, num_steps=num_steps, fast=fast)
+
+    def _fast_contract(self) -> FastContract:
+        """ArgumentError for a policy without FAST."""
+        if self.contract.fast is None:
+            raise ArgumentError(
+                "this policy has no FAST head: it was exported without 'fast' in its contract. Use infer, or, if the "
+                "checkpoint was trained with FAST, export it with --fast-codec DIR, the folder of its codec"
+            )
+        return self.contract.fast
 
     @cached_property
     def codec(self) -> FastCodec:

@@ -126,13 +126,14 @@ def standing(bundle: Bundle, backend: str) -> Standing:
     chosen = choose_backend(backend, bundle)
     if not has_witness(bundle.manifest):
         return Standing(None, without_witness(bundle))
-    found = {part: _written(bundle, chosen, part) for part in (ACTIONS, FAST)}
+    parts = (ACTIONS, FAST) if bundle.manifest.has_fast else (ACTIONS,)
+    found = {part: _written(bundle, chosen, part) for part in parts}
     wrong = next((v for v in found.values() if isinstance(v, Verdict) and not v.passed), None)
     if wrong is not None:
         return Standing(False, f"refused here on {wrong.date[:10]}: {wrong.figures()}")
     acting = found[ACTIONS]
     if isinstance(acting, Verdict):
-        fast = "; FAST tokens too" if isinstance(found[FAST], Verdict) else ""
+        fast = "; FAST tokens too" if isinstance(found.get(FAST), Verdict) else ""
         return Standing(True, f"proven here on {acting.date[:10]}: {acting.figures()}{fast}")
     return Standing(True if acting else None, acting or "not yet proven here")
 
@@ -164,6 +165,7 @@ def examine(sampler: Sampler, witness: Witness, rounds: int = ROUNDS) -> list[Ro
 def continued(sampler: Sampler, witness: Witness, rounds: int = ROUNDS) -> Row:
     """The FAST continuation, `rounds` times with another observation's in between."""
     fast = witness.fast
+    assert fast is not None  # the witness of a bundle with fast_decode has it
     arguments: dict[str, Any] = {"forced": fast.forced, "constrained": fast.constrained}
     wrong: list[int] = []
     for turn in range(rounds):

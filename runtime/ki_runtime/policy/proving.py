@@ -24,12 +24,12 @@ def repeat_proof(bundle: Bundle, backend: str, say: Callable[[str], object]) -> 
     """
     read_witness(bundle)
     options = SessionOptions(say=say)
-    connection = connect(bundle, backend, options, graphs.specs(bundle.manifest.config)[:2])
+    connection = connect(bundle, backend, options, graphs.specs(bundle.manifest.config))
     sampler = Sampler(bundle, connection.open, connection.backend)
     prover = Prover(bundle, connection.backend, options)
     found = [prover.repeat(ACTIONS, sampler)]
     contract = bundle.manifest.contract
-    if contract is not None and contract.get("fast") is not None:
+    if bundle.manifest.has_fast and contract is not None and contract.get("fast") is not None:
         try:
             sampler.prepare_fast()
         except BackendError as error:

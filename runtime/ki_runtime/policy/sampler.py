@@ -61,7 +61,7 @@ class Trace:
 
 
 class Sampler:
-    """The three graphs of a bundle over one backend. Calls from several threads wait for each other."""
+    """The graphs of a bundle over one backend. Calls from several threads wait for each other."""
 
     def __init__(
         self, bundle: Bundle, open_graph: Callable[[GraphSpec], Session], backend: Backend | None = None
@@ -73,7 +73,7 @@ class Sampler:
         self._lock = Lock()
         self._config = bundle.manifest.config
         convention, self._num_steps = sampling_of(bundle)
-        prefix, denoise, self._fast_spec = graphs.specs(self._config)
+        prefix, denoise = graphs.specs(self._config)
         self._sessions: dict[str, Session] = {}  # by graph
         self._prefix = PrefixStage(self._opened(prefix))
         self._denoise = DenoiseStage(self._opened(denoise), runtime_weights(bundle), self._config, convention)
@@ -113,7 +113,7 @@ class Sampler:
             else Bundle.open(folder_of(bundle), verify=verify, say=say or tell)
         )
         options = SessionOptions(threads, say=say or tell, verify=verify is not False, build=build, trust=trust_engines)
-        first = graphs.specs(opened.manifest.config)[:2]
+        first = graphs.specs(opened.manifest.config)
         sampler = cls._proven(opened, connect(opened, backend, options, first), options)
         chosen = sampler.backend
         precision = opened.manifest.precision
@@ -212,8 +212,10 @@ class Sampler:
         """Greedy continuation of the prompt: ids i64 [B, n] of the model's vocabulary, n <= max_tokens.
 
         `forced` ids are fed first and are not returned. A row ends at EOS and is padded with it. `constrained` allows
-        only the FAST ids, "|" and EOS. Inputs as in `sample_actions`; ArgumentError for what does not fit.
+        only the FAST ids, "|" and EOS. Inputs as in `sample_actions`; ArgumentError for what does not fit, and for a
+        bundle without the FAST head.
         """
+        self._check_fast()
         inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
         forced = check_decoding(max_tokens, forced, self._config.vocab_size)
         if not isinstance(constrained, bool | np.bool_):
@@ -233,7 +235,10 @@ class Sampler:
         return self._alone(run)
 
     def prepare_fast(self) -> None:
-        """Open the FAST graph now rather than at its first use. BackendError if it cannot be opened."""
+        """Open the FAST graph now rather than at its first use. BackendError if it cannot be opened, ArgumentError if
+        the bundle has none.
+        """
+        self._check_fast()
         with self._lock:
             self._fast_stage()
 
@@ -306,6 +311,12 @@ class Sampler:
             self._choices[constrained] = choices_of(self.bundle, constrained)
         return self._choices[constrained]
 
+    def _check_fast(self) -> None:
+        if not self.bundle.manifest.has_fast:
+            raise ArgumentError(
+                f"{self.bundle.path} was exported without the FAST head: export its checkpoint with --fast-head"
+            )
+
     def _prove_fast(self) -> None:
         """Before the first FAST token. Other threads wait for it; within it, decoding is the proof itself."""
         with self._proving:
@@ -331,5 +342,5 @@ class Sampler:
 
     def _fast_stage(self) -> FastStage:
         if self._fast is None:
-            self._fast = FastStage(self._opened(self._fast_spec))
+            self._fast = FastStage(self._opened(graphs.FAST_DECODE))
         return self._fast

@@ -83,7 +83,7 @@ def profiles(of: Bundle | Manifest, batch: int = 1) -> dict[str, tuple[Profile, 
     ranges = symbol_ranges(manifest, batch)
     points = [{**constant, **{symbol: found[at] for symbol, found in ranges.items()}} for at in range(3)]
     found: dict[str, tuple[Profile, ...]] = {}
-    for spec in graphs.specs(manifest.config):
+    for spec in graphs.specs(manifest.config, fast=manifest.has_fast):
         dynamic = [tensor for tensor in spec.inputs if set(tensor.dims) & set(graphs.DYNAMIC)]
         found[spec.name] = (Profile({tensor.name: _range(tensor, points) for tensor in dynamic}),)
     return found

@@ -16,6 +16,8 @@ from .identity import Identity
 from .profiles import Profile
 from .trust import built_here
 
+Graphs = Sequence[str]  # names
+
 
 @dataclass(frozen=True)
 class EngineSet:
@@ -34,13 +36,7 @@ class EngineSet:
 
 
 def find(
-    bundle: Bundle,
-    api: Api,
-    device: Device,
-    graphs: Sequence[str] = ACTING,
-    *,
-    verify: bool = False,
-    trust: bool = False,
+    bundle: Bundle, api: Api, device: Device, graphs: Graphs = ACTING, *, verify: bool = False, trust: bool = False
 ) -> EngineSet:
     """Engines of these graphs of the bundle, for this GPU and this TensorRT. Arguments as of `look`.
 
@@ -53,7 +49,7 @@ def find(
     return found
 
 
-def build_command(bundle: Bundle, api: Api, graphs: Sequence[str] = ACTING) -> str:
+def build_command(bundle: Bundle, api: Api, graphs: Graphs = ACTING) -> str:
     """What to type to build engines of these graphs for this machine."""
     more = "" if set(graphs) <= set(default_graphs(bundle)) else f" --graphs {','.join(graphs)}"
     more += " --target trt-rtx" if api.is_rtx else " --lean (run where tensorrt is installed)" if api.is_lean else ""
@@ -61,13 +57,7 @@ def build_command(bundle: Bundle, api: Api, graphs: Sequence[str] = ACTING) -> s
 
 
 def look(
-    bundle: Bundle,
-    api: Api,
-    device: Device,
-    graphs: Sequence[str] = ACTING,
-    *,
-    verify: bool = False,
-    trust: bool = False,
+    bundle: Bundle, api: Api, device: Device, graphs: Graphs = ACTING, *, verify: bool = False, trust: bool = False
 ) -> EngineSet | str:
     """For each graph an engine that fits, not one made for the lean runtime unless this is it; of several, the one
     that lies with most of the others.
