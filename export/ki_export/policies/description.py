@@ -94,24 +94,6 @@ def describe_policy(
     )
 
 
-def read_policy(
-    folder: Path, format: str, settings: Mapping[str, Any], config: Pi05Config, request: PolicyRequest
-) -> PolicyFiles:
-    """The complete policy of a checkpoint whose model is `config`.
-
-    CheckpointError lists everything that is missing, or says what does not fit; ContractError, ArgumentError.
-    """
-    facts = describe_policy(folder, format, settings, config, request)
-    if facts.files is None:
-        raise CheckpointError(incomplete(folder, facts.missing))
-    return facts.files
-
-
-def incomplete(folder: Path, missing: tuple[str, ...]) -> str:
-    """The sentence of an export that lacks something."""
-    return f"{folder} is not a complete policy: {'; '.join(missing)}; or export the model alone with --model-only"
-
-
 def _words(folder: Path, file: TokenizerFile | None, contract: PolicyContract | None) -> PromptTokenizer | None:
     """The prompt's tokenizer. The file is read whether a contract is known or not: ContractError says what is wrong."""
     if file is None:
