@@ -47,9 +47,9 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
             if not (place / "done").exists():
                 shutil.rmtree(place, ignore_errors=True)
                 place.mkdir()
-                make(place / "made")
+                make(place / name)
                 (place / "done").touch()
-        return place / "made"
+        return place / name
 
     return find
 

@@ -93,7 +93,7 @@ def test_the_table_and_the_picture(report, int8):
     start = next(at for at, line in enumerate(text) if line.startswith("side by side, in the same rounds: cameras 2"))
     head, own, low, other, again = text[start + 1 : start + 6]
     assert "times the first's" in head and "in single rounds" in head
-    assert own.startswith("bundle ") and low.startswith(str(int8.path)) and " to " in low
+    assert own.startswith(f"{report[0].bundle} ") and low.startswith(str(int8.path)) and " to " in low
     assert "other model" in other and "0.0e+00" in again
     assert all(line == line.rstrip() for line in text)
     alone, beside = (Image.open(io.BytesIO(draw(each))).size for each in (replace(report[0], others=()), report[0]))

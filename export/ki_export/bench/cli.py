@@ -95,6 +95,7 @@ def _parser() -> Parser:
     add(
         "others",
         nargs="*",
+        default=(),  # else argparse calls them required
         type=Path,
         metavar="OTHER",
         help="compare with these, side by side: bundles, or checkpoints, which PyTorch runs as openpi does",
