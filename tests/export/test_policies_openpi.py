@@ -207,7 +207,7 @@ def test_where_a_tokenizer_is_found(step, caches, tokenizer_model, tokenizer):
     put(step / "tokenizer.model")
     assert source() == "tokenizer.model"
     assert source(tokenizer=tokenizer) == "words.model"
-    with pytest.raises(ArgumentError, match=r"--tokenizer .*gone\.model: no such file"):
+    with pytest.raises(ArgumentError, match=r"--tokenizer .*gone\.model: there is no such file"):
         describe(step, tokenizer=step / "gone.model")
 
 
