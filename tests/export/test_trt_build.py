@@ -177,7 +177,7 @@ def test_engines_that_do_not_load_are_replaced(own, rtx) -> None:
 def test_the_command(own) -> None:
     engines = build_bundle(own.path, "trt-rtx", "8.6", BuildOptions(graphs=("denoise",)))
     assert engines.of["denoise"].identity.capabilities == ((8, 6),)
-    with pytest.raises(ArgumentError, match="target 'ort': engines are built for trt, trt-rtx"):
+    with pytest.raises(ArgumentError, match="target 'ort': engines are built for trt and trt-rtx"):
         build_bundle(own.path, "ort")
 
 
