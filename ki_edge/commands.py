@@ -154,11 +154,15 @@ def _encodable(stream: TextIO, text: str) -> str:
 def _drop_output(stream: TextIO) -> None:
     """What is still buffered goes nowhere, so that the interpreter's last flush does not fail once more."""
     try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        _discard(stream.fileno())
     except (OSError, ValueError):
         return
+
+
+def _discard(descriptor: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def _escaped(char: str) -> str:
@@ -191,7 +195,5 @@ def _output_is_gone() -> bool:
     watch.register(descriptor, select.POLLOUT)
     if not any(events & (select.POLLERR | select.POLLHUP) for _, events in watch.poll(0)):
         return False
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+    _discard(descriptor)
     return True

@@ -160,16 +160,12 @@ def test_load_refuses(tmp_path, codec):
 def test_id_mapping():
     paligemma = FastIds()
     assert paligemma.to_model([0, 1, 1024, 2047]).tolist() == [257023, 257022, 255999, 254976]
-    assert paligemma.from_model([257023, 254976]) == [0, 2047]
     assert paligemma.contains(257023)
     assert not paligemma.contains(257024)
     assert not paligemma.contains(254975)
     for bad in ([-1], [2048]):
         with pytest.raises(ArgumentError, match=r"0\.\.2047"):
             paligemma.to_model(bad)
-    for bad in (257024, 254975):
-        with pytest.raises(ArgumentError, match=r"254976\.\.257023"):
-            paligemma.from_model([bad])
     with pytest.raises(ContractError, match="below 0"):
         FastIds(offset=100, size=102)
     assert FastIds(offset=100, size=101).contains(0)

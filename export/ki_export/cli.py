@@ -7,14 +7,11 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from ki_edge.commands import Parser, run_command, tell
 from ki_edge.errors import ArgumentError
 from ki_export.source.cli import add_checkpoint, named, request
-
-if TYPE_CHECKING:
-    pass
 
 NAME = "ki-export"
 MOVED = {"--inspect": "ki-inspect CHECKPOINT", "--build": "ki-build BUNDLE"}  # what they are now

@@ -30,7 +30,7 @@ from ki_export.precision.sixteen_bits import Lowered, Request, lower_models, obs
 from ki_export.source.examination import examine
 from ki_export.source.opening import CheckpointRef
 from ki_export.source.provenance import Hashes, hash_files, provenance, tool_versions
-from ki_export.weights.int8 import choose
+from ki_export.weights.int8 import is_large
 from ki_export.weights.weights import WEIGHTS, TensorSlice, Weights, attach, place_weights, sources
 
 from .options import ExportOptions
@@ -101,7 +101,7 @@ def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOpti
     if options.precision == "int8":
         with quiet():
             for model in models.values():
-                quantize(model, choose(config))
+                quantize(model, is_large)
     lowered = None
     if observed is not None:
         request = Request(str(options.precision), observed, options.keep_fp32, options.sensitivity)

@@ -3,13 +3,4 @@
 from .bundle import SCHEMA, Bundle, BundleWriter, DecodeVocabulary, Manifest, write_bundle
 from .files import MANIFEST, sha256
 
-__all__ = [
-    "MANIFEST",
-    "SCHEMA",
-    "Bundle",
-    "BundleWriter",
-    "DecodeVocabulary",
-    "Manifest",
-    "sha256",
-    "write_bundle",
-]
+__all__ = ["MANIFEST", "SCHEMA", "Bundle", "BundleWriter", "DecodeVocabulary", "Manifest", "sha256", "write_bundle"]

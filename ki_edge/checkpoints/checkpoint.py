@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ki_edge.checkpoints.layout.formats import SHARDS, WEIGHTS, Format, Found, described_by, read_json, recognise
 from ki_edge.checkpoints.layout.geometry import read_geometry, read_horizon
@@ -19,21 +19,11 @@ from ki_edge.checkpoints.layout.keys import (
     is_pi05,
     parameter_shapes,
 )
-from ki_edge.checkpoints.layout.source import (
-    F32,
-    FileState,
-    SafetensorsSource,
-    StoredTensor,
-    TensorSource,
-    file_state,
-)
+from ki_edge.checkpoints.layout.source import F32, FileState, SafetensorsSource, StoredTensor, TensorSource, file_state
 from ki_edge.config import Pi05Config, Pictures
 from ki_edge.dtypes import FLOATS
 from ki_edge.errors import CheckpointError
 from ki_edge.files.safetensors_index import SafetensorsIndex
-
-if TYPE_CHECKING:
-    pass
 
 MAX_SHARDS = 1000
 MAX_NAME = 200  # characters of a file's name
@@ -67,8 +57,8 @@ class Checkpoint:
         """Read headers and geometry of a checkpoint of any format. No tensor is loaded.
 
         `horizon`: actions of a chunk, which must be what config.json records if it does; `default_horizon`: where
-        neither tells. `adapter`: a PEFT folder to merge into it,
-        whose own config.json and processors, if it has any, describe the policy instead of the base's.
+        neither tells. `adapter`: a PEFT folder to merge into it, whose own config.json and processors, if it has any,
+        describe the policy instead of the base's.
         CheckpointError names what is missing, truncated, foreign, or of a wrong shape.
         """
         found = recognise(Path(path))

@@ -63,15 +63,6 @@ def resolve(name: str | Path, *, revision: str | None = None, say: Say | None = 
     return Resolved(folder, repo, folder.name)
 
 
-def find_cached(repo: str, name: str) -> Path | None:
-    """A file of a repository if the Hub's cache has it, such as a tokenizer; nothing is downloaded."""
-    try:
-        path = importlib.import_module("huggingface_hub").try_to_load_from_cache(repo, name)
-    except ImportError:
-        return None
-    return Path(path) if isinstance(path, str) else None
-
-
 def _exists(name: str | Path) -> bool:
     try:
         return Path(name).exists()

@@ -7,7 +7,6 @@ The loss, the samplers and the export wrappers call the same code.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +18,7 @@ from ki_edge.flow import MAX_PERIOD, MIN_PERIOD
 from . import sampling
 from .gemma import Backbone, KeysValues
 from .layers import MASKED, Rope, key_bias, rope_angles
-from .observation import Observation
 from .siglip import VisionTower
-
-if TYPE_CHECKING:
-    pass
 
 Prefix = tuple[Tensor, Tensor, Tensor]
 
@@ -149,31 +144,8 @@ class PiModel(nn.Module):
         inside = {name for name, _ in self.backbone_parameters()}
         yield from (item for item in self.named_parameters() if item[0] not in inside)
 
-    def sample_actions(
-        self,
-        observation: Observation,
-        *,
-        noise: Tensor | None = None,
-        num_steps: int = 10,
-        time_convention: str = "openpi",
-    ) -> Tensor:
-        """See `ki_edge.model.sampling.sample_actions`."""
-        return sampling.sample_actions(
-            self, observation, noise=noise, num_steps=num_steps, time_convention=time_convention
-        )
-
-    def sample_fast_tokens(
-        self,
-        observation: Observation,
-        *,
-        max_tokens: int,
-        forced: tuple[int, ...] = (),
-        constrained: bool = True,
-    ) -> Tensor:
-        """See `ki_edge.model.sampling.sample_fast_tokens`."""
-        return sampling.sample_fast_tokens(
-            self, observation, max_tokens=max_tokens, forced=forced, constrained=constrained
-        )
+    sample_actions = sampling.sample_actions
+    sample_fast_tokens = sampling.sample_fast_tokens
 
     def _rope(self, positions: Tensor) -> Rope:
         return rope_angles(positions, self.config.backbone.head_dim)

@@ -57,12 +57,7 @@ def denoise_trace(
 
 @torch.no_grad()
 def sample_fast_tokens(
-    model: PiModel,
-    observation: Observation,
-    *,
-    max_tokens: int,
-    forced: tuple[int, ...] = (),
-    constrained: bool = True,
+    model: PiModel, observation: Observation, *, max_tokens: int, forced: tuple[int, ...] = (), constrained: bool = True
 ) -> Tensor:
     """Greedy continuation of the prompt, ids int64 [B,<=max_tokens]; rows that ended are filled with <eos>.
 

@@ -88,9 +88,7 @@ class PolicyContract:
     time_convention: TimeConvention = "openpi"  # openpi: times accumulated in f32; lerobot: f32(1 + step * dt)
     num_steps: int = 10  # of the sampler
     control_hz: float | None = None  # rate at which actions were recorded
-    action_names: tuple[str, ...] | None = (
-        None  # what each action dimension commands; a robot that says otherwise is refused
-    )
+    action_names: tuple[str, ...] | None = None  # what each dimension commands; other robots are refused
 
     @property
     def state_in_prompt(self) -> bool:
@@ -140,19 +138,14 @@ class PolicyContract:
         padded = self.prompt_state_dim
         _require(padded is None or padded >= 1, f"prompt_state_dim must be at least 1, got {padded}")
         _require(padded is None or self.pad_state_first, "prompt_state_dim is for pad_state_first only")
-        actions = self.action_names
-        _require(
-            actions is None or len(actions) == self.action_dim,
-            f"action_names {actions}: expected {self.action_dim} names",
-        )
+        called, count = self.action_names, self.action_dim
+        _require(called is None or len(called) == count, f"action_names {called}: expected {count} names")
         if self.fast is not None:
             _require(self.fast.size >= 1 and self.fast.max_tokens >= 1, f"fast: size and max_tokens, got {self.fast}")
             _require(self.fast.id_offset - self.fast.size + 1 >= 0, f"fast: {self.fast} gives ids below 0")
             folder = self.fast.folder
-            _require(
-                folder not in ("", ".", "..") and not set(folder) & set("/\\"),
-                f"fast: folder {folder!r} is not a plain name",
-            )
+            plain = folder not in ("", ".", "..") and not set(folder) & set("/\\")
+            _require(plain, f"fast: folder {folder!r} is not a plain name")
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values; `from_json` gives back an equal contract."""
@@ -268,10 +261,8 @@ def _read(kind: Any, value: object, where: str) -> object:
         inner = next(choice for choice in choices if choice is not type(None))
         return None if value is None else _read(inner, value, where)
     if origin is Literal:
-        _require(
-            isinstance(value, str) and value in choices,
-            f"{where}: expected one of {', '.join(choices)}, got {value!r:.60}",
-        )
+        known = isinstance(value, str) and value in choices
+        _require(known, f"{where}: expected one of {', '.join(choices)}, got {value!r:.60}")
         return value
     if origin is tuple:
         if not isinstance(value, list):

@@ -36,7 +36,7 @@ MAX_SCALE = 1_000_000
 MAX_CHUNK = 4096  # actions, or numbers of an action
 MAX_IDS = 10_000_000
 CONFIG_FILE, CODEC_FILE = "processor_config.json", "tokenizer.json"
-MAX_CODEC = 64_000_000  # bytes of the codec's file
+MAX_CODEC = 64_000_000  # bytes of one of the codec's files
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,10 +253,6 @@ class FastIds:
             raise ArgumentError(f"FAST ids must be in 0..{self.size - 1}, got {min(ids)!s:.30}..{max(ids)!s:.30}")
         return (self.offset - np.array(ids, np.int64)).astype(np.int32)
 
-    def from_model(self, model_ids: Iterable[int]) -> list[int]:
-        """FAST ids of model ids; ArgumentError for an id that is none."""
-        return [self._from_model(i) for i in integers(model_ids, "model ids", MAX_IDS)]
-
     def contains(self, model_id: int) -> bool:
         """Whether this id of the model's vocabulary is a FAST id."""
         return 0 <= self.offset - model_id < self.size
@@ -279,19 +275,11 @@ class FastIds:
             if ids[at] == tokenizer.eos_id or ids[at : at + len(end)] == end:
                 return FastParse(tuple(found), terminated=True)
             if not self.contains(ids[at]):
-                problem = f"id {ids[at]} at place {at} is not a FAST id ({self._range})"
+                own = f"they are {self.offset - self.size + 1}..{self.offset}"
+                problem = f"id {ids[at]} at place {at} is not a FAST id ({own})"
                 return FastParse(tuple(found), terminated=False, problem=problem)
             found.append(self.offset - ids[at])
         return FastParse(tuple(found), terminated=False)
-
-    @property
-    def _range(self) -> str:
-        return f"they are {self.offset - self.size + 1}..{self.offset}"
-
-    def _from_model(self, model_id: int) -> int:
-        if not self.contains(model_id):
-            raise ArgumentError(f"id {model_id} is not a FAST id ({self._range})")
-        return self.offset - model_id
 
 
 def _quantized(x: Float64, scale: float) -> npt.NDArray[np.int64]:

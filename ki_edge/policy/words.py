@@ -5,10 +5,10 @@ prompt cannot put one in.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ki_edge.errors import ContractError
 from ki_edge.files.reading import read_file
@@ -17,28 +17,19 @@ MAX_TOKENIZER = 64_000_000  # bytes; PaliGemma's tokenizer.json has 17 MB
 BOS, EOS, PAD = ("<bos>", "<s>"), ("<eos>", "</s>"), ("<pad>",)  # names of the special tokens, PaliGemma's first
 
 
-class Words(Protocol):
-    """`vocab_size` bounds the ids that text can give. One without a pad token pads with 0: the mask hides it."""
+@dataclass(frozen=True, eq=False)
+class Words:
+    """One tokenizer: `encode` gives the ids of a text alone, without bos and eos, `decode` the text of ids.
 
-    @property
-    def bos_id(self) -> int: ...
+    `vocab_size` bounds the ids that text can give. One without a pad token pads with 0: the mask hides it.
+    """
 
-    @property
-    def eos_id(self) -> int: ...
-
-    @property
-    def pad_id(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, without bos and eos."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids."""
-        ...
+    encode: Callable[[str], list[int]]
+    decode: Callable[[list[int]], str]
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    vocab_size: int
 
 
 def open_words(model: str | Path | bytes) -> Words:
@@ -70,36 +61,6 @@ def parse_tokenizer(content: bytes, where: str) -> Any:
         raise ContractError(f"{where} is not a tokenizer.json: {str(error) or type(error).__name__:.200}") from None
 
 
-@dataclass(frozen=True, eq=False)
-class _Pieces:
-    model: Any  # sentencepiece.SentencePieceProcessor
-    bos_id: int
-    eos_id: int
-    pad_id: int
-    vocab_size: int
-
-    def encode(self, text: str) -> list[int]:
-        return [int(i) for i in self.model.encode(text)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self.model.decode(list(ids)))
-
-
-@dataclass(frozen=True, eq=False)
-class _Json:
-    model: Any  # tokenizers.Tokenizer
-    bos_id: int
-    eos_id: int
-    pad_id: int
-    vocab_size: int
-
-    def encode(self, text: str) -> list[int]:
-        return list(self.model.encode(text, add_special_tokens=False).ids)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self.model.decode(list(ids), skip_special_tokens=True))
-
-
 def _open_pieces(content: bytes, where: str) -> Words:
     import sentencepiece
 
@@ -118,7 +79,8 @@ def _open_pieces(content: bytes, where: str) -> Words:
             f"{where}: the SentencePiece model has no {' and no '.join(missing)} token: PaliGemma's tokenizer.model is "
             "expected"
         )
-    return _Pieces(model, special["bos"], special["eos"], max(model.pad_id(), 0), model.vocab_size())
+    ids = special["bos"], special["eos"], max(model.pad_id(), 0), model.vocab_size()
+    return Words(model.encode, model.decode, *ids)
 
 
 def _open_json(content: bytes, where: str) -> Words:
@@ -135,4 +97,8 @@ def _open_json(content: bytes, where: str) -> Words:
         )
     special = {i for i, token in model.get_added_tokens_decoder().items() if token.special}
     spelled = [i for i in model.get_vocab(with_added_tokens=True).values() if i not in special]
-    return _Json(model, bos, eos, pad or 0, max([*spelled, bos, eos]) + 1)
+    return Words(
+        lambda text: list(model.encode(text, add_special_tokens=False).ids),
+        lambda found: str(model.decode(found, skip_special_tokens=True)),
+        *(bos, eos, pad or 0, max([*spelled, bos, eos]) + 1),
+    )

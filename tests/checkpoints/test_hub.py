@@ -135,14 +135,13 @@ def hub() -> Iterator[FakeHub]:
 
 SCRIPT = """
 import json, sys
-from ki_edge.files.hub import find_cached, resolve
+from ki_edge.files.hub import resolve
 from ki_edge.errors import CheckpointError
 said = []
 try:
     found = resolve(sys.argv[1], revision=sys.argv[2] or None, say=said.append)
     files = sorted(p.relative_to(found.folder).as_posix() for p in found.folder.rglob("*") if p.is_file())
-    cached = find_cached(sys.argv[1], "tokenizer.model")
-    print(json.dumps([str(found.folder), dict(found.origin), files, said, cached is not None]))
+    print(json.dumps([str(found.folder), dict(found.origin), files, said]))
 except CheckpointError as error:
     print(json.dumps(str(error)))
 """
@@ -170,9 +169,9 @@ def run(hub: FakeHub, tmp_path: Path) -> Run:
 
 
 def test_a_repository_is_fetched_without_pickles_and_code(run: Run, hub: FakeHub) -> None:
-    folder, origin, files, said, tokenizer = run("lerobot/pi05_base")
+    folder, origin, files, said = run("lerobot/pi05_base")
     assert origin == {"repo": "lerobot/pi05_base", "revision": COMMIT}
-    assert files == sorted(FILES) and not said and tokenizer
+    assert files == sorted(FILES) and not said and "tokenizer.model" in files
     assert (Path(folder) / "model.safetensors").read_bytes() == FILES["model.safetensors"]
     assert not [request for request in hub.requests if any(name in request for name in REFUSED)]
 
@@ -187,7 +186,7 @@ def test_a_revision_is_pinned_to_its_commit(run: Run) -> None:
 def test_the_cache_is_used_without_a_network(run: Run, hub: FakeHub) -> None:
     first = run("lerobot/pi05_base")
     hub.requests.clear()
-    folder, origin, files, said, _ = run("lerobot/pi05_base", HF_HUB_OFFLINE="1")
+    folder, origin, files, said = run("lerobot/pi05_base", HF_HUB_OFFLINE="1")
     assert (folder, origin, files) == (first[0], first[1], first[2]) and not hub.requests
     assert said == [
         f"lerobot/pi05_base: HF_HUB_OFFLINE forbids to fetch it; using commit {COMMIT} from the cache",

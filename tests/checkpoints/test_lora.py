@@ -13,15 +13,14 @@ from safetensors.numpy import load_file, save_file
 
 from ki_edge.checkpoints import Checkpoint, SafetensorsSource, TensorSource
 from ki_edge.checkpoints.layout.keys import EMBEDDING, EXPERT, LM_HEAD
-from ki_edge.checkpoints.peft.adapter import AdapterConfig
-from ki_edge.checkpoints.peft.lora import (
-    LoraSource,
+from ki_edge.checkpoints.peft.adapter import (
+    AdapterConfig,
     find_base,
     find_base_revision,
     is_adapter,
-    open_adapter,
     resolve_base,
 )
+from ki_edge.checkpoints.peft.lora import LoraSource, open_adapter
 from ki_edge.errors import CheckpointError
 from ki_edge.files.safetensors_index import SafetensorsIndex
 

@@ -90,7 +90,7 @@ def test_openpis_way_computes_more_and_gives_the_same(bundle, checkpoint):
     assert inputs.prompt_tokens.shape == (1, 20) and not inputs.images[0, 1].any() and inputs.images[0, 0].any()
     side = pytorch.TorchSide(model, inputs, noise, convention="openpi", steps=3)
     with FlopCounterMode(display=False) as counter:
-        side.contender()()
+        side.run()
     whole, step = analytical(CONFIG, 2, 20)
     b, e = CONFIG.backbone, CONFIG.expert
     length, heads = 2 * CONFIG.vision.patches + 20, b.num_heads * b.head_dim
@@ -121,7 +121,7 @@ def test_bfloat16_is_openpis_mixture(checkpoint, bundle):
             )
     inputs = draw_inputs(CONFIG, room(bundle), CASE)
     side = pytorch.TorchSide(model, inputs, draw_noise(CONFIG), convention="openpi", steps=1)
-    side.contender()()
+    side.run()
     assert side.actions.dtype == np.float32
     layers = {name: types for name, types in seen.items() if name.startswith(("vision.", "projector", "backbone."))}
     layers |= {name: types for name, types in seen.items() if name.startswith("expert.") and "layernorm" not in name}

@@ -12,10 +12,12 @@ from ki_edge.errors import DatasetError
 from ki_edge.policy.prompt import PromptTokenizer
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
-from ki_export.policies import PolicyRequest, read_policy
+from ki_export.policies import PolicyRequest
 from ki_export.precision.calibration import Calibration, calibration
 from ki_export.precision.rehearsal import _prefix_feed
 from ki_runtime.robots.replay import record_episode
+
+from .complete import read_policy
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,12 @@ from ki_export.options import ExportOptions
 from ki_export.parity import cli as parity_cli
 from ki_export.parity.cases import standard_cases
 from ki_export.parity.parity import compare_with_checkpoint
-from ki_export.policies import PolicyRequest, read_policy
+from ki_export.policies import PolicyRequest
 from ki_export.precision.calibration import calibration
 from ki_runtime import Sampler
 from ki_runtime.trt.profiles import profiles
+
+from .complete import read_policy
 
 
 @pytest.fixture(scope="module")

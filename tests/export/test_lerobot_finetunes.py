@@ -10,7 +10,9 @@ from safetensors.numpy import load_file, save_file
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.errors import CheckpointError, ObservationError
 from ki_edge.policy.transforms import InputPipeline
-from ki_export.policies import PolicyRequest, describe_policy, read_policy
+from ki_export.policies import PolicyRequest, describe_policy
+
+from .complete import read_policy
 
 GEMMA = GemmaConfig(width=16, depth=1, mlp_dim=16, num_heads=1, num_kv_heads=1, head_dim=16)
 VISION = VisionConfig(width=16, depth=1, mlp_dim=16, num_heads=1, patch_size=14, image_size=224)

@@ -14,9 +14,11 @@ from ki_edge.policy.transforms import InputPipeline
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
 from ki_export.parity.reference import ReferencePolicy
-from ki_export.policies import PolicyRequest, describe_policy, read_policy
+from ki_export.policies import PolicyRequest, describe_policy
 from ki_export.source.opening import CheckpointRef
 from ki_runtime.policy.policy import read_assets
+
+from .complete import read_policy
 
 GEMMA = GemmaConfig(width=16, depth=1, mlp_dim=16, num_heads=1, num_kv_heads=1, head_dim=16)
 VISION = VisionConfig(width=16, depth=1, mlp_dim=16, num_heads=1, patch_size=14, image_size=224)

@@ -12,8 +12,10 @@ from ki_edge.errors import CheckpointError
 from ki_edge.policy.contract import Camera, generic
 from ki_edge.policy.normalize import NormStats, write_norm_stats
 from ki_edge.policy.transforms import InputPipeline, OutputPipeline
-from ki_export.policies import PolicyRequest, describe_policy, read_policy
+from ki_export.policies import PolicyRequest, describe_policy
 from ki_export.policies.lerobot_steps import relative_mask
+
+from .complete import read_policy
 
 FOLDERS = ("pi05_renamed", "pi05_relative", "pi05_identity", "pi05_old", "pi0")
 GEMMA = GemmaConfig(width=16, depth=1, mlp_dim=16, num_heads=1, num_kv_heads=1, head_dim=16)

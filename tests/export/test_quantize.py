@@ -13,12 +13,11 @@ import pytest
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
 from ki_export.passes.quantize import Int8Weight, quantize
-from ki_export.weights.int8 import choose, quantize_weight
+from ki_export.weights.int8 import is_large, quantize_weight
 from ki_runtime.backends.ort import cpu_options
 from ki_runtime.backends.registry import SessionOptions, choose_backend, open_session
 from ki_runtime.policy.sampler import Sampler
 
-from .conftest import CONFIG
 from .test_passes import Builder, ops
 
 
@@ -221,7 +220,6 @@ def test_what_cannot_be_quantised_is_refused(case):
 
 
 def test_the_large_products_are_chosen():
-    chosen = choose(CONFIG)
     large = (
         "vision.encoder.layers.3.self_attn.out_proj",
         "vision.encoder.layers.0.mlp.fc1",
@@ -239,8 +237,8 @@ def test_the_large_products_are_chosen():
         "time_mlp_in",
         "unembedding.0",
     )
-    assert all(chosen(f"{name}.weight") for name in large)
-    assert not any(chosen(f"{name}.weight") for name in small)
+    assert all(is_large(f"{name}.weight") for name in large)
+    assert not any(is_large(f"{name}.weight") for name in small)
 
 
 @pytest.fixture(scope="module")

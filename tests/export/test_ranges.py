@@ -10,13 +10,15 @@ from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import ArgumentError, BundleError, ExportError
 from ki_edge.model import Observation, load_model
 from ki_export.graphs.tracing import trace_all
-from ki_export.policies import PolicyRequest, decode_vocabulary, read_policy
+from ki_export.policies import PolicyRequest, decode_vocabulary
 from ki_export.precision.calibration import calibration
 from ki_export.precision.decision import Decision, decide, forms, shift
 from ki_export.precision.ranges import LARGEST, Audit, Extent, Range, audit, scaling
 from ki_export.precision.ranges_report import picture, read_ranges, rows, summary
 from ki_export.precision.rehearsal import STEPS
 from ki_export.weights.weights import StorageFormat, TensorSlice, sources
+
+from .complete import read_policy
 
 
 @pytest.fixture(scope="module")

@@ -124,7 +124,6 @@ def test_fast(codec, tokenizer_model):  # noqa: F811
     survives(FastIds, {"offset": 900, "size": 10})
     ids = FastIds(900, 10)
     survives(ids.to_model, {"fast_ids": [1]})
-    survives(ids.from_model, {"model_ids": [899]})
     tokenizer = PromptTokenizer(tokenizer_model, "ki", 99)
     survives(lambda model_ids: ids.parse(model_ids, tokenizer), {"model_ids": [899]})
 

@@ -70,7 +70,7 @@ def test_pace():
         ({"episodes": 0}, "episodes 0"),
         ({"seed": -1}, "seed -1"),
         ({"execute": 0}, "execute 0"),
-        ({"execute": 6}, "execute 6: the policy gives 5 actions"),
+        ({"execute": 6}, "execute must be at most 5, the actions that the policy gives at once; got 6"),
         ({"max_steps": 0}, "max_steps 0"),
         ({"max_hz": 0.0}, "max_hz 0.0"),
         ({"num_steps": 0}, "num_steps 0"),

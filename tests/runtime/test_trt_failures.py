@@ -127,7 +127,7 @@ def test_no_room_for_a_context(machine, batch):
         sampler.sample_actions(*inputs, noise=noise())
     machine.cuda.memory -= machine.cuda.free - 999  # the engines want 1000
     with pytest.raises(DeviceMemoryError, match="no room for"):
-        sampler._prefix._session._contexts._create(0)
+        sampler._prefix._session.contexts._create(0)
 
 
 def test_only_engines_for_the_lean_runtime_are_trusted_with_code(make_bundle):
@@ -155,7 +155,7 @@ def test_whatever_tensorrt_raises_is_typed(make_bundle, batch):
     for name in ("create_execution_context", "get_tensor_profile_shape"):
         machine = Machine(bundle)
         sampler = machine.sampler()
-        setattr(sampler._prefix._session._contexts._engine, name, fail)
+        setattr(sampler._prefix._session.contexts._engine, name, fail)
         with pytest.raises(
             BackendError, match=r"graph prefix: no execution context: factory function returned nullptr$"
         ):

@@ -76,7 +76,7 @@ def _open_checkpoint(setting: Setting, path: Path, say: Say) -> Iterator[Rival]:
         inputs, noise = draw_inputs(config, setting.space, main), draw_noise(config)
         side = pytorch.TorchSide(model, inputs, noise, convention=convention, steps=main.steps)
         tokens = setting.space.slots * config.vision.patches + setting.space.padded
-        yield Rival(str(path), "PyTorch", dtype, tokens, side.contender(), lambda side=side: side.actions)  # type: ignore[misc]
+        yield Rival(str(path), "PyTorch", dtype, tokens, side.run, lambda side=side: side.actions)  # type: ignore[misc]
 
 
 def main_actions(setting: Setting, sampler: Sampler) -> F32:

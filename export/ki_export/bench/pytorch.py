@@ -22,7 +22,6 @@ from ki_edge.flow import denoise_times, step_size
 from ki_edge.model import PiModel, load_model
 from ki_edge.model.layers import key_bias, rope_angles
 
-from .rounds import Contender
 from .stages import F32, Inputs
 
 
@@ -52,12 +51,9 @@ class TorchSide:
         self._dt = torch.tensor(step_size(steps))
         self.actions = noise
 
-    def contender(self) -> Contender:
-        """One inference with the time of its stages."""
-        return self._run
-
     @torch.inference_mode()
-    def _run(self) -> dict[str, float]:
+    def run(self) -> dict[str, float]:
+        """One inference with the time of its stages."""
         start = time.perf_counter()
         prefix = whole_prefix(self._model, *self._tensors)
         middle = time.perf_counter()

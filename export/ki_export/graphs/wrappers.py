@@ -24,23 +24,23 @@ UNEMBEDDING = "unembedding."  # prefix of the names of the rows that can be pred
 Outputs = tuple[Tensor, ...]
 
 
-class PrefixModule(nn.Module):
-    """Graph 1: pictures and prompt to K/V."""
+class ModelModule(nn.Module):
+    """Holds the model, so that its weights have the same names in every graph."""
 
     def __init__(self, model: PiModel) -> None:
         super().__init__()
         self.model = model
+
+
+class PrefixModule(ModelModule):
+    """Graph 1: pictures and prompt to K/V."""
 
     def forward(self, images: Tensor, camera_mask: Tensor, prompt_tokens: Tensor, prompt_mask: Tensor) -> Outputs:
         return self.model.prefix_forward(images, camera_mask, prompt_tokens, prompt_mask)
 
 
-class DenoiseModule(nn.Module):
+class DenoiseModule(ModelModule):
     """Graph 2: one Euler step."""
-
-    def __init__(self, model: PiModel) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(
         self, x_t: Tensor, modulation: Tensor, dt: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_mask: Tensor
@@ -48,12 +48,8 @@ class DenoiseModule(nn.Module):
         return (self.model.denoise_step(x_t, modulation, dt, prefix_k, prefix_v, prefix_mask),)
 
 
-class StateDenoiseModule(nn.Module):
+class StateDenoiseModule(ModelModule):
     """Graph 2 of a π0: one Euler step with the robot's state."""
-
-    def __init__(self, model: PiModel) -> None:
-        super().__init__()
-        self.model = model
 
     def forward(
         self,
@@ -68,7 +64,7 @@ class StateDenoiseModule(nn.Module):
         return (self.model.denoise_step(x_t, modulation, dt, prefix_k, prefix_v, prefix_mask, state),)
 
 
-class FastDecodeModule(nn.Module):
+class FastDecodeModule(ModelModule):
     """Graph 3: new tokens over a cache to logits of the decode vocabulary.
 
     `unembedding` stands for rows of the embedding table, one parameter a contiguous run of ids (see `runs`); it has no
@@ -76,8 +72,7 @@ class FastDecodeModule(nn.Module):
     """
 
     def __init__(self, model: PiModel, vocabulary: DecodeVocabulary) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         width, whole = model.config.backbone.width, len(vocabulary.ids) == model.config.vocab_size
         parts = [] if whole else [torch.empty(count, width, device="meta") for _, count in runs(vocabulary)]
         self.unembedding = nn.ParameterList(parts)

@@ -137,11 +137,7 @@ def _prefix(
 ) -> Iterator[Measurement]:
     graph, _ = graphs.specs(pair.bundle.manifest.config)
     given = pair.run(
-        graph,
-        observation.images,
-        observation.camera_mask,
-        observation.prompt_tokens,
-        observation.prompt_mask,
+        graph, observation.images, observation.camera_mask, observation.prompt_tokens, observation.prompt_mask
     )
     mask = reference[2].numpy()
     yield measure(case.name, "prefix", "prefix_mask", given["prefix_mask"], mask, bars=pair.bars)

@@ -59,7 +59,7 @@ class _Lowering:
         inputs = list(node.inputs[:2])
         attributes = list(node.attributes.values())
         product = ir.Node("", node.op_type, inputs, attributes, outputs=[low], name=node.name)
-        up = _cast(low, FLOAT)
+        up = cast(low, FLOAT)
         new = [product, up]
         if bias is not None:
             new.append(ir.node("Add", [up.outputs[0], bias]))
@@ -72,27 +72,20 @@ class _Lowering:
         table.dtype = self._dtype
         self.weights.add(table)
         for use in list(table.uses()):
-            if use.node.op_type != "Gather" or use.idx != 0:
-                continue
-            rows = use.node.outputs[0]
-            users = list(rows.uses())
-            cast = _cast(rows, FLOAT)
-            rows.dtype = self._dtype
-            self._graph.insert_after(use.node, cast)
-            for user in users:
-                user.node.replace_input_with(user.idx, cast.outputs[0])
+            if use.node.op_type == "Gather" and use.idx == 0:
+                widen_rows(self._graph, use.node, self._dtype)
 
     def _lowered(self, value: ir.Value, user: ir.Node) -> ir.Value:
         """`value` in the low type: what it was widened from, or a Cast of it."""
         if value not in self._low:
-            cast = _cast(value, self._dtype)
+            lowered = cast(value, self._dtype)
             producer = value.producer()
             if producer is None:
                 first = next(iter(self._graph))
-                self._graph.insert_before(first, cast)
+                self._graph.insert_before(first, lowered)
             else:
-                self._graph.insert_after(producer, cast)
-            self._low[value] = cast.outputs[0]
+                self._graph.insert_after(producer, lowered)
+            self._low[value] = lowered.outputs[0]
         return self._low[value]
 
     def move(self) -> None:
@@ -128,7 +121,19 @@ class _Lowering:
         return True
 
 
-def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Node:
+def widen_rows(graph: ir.Graph, gather: ir.Node, dtype: ir.DataType) -> None:
+    """Let a Gather take rows of `dtype`, and its users a Cast of them."""
+    rows = gather.outputs[0]
+    users = list(rows.uses())
+    widened = cast(rows, FLOAT)
+    rows.dtype = dtype
+    graph.insert_after(gather, widened)
+    for use in users:
+        use.node.replace_input_with(use.idx, widened.outputs[0])
+
+
+def cast(value: ir.Value, dtype: ir.DataType) -> ir.Node:
+    """A Cast of a value, to be put into the graph."""
     node = ir.node("Cast", [value], attributes={"to": int(dtype)})
     node.outputs[0].dtype, node.outputs[0].shape = dtype, value.shape
     node.outputs[0].name = f"{value.name}.{'float32' if dtype == FLOAT else 'low'}"

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from .lower import cast, widen_rows
+
 
 def keep_stored_types(model: ir.Model, types: Mapping[str, ir.DataType]) -> None:
     """Give each initializer named in `types` that type, and its users a Cast of it; a Gather, of the rows it takes."""
@@ -18,31 +20,14 @@ def keep_stored_types(model: ir.Model, types: Mapping[str, ir.DataType]) -> None
         value = model.graph.initializers[name]
         if stored == ir.DataType.FLOAT:
             continue
-        shape, users = value.shape, list(value.uses())
+        users = list(value.uses())
         value.dtype = stored
         whole = [use for use in users if use.node.op_type != "Gather" or use.idx != 0]
         for use in users:
             if use not in whole:
-                _widen_rows(model.graph, use.node, stored)
+                widen_rows(model.graph, use.node, stored)
         if whole:
-            cast = _cast(value, f"{name}.float32", shape)
-            model.graph.insert_before(min((use.node for use in whole), key=lambda node: order[node]), cast)
+            widened = cast(value, ir.DataType.FLOAT)
+            model.graph.insert_before(min((use.node for use in whole), key=lambda node: order[node]), widened)
             for use in whole:
-                use.node.replace_input_with(use.idx, cast.outputs[0])
-
-
-def _widen_rows(graph: ir.Graph, gather: ir.Node, stored: ir.DataType) -> None:
-    rows = gather.outputs[0]
-    users = list(rows.uses())
-    cast = _cast(rows, f"{rows.name}.float32", rows.shape)
-    rows.dtype = stored
-    graph.insert_after(gather, cast)
-    for use in users:
-        use.node.replace_input_with(use.idx, cast.outputs[0])
-
-
-def _cast(value: ir.Value, name: str, shape: ir.Shape | None) -> ir.Node:
-    node = ir.node("Cast", [value], attributes={"to": int(ir.DataType.FLOAT)})
-    node.outputs[0].name, node.outputs[0].shape = name, shape
-    node.outputs[0].dtype = ir.DataType.FLOAT
-    return node
+                use.node.replace_input_with(use.idx, widened.outputs[0])

@@ -6,17 +6,9 @@ export.
 Imports: of ki_edge: bundle, checkpoints.layout, files, policy.
 """
 
-from .description import PolicyDescription, describe_policy, read_policy
+from .description import PolicyDescription, describe_policy
 from .files import PolicyFiles
 from .request import PolicyRequest
 from .vocabulary import decode_vocabulary, has_fast_head
 
-__all__ = [
-    "PolicyDescription",
-    "PolicyFiles",
-    "PolicyRequest",
-    "decode_vocabulary",
-    "describe_policy",
-    "has_fast_head",
-    "read_policy",
-]
+__all__ = ["PolicyDescription", "PolicyFiles", "PolicyRequest", "decode_vocabulary", "describe_policy", "has_fast_head"]

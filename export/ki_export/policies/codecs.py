@@ -6,11 +6,10 @@ from pathlib import Path
 
 from ki_edge.errors import ArgumentError, CheckpointError, ContractError
 from ki_edge.files.reading import read_file
-from ki_edge.policy.fast import CODEC_FILE, CONFIG_FILE, tokenizer_place
+from ki_edge.policy.fast import CODEC_FILE, CONFIG_FILE, MAX_CODEC, tokenizer_place
 
 from .tokenizers import snapshots
 
-MAX_CODEC = 64_000_000  # bytes of one of its files
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json")
 
 

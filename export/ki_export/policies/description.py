@@ -24,12 +24,7 @@ from .request import PolicyRequest, missing_horizon, read_given
 from .statistics import Statistics
 from .tokenizers import TokenizerFile, find_tokenizer, missing_tokenizer
 
-READERS = {
-    "openpi": read_openpi,
-    "openpi-jax": read_openpi,
-    "lerobot": read_lerobot,
-    "ki-train": read_native,
-}
+READERS = {"openpi": read_openpi, "openpi-jax": read_openpi, "lerobot": read_lerobot, "ki-train": read_native}
 HORIZON = ("action_horizon", "execute")
 
 
@@ -95,33 +90,8 @@ def describe_policy(
     if not missing and contract is not None and words is not None and tokenizer is not None:
         files = PolicyFiles(contract, words, tokenizer, record.statistics, codec, known)
     return PolicyDescription(
-        contract if horizon_known else None,
-        values,
-        known,
-        record.statistics,
-        tokenizer,
-        codec,
-        tuple(missing),
-        files,
+        contract if horizon_known else None, values, known, record.statistics, tokenizer, codec, tuple(missing), files
     )
-
-
-def read_policy(
-    folder: Path, format: str, settings: Mapping[str, Any], config: Pi05Config, request: PolicyRequest
-) -> PolicyFiles:
-    """The complete policy of a checkpoint whose model is `config`.
-
-    CheckpointError lists everything that is missing, or says what does not fit; ContractError, ArgumentError.
-    """
-    facts = describe_policy(folder, format, settings, config, request)
-    if facts.files is None:
-        raise CheckpointError(incomplete(folder, facts.missing))
-    return facts.files
-
-
-def incomplete(folder: Path, missing: tuple[str, ...]) -> str:
-    """The sentence of an export that lacks something."""
-    return f"{folder} is not a complete policy: {'; '.join(missing)}; or export the model alone with --model-only"
 
 
 def _words(folder: Path, file: TokenizerFile | None, contract: PolicyContract | None) -> PromptTokenizer | None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from ki_edge.errors import ArgumentError, CheckpointError
+from ki_edge.files.hub import HUB_ID
 from ki_edge.files.reading import read_file
 from ki_edge.policy.words import MAX_TOKENIZER, is_json
 
@@ -23,7 +23,6 @@ from .records import PALIGEMMA
 FILES = ("tokenizer.model", "tokenizer.json")
 MAX_SNAPSHOTS = 100
 MAX_REF = 1000  # bytes of a cache's refs/main
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 OPENPI_FILE = "big_vision/paligemma_tokenizer.model"
 GET_IT = (
     f"PaliGemma's is tokenizer.model, 4.3 MB, of {PALIGEMMA} on the Hugging Face Hub, where its licence must be "
@@ -58,7 +57,7 @@ def find_tokenizer(folder: Path, given: Path | None, recorded: Iterable[str]) ->
     if given is not None:
         return _given(given)
     names = tuple(recorded)
-    inside = next((name for name in names if not REPOSITORY.fullmatch(name) or _exists(folder, name)), None)
+    inside = next((name for name in names if not HUB_ID.fullmatch(name) or _exists(folder, name)), None)
     places = _inside(folder, inside) if inside is not None else _places(folder, names)
     for path, source in places:
         if path.is_file():
@@ -71,7 +70,7 @@ def missing_tokenizer(recorded: Iterable[str]) -> str:
     names = tuple(recorded)
     if not names:
         return f"the policy's tokenizer is not recorded (give --tokenizer; {GET_IT})"
-    paths = [name for name in names if not REPOSITORY.fullmatch(name)]
+    paths = [name for name in names if not HUB_ID.fullmatch(name)]
     if paths:
         return (
             f"no tokenizer at '{paths[0]:.100}', the path that the checkpoint records (give --tokenizer, or copy the "

@@ -80,12 +80,7 @@ def examine(
         command = _command(where, PolicyRequest(), ("--model-only",), missing)
         return Examination(checkpoint, None, missing, command, horizon_from)
     policy = describe_policy(
-        checkpoint.path,
-        checkpoint.format,
-        checkpoint.settings,
-        checkpoint.config,
-        request,
-        horizon_from=horizon_from,
+        checkpoint.path, checkpoint.format, checkpoint.settings, checkpoint.config, request, horizon_from=horizon_from
     )
     return Examination(checkpoint, policy, policy.missing, _command(where, request, (), policy.missing), horizon_from)
 

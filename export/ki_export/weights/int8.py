@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from ki_edge.checkpoints.layout.source import TensorSource
-from ki_edge.config import Pi05Config
 from ki_export.passes.quantize import LEVELS
 
 from .finite import finite_pieces
@@ -21,13 +20,13 @@ LARGE = re.compile(r"((vision\.encoder|backbone|expert)\.layers\.\d+\.(self_attn
 TILE = 256  # rows that are transposed at a time
 
 
-def choose(config: Pi05Config) -> Callable[[str], bool]:
-    """Which weights (by the model's parameter names) are worth 8 bits: the products of every layer, the projector.
+def is_large(name: str) -> bool:
+    """Whether a weight (by the model's parameter name) is worth 8 bits: the products of every layer, the projector.
 
     In float32 remain what is small or read row by row: embeddings of patches and tokens, the unembedding's rows, the
     projections of actions, norms and the time modulation.
     """
-    return lambda name: LARGE.fullmatch(name) is not None
+    return LARGE.fullmatch(name) is not None
 
 
 def split_key(key: str) -> tuple[str, str]:

@@ -51,7 +51,7 @@ def write_tensors(path: Path, parts: Sequence[Part], metadata: Mapping[str, str]
     header = _header(parts, metadata)
     total = sum(part.nbytes for part in parts)
     check_space(path, len(header) + total)
-    with _output(path, total, "weights") as write:
+    with _output(path, total) as write:
         write(header)
         for part in parts:
             done = 0
@@ -113,18 +113,16 @@ class _Writer:
 
 
 @contextmanager
-def _output(path: Path, total: int, what: str) -> Iterator[_Writer]:
-    try:
-        with (
-            path.open("xb") as file,
-            tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None, leave=False) as bar,
-            ThreadPoolExecutor(1) as hasher,
-        ):
-            yield _Writer(file, bar, hasher)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
+def _output(path: Path, total: int) -> Iterator[_Writer]:
+    with (
+        writing(path, ExportError),
+        path.open("xb") as file,
+        tqdm(total=total, desc="weights", unit="B", unit_scale=True, disable=None, leave=False) as bar,
+        ThreadPoolExecutor(1) as hasher,
+    ):
+        yield _Writer(file, bar, hasher)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _header(parts: Sequence[Part], metadata: Mapping[str, str]) -> bytes:

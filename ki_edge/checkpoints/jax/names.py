@@ -21,6 +21,7 @@ VISION = MODEL + "paligemma.model.vision_tower.vision_model."
 BLOCK = "PaliGemma/img/Transformer/encoderblock/"
 ATTENTION = BLOCK + "MultiHeadDotProductAttention_0/"
 LAYERS = "PaliGemma/llm/layers/"
+SUMMED = "attn_vec_einsum"  # the einsum that contracts the heads
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,9 @@ def positions(block: Array) -> Array:
 def rules(shapes: Shapes) -> Iterator[Rule]:
     """The table for a tree with these leaves: π0 or π0.5, with the adapters that are there."""
     yield from _vision()
-    yield Rule(
-        MODEL + "paligemma.model.multi_modal_projector.linear.weight", "PaliGemma/img/head/kernel", 2, transposed
-    )
-    yield Rule(MODEL + "paligemma.model.multi_modal_projector.linear.bias", "PaliGemma/img/head/bias", 1, same)
+    projector = MODEL + "paligemma.model.multi_modal_projector.linear."
+    yield Rule(projector + "weight", "PaliGemma/img/head/kernel", 2, transposed)
+    yield Rule(projector + "bias", "PaliGemma/img/head/bias", 1, same)
     language = MODEL + "paligemma.model.language_model."
     yield Rule(language + "embed_tokens.weight", "PaliGemma/llm/embedder/input_embedding", 2, same)
     pi05 = "PaliGemma/llm/final_norm_1/Dense_0/kernel" in shapes
@@ -133,26 +133,25 @@ def _vision() -> Iterator[Rule]:
 def _gemma(prefix: str, expert: str, shapes: Shapes, *, adaptive: bool) -> Iterator[Rule]:
     layer = prefix + "layers.{}."
 
-    def einsum(name: str, summed: bool = False) -> tuple[str, Adapter | None]:
-        leaf = f"{LAYERS}attn/{name}{expert}/"
-        return leaf + "w", _adapter(shapes, leaf + "lora_a", leaf + "lora_b", summed)
-
-    def linear(name: str) -> tuple[str, Adapter | None]:
-        leaf = f"{LAYERS}mlp{expert}/{name}"
-        return leaf, _adapter(shapes, leaf + "_lora_a", leaf + "_lora_b")
-
-    leaf, adapter = einsum("q_einsum")
-    yield Rule(layer + "self_attn.q_proj.weight", leaf, 4, einsum_heads, (), adapter)
-    leaf, adapter = einsum("kv_einsum")
-    yield Rule(layer + "self_attn.k_proj.weight", leaf, 5, einsum_heads, (0,), adapter)
-    yield Rule(layer + "self_attn.v_proj.weight", leaf, 5, einsum_heads, (1,), adapter)
-    leaf, adapter = einsum("attn_vec_einsum", summed=True)
-    yield Rule(layer + "self_attn.o_proj.weight", leaf, 4, in_heads, (), adapter)
-    leaf, adapter = linear("gating_einsum")
-    yield Rule(layer + "mlp.gate_proj.weight", leaf, 4, transposed, (0,), adapter)
-    yield Rule(layer + "mlp.up_proj.weight", leaf, 4, transposed, (1,), adapter)
-    leaf, adapter = linear("linear")
-    yield Rule(layer + "mlp.down_proj.weight", leaf, 3, transposed, (), adapter)
+    attention = (
+        ("q_proj", "q_einsum", 4, einsum_heads, ()),
+        ("k_proj", "kv_einsum", 5, einsum_heads, (0,)),
+        ("v_proj", "kv_einsum", 5, einsum_heads, (1,)),
+        ("o_proj", SUMMED, 4, in_heads, ()),
+    )
+    for ours, theirs, axes, convert, part in attention:
+        leaf = f"{LAYERS}attn/{theirs}{expert}/"
+        adapter = _adapter(shapes, leaf + "lora_a", leaf + "lora_b", theirs == SUMMED)
+        yield Rule(f"{layer}self_attn.{ours}.weight", leaf + "w", axes, convert, part, adapter)
+    mlp = (
+        ("gate_proj", "gating_einsum", 4, (0,)),
+        ("up_proj", "gating_einsum", 4, (1,)),
+        ("down_proj", "linear", 3, ()),
+    )
+    for ours, theirs, axes, part in mlp:
+        leaf = f"{LAYERS}mlp{expert}/{theirs}"
+        adapter = _adapter(shapes, leaf + "_lora_a", leaf + "_lora_b")
+        yield Rule(f"{layer}mlp.{ours}.weight", leaf, axes, transposed, part, adapter)
     norms = (
         (layer + "input_layernorm.", f"{LAYERS}pre_attention_norm{expert}/", 1),
         (layer + "post_attention_layernorm.", f"{LAYERS}pre_ffw_norm{expert}/", 1),

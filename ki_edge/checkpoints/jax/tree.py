@@ -51,12 +51,9 @@ def recipes(shapes: Shapes, folder: object) -> dict[str, Recipe]:
         raise CheckpointError(
             f"{folder}: unexpected parameter '{unknown[0]}' ({len(unknown)} such): openpi's π0 and π0.5 do not have it"
         )
-    for rule in table:
-        _check_axes(rule, shapes, folder)
-    for rule in table:
-        _check_depth(rule, shapes, folder)
-    for rule in table:
-        _check_adapter(rule, shapes, folder)
+    for check in (_check_axes, _check_depth, _check_adapter):
+        for rule in table:
+            check(rule, shapes, folder)
     plain = {rule.key: _recipe(rule) for rule in table if not rule.stacked}
     for tower in (BLOCK, LAYERS):
         stack = [rule for rule in table if rule.stacked and rule.leaf.startswith(tower)]

@@ -21,9 +21,7 @@ from ki_edge.dtypes import FLOATS
 from ki_edge.errors import CheckpointError
 from ki_edge.files.safetensors_index import SafetensorsIndex
 
-from .adapter import CONFIG, WEIGHTS, AdapterConfig, find_base, find_base_revision, is_adapter, resolve_base
-
-__all__ = ["LoraSource", "find_base", "find_base_revision", "is_adapter", "open_adapter", "resolve_base"]
+from .adapter import CONFIG, WEIGHTS, AdapterConfig, is_adapter
 
 PREFIX = "base_model.model."
 # <module>.lora_A.weight, with the adapter's name inside where other tools than PEFT saved it

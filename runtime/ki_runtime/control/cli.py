@@ -50,15 +50,8 @@ def _run(options: argparse.Namespace) -> int:
 
     if options.record:
         check_folder(options.record)  # before a large model is loaded, and engines are built
-    loop_options = LoopOptions(
-        episodes=options.episodes,
-        seed=options.seed,
-        execute=options.execute,
-        num_steps=options.num_steps,
-        prompt=options.prompt,
-        max_steps=options.max_steps,
-        max_hz=options.max_hz,
-    )
+    told = ("episodes", "seed", "execute", "num_steps", "prompt", "max_steps", "max_hz")
+    loop_options = LoopOptions(**{name: getattr(options, name) for name in told})
     policy = Policy.load(
         options.bundle,
         options.backend,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import re
 from dataclasses import dataclass
 from typing import Any
+
+from ki_runtime.gpu.identity import KERNEL_MODULE, driver_version
 
 from .finding import Finding
 from .host import Host
@@ -17,10 +18,7 @@ CAUSES = {  # of enum CUresult: what it means, and what helps
     100: ("the driver sees no GPU", "in a container start it with --gpus all (on a Jetson --runtime nvidia)"),
     802: ("the GPU's fabric is not ready", "start nvidia-fabricmanager, or wait a minute after booting"),
     803: ("the driver's library and kernel module differ", "reboot; in a container use a driver as new as the host's"),
-    804: (
-        "this GPU does not take a newer CUDA than its driver",
-        "remove cuda-compat, or upgrade the driver",
-    ),
+    804: ("this GPU does not take a newer CUDA than its driver", "remove cuda-compat, or upgrade the driver"),
     999: ("the driver failed", "look at `dmesg | grep -i nvrm`, reload the module or reboot"),
 }
 DRIVER_FIX = "install NVIDIA's driver (on a Jetson: sudo apt install nvidia-jetpack), or use the CPU if there is no GPU"
@@ -59,7 +57,7 @@ def check_gpu(host: Host) -> tuple[Gpu | None, Finding]:
         if hidden is not None:
             text, fix = f"{text}; CUDA_VISIBLE_DEVICES is '{hidden}'", "unset CUDA_VISIBLE_DEVICES"
         return None, Finding("problem", "GPU", f"none: {text}", fix)
-    gpu = _ask(library, _driver_version(host))
+    gpu = _ask(library, driver_version(host.read(str(KERNEL_MODULE)) or ""))
     more = f", the first of {count.value}" if count.value > 1 else ""
     return gpu, Finding("ok", "GPU", describe(gpu) + more)
 
@@ -92,13 +90,6 @@ def _ask(library: Any, driver: str | None) -> Gpu:
     library.cuDriverGetVersion(ctypes.byref(number))
     cuda = (number.value // 1000, number.value % 1000 // 10)
     return Gpu(name.value.decode(errors="replace"), capability, size.value, shared, cuda, driver, multiprocessors)
-
-
-def _driver_version(host: Host) -> str | None:
-    """Of the kernel module; Jetsons before JetPack 7 have none of their own."""
-    text = host.read("/proc/driver/nvidia/version") or ""
-    found = re.search(r"Kernel Module\D*?(\d+(?:\.\d+)+)", text)
-    return found[1] if found else None
 
 
 def _without_library(host: Host) -> tuple[None, Finding]:

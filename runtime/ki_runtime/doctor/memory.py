@@ -45,11 +45,6 @@ class Needs:
         fast = self.graphs.get("fast_decode", GraphMemory(0, 0, 0))
         return self.acting + fast.weights + fast.kv
 
-    @property
-    def engines(self) -> int:
-        """On the disk: the weights of all."""
-        return sum(graph.weights for graph in self.graphs.values())
-
 
 def needs(config: Pi05Config, decode_rows: int, precision: str) -> Needs:
     """Of a policy in a precision of the manifest. `decode_rows`: columns of the FAST logits, 0 without FAST."""

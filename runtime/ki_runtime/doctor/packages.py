@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from ki_runtime.trt.api import OLDEST, TITLES, Api
+from ki_runtime.gpu.ort_cuda import TRIAL
+from ki_runtime.trt.api import OLDEST, TITLES, Api, parse_version
 from ki_runtime.trt.requirements import OPERATORS, OPSETS
 
 from .finding import Finding
@@ -24,19 +24,6 @@ TENSORRT = {
 }
 SYSTEM_PACKAGES = "/usr/lib"  # where JetPack's Python packages lie
 JETPACK_CURE = "make the environment with `python3 -m venv --system-site-packages ENV`"
-# A graph of one Identity, float32 [1]: a session of it shows whether a provider's libraries load.
-IDENTITY = bytes.fromhex(
-    "080812003a37"  # IR version 8, a graph of 55 bytes
-    "0a100a017812017922084964656e74697479120167"  # named g: y = Identity(x)
-    "5a0f0a0178120a0a08080112040a020801"  # x float32 [1]
-    "620f0a0179120a0a08080112040a020801"  # y float32 [1]
-    "42040a00100d"  # opset 13
-)
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    """(10, 3, 0) of "10.3.0.26"."""
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:3])
 
 
 def check_onnxruntime(host: Host, gpu: Gpu | None) -> tuple[tuple[str, ...], list[Finding]]:
@@ -69,7 +56,7 @@ def _try_provider(module: Any, provider: str) -> str | None:
     options.log_severity_level = QUIET
     try:
         module.set_default_logger_severity(QUIET)
-        used = module.InferenceSession(IDENTITY, options, providers=[provider]).get_providers()
+        used = module.InferenceSession(TRIAL, options, providers=[provider]).get_providers()
     except Exception as error:  # the library raises its own types
         return next(iter(str(error).strip().splitlines()), type(error).__name__)
     return None if provider in used else "its libraries (CUDA, cuDNN) are missing or of another version"
@@ -86,7 +73,7 @@ def check_tensorrt(host: Host, gpu: Gpu | None, jetson: Jetson | None) -> tuple[
             findings += [finding] if finding else []
             continue
         text = str(module.__version__)
-        api = Api(module, name, numbers(text), text)
+        api = Api(module, name, parse_version(text), text)
         if api.version < OLDEST[name]:
             fix = "flash JetPack 6.2 or newer" if jetson else f"{install} --upgrade"
             oldest = ".".join(map(str, OLDEST[name]))
@@ -130,7 +117,7 @@ def check_cuda_python(host: Host, gpu: Gpu | None) -> tuple[bool, Finding]:
             return False, Finding("ok", "cuda-python", "not installed, and not needed without a GPU")
         wanted = f"'cuda-python>=12.6,<{gpu.cuda[0] + 1}'" if gpu.cuda else "cuda-python"
         return False, Finding("warning", "cuda-python", "not installed: TensorRT needs it", f"pip install {wanted}")
-    if gpu is not None and gpu.cuda is not None and numbers(version)[0] > gpu.cuda[0]:
+    if gpu is not None and gpu.cuda is not None and parse_version(version)[0] > gpu.cuda[0]:
         text = f"{version} is newer than the driver, which is for CUDA {gpu.cuda[0]}.{gpu.cuda[1]}"
         return False, Finding("problem", "cuda-python", text, f"pip install 'cuda-python<{gpu.cuda[0] + 1}'")
     return True, Finding("ok", "cuda-python", version)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ from typing import Any
 from ki_edge.config import PI05
 from ki_edge.errors import BackendError
 from ki_runtime.gpu.device import PRECISIONS, check_precision
-from ki_runtime.trt.api import Api
+from ki_runtime.trt.api import Api, parse_version
 from ki_runtime.trt.memory import needed
 
 from .boards import Board
@@ -25,7 +24,7 @@ FLAGS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 def tensorrt(version: str) -> Api:
     """A TensorRT that need not be installed, for estimates."""
-    return Api(SimpleNamespace(), "tensorrt", tuple(map(int, re.findall(r"\d+", version))), version)
+    return Api(SimpleNamespace(), "tensorrt", parse_version(version), version)
 
 
 def room(board: Board, need: Needs, api: Api) -> dict[str, Any]:

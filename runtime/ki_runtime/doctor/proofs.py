@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from ki_edge.bundle import Bundle
 from ki_edge.bundle.witness import has_witness
 from ki_edge.errors import KiEdgeError
-from ki_runtime.policy.proof import Standing, without_witness
+from ki_runtime.policy.proof import Standing
 
 from .finding import Finding
 from .host import Host
@@ -28,10 +28,6 @@ def standings(host: Host, bundle: Bundle, backends: Sequence[str]) -> dict[str, 
 
 def proofs(bundle: Bundle, found: Mapping[str, Standing]) -> Iterator[Finding]:
     """A line a backend, with the command that proves it."""
-    if not has_witness(bundle.manifest):
-        if bundle.manifest.parity.get("verified") is True:
-            yield Finding("warning", NAME, without_witness(bundle), "export the checkpoint again")
-        return
     for backend, standing in found.items():
         command = f"ki-parity {bundle.path} --backend {backend}"
         if standing.proven:

@@ -82,15 +82,7 @@ class DeviceBuffer:
     def __init__(self, gpu: Gpu, memory: Memory, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.gpu = gpu
         self._memory = memory
-        self._shape, self._dtype = shape, dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self._dtype
+        self.shape, self.dtype = shape, dtype
 
     @property
     def address(self) -> int:
@@ -102,22 +94,22 @@ class DeviceBuffer:
         self.gpu.upload(self.address, np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
     def read(self) -> Array:
-        out = np.empty(self._shape, self._dtype)
+        out = np.empty(self.shape, self.dtype)
         self.gpu.download(self.address, out.reshape(-1).view(np.uint8))
         return out
 
     def view(self, shape: Sequence[int]) -> DeviceBuffer:
-        if math.prod(shape) > math.prod(self._shape):
-            raise ValueError(f"a view of {list(shape)} exceeds the buffer's {list(self._shape)}")
-        return DeviceBuffer(self.gpu, self._memory, tuple(shape), self._dtype)
+        if math.prod(shape) > math.prod(self.shape):
+            raise ValueError(f"a view of {list(shape)} exceeds the buffer's {list(self.shape)}")
+        return DeviceBuffer(self.gpu, self._memory, tuple(shape), self.dtype)
 
     def place(self, source: Buffer, at: int) -> None:
         block = owned(source, self.gpu)
-        *rows, capacity, width = self._shape
+        *rows, capacity, width = self.shape
         *same, count, last = block.shape
-        if (same, last, block.dtype) != (rows, width, self._dtype) or not 0 <= at <= capacity - count:
-            raise ValueError(f"{block.dtype}{list(block.shape)} does not fit {list(self._shape)} at {at}")
-        row = width * self._dtype.itemsize
+        if (same, last, block.dtype) != (rows, width, self.dtype) or not 0 <= at <= capacity - count:
+            raise ValueError(f"{block.dtype}{list(block.shape)} does not fit {list(self.shape)} at {at}")
+        row = width * self.dtype.itemsize
         to, whence = (self.address + at * row, capacity * row), (block.address, count * row)
         self.gpu.copy_rows(to, whence, count * row, math.prod(rows))
 

@@ -29,15 +29,21 @@ def _identity(cuda: Cuda) -> str:
     return bytes(content).hex() if isinstance(content, bytes | bytearray | list | tuple) else "unknown"
 
 
+def driver_version(text: str) -> str | None:
+    """Of the kernel module, from the file in which it tells it."""
+    found = re.search(r"Kernel Module\D*?(\d+(?:\.\d+)+)", text)
+    return found[1] if found else None
+
+
 def _driver(cuda: Cuda) -> str:
     """Version of the kernel module, where it tells (a Jetson before JetPack 7 does not), and the CUDA it serves."""
     try:
         text = KERNEL_MODULE.read_text(encoding="utf-8", errors="replace")
     except OSError:
         text = ""
-    found = re.search(r"Kernel Module\D*?(\d+(?:\.\d+)+)", text)
+    found = driver_version(text)
     try:
         serves = cuda.driver()
     except BackendError:
         serves = None
-    return " ".join(([found[1]] if found else []) + ([f"CUDA {serves}"] if serves else [])) or "unknown"
+    return " ".join(([found] if found else []) + ([f"CUDA {serves}"] if serves else [])) or "unknown"

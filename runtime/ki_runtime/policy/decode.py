@@ -18,12 +18,13 @@ import numpy.typing as npt
 
 from ki_edge.arguments import count, integers
 from ki_edge.bundle import Bundle
-from ki_edge.errors import ArgumentError, BackendError, DeviceMemoryError
+from ki_edge.errors import ArgumentError, BackendError
 from ki_edge.policy.contract import PolicyContract
 from ki_edge.policy.prompt import PromptTokenizer
 from ki_runtime.backends.session import Binding, Buffer, Session, Storage
 
 from .prefix import Bool, Int32, Prefix, PrefixInputs
+from .room import clean
 
 Int64 = npt.NDArray[np.int64]
 TOKENIZERS = ("assets/tokenizer.model", "assets/tokenizer.json")  # a bundle has one of them
@@ -66,13 +67,20 @@ class FastStage:
         self, prefix: Prefix, inputs: PrefixInputs, choices: Choices, max_tokens: int, forced: Sequence[int]
     ) -> Int64:
         """Token ids i64 [B, n], n <= max_tokens; rows end at EOS and are padded with it."""
-        try:
-            return self._run(prefix, inputs, choices, max_tokens, forced)
-        except DeviceMemoryError:
-            raise  # the caller may make room and try again
-        except (BackendError, MemoryError):
-            self.forget()
-            raise
+        with clean(self):
+            # fed: the last prompt token, the forced ones and all sampled ones but the last
+            capacity = prefix.mask.shape[1] + len(forced) + max_tokens
+            text = _Text(self._cache(inputs.batch, self._session.cache_bucket.fit(capacity)), prefix, inputs)
+            opening = np.empty((inputs.batch, 1 + len(forced)), np.int32)
+            opening[:, 0] = text.last_tokens
+            opening[:, 1:] = forced
+            token = choices.best(text.append(opening))
+            chosen, done = [token], token == choices.eos_id
+            while len(chosen) < max_tokens and not done.all():
+                token = np.where(done, choices.eos_id, choices.best(text.append(token[:, None].astype(np.int32))))
+                chosen.append(token)
+                done = done | (token == choices.eos_id)
+            return np.stack(chosen, axis=1)
 
     def drop_oldest(self) -> bool:
         """Let go of the cache that was not used for longest."""
@@ -85,23 +93,6 @@ class FastStage:
         """Let go of all memory: NaN left in a cache by a failed run would reach later ones through 0 * NaN."""
         self._storage = Storage(self._session)
         self._caches: OrderedDict[tuple[int, int], _Cache] = OrderedDict()
-
-    def _run(
-        self, prefix: Prefix, inputs: PrefixInputs, choices: Choices, max_tokens: int, forced: Sequence[int]
-    ) -> Int64:
-        # fed: the last prompt token, the forced ones and all sampled ones but the last
-        capacity = prefix.mask.shape[1] + len(forced) + max_tokens
-        text = _Text(self._cache(inputs.batch, self._session.cache_bucket.fit(capacity)), prefix, inputs)
-        opening = np.empty((inputs.batch, 1 + len(forced)), np.int32)
-        opening[:, 0] = text.last_tokens
-        opening[:, 1:] = forced
-        token = choices.best(text.append(opening))
-        chosen, done = [token], token == choices.eos_id
-        while len(chosen) < max_tokens and not done.all():
-            token = np.where(done, choices.eos_id, choices.best(text.append(token[:, None].astype(np.int32))))
-            chosen.append(token)
-            done = done | (token == choices.eos_id)
-        return np.stack(chosen, axis=1)
 
     def _cache(self, batch: int, capacity: int) -> _Cache:
         cache = self._caches.get((batch, capacity))

@@ -20,10 +20,11 @@ from ki_edge import flow
 from ki_edge.bundle import Bundle
 from ki_edge.config import Pi05Config
 from ki_edge.dtypes import FLOATS
-from ki_edge.errors import BackendError, BundleError, DeviceMemoryError
+from ki_edge.errors import BackendError, BundleError
 from ki_runtime.backends.session import Binding, Buffer, Session, Storage
 
 from .prefix import Prefix
+from .room import clean
 
 F32 = npt.NDArray[np.float32]
 MAX_TABLES = 4
@@ -70,16 +71,11 @@ class DenoiseStage:
 
     def run(self, prefix: Prefix, noise: F32, num_steps: int, once: Mapping[str, F32]) -> F32:
         """Actions f32 [B, H, A], in the model's space, from noise of that shape."""
-        try:
+        with clean(self):
             loop = self._loop(prefix, num_steps)  # binds what is new: nothing allocates after this line
             loop.start(noise, once)  # anew for every run: the steps overwrite the noise
             loop.whole.run()  # on a GPU only queued: from here on the host writes to no buffer of the loop
             return loop.x(num_steps).read()  # waits for the device; it is where a further step would have read x
-        except DeviceMemoryError:
-            raise  # the caller may make room and try again
-        except (BackendError, MemoryError):
-            self.forget()
-            raise
 
     def drop_oldest(self) -> bool:
         """Let go of the step count that was not used for longest, and of the loops with it."""
@@ -92,22 +88,14 @@ class DenoiseStage:
 
     def states(self, prefix: Prefix, noise: F32, num_steps: int, once: Mapping[str, F32]) -> F32:
         """x before every step and after the last, f32 [steps + 1, B, H, A]."""
-        try:
-            return self._states(prefix, noise, num_steps, once)
-        except DeviceMemoryError:
-            raise
-        except (BackendError, MemoryError):
-            self.forget()
-            raise
-
-    def _states(self, prefix: Prefix, noise: F32, num_steps: int, once: Mapping[str, F32]) -> F32:
-        loop = self._loop(prefix, num_steps)
-        loop.start(noise, once)
-        states = [loop.x(0).read()]
-        for i, step in enumerate(loop.steps):
-            step.run()
-            states.append(loop.x(i + 1).read())
-        return np.stack(states)
+        with clean(self):
+            loop = self._loop(prefix, num_steps)
+            loop.start(noise, once)
+            states = [loop.x(0).read()]
+            for i, step in enumerate(loop.steps):
+                step.run()
+                states.append(loop.x(i + 1).read())
+            return np.stack(states)
 
     def forget(self) -> None:
         """Let go of all memory: nothing of a failed run is left for later ones."""

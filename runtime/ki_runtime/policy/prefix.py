@@ -18,9 +18,11 @@ import numpy.typing as npt
 
 from ki_edge.arguments import array_of
 from ki_edge.config import Pi05Config
-from ki_edge.errors import ArgumentError, BackendError, DeviceMemoryError
+from ki_edge.errors import ArgumentError
 from ki_edge.policy.images import HIGHEST, LOWEST
 from ki_runtime.backends.session import Binding, Bucket, Buffer, Session, Storage
+
+from .room import clean
 
 Bool = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
@@ -186,16 +188,11 @@ class PrefixStage:
         return self._run(inputs, lambda plan: plan.once)
 
     def _run(self, inputs: PrefixInputs, choose: Callable[[_Plan], Binding]) -> Prefix:
-        try:
+        with clean(self):
             plan = self._plan(inputs)
             for name, buffer in plan.inputs.items():
                 buffer.write(_padded(getattr(inputs, name), buffer.shape))
             choose(plan).run()
-        except DeviceMemoryError:
-            raise  # the caller may make room and try again
-        except (BackendError, MemoryError):
-            self.forget()
-            raise
         return plan.prefix
 
     def drop_oldest(self) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
-from ki_edge.errors import DeviceMemoryError
+from ki_edge.errors import BackendError, DeviceMemoryError
 
 Result = TypeVar("Result")
 
@@ -18,6 +19,18 @@ class Stage(Protocol):
 
     def forget(self) -> None:
         """Let go of all memory."""
+
+
+@contextmanager
+def clean(stage: Stage) -> Iterator[None]:
+    """After a failure within, the stage forgets all: NaN that is left would reach later runs through 0 * NaN."""
+    try:
+        yield
+    except DeviceMemoryError:
+        raise  # the caller may make room and try again
+    except (BackendError, MemoryError):
+        stage.forget()
+        raise
 
 
 def within_memory(stages: Callable[[], Sequence[Stage]], run: Callable[[], Result]) -> Result:

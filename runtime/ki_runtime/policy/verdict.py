@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any
 
 from ki_edge.errors import BackendError
 from ki_edge.files.reading import read_object
+from ki_edge.files.writing import write_file
 
 SCHEMA = 1
 MOST_BYTES = 1 << 18  # of a record, which takes a few thousand
@@ -160,20 +160,11 @@ def keep(verdict: Verdict, folder: Path) -> Path | None:
     """Write a verdict down, whole or not at all; its path, or None if it is kept in this process alone."""
     text = json.dumps(verdict.to_json(), indent=1) + "\n"
     for path in _places(folder, verdict.key):
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
-        try:
+        with suppress(OSError, BackendError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("x", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except OSError:
-            with suppress(OSError):
-                partial.unlink()
-            continue
-        _unwritten.pop(verdict.key, None)
-        return path
+            write_file(path, text, BackendError)
+            _unwritten.pop(verdict.key, None)
+            return path
     _unwritten[verdict.key] = verdict
     return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from ki_edge.errors import RobotError
@@ -16,28 +15,12 @@ def open_robot(spec: str, **options: Any) -> Robot:
     The simulator is imported only for the robot that needs it.
     """
     kind, _, rest = spec.partition(":")
-    opener = _OPENERS.get(kind)
-    if opener is None or not rest:
-        raise _unknown(spec)
-    return opener(rest, options)
+    if spec == "gym:FetchReach-v4":
+        from .fetch import GymRobot
 
+        return GymRobot(**options)
+    if kind == "replay" and rest:
+        from .replay import ReplayRobot
 
-def _open_gym(env: str, options: dict[str, Any]) -> Robot:
-    if env != "FetchReach-v4":
-        raise _unknown(f"gym:{env}")
-    from .fetch import GymRobot
-
-    return GymRobot(**options)
-
-
-def _open_replay(path: str, options: dict[str, Any]) -> Robot:
-    from .replay import ReplayRobot
-
-    return ReplayRobot(path, **options)
-
-
-def _unknown(spec: str) -> RobotError:
-    return RobotError(f"unknown robot {spec!r}: expected gym:FetchReach-v4 or replay:FILE")
-
-
-_OPENERS: dict[str, Callable[[str, dict[str, Any]], Robot]] = {"gym": _open_gym, "replay": _open_replay}
+        return ReplayRobot(rest, **options)
+    raise RobotError(f"unknown robot {spec!r}: expected gym:FetchReach-v4 or replay:FILE")

@@ -29,11 +29,7 @@ class ReplayRobot:
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        prompt: str | None = None,
-        control_hz: float | None = None,
+        self, path: str | os.PathLike[str], *, prompt: str | None = None, control_hz: float | None = None
     ) -> None:
         self.name = f"replay:{os.fspath(path)}"
         self.control_hz = control_hz or CONTROL_HZ

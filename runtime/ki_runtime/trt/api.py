@@ -35,6 +35,11 @@ INSTALL = {
 }
 
 
+def parse_version(text: str) -> tuple[int, ...]:
+    """(10, 3, 0, 26) of "10.3.0.26"."""
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:4])
+
+
 @dataclass(frozen=True)
 class Api:
     """One of the three modules. `version` is comparable, `version_text` the module's own."""
@@ -57,7 +62,7 @@ class Api:
             text = str(module.__version__)  # a mere folder of that name has none
         except Exception as error:  # also RuntimeError, of stubs that find no libraries
             raise BackendError(f"{TITLES[name]} cannot be imported ({first_line(error)}): {INSTALL[name]}") from error
-        api = cls(module, name, tuple(int(part) for part in re.findall(r"\d+", text)[:4]), text)
+        api = cls(module, name, parse_version(text), text)
         if api.version < OLDEST[name]:
             oldest = ".".join(map(str, OLDEST[name]))
             raise BackendError(f"{api.title} is too old: at least {oldest} is needed; {INSTALL[name]}")

@@ -41,31 +41,29 @@ class Shared(Protocol):
 
 
 class TensorRTSession(Session):
-    """One engine. Its contexts live as long as the bindings that use them."""
+    """One engine. Its contexts live as long as the bindings that use them.
+
+    `records`: whether sequences are recorded: not once the engine or CUDA has refused it.
+    """
 
     def __init__(self, shared: Shared, spec: GraphSpec, sizes: Mapping[str, int], engine: Any, path: Path) -> None:
         super().__init__(spec, sizes)
         self._gpu, self._say, self._shared = shared.gpu, shared.options.say, shared
-        self._contexts = EngineContexts(
+        self.contexts = EngineContexts(
             shared.api, self._gpu, engine, shared.scratch, path.with_suffix(".kernels"), self._failure
         )
         self._eager: WeakValueDictionary[Shapes, Context] = WeakValueDictionary()
-        self._records, self._short, self.replays = shared.options.record is not False, False, 0
+        self.records, self._short, self.replays = shared.options.record is not False, False, 0
         if spec.name == graphs.PREFIX.name:
-            self.prompt_bucket = Bucket(PROMPT_BUCKET, self._contexts.limit("prompt_tokens", 1))
+            self.prompt_bucket = Bucket(PROMPT_BUCKET, self.contexts.limit("prompt_tokens", 1))
         if spec.name == graphs.FAST_DECODE.name:
-            self.cache_bucket = Bucket(CACHE_BUCKET, self._contexts.limit("cache_mask", 1))
+            self.cache_bucket = Bucket(CACHE_BUCKET, self.contexts.limit("cache_mask", 1))
 
     def allocate(self, shape: Sequence[int], dtype: str) -> Buffer:
         return self._gpu.allocate(shape, dtype)
 
     def sequence(self, bindings: Sequence[Binding]) -> Binding:
         return Recorded(self, [binding for binding in bindings if isinstance(binding, TensorRTBinding)])
-
-    @property
-    def records(self) -> bool:
-        """Whether sequences are recorded: not once the engine or CUDA has refused it."""
-        return self._records
 
     def record(self, runs: Sequence[Run]) -> Recording | None:
         """Runs that were done once each, as one CUDA graph, which keeps them; None if it cannot be, which is said."""
@@ -79,7 +77,7 @@ class TensorRTSession(Session):
             self.postpone(error)
         except BackendError as error:
             self._say(f"graph {self.spec.name} runs without CUDA graphs, slower: {error}")
-            self._records = False
+            self.records = False
         return None
 
     def replayed(self) -> None:
@@ -87,7 +85,7 @@ class TensorRTSession(Session):
         self.replays = (self.replays or 0) + 1
 
     def stop_recording(self) -> None:
-        self._records = False
+        self.records = False
 
     def postpone(self, error: DeviceMemoryError) -> None:
         """Say, once, that there was no room for a recording; later sequences may have it."""
@@ -95,20 +93,12 @@ class TensorRTSession(Session):
             self._say(f"graph {self.spec.name} runs without CUDA graphs, slower, until there is more memory: {error}")
         self._short = True
 
-    def keep_kernels(self) -> None:
-        """Write down the kernels that were finished on this GPU, for the next start."""
-        self._contexts.keep_kernels()
-
-    def context(self, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]) -> Context:
-        """A new context, for what is recorded."""
-        return self._contexts.open(inputs, outputs)
-
     def eager_context(self, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]) -> Context:
         """The context in which everything of these shapes runs that is not recorded."""
         shapes = tuple(inputs.items())
         context = self._eager.get(shapes)
         if context is None:
-            context = self._eager[shapes] = self._contexts.open(inputs, outputs)
+            context = self._eager[shapes] = self.contexts.open(inputs, outputs)
         return context
 
     def _bind(self, buffers: Mapping[str, Buffer]) -> Binding:
@@ -134,7 +124,7 @@ class TensorRTBinding:
 
     def alone(self) -> Run:
         """The same as a run with a context of its own."""
-        return Run(self._with_shapes(self._session.context), self._addresses)
+        return Run(self._with_shapes(self._session.contexts.open), self._addresses)
 
     def _with_shapes(self, make: Callable[[Mapping[str, Shape], Mapping[str, Shape]], Context]) -> Context:
         parts = self._session.inputs, self._session.outputs
@@ -185,7 +175,7 @@ class Recorded:
             enqueue_all(runs)  # this call's result; new shapes need one run before they can be recorded
             self._recording = self._session.record(runs)  # on the same stream; what is recorded does not run now
         if not self._settled or runs is not None:
-            self._session.keep_kernels()
+            self._session.contexts.keep_kernels()
         self._settled = True
 
     def _runs(self) -> list[Run] | None:

@@ -106,11 +106,7 @@ def rebuild(bundle: Bundle, api: Api, device: Device, broken: Engines, say: Say 
 
 
 def build(
-    bundle: Bundle,
-    api: Api,
-    device: Device | None,
-    options: BuildOptions | None = None,
-    say: Say = lambda _: None,
+    bundle: Bundle, api: Api, device: Device | None, options: BuildOptions | None = None, say: Say = lambda _: None
 ) -> EngineSet:
     """Compile a bundle's graphs and publish the engines in it: first those that act, then fast_decode.
 

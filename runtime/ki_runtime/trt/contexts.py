@@ -25,6 +25,7 @@ from ki_runtime.gpu.buffers import Gpu
 from ki_runtime.gpu.cuda import Memory
 
 from .api import Api
+from .profiles import within
 
 MAX_KERNELS = 1 << 30  # bytes of a file of compiled kernels
 Shape = tuple[int, ...]
@@ -116,7 +117,7 @@ class EngineContexts:
         outside: list[str] = []
         for index in range(self._engine.num_optimization_profiles):
             found = [(name, shape, *self._range(name, index)) for name, shape in shapes.items()]
-            beyond = [item for item in found if not _within(*item[1:])]
+            beyond = [item for item in found if not within(*item[1:])]
             if not beyond:
                 return index
             outside += [f"'{n}' is {list(s)}, built for {list(least)} to {list(most)}" for n, s, least, most in beyond]
@@ -182,7 +183,3 @@ class _Kernels:
         self._size = len(content)
         with suppress(BackendError):  # a bundle that cannot be written compiles them again at the next start
             write_file(self._path, content, BackendError)
-
-
-def _within(shape: Shape, least: Shape, most: Shape) -> bool:
-    return len(shape) == len(least) and all(a <= size <= b for a, size, b in zip(least, shape, most, strict=True))

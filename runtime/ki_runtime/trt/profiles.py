@@ -42,13 +42,13 @@ class Profile:
 
     def accepts(self, shapes: Mapping[str, Shape]) -> bool:
         """Whether inputs of these shapes can run; names of inputs that are not dynamic are ignored."""
-        return all(_within(self.shapes[name], shape) for name, shape in shapes.items() if name in self.shapes)
+        known = [(shape, *self.shapes[name][::2]) for name, shape in shapes.items() if name in self.shapes]
+        return all(within(*item) for item in known)
 
     def covers(self, other: Profile) -> bool:
         """Whether whatever runs in `other` runs in this one."""
-        same = self.shapes.keys() == other.shapes.keys()
-        ends = [(name, end) for name, (least, _, most) in other.shapes.items() for end in (least, most)]
-        return same and all(_within(self.shapes[name], end) for name, end in ends)
+        ends = ({name: shapes[at] for name, shapes in other.shapes.items()} for at in (0, 2))
+        return self.shapes.keys() == other.shapes.keys() and all(map(self.accepts, ends))
 
     def to_json(self) -> dict[str, Any]:
         """{tensor: [least, optimum, most]}."""
@@ -117,6 +117,6 @@ def _range(tensor: TensorSpec, points: list[dict[str, int]]) -> Range:
     return least, best, most
 
 
-def _within(found: Range, shape: Shape) -> bool:
-    least, _, most = found
+def within(shape: Shape, least: Shape, most: Shape) -> bool:
+    """Whether a shape has the rank of both, and lies between them."""
     return len(shape) == len(least) and all(a <= size <= b for a, size, b in zip(least, shape, most, strict=True))

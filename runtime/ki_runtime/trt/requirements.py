@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ki_edge.bundle import Bundle
-from ki_edge.checkpoints.layout.counts import graph_bytes
-from ki_edge.dtypes import BY_NAME
 from ki_edge.errors import BackendError, BundleError
 
 from .api import Api
@@ -46,14 +44,12 @@ class GraphFacts:
 def graph_facts(bundle: Bundle, name: str) -> GraphFacts:
     """Of a graph whose file was looked at. BundleError if it is damaged, or if the manifest does not tell."""
     bundle.graph(name)
-    manifest, found = bundle.manifest, bundle.manifest.graphs[name]
-    if "opset" not in found or "ops" not in found:
-        raise BundleError(f"{bundle.path}: the manifest lacks the opset of graph {name}: export the checkpoint again")
-    size = found.get("weight_bytes")
-    if size is None:  # older exports did not count them
-        low = BY_NAME[manifest.precision].nbytes
-        size = graph_bytes(manifest.config, len(manifest.vocabulary.ids), low)[name]
-    return GraphFacts(found["opset"], found["ops"], size)
+    found = bundle.manifest.graphs[name]
+    lacking = [field for field in ("opset", "ops", "weight_bytes") if field not in found]
+    if lacking:
+        what = f"the {lacking[0]} of graph {name}"
+        raise BundleError(f"{bundle.path}: the manifest lacks {what}: export the checkpoint again")
+    return GraphFacts(found["opset"], found["ops"], found["weight_bytes"])
 
 
 def check_graph(api: Api, name: str, graph: GraphFacts) -> None:
