@@ -122,7 +122,7 @@ CASES = {
     "res": ("lerobot", edit("config.json", lambda c: c.update(image_resolution=[256, 256])), {},
             r"image_size is \(256, 256\), the model's is \(224, 224\)"),
     "wide": ("lerobot", edit("config.json", lambda c: c.update(max_action_dim=16)), {}, "model_action_dim is 16"),
-    "chunk": ("lerobot", edit("config.json", lambda c: c.update(n_action_steps=11)), {}, "execute 11 exceeds"),
+    "chunk": ("lerobot", edit("config.json", lambda c: c.update(n_action_steps=11)), {}, "execute must be at most 10"),
     "norm_noq": ("droid", statistics("norm_noq.json"), {"contract": "droid"}, "'state' has no q01, q99"),
     "norm_nan": ("droid", statistics("norm_nan.json"), {"contract": "droid"}, "norm_stats.json: actions"),
     "no_stats": ("droid", lambda f: shutil.rmtree(f / "assets"), {"contract": "droid"}, "no norm_stats.json"),
