@@ -122,8 +122,7 @@ def trace(traceable: Traceable, opset: int, sizes: Mapping[str, int]) -> ir.Mode
 
 
 def _export(traceable: Traceable, opset: int) -> ir.Model:
-    # as torch.onnx.export captures a module, so that no size is compared with 0 or 1
-    with torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+    with _capturing():
         program = torch.export.export(
             traceable.module,
             traceable.inputs,
@@ -131,23 +130,34 @@ def _export(traceable: Traceable, opset: int) -> ir.Model:
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-    program.__class__ = Captured
-    exported = torch.onnx.export(
-        program,
-        (),
-        dynamo=True,
-        optimize=False,
-        verbose=False,
-        opset_version=opset,
-        input_names=[tensor.name for tensor in traceable.spec.inputs],
-        output_names=[tensor.name for tensor in traceable.spec.outputs],
-        custom_translation_table=TRANSLATIONS,
-        dynamic_shapes=traceable.dynamic_shapes,  # names of free dims
-    )
+        program.__class__ = Captured
+        exported = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=opset,
+            input_names=[tensor.name for tensor in traceable.spec.inputs],
+            output_names=[tensor.name for tensor in traceable.spec.outputs],
+            custom_translation_table=TRANSLATIONS,
+            dynamic_shapes=traceable.dynamic_shapes,  # names of free dims
+        )
     if exported is None:
         raise RuntimeError("the tracer gave no program")
     model: ir.Model = exported.model
     return model
+
+
+@contextmanager
+def _capturing() -> Iterator[None]:
+    """As torch.onnx.export captures a module, so that no size is compared with 0 or 1.
+
+    And without the cache of tensors' shapes: with free dims it is slower to ask than to compute them.
+    """
+    oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
+    with oblivious, torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        yield
 
 
 def prepare(model: ir.Model) -> None:
