@@ -1,4 +1,4 @@
-"""Seconds and peak memory of exports without proof, a process each.
+"""Seconds and peak memory of exports without proof and without a copy of the weights, a process each.
 
 python benchmarks/export_time.py CHECKPOINT [CHECKPOINT ...]      (examples/fetch/checkpoint, a random checkpoint)
 """
@@ -22,7 +22,7 @@ STAGE = re.compile(r"^ki-export: (.+) \((\d+\.\d) s\)$", re.MULTILINE)
 def measure(checkpoint: Path) -> tuple[str, ...]:
     """A row: name, seconds, seconds of processor time, peak memory, stages. SystemExit if the export fails."""
     with tempfile.TemporaryDirectory() as folder:
-        output = ["-o", f"{folder}/bundle", "--model-only", "--no-verify", "--weights", "stored"]
+        output = ["-o", f"{folder}/bundle", "--model-only", "--no-verify", "--stored-types", "--link"]
         command = [sys.executable, "-m", "ki_export.cli", str(checkpoint), *output]
         start = time.perf_counter()
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
