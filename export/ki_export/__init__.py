@@ -1,4 +1,4 @@
-"""From a checkpoint to a verified bundle of three ONNX graphs: ki-export and the order of its work.
+"""From a checkpoint to a verified bundle of ONNX graphs: ki-export and the order of its work.
 
     from ki_export import ExportOptions, export
     bundle = export("checkpoint", "bundle", ExportOptions())

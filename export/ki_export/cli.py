@@ -100,11 +100,11 @@ def _ahead_of_time(arguments: argparse.Namespace, target: str) -> bool:
         return False
     if target != "trt-rtx":
         raise ArgumentError(f"--compute-capability is for --target trt-rtx: engines of {target} are built on their GPU")
+    from ki_edge.dtypes import PRECISIONS
     from ki_runtime.trt.targets import check_ahead
 
-    check_ahead(
-        arguments.compute_capability, {"bf16": "bfloat16", "fp32": "float32"}.get(arguments.precision, "float16")
-    )
+    chosen = PRECISIONS.get(arguments.precision)
+    check_ahead(arguments.compute_capability, "float16" if chosen is None else chosen.name)
     return True
 
 

@@ -35,6 +35,7 @@ def next_lines(bundle: Bundle, target: str, *, built: bool, ahead: bool) -> Iter
         yield f"  ki-build {name}{flag}    (or let the first ki-run do it)"
     head = "  " if elsewhere else "next: "
     if bundle.manifest.contract is None:
-        yield f"{head}ki_runtime.Sampler.open({str(path)!r}) in Python; a bundle of the model alone drives no robot"
+        place = bundle.path.resolve().name if elsewhere else str(bundle.path)
+        yield f"{head}ki_runtime.Sampler.open({place!r}) in Python; a bundle of the model alone drives no robot"
     else:
         yield f"{head}ki-run {path} --robot NAME"

@@ -95,7 +95,7 @@ def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOpti
     vocabulary = decode_vocabulary(config, files, full=options.full_vocabulary, fast_head=bool(options.fast_head))
     # an unfit recording is told before minutes of tracing
     observed = observations(checkpoint, files, options.calibrate) if options.sixteen else None
-    say("tracing prefix, denoise and fast_decode")
+    say(f"tracing {', '.join(spec.name for spec in graphs.specs(config, fast=bool(vocabulary.ids)))}")
     with _stage(say, "traced the graphs"):
         models = trace_all(config, vocabulary, options.opset, say)
     if options.precision == "int8":

@@ -46,14 +46,16 @@ def traced_once(request, made_once):
     """Tracing is slow, so each graph is traced once, and again only after a change of anything that shapes it."""
     trace, cache = ki_export.graphs.tracing.trace, getattr(request.config, "cache", None)
     folder = cache.mkdir("ki_export_traces") if cache else made_once("traces", Path.mkdir)
-    version = hashlib.sha256(repr((torch.__version__, onnx.__version__, version_of("onnxscript"))).encode())
+    version = hashlib.sha256(
+        repr((torch.__version__, onnx.__version__, version_of("onnxscript"), version_of("onnx-ir"))).encode()
+    )
     for package in (ki_edge.model, ki_export.passes, ki_export.graphs):
         for file in sorted(Path(package.__file__).parent.glob("*.py")):
             version.update(file.read_bytes())
 
     def remembered(traceable, opset, sizes):
         tensors = (*traceable.spec.inputs, *traceable.spec.outputs)
-        shapes = [t.resolve(sizes) for t in tensors]
+        shapes = [(t.name, t.dtype, t.resolve(sizes)) for t in tensors]
         key = repr((traceable.module.model.config, traceable.depths, shapes, opset, traceable.module))
         path = folder / (hashlib.sha256(version.digest() + key.encode()).hexdigest()[:32] + ".onnx")
         with path.with_suffix(".lock").open("w") as lock:

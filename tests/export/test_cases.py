@@ -1,4 +1,4 @@
-"""Checkpoints in the state in which users have them: --inspect and the export find the same, before any tracing."""
+"""Checkpoints in the state in which users have them: ki-inspect and the export find the same, before any tracing."""
 
 import json
 import re
@@ -101,7 +101,7 @@ def renamed(names):
 
 
 def verdicts(folder, request, **where):
-    """What --inspect and the export say: "" for one that can start, the error, or the list of what is missing."""
+    """What ki-inspect and the export say: "" for one that can start, the error, or the list of what is missing."""
     try:
         inspected = "; ".join(inspect(CheckpointRef(str(folder), **where), request).missing)
     except KiEdgeError as error:

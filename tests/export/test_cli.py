@@ -173,7 +173,7 @@ def test_progress_and_summary(checkpoint, tmp_path, capsys):
     bundle = re.escape(str(tmp_path / "bundle"))
     expected = [
         rf"exporting {re.escape(str(checkpoint))}",
-        "tracing prefix, denoise and fast_decode$",
+        "tracing prefix, denoise, fast_decode$",
         *(rf"traced {name} \(" for name in ("prefix", "denoise", "fast_decode")),
         r"traced the graphs \(",
         r"wrote graphs and weights \(",

@@ -25,7 +25,8 @@ from ki_runtime.policy.policy import Policy
 from ki_runtime.robots.replay import ReplayRobot
 
 ignored = sys.argv[1].split(",")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where it is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where they are ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 for name in filter(None, ignored):
     signal.signal(getattr(signal, name), signal.SIG_IGN)
 

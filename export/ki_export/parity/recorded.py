@@ -73,7 +73,7 @@ def _compared(
     name = f"recorded outputs {outputs.parent.name}/{outputs.name}"
     result = Comparison(name, bundle.manifest.precision, "recorded", [case.describe()])
     result.measurements += _actions(sampler, case, recorded, result)
-    if "greedy_tokens" in recorded:
+    if "greedy_tokens" in recorded and bundle.manifest.has_fast:
         expected = recorded["greedy_tokens"]
         full = bundle.manifest.vocabulary.count == bundle.manifest.config.vocab_size
         ids = sampler.sample_fast_tokens(*case.inputs, max_tokens=expected.shape[1], constrained=not full)

@@ -18,7 +18,7 @@ def decode_vocabulary(
 ) -> DecodeVocabulary:
     """Columns of the FAST logits: the FAST ids, "|" and eos; all tokens if `full` or if no contract tells them.
 
-    None without `fast_head`: then fast_decode is not exported.
+    Empty without `fast_head`: then fast_decode is not exported.
     """
     fast = files.contract.fast if files is not None else None
     if not fast_head:

@@ -34,7 +34,7 @@ class Board:
 
     @property
     def shared(self) -> bool:
-        return self.untried is JETSON_UNTRIED
+        return self.software in (ORIN, THOR)
 
     @property
     def free(self) -> float:

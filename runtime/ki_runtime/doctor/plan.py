@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ki_edge.config import PI05
+from ki_edge.dtypes import BY_NAME
 from ki_edge.errors import BackendError
 from ki_runtime.gpu.device import PRECISIONS, check_precision
 from ki_runtime.trt.api import Api, parse_version
@@ -19,7 +20,7 @@ from .finding import in_bytes
 from .memory import Needs, needs
 
 FAST_ROWS = 2050  # columns of the FAST logits of the full-size model
-FLAGS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+FLAGS = {name: BY_NAME[name].short for name in ("float16", "bfloat16", "float32")}
 
 
 def tensorrt(version: str) -> Api:
@@ -81,7 +82,9 @@ def lines(board: Board, found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _needs(board: Board, room: Mapping[str, Any]) -> str:
-    text = f"acting takes {in_bytes(room['acting'])}, with FAST {in_bytes(room['with_fast'])}"
+    text = f"acting takes {in_bytes(room['acting'])}"
+    if room["with_fast"] > room["acting"]:
+        text += f", with FAST {in_bytes(room['with_fast'])}"
     if not room["fits"]:
         return text
     if room["with_fast"] > room["free"]:
