@@ -90,6 +90,12 @@ class Manifest:
         return FAST_DECODE.name in self.graphs
 
     @property
+    def decodes_fast(self) -> bool:
+        """Whether its policy decodes FAST tokens; the contract says so, and a model alone has none."""
+        contract = self.contract
+        return self.has_fast and isinstance(contract, dict) and contract.get("fast") is not None
+
+    @property
     def vocabulary(self) -> DecodeVocabulary:
         """Columns of the FAST logits; BundleError unless all are tokens of the model, and some if it has the head."""
         v = self.decode_vocabulary

@@ -10,6 +10,7 @@ import pytest
 from ki_edge import flow, graphs
 from ki_edge.bundle import Bundle, BundleWriter
 from ki_edge.errors import BackendError, BundleError
+from ki_export import exporter
 from ki_export.graphs.checker import check
 from ki_runtime.backends.registry import SessionOptions, choose_backend, open_session
 
@@ -30,6 +31,18 @@ NAMES = list(ALLOWED)
 @pytest.fixture(scope="module")
 def protos(bundle):
     return {name: onnx.load(bundle.graph(name), load_external_data=False) for name in NAMES}
+
+
+def test_weights_at_one_place_count_once():
+    def stored(offset):
+        tensor = ir.ExternalTensor("w", offset, 8, ir.DataType.FLOAT, shape=ir.Shape([2]), name=f"at {offset}")
+        return ir.Value(name=f"{len(values)}", type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+
+    values = []
+    for offset in (0, 8, 8):
+        values.append(stored(offset))
+    model = ir.Model(ir.Graph([], [], nodes=[], initializers=values), ir_version=10)
+    assert exporter._weight_bytes(model) == 16
 
 
 def weights(proto):

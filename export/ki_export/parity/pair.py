@@ -99,9 +99,8 @@ def open_engine(
         model = load_model(checkpoint, dtype=torch.float32)
     else:
         model = streamed(checkpoint, budget=PASSING, on_layer=progress.step)
-    contract = bundle.manifest.contract
-    has_fast = bundle.manifest.has_fast and contract is not None and contract.get("fast") is not None
-    return ParityPair(bundle, model, connection.open, method, has_fast=has_fast), connection.backend
+    opened = ParityPair(bundle, model, connection.open, method, has_fast=bundle.manifest.decodes_fast)
+    return opened, connection.backend
 
 
 def choose_method(config: Pi05Config, available: int | None = None) -> Method:

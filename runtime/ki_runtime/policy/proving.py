@@ -28,8 +28,7 @@ def repeat_proof(bundle: Bundle, backend: str, say: Callable[[str], object]) -> 
     sampler = Sampler(bundle, connection.open, connection.backend)
     prover = Prover(bundle, connection.backend, options)
     found = [prover.repeat(ACTIONS, sampler)]
-    contract = bundle.manifest.contract
-    if bundle.manifest.has_fast and contract is not None and contract.get("fast") is not None:
+    if bundle.manifest.decodes_fast:
         try:
             sampler.prepare_fast()
         except BackendError as error:

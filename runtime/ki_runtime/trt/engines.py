@@ -36,9 +36,7 @@ def default_graphs(bundle: Bundle) -> tuple[str, ...]:
 
     A bundle of the model alone says nothing of FAST, so it acts.
     """
-    contract = bundle.manifest.contract
-    fast = isinstance(contract, dict) and contract.get("fast") is not None
-    return tuple(name for name in bundle.manifest.graphs if name != FAST or fast)
+    return tuple(name for name in bundle.manifest.graphs if name != FAST or bundle.manifest.decodes_fast)
 
 
 @dataclass(frozen=True)
