@@ -50,7 +50,7 @@ class Pi0(PiModel):
         """
         batch, horizon = x_t.shape[:2]
         order = torch.arange(1 + horizon, device=x_t.device)
-        rope = self._rope(prefix_mask.sum(dim=1, keepdim=True) + order)
+        rope = self._rope(prefix_mask.long().sum(dim=1, keepdim=True) + order)
         first = order.clamp(max=1)  # the state token is 0, all action tokens are 1
         among = torch.where(first[None, :] <= first[:, None], 0.0, MASKED)  # [1+H,1+H]
         past = key_bias(prefix_mask).expand(-1, 1, 1, 1 + horizon, -1)

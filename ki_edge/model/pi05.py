@@ -46,7 +46,7 @@ class Pi05(PiModel):
     def velocity(self, x_t: Tensor, modulation: Tensor, prefix: list[KeysValues], prefix_mask: Tensor) -> Tensor:
         """v_t f32 [B,H,A]: action tokens see valid prefix tokens and each other. modulation [b,M,3W], b is B or 1."""
         batch, horizon = x_t.shape[:2]
-        first = prefix_mask.sum(dim=1, keepdim=True)
+        first = prefix_mask.long().sum(dim=1, keepdim=True)
         rope = self._rope(first + torch.arange(horizon, device=x_t.device))
         seen = torch.cat([prefix_mask, prefix_mask.new_ones(batch, horizon)], dim=1)
         hidden = self.expert(self.embed_suffix(x_t), modulation, rope, prefix, key_bias(seen))

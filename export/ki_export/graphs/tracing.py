@@ -11,12 +11,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
-from onnxscript import opset18 as op
 
 from ki_edge import graphs
 from ki_edge.bundle import DecodeVocabulary
@@ -26,6 +24,7 @@ from ki_edge.errors import ExportError
 from ki_edge.graphs import GraphSpec
 from ki_export.passes import PASSES
 
+from .capture import capture
 from .repetition import IrregularError
 from .stamping import SHALLOW, stamp
 from .wrappers import Traceable, traceables
@@ -33,31 +32,6 @@ from .wrappers import Traceable, traceables
 MODULE = "model."  # where the wrappers hold the model
 MIN_OPSET = 18
 NOWHERE = "none"
-
-
-class Captured(torch.export.ExportedProgram):
-    """A program that the exporter takes as it was captured.
-
-    It would trace it twice more to decompose its operators, which is half of the time; `TRANSLATIONS` has what it
-    cannot translate whole.
-    """
-
-    def run_decompositions(self, *_: object, **__: object) -> Captured:
-        return self
-
-
-def _cast(x: Any, dtype: int, *_: object, **__: object) -> Any:
-    return op.Cast(x, to=dtype)
-
-
-def _square(x: Any) -> Any:
-    return op.Pow(x, 2.0)  # type: ignore[type-var]
-
-
-TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.ops.aten.to.dtype: _cast,
-    torch.ops.aten.square.default: _square,
-}
 
 
 def trace_all(
@@ -107,7 +81,7 @@ def trace(traceable: Traceable, opset: int, sizes: Mapping[str, int]) -> ir.Mode
     spec = traceable.spec
     try:
         with quiet():
-            model = _export(traceable, opset)
+            model = capture(traceable, opset)
             prepare(model)
             for apply in PASSES:
                 apply(model)
@@ -119,45 +93,6 @@ def trace(traceable: Traceable, opset: int, sizes: Mapping[str, int]) -> ir.Mode
         first = str(error).strip().split("\n", 1)[0]
         raise ExportError(f"graph {spec.name} cannot be traced at opset {opset}: {first}; try --opset 20") from error
     return model
-
-
-def _export(traceable: Traceable, opset: int) -> ir.Model:
-    with _capturing():
-        program = torch.export.export(
-            traceable.module,
-            traceable.inputs,
-            dynamic_shapes=traceable.dynamic_shapes,
-            strict=False,
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
-        program.__class__ = Captured
-        exported = torch.onnx.export(
-            program,
-            (),
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-            opset_version=opset,
-            input_names=[tensor.name for tensor in traceable.spec.inputs],
-            output_names=[tensor.name for tensor in traceable.spec.outputs],
-            custom_translation_table=TRANSLATIONS,
-            dynamic_shapes=traceable.dynamic_shapes,  # names of free dims
-        )
-    if exported is None:
-        raise RuntimeError("the tracer gave no program")
-    model: ir.Model = exported.model
-    return model
-
-
-@contextmanager
-def _capturing() -> Iterator[None]:
-    """As torch.onnx.export captures a module, so that no size is compared with 0 or 1.
-
-    And without the cache of tensors' shapes: with free dims it is slower to ask than to compute them.
-    """
-    oblivious = torch.fx.experimental._config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    with oblivious, torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
-        yield
 
 
 def prepare(model: ir.Model) -> None:
