@@ -40,11 +40,12 @@ HEAT = {
 BRANCH_ENDS = ("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")  # of residual branches
 
 
-def geometry(depth: int) -> Pi05Config:
+def geometry(depth: int, vocab: int = PI05.vocab_size) -> Pi05Config:
     """The real model with `depth` Gemma layers, and vision layers in the real proportion (27 to 18)."""
     vision = max(1, round(depth * PI05.vision.depth / PI05.backbone.depth))
     return replace(
         PI05,
+        vocab_size=vocab,
         vision=replace(PI05.vision, depth=vision),
         backbone=replace(PI05.backbone, depth=depth),
         expert=replace(PI05.expert, depth=depth),
@@ -117,12 +118,21 @@ def header(shapes: Mapping[str, Shape], dtype: str) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def write_checkpoint(folder: Path, *, depth: int, dtype: str = "BF16", seed: int = 0, hot: int | None = None) -> int:
+def write_checkpoint(
+    folder: Path,
+    *,
+    depth: int,
+    vocab: int = PI05.vocab_size,
+    dtype: str = "BF16",
+    seed: int = 0,
+    hot: int | None = None,
+) -> int:
     """Write the folder; returns the number of parameters. The weights file appears when it is complete.
 
-    `hot`: a backbone layer whose MLP exceeds float16's range, as those of trained language models do.
+    `vocab`: rows of the embedding, half of the parameters at a depth of 2. `hot`: a backbone layer whose MLP exceeds
+    float16's range, as those of trained language models do.
     """
-    config = geometry(depth)
+    config = geometry(depth, vocab)
     shapes = stored_shapes(config)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "model.partial"

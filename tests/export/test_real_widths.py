@@ -24,7 +24,7 @@ MEMORY = 9_000_000_000
 
 @pytest.fixture(scope="module")
 def hot(tmp_path_factory):
-    """A checkpoint of 1.1 B parameters whose first backbone layer leaves float16's range, and its export."""
+    """The export of 0.6 B parameters (the vocabulary is small) whose first backbone layer leaves float16's range."""
     psutil = pytest.importorskip("psutil")
     folder = tmp_path_factory.mktemp("real")
     free, memory = shutil.disk_usage(folder).free, psutil.virtual_memory().available
@@ -34,7 +34,7 @@ def hot(tmp_path_factory):
     spec = importlib.util.spec_from_file_location("random_checkpoint", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    script.write_checkpoint(folder / "checkpoint", depth=2, hot=0)
+    script.write_checkpoint(folder / "checkpoint", depth=2, vocab=4096, hot=0)
     options = ExportOptions(target="trt-rtx", model_only=True, verify=False)
     yield folder / "checkpoint", export(folder / "checkpoint", folder / "bundle", options)
     shutil.rmtree(folder)
@@ -69,7 +69,7 @@ def test_all_graphs_compile_at_real_widths(hot):
     sizes = {graph: engines.path(graph).stat().st_size for graph in engines.of}
     weights = bundle.weights().path.stat().st_size
     assert set(sizes) == {"prefix", "denoise", "fast_decode"}
-    assert 0.7 * weights < sizes["prefix"] < weights  # once for both targets, and not in float32
+    assert 0.45 * weights < sizes["prefix"] < weights  # once for both targets, and not in float32
 
 
 @pytest.mark.parametrize("graph", ["prefix", "denoise", "fast_decode"])
