@@ -1,5 +1,8 @@
 """A robot of your own: the methods that the control loop calls, here for an arm that exists only in memory.
 
+One command goes out every 40 ms, also while the policy thinks: mode async. Limits of the commands come from the policy's
+training data; docs/safety.md says how to give your own.
+
 python examples/my_robot.py build/demo/bundle
 """
 
@@ -19,7 +22,8 @@ class MyArm:
         self.state, self.steps = np.array([1.34, 0.75, 0.53, 0.0, 0.0], np.float32), 0
 
     def observe(self):  # what the policy's contract asks for, in the robot's units
-        picture = np.zeros((96, 96, 3), np.uint8)  # of your camera: RGB, height x width x 3
+        noise = np.random.default_rng(self.steps)
+        picture = noise.integers(0, 256, (96, 96, 3), np.uint8)  # of your camera: RGB, height x width x 3
         images = {"front_left": picture, "front_right": picture}
         return {"images": images, "state": self.state.copy(), "prompt": "reach the red target"}
 
@@ -33,12 +37,18 @@ class MyArm:
     def frame(self):  # a picture for the film of --record, or None
         return None
 
-    def close(self):  # called once, however the run ends: stop the motors here
+    def measure(self):  # the state alone, at every tick: what the guards compare a command with
+        return self.state
+
+    def safe_stop(self):  # called once before close, however the run ends: bring the arm to rest
+        print(f"{self.name} stands still")
+
+    def close(self):  # called once: release the arm
         print(f"{self.name} is closed after {self.steps} actions")
 
 
 if __name__ == "__main__":
     policy = Policy.load(sys.argv[1])
-    policy.warm_up()  # the first inference is as fast as the others
-    loop = ControlLoop(policy, MyArm(), LoopOptions(max_hz=MyArm.control_hz))
+    prepared = policy.warm_up()  # the first inference is as fast as the others
+    loop = ControlLoop(policy, MyArm(), LoopOptions(mode="async"), latency_ms=prepared.inference_ms)
     print("\n".join(loop.run().lines()))

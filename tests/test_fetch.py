@@ -16,7 +16,7 @@ from ki_runtime.policy.policy import Policy
 from ki_runtime.robots import open_robot
 
 ROBOT = "gym:FetchReach-v4"
-UNSEEN = LoopOptions(episodes=10, seed=5000)
+UNSEEN = LoopOptions(episodes=10, seed=5000, paced=False)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ NAMES = {
     ),
     "ki_runtime": (
         "BuildOptions ControlLoop EpisodeStatus KiEdgeError LoopOptions Policy Recorder Robot RobotError Sampler "
-        "Watcher build_bundle episode_noise open_robot"
+        "Step Watcher build_bundle episode_noise open_robot"
     ),
 }
 

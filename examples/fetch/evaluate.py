@@ -15,7 +15,8 @@ from typing import Any
 
 from ki_edge.bundle import MANIFEST, Bundle
 from ki_edge.errors import KiEdgeError
-from ki_runtime.control.loop import ControlLoop, LoopOptions
+from ki_runtime.control.loop import ControlLoop
+from ki_runtime.control.options import MODES, LoopOptions
 from ki_runtime.robots import open_robot
 
 
@@ -63,10 +64,18 @@ def main() -> int:
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1000, help="scene of the first episode; then one up each")
     parser.add_argument("--execute", type=int, default=None, help="actions of a chunk before the next inference")
+    parser.add_argument("--mode", choices=MODES, default="sync", help="how the loop waits for the policy")
+    parser.add_argument("--delay", type=int, metavar="N", help="an inference takes N actions, on a simulated clock")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     options = LoopOptions(
-        episodes=arguments.episodes, seed=arguments.seed, execute=arguments.execute, close_robot=False
+        episodes=arguments.episodes,
+        seed=arguments.seed,
+        execute=arguments.execute,
+        mode=arguments.mode,
+        delay=arguments.delay,
+        paced=False,
+        close_robot=False,
     )
     try:
         results = [evaluate(path, arguments.robot, options) for path in arguments.policy]

@@ -14,8 +14,10 @@ from ki_edge.public_names import public_names
 
 if TYPE_CHECKING:
     from ki_edge.errors import KiEdgeError, RobotError
-    from ki_runtime.control.loop import ControlLoop, LoopOptions, Watcher, episode_noise
+    from ki_runtime.control.loop import ControlLoop, episode_noise
+    from ki_runtime.control.options import LoopOptions
     from ki_runtime.control.recorder import Recorder
+    from ki_runtime.control.reporting import Step, Watcher
     from ki_runtime.policy.policy import Policy
     from ki_runtime.policy.sampler import Sampler
     from ki_runtime.robots import EpisodeStatus, Robot, open_robot
@@ -25,8 +27,10 @@ __getattr__, __dir__ = public_names(
     __name__,
     {
         "ki_edge.errors": "KiEdgeError RobotError",
-        "ki_runtime.control.loop": "ControlLoop LoopOptions Watcher episode_noise",
+        "ki_runtime.control.loop": "ControlLoop episode_noise",
+        "ki_runtime.control.options": "LoopOptions",
         "ki_runtime.control.recorder": "Recorder",
+        "ki_runtime.control.reporting": "Step Watcher",
         "ki_runtime.policy.policy": "Policy",
         "ki_runtime.policy.sampler": "Sampler",
         "ki_runtime.robots": "EpisodeStatus Robot open_robot",
@@ -36,5 +40,5 @@ __getattr__, __dir__ = public_names(
 
 __all__ = [
     "BuildOptions", "ControlLoop", "EpisodeStatus", "KiEdgeError", "LoopOptions", "Policy", "Recorder", "Robot",
-    "RobotError", "Sampler", "Watcher", "build_bundle", "episode_noise", "open_robot",
+    "RobotError", "Sampler", "Step", "Watcher", "build_bundle", "episode_noise", "open_robot",
 ]  # fmt: skip

@@ -15,6 +15,7 @@ class CountingRobot:
     """Over after 7 steps; successful at step 3 in every episode, and at the end where the seed is even."""
 
     name, control_hz = "counting", 20.0
+    real_time = False  # tests wait for nothing
 
     def __init__(self):
         self.log = []
@@ -54,6 +55,7 @@ class FormulaPolicy:
 
     def warm_up(self, **given):
         self.warmed = given
+        return SimpleNamespace(milliseconds=12.0, inference_ms=3.0)
 
     def infer(self, observation, *, noise=None, num_steps=None):
         self.asked.append(SimpleNamespace(observation=observation, noise=noise, num_steps=num_steps))

@@ -8,7 +8,9 @@ import pytest
 
 from ki_edge.errors import BackendError, RobotError
 from ki_runtime.control.interrupts import Interrupted
-from ki_runtime.control.loop import ControlLoop, LoopOptions, Watcher
+from ki_runtime.control.loop import ControlLoop
+from ki_runtime.control.options import LoopOptions
+from ki_runtime.control.reporting import Watcher
 
 from .fake_robot import CountingRobot, Failing, FormulaPolicy
 

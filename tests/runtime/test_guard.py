@@ -6,7 +6,8 @@ import pytest
 from ki_edge.errors import BackendError, RobotError
 from ki_edge.policy.contract import generic
 from ki_edge.policy.normalize import NormStats
-from ki_runtime.control.loop import ControlLoop, LoopOptions
+from ki_runtime.control.loop import ControlLoop
+from ki_runtime.control.options import LoopOptions
 from ki_runtime.policy.guard import Guard, finite_actions
 from ki_runtime.robots.base import checked_action
 

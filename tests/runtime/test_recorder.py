@@ -8,7 +8,8 @@ import pytest
 
 from ki_edge.errors import ArgumentError, BackendError, RobotError
 from ki_runtime.control import film, plots
-from ki_runtime.control.loop import ControlLoop, LoopOptions
+from ki_runtime.control.loop import ControlLoop
+from ki_runtime.control.options import LoopOptions
 from ki_runtime.control.recorder import Recorder
 from ki_runtime.robots.replay import ReplayRobot, record_episode
 
@@ -32,7 +33,8 @@ def test_steps_are_logged(tmp_path):
     assert inference["step"] == 3 and inference["state"] == [3, 3] and inference["prompt"] == "own prompt"
     assert inference["actions"] == [[3, h] for h in range(HORIZON)]
     assert inference["timing"]["denoise_ms"] == 1.0 and inference["timing"]["observe_ms"] > 0
-    assert lines[6] == {"event": "step", "step": 3, "action": [3, 0]}
+    step = {"event": "step", "step": 3, "action": [3, 0], "chunk": 1, "index": 0, "seam": True}
+    assert {key: lines[6][key] for key in step} == step and lines[6]["age"] >= 0
     assert lines[len(one) - 1]["success"] is True and lines[len(one) - 1]["seed"] == 8
 
 

@@ -10,7 +10,10 @@ import pytest
 
 from ki_edge.errors import ArgumentError, BackendError, DeviceError, RobotError
 from ki_edge.policy.contract import generic
-from ki_runtime.control.loop import ControlLoop, LoopOptions, Watcher, episode_noise
+from ki_runtime.control.loop import ControlLoop, episode_noise
+from ki_runtime.control.options import LoopOptions
+from ki_runtime.control.reporting import Watcher
+from ki_runtime.control.seams import SeamLog
 from ki_runtime.control.telemetry import Episode, LatencyLog, RunReport
 
 from .fake_robot import HORIZON, CountingRobot, Failing, FormulaPolicy
@@ -60,8 +63,11 @@ def test_limit_and_prompt():
 
 
 def test_pace():
-    report = ControlLoop(FormulaPolicy(), CountingRobot(), LoopOptions(max_hz=100)).run()
-    assert report.episodes[0].seconds >= 0.06 and report.control_hz <= 117  # 7 actions, 6 pauses of 10 ms
+    robot = CountingRobot()
+    robot.real_time = True
+    report = ControlLoop(FormulaPolicy(), robot, LoopOptions(rate=100)).run()
+    assert report.episodes[0].seconds >= 0.06 and report.rate["achieved_hz"] <= 117  # 7 actions, 6 pauses of 10 ms
+    assert (report.rate["asked_hz"], report.rate["ticks"]) == (100, 7)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +78,7 @@ def test_pace():
         ({"execute": 0}, "execute 0"),
         ({"execute": 6}, "execute must be at most 5, the actions that the policy gives at once; got 6"),
         ({"max_steps": 0}, "max_steps 0"),
-        ({"max_hz": 0.0}, "max_hz 0.0"),
+        ({"rate": 0.0}, "rate 0.0"),
         ({"num_steps": 0}, "num_steps 0"),
     ],
 )
@@ -97,10 +103,12 @@ def test_an_error_closes_the_watchers_and_keeps_the_report(monkeypatch, error):
 def test_a_robot_with_other_actions_is_refused():
     """Same number of actions, another meaning: the arm must not move."""
     contract = generic(["front"], state_dim=2, action_dim=2, action_horizon=4, action_names=("dx", "dy"))
-    arm = SimpleNamespace(name="arm", action_names=("x", "y"))
+    arm = SimpleNamespace(name="arm", action_names=("x", "y"), control_hz=20.0)
     with pytest.raises(RobotError, match=r"arm is commanded by \(x, y\), but the policy gives \(dx, dy\)"):
         ControlLoop(SimpleNamespace(contract=contract), arm)
-    ControlLoop(SimpleNamespace(contract=contract), SimpleNamespace(name="arm", action_names=("dx", "dy")))
+    ControlLoop(
+        SimpleNamespace(contract=contract), SimpleNamespace(name="arm", action_names=("dx", "dy"), control_hz=20.0)
+    )
 
 
 # ---------------------------------------------------------------- telemetry
@@ -116,15 +124,23 @@ def test_percentiles():
     assert (x.count, x.p50, x.max, x.mean) == (100, 50.5, 100, 50.5) and x.p99 == pytest.approx(99.01)
 
 
+def run_report(episodes, latency):
+    nothing = SeamLog([True]).summary()
+    rate = {"asked_hz": 20.0, "achieved_hz": 19.9, "ticks": 40, "missed": 1, "starved": 0, "jitter_ms": None}
+    delay, guards = {"predicted": None, "real": None}, {"position": 3, "tripped": False}
+    return RunReport(episodes, latency, "sync", rate, nothing, delay, guards)
+
+
 def test_report():
     episodes = tuple(Episode(seed, 10, 2, 0.5, success=seed > 0, success_any=True) for seed in range(4))
     log = LatencyLog()
     log.add({"total_ms": 3.0})
-    report = RunReport(episodes, log.summary(), 20.0)
+    report = run_report(episodes, log.summary())
     text = "\n".join(report.lines())
-    assert "75.0 % at the end" in text and "100.0 % at any step" in text and "20.0 Hz" in text
+    assert "75.0 % at the end" in text and "100.0 % at any step" in text and "19.9 Hz of 20 asked" in text
+    assert "40, 1 missed, 0 without an action" in text and "position 3" in text
     data = json.loads(json.dumps(report.to_json()))
     assert data["success_rate"] == 0.75 and data["latency_ms"]["total_ms"]["p99"] == 3.0
     assert data["torch_loaded"] is ("torch" in sys.modules)
-    unknown = RunReport(tuple(replace(e, success=None, success_any=None) for e in episodes), {}, 0.0)
+    unknown = run_report(tuple(replace(e, success=None, success_any=None) for e in episodes), {})
     assert unknown.success_rate is None and "success" not in "\n".join(unknown.lines())

@@ -18,6 +18,7 @@ STEPS = 40
 # ki-run as it is, but for a policy that is a formula, and a robot that says on stderr that it was closed.
 KI_RUN = """
 import signal, sys, time
+from types import SimpleNamespace
 import numpy as np
 from ki_edge.policy.contract import generic
 from ki_runtime.control import cli
@@ -33,7 +34,7 @@ for name in filter(None, ignored):
 class Slow:
     contract = generic(["cam"], state_dim=2, action_dim=2, action_horizon=4, execute=4, model_action_dim=2)
     def warm_up(self, **_):
-        pass
+        return SimpleNamespace(milliseconds=1.0, inference_ms=1.0)
     def infer(self, observation, *, noise=None, num_steps=None):
         time.sleep(0.02)
         return {"actions": np.zeros((4, 2))}

@@ -7,15 +7,24 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import fields
 
 from ki_edge.commands import Parser, run_command, show, show_json, tell
 from ki_runtime.backends.registry import NAMES
 from ki_runtime.robots import open_robot
 
 from .interrupts import Interrupts
-from .loop import ControlLoop, LoopOptions, Watcher
+from .loop import ControlLoop
+from .options import MODES, LoopOptions
 from .recorder import Recorder, check_folder
+from .reporting import Watcher
 from .telemetry import Episode
+
+MODE_HELP = (
+    "sync: the robot waits for each inference; async: it goes on with the last chunk; rtc: and chunks join without a "
+    "jump; default: %(default)s"
+)
+OWN = {"close_robot"}  # options of the loop that are no options of the command
 
 
 class Progress(Watcher):
@@ -50,7 +59,7 @@ def _run(options: argparse.Namespace) -> int:
 
     if options.record:
         check_folder(options.record)  # before a large model is loaded, and engines are built
-    told = ("episodes", "seed", "execute", "num_steps", "prompt", "max_steps", "max_hz")
+    told = {one.name for one in fields(LoopOptions)} - OWN
     loop_options = LoopOptions(**{name: getattr(options, name) for name in told})
     policy = Policy.load(
         options.bundle,
@@ -64,9 +73,12 @@ def _run(options: argparse.Namespace) -> int:
     with Interrupts() as interrupts, interrupts.held(), ExitStack() as opened:
         robot = open_robot(options.robot)
         opened.callback(robot.close)
-        loop = ControlLoop(policy, robot, loop_options, interrupts=interrupts)
         with interrupts.released():
-            policy.warm_up(prompt=options.prompt, num_steps=options.num_steps)  # before anything moves
+            prepared = policy.warm_up(prompt=options.prompt, num_steps=options.num_steps)  # before anything moves
+        tell(
+            f"ki-run: warmed up in {prepared.milliseconds / 1e3:.1f} s; an inference takes {prepared.inference_ms:.0f} ms"
+        )
+        loop = ControlLoop(policy, robot, loop_options, interrupts=interrupts, latency_ms=prepared.inference_ms)
         recorder = Recorder(options.record) if options.record else None  # nothing was written before
         loop.watch(Progress(options.episodes), *([recorder] if recorder else []))
         opened.pop_all()  # from here on the loop closes the robot
@@ -112,13 +124,27 @@ def _parser() -> Parser:
     add("--threads", type=int, metavar="N", help="CPU threads of the engine; default: its own choice")
     add("--num-steps", type=int, metavar="N", help="denoising steps; default: the bundle's")
     add("--execute", type=int, metavar="K", help="actions to execute after each inference; default: the contract's")
-    add("--max-steps", type=int, metavar="N", help="end an episode after N actions")
+    add("--mode", choices=MODES, default=defaults.mode, help=MODE_HELP)
+    add("--rate", type=float, metavar="HZ", help="commands a second; default: the contract's, else the robot's")
+    add("--unpaced", dest="paced", action="store_false", help="as fast as the robot takes commands, for simulators")
+    add("--delay", type=int, metavar="N", help="lock-step on a simulated clock: an inference takes exactly N actions")
+    add("--crossfade", type=int, default=0, metavar="K", help="mode async: blend a new chunk in over K actions")
+    add("--max-steps", type=int, metavar="N", help="end an episode after N commands")
+    add("--max-seconds", type=float, metavar="S", help="stop the run after S seconds")
+    add("--starve-limit", type=int, metavar="N", help="stop after N ticks without a fresh action; default: 2 seconds")
+    add("--stale-after", type=float, default=defaults.stale_after, metavar="S", help="hold where readings are older")
+    add("--limits", metavar="FILE", help="limits of the commands, see docs/safety.md; tightens those of the robot")
+    add("--show-limits", action="store_true", help="print the limits and where they come from, and run nothing")
+    trip = defaults.trip_after
     add(
-        "--max-hz",
-        type=float,
-        metavar="HZ",
-        help="at most so many actions a second; default: as fast as the robot takes them",
+        "--trip-after",
+        type=int,
+        default=trip,
+        metavar="N",
+        help="stop after N violations in a row; default %(default)s",
     )
+    add("--stop-file", metavar="FILE", help="stop when this file appears")
+    add("--stop-keys", action="store_true", help="stop at q or the space bar in the terminal")
     add("--record", metavar="DIR", help="keep films, steps.jsonl and plots in this folder")
     add("--json", action="store_true", help="print the report as JSON")
     add("--verbose", action="store_true", help="also say whether PyTorch was loaded, which a robot does not need")

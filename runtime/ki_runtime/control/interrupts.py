@@ -28,6 +28,15 @@ class Interrupted(KeyboardInterrupt):
         self.signum = signum
 
 
+class Stopped(Interrupted):
+    """Somebody at the robot asked the run to stop. `reason`: how."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(signal.SIGINT)
+        self.reason = reason
+        self.args = (reason,)
+
+
 class Interrupts:
     """Handlers for the time of a `with` block, which may be entered again inside itself.
 

@@ -17,18 +17,20 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+import numpy.typing as npt
 
 from ki_edge.errors import RobotError
-from ki_runtime.policy.guard import F32
 from ki_runtime.robots.base import Robot
 from ki_runtime.robots.replay import ReplayRobot
 
 from . import plots
 from .film import Film, open_film
-from .loop import Watcher
+from .reporting import Step, Watcher
+from .schedule import F32
 from .telemetry import Episode
 
 LOG = "steps.jsonl"
+FILM_HZ = 25.0  # of a robot that does not tell its rate
 
 
 def check_folder(folder: str | Path) -> None:
@@ -49,7 +51,8 @@ def check_folder(folder: str | Path) -> None:
 class Recorder(Watcher):
     """Writes into `folder`, a new or empty one. RobotError if it is neither, or cannot be written.
 
-    `notes`: lines for the user, such as what could not be drawn. `films`: episodes that are filmed, from the first.
+    `notes`: lines for the user, such as what could not be drawn. `films`: episodes that are filmed and plotted, the first
+    ones.
     """
 
     def __init__(self, folder: str | Path, *, films: int = 10) -> None:
@@ -61,6 +64,7 @@ class Recorder(Watcher):
         self._actions: list[F32] = []
         self._inferences: list[int] = []
         self._timings: dict[str, list[float]] = {}
+        self._plots: list[tuple[Any, ...]] = []  # what is drawn at the end
         self._recorded: F32 | None = None  # what a replay is compared with
         check_folder(folder)
         try:
@@ -72,13 +76,20 @@ class Recorder(Watcher):
         if not plots.can_plot():
             self.notes.append(plots.MISSING)
 
+    def films(self, index: int) -> bool:
+        """The first episodes are filmed, and plotted."""
+        return index < self._films
+
     def episode_started(self, index: int, seed: int, robot: Robot) -> None:
         self._index, self._seed, self._actions, self._inferences = index, seed, [], []
         self._recorded = robot.recorded if isinstance(robot, ReplayRobot) else None
         self._write("episode", {"index": index, "seed": seed, "robot": robot.name})
-        if index < self._films:
-            self._film = open_film(self.folder / f"episode_{index:03d}", robot.control_hz)
-            self._add_frame(robot)
+        if self.films(index):
+            self._film = open_film(self.folder / f"episode_{index:03d}", getattr(robot, "control_hz", None) or FILM_HZ)
+
+    def filmed(self, frame: npt.NDArray[np.uint8]) -> None:
+        if self._film is not None:
+            self._film.add(frame)
 
     def inferred(self, step: int, observation: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         self._inferences.append(step)
@@ -88,40 +99,39 @@ class Recorder(Watcher):
         facts = {"step": step, "timing": result["timing"], "actions": _rounded(result["actions"])}
         self._write("inference", {**seen, **facts})
 
-    def stepped(self, step: int, action: F32, robot: Robot) -> None:
-        self._actions.append(action)
-        self._write("step", {"step": step, "action": _rounded(action)})
-        self._add_frame(robot)
+    def stepped(self, step: Step) -> None:
+        self._actions.append(step.action)
+        facts: dict[str, Any] = {"step": step.tick, "action": _rounded(step.action)}
+        facts |= {"chunk": step.chunk, "index": step.index, "age": _seconds(step.age), "seam": step.seam}
+        if step.guards:
+            facts |= {"guards": step.guards, "planned": _rounded(step.planned)}
+        self._write("step", facts)
 
     def episode_ended(self, index: int, episode: Episode) -> None:
         self._write("end", asdict(episode))
         self._finish_episode()
 
     def close(self) -> None:
-        """Finish the film and the plots, also those of an episode that was stopped."""
+        """Finish the film, also that of an episode that was stopped, and draw the plots: they take too long before."""
         try:
             self._finish_episode()
         finally:
             self._log.close()
-            if plots.can_plot() and self._timings:
-                plots.plot_latency(self.folder / "latency.png", self._timings)
+            if plots.can_plot():
+                for name, *drawn in self._plots:
+                    plots.plot_actions(self.folder / name, *drawn)
+                if self._timings:
+                    plots.plot_latency(self.folder / "latency.png", self._timings)
 
     def _finish_episode(self) -> None:
         film, self._film = self._film, None
         actions, self._actions = self._actions, []
-        try:
-            if film is not None:
-                film.close()
-        finally:
-            if plots.can_plot() and actions:
-                path = self.folder / f"actions_{self._index:03d}.png"
-                title = f"Episode {self._index}, seed {self._seed}"
-                plots.plot_actions(path, np.stack(actions), self._inferences, self._recorded, title)
-
-    def _add_frame(self, robot: Robot) -> None:
-        frame = robot.frame() if self._film is not None else None
-        if self._film is not None and frame is not None:
-            self._film.add(frame)
+        if actions and self.films(self._index):
+            title = f"Episode {self._index}, seed {self._seed}"
+            name = f"actions_{self._index:03d}.png"
+            self._plots.append((name, np.stack(actions), self._inferences, self._recorded, title))
+        if film is not None:
+            film.close()
 
     def _write(self, event: str, fields: Mapping[str, Any]) -> None:
         self._log.write(json.dumps({"event": event} | {**fields, "event": event}) + "\n")
@@ -138,3 +148,7 @@ def _small(given: object) -> object:
 
 def _rounded(actions: Any) -> Any:
     return np.round(np.asarray(actions, np.float64), 6).tolist()
+
+
+def _seconds(age: float | None) -> float | None:
+    return None if age is None else round(age, 4)

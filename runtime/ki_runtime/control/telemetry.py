@@ -1,9 +1,9 @@
-"""What a run measured: latencies by stage, episodes, control rate; as text for people and JSON for machines."""
+"""What a run measured: latencies, episodes, control rate, seams, guards; as text for people, JSON for machines."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ class Episode:
     seed: int
     steps: int
     inferences: int
-    seconds: float  # from the first observation to the last action
+    seconds: float  # from the first observation to the last action, of the loop's clock
     success: bool | None
     success_any: bool | None
     replay_error: float | None = None  # of a replay: mean |predicted - recorded| over all actions, robot units
@@ -61,11 +61,17 @@ class Episode:
 
 @dataclass(frozen=True)
 class RunReport:
-    """What `ControlLoop.run` did."""
+    """What `ControlLoop.run` did. The fields that are mappings are described in docs/run.md."""
 
     episodes: tuple[Episode, ...]
     latency: Mapping[str, Latency]  # by stage, milliseconds
-    control_hz: float  # actions a second achieved, inference included
+    mode: str  # that was really active
+    rate: Mapping[str, Any]
+    seams: Mapping[str, Any]
+    delay: Mapping[str, Any]
+    guards: Mapping[str, Any]
+    dropped: int = 0  # events that a slow watcher was not told
+    backend: str | None = None
     interrupted: bool = False
 
     @property
@@ -81,31 +87,69 @@ class RunReport:
     def to_json(self) -> dict[str, Any]:
         """Plain values, with the facts about this process that a report needs."""
         return {
-            "episodes": [asdict(episode) for episode in self.episodes],
+            "mode": self.mode,
+            "backend": self.backend,
             "success_rate": self.success_rate,
             "success_rate_any": self.success_rate_any,
+            "episodes": [asdict(episode) for episode in self.episodes],
             "latency_ms": {stage: asdict(latency) for stage, latency in self.latency.items()},
-            "control_hz": self.control_hz,
+            "rate": dict(self.rate),
+            "seams": dict(self.seams),
+            "delay": dict(self.delay),
+            "guards": dict(self.guards),
+            "self_check": None,
+            "dropped_events": self.dropped,
             "interrupted": self.interrupted,
             "torch_loaded": "torch" in sys.modules,
         }
 
     def lines(self) -> list[str]:
         """The report for a terminal."""
-        out = [f"episodes      {len(self.episodes)}{' (interrupted)' if self.interrupted else ''}"]
+        out = [f"episodes      {len(self.episodes)}{' (interrupted)' if self.interrupted else ''}, mode {self.mode}"]
         for name, rate in (("at the end", self.success_rate), ("at any step", self.success_rate_any)):
             if rate is not None:
                 out.append(f"success       {100 * rate:.1f} % {name}")
         errors = [episode.replay_error for episode in self.episodes if episode.replay_error is not None]
         if errors:
             out.append(f"replay error  {sum(errors) / len(errors):.4g} mean |predicted - recorded|, robot units")
-        out.append(f"control rate  {self.control_hz:.1f} Hz")
+        out += self._rate_lines()
+        inside = self.seams["inside"]["position"]
+        for name, jump in (("seams", self.seams["position"]), ("in chunks", inside)):
+            if jump is not None and self.seams["count"]:
+                count = f", {self.seams['count']} of them" if name == "seams" else ""
+                out.append(f"{name:<14}position step p50 {jump['p50']:.3g}, p95 {jump['p95']:.3g}{count}, robot units")
+        found = [f"{kind} {count}" for kind, count in self.guards.items() if kind != "tripped" and count]
+        if found:
+            out.append(f"guards        {', '.join(found)}{'; tripped' if self.guards.get('tripped') else ''}")
+        if self.dropped:
+            out.append(f"recording     {self.dropped} events dropped: it could not keep up")
         if self.latency:
             out.append(f"{'milliseconds':<14}{'p50':>9}{'p99':>9}{'max':>9}{'count':>8}")
         for stage, x in self.latency.items():
             name = stage.removesuffix("_ms")
             out.append(f"  {name:<12}{x.p50:9.2f}{x.p99:9.2f}{x.max:9.2f}{x.count:8d}")
         return out
+
+    def _rate_lines(self) -> list[str]:
+        rate, real = self.rate, self.delay["real"]
+        asked = "" if rate["asked_hz"] is None else f" of {rate['asked_hz']:g} asked"
+        jitter = rate["jitter_ms"]
+        late = "" if jitter is None else f", late by {jitter['p99']:.2f} ms (p99)"
+        out = [f"control rate  {rate['achieved_hz']:.1f} Hz{asked}{late}"]
+        if rate["missed"] or rate["starved"]:
+            out.append(f"ticks         {rate['ticks']}, {rate['missed']} missed, {rate['starved']} without an action")
+        if real is not None and real["p95"] > 0:
+            out.append(f"delay         {real['p50']:g} actions an inference (p95 {real['p95']:g})")
+        return out
+
+
+def percentiles(values: Sequence[float], *percents: int) -> dict[str, float] | None:
+    """{"p50": ..., "max": ...} of `percents`, 100 is the largest; None without values."""
+    if not len(values):
+        return None
+    found = np.percentile(np.asarray(values, np.float64), percents)
+    names = ["max" if percent == 100 else f"p{percent}" for percent in percents]
+    return dict(zip(names, map(float, found), strict=True))
 
 
 def _share(outcomes: list[bool | None]) -> float | None:

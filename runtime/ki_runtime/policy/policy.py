@@ -56,6 +56,7 @@ class Policy:
         self._fast_folder = assets.fast_folder
         self._inputs = InputPipeline(assets.contract, assets.stats, assets.tokenizer)
         self._outputs = OutputPipeline(assets.contract, assets.stats)
+        self.stats = assets.stats
         self._range = TrainingRange(assets.contract, assets.stats, say)
         self._say = say
         self._absent: set[str] = set()  # cameras of which it was said

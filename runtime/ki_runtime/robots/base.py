@@ -21,9 +21,16 @@ class EpisodeStatus:
 class Robot(Protocol):
     """A robot, real or simulated. All calls come from the thread that opened it.
 
-    A robot may also have `action_names`, what each dimension of an action commands: a loop then refuses a policy whose
-    contract names them otherwise. One with a method `fit(contract)` is told by the loop whose policy will drive it,
-    before the first episode.
+    A robot may also have, and a loop uses where it is there:
+
+    action_names  what each number of an action commands; a policy whose contract names them otherwise is refused
+    real_time     False for one that waits for its actions: nothing is paced then
+    fit(contract)     told once which policy will drive it, before the first episode
+    measure()         the state [s] as `observe` gives it, without pictures and at once: asked for at every tick
+    timestamps()      {"front": seconds, ...} of `time.monotonic`: when the parts of the last observation were read
+    limits            its own `Limits`; check(action, state)  why an action must not be sent, in one line, else None
+    hold()            stand still for one control period, instead of getting the last action again
+    safe_stop()       come to rest; called once before `close`, however a run ends
     """
 
     name: str

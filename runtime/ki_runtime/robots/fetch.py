@@ -210,6 +210,10 @@ class GymRobot:
         """{"images": {camera: u8 [96, 96, 3]}, "state": f32 [5], "prompt": str}."""
         return {"images": self._scene.pictures(), "state": self._scene.state, "prompt": self._prompt}
 
+    def measure(self) -> NDArray[np.float32]:
+        """The state f32 [5], without pictures."""
+        return self._scene.state
+
     def act(self, action: NDArray[np.float32]) -> None:
         """Follow one set-point f32 [4] for one control period; how fast it is approached is limited."""
         self._scene.step(checked_action(action, len(ACTION_NAMES), self.name))

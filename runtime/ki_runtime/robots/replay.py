@@ -28,6 +28,8 @@ class ReplayRobot:
     `predicted` f32 [T, a], NaN where none was given yet. RobotError if the file is unfit.
     """
 
+    real_time = False  # it waits for its actions
+
     def __init__(
         self, path: str | os.PathLike[str], *, prompt: str | None = None, control_hz: float | None = None
     ) -> None:

@@ -1,0 +1,237 @@
+"""The ticks of an episode: one command each, and between two of them whatever else is to be done.
+
+    wait for the tick -> take the answer of an inference, if one came -> the action that is due -> guards -> robot.act
+    -> status -> observe and ask for the next chunk, if it is time to
+
+Nothing in it waits for an inference, except where the robot shall (mode sync): that is LockStep without a delay.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ki_edge.errors import BackendError, RobotError
+from ki_edge.policy.chunking import PreviousChunk
+from ki_edge.policy.transforms import read_state
+from ki_runtime.robots.base import EpisodeStatus
+
+from .inference import Request
+from .parts import Parts
+from .reporting import Step
+from .schedule import Chunk, Planned
+
+FIRST = 60.0  # seconds that the first chunk of an episode may take
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What happened in an episode."""
+
+    ticks: int
+    inferences: int
+    successes: tuple[bool | None, ...]
+
+
+class Cycle:
+    """One episode. `epoch` tells its inferences from those of the episodes before."""
+
+    def __init__(self, parts: Parts, epoch: int, seed: int) -> None:
+        self._parts, self._epoch, self._seed = parts, epoch, seed
+        self._tick = self._asked = self._inferences = 0
+        self._starved = 0  # ticks in a row
+        self._failure: BaseException | None = None  # of the policy: its last good chunk is played to its end
+        self._refused: str | None = None  # why the last observation was of no use
+        self._observe_ms = 0.0
+        self._moved = False  # whether any command was sent
+        self._state: npt.NDArray[np.float64] | None = None
+
+    def run(self) -> Counts:
+        """Ticks until the episode is over. Errors of robot, policy and guards come out."""
+        parts = self._parts
+        parts.schedule.reset()
+        parts.seams.reset()
+        parts.watchdog.reset()
+        parts.guards.reset(None)
+        status = parts.robot.status()
+        successes = [status.success]
+        parts.ticker.restart()
+        self._begun = parts.clock.now()
+        if not self._over(status):
+            self._ask()
+        while not self._over(status):
+            if self._act():
+                status = parts.robot.status()
+                successes.append(status.success)
+            self._tick += 1
+            if not self._over(status):
+                self._receive()  # before the next tick: so that a question goes out with the answer to the last one
+                self._ask()
+        return Counts(self._tick, self._inferences, tuple(successes))
+
+    def _over(self, status: EpisodeStatus) -> bool:
+        limit = self._parts.options.max_steps
+        return status.done or (limit is not None and self._tick >= limit)
+
+    # ------------------------------------------------------------------ one tick
+
+    def _act(self) -> bool:
+        """Wait for the tick and send its command. False if there was none to send yet."""
+        parts = self._parts
+        with parts.interrupts.released():
+            parts.ticker.wait()
+        parts.stops.check()
+        self._receive()
+        planned = parts.schedule.take()
+        if planned is None and not self._starve():
+            return False
+        self._send(planned)
+        return True
+
+    def _starve(self) -> bool:
+        """Nothing is planned. Whether to hold; raises when it has gone on for too long."""
+        parts = self._parts
+        if self._failure is not None:
+            raise self._failure
+        if not self._moved:
+            if parts.clock.now() - self._begun > FIRST:
+                raise RobotError(f"the first chunk of actions did not come within {FIRST:g} s")
+            return False
+        self._starved += 1
+        if not parts.waits:
+            parts.starved += 1
+            if self._starved > parts.starve_limit:
+                reason = f" ({self._refused})" if self._refused else ""
+                raise RobotError(
+                    f"no fresh action for {self._starved - 1} ticks{reason}: {parts.robot.name} is stopped"
+                )
+        return True
+
+    def _send(self, planned: Planned | None) -> None:
+        """Command the robot: the planned action as the guards let it through, or what it got last."""
+        parts = self._parts
+        measured = self._measure()
+        kinds: tuple[str, ...] = ()
+        if planned is None:
+            action = parts.guards.held()
+        else:
+            self._starved = 0
+            verdict = parts.guards.admit(planned.action, dt=parts.ticker.period, measured=measured)
+            action, kinds = verdict.action, verdict.kinds
+            if verdict.tripped or verdict.stop:
+                raise RobotError(f"the guards stop {parts.robot.name}: {verdict.note}")
+        if action is None:  # refused, and nothing was ever sent that could be held
+            return
+        if planned is None and parts.hold is not None:
+            parts.hold()
+        else:
+            start = time.perf_counter()
+            parts.robot.act(action)
+            parts.latencies.add({"act_ms": 1e3 * (time.perf_counter() - start)})
+        self._moved = True
+        self._tell(planned, action, kinds)
+
+    def _tell(self, planned: Planned | None, action: npt.NDArray[np.float32], kinds: tuple[str, ...]) -> None:
+        parts = self._parts
+        seam = parts.seams.add(action, None if planned is None else planned.chunk)
+        if planned is None:
+            step = Step(self._tick, action, seam=seam)
+        else:
+            age = parts.clock.now() - planned.observed
+            step = Step(self._tick, action, planned.action, planned.chunk, planned.index, age, seam, kinds)
+        parts.reporter.tell(lambda watcher: watcher.stepped(step))
+        parts.film()
+
+    # ------------------------------------------------------------------ inferences
+
+    def _ask(self) -> None:
+        """Observe and start the next inference, if it is time to."""
+        parts = self._parts
+        parts.reporter.check()
+        if parts.inference.busy or self._failure is not None:
+            return
+        delay = parts.delays.predict()
+        if parts.schedule.left and (parts.waits or parts.schedule.index < parts.before_next(delay)):
+            return
+        start = time.perf_counter_ns()
+        observed = parts.clock.now()
+        observation = self._observe()
+        observe_ms = (time.perf_counter_ns() - start) / 1e6
+        refused, self._refused = self._refused, self._look(observation)
+        if self._refused is not None:
+            if refused is None:
+                parts.say(f"{self._refused}: nothing is computed from it, {parts.robot.name} will hold")
+            return
+        rest = parts.schedule.rest()
+        previous = PreviousChunk(rest, min(delay, len(rest))) if parts.options.mode == "rtc" and len(rest) else None
+        noise = parts.noise(self._seed, self._asked)
+        request = Request(
+            self._epoch, self._asked, self._tick, parts.schedule.step, observation, observed, noise, previous, delay,
+            first=not self._moved,
+        )  # fmt: skip
+        self._asked += 1
+        self._observe_ms = observe_ms
+        with parts.interrupts.released():
+            parts.inference.submit(request)
+        if parts.waits:
+            parts.ticker.restart()
+
+    def _receive(self) -> None:
+        """If an inference answered: its chunk is played from the row that is due."""
+        parts = self._parts
+        answer = parts.inference.poll(self._tick, self._epoch)
+        if answer is None:
+            return
+        request = answer.request
+        if answer.result is None:
+            self._failure = answer.error
+            return
+        try:
+            actions = parts.guard.admit(answer.result)
+        except BackendError as error:
+            self._failure = error
+            return
+        timing = {"observe_ms": self._observe_ms, **(answer.result.get("timing") or {})}
+        parts.latencies.add(timing)
+        result = {**answer.result, "timing": timing}
+        parts.reporter.tell(lambda watcher: watcher.inferred(request.tick, request.observation, result))
+        self._inferences += 1
+        way = parts.way if request.previous is not None else "plain"
+        chunk = Chunk(request.number, actions, request.step, request.observed, way)
+        old = not parts.waits and parts.clock.now() - request.observed > parts.oldest
+        if old or not parts.schedule.hand_over(chunk):
+            parts.late += 1
+        if not request.first:
+            parts.delays.add(request.delay, parts.schedule.step - request.step, self._tick - request.tick)
+
+    # ------------------------------------------------------------------ what the robot tells
+
+    def _observe(self) -> Mapping[str, Any]:
+        parts = self._parts
+        observation: Mapping[str, Any] = parts.robot.observe()
+        if parts.beside:  # the robot may use its memory again while the worker reads this
+            observation = copy.deepcopy(dict(observation))
+        if parts.options.prompt is not None:
+            observation = {**observation, "prompt": parts.options.prompt}
+        return observation
+
+    def _look(self, observation: Mapping[str, Any]) -> str | None:
+        """Why an observation cannot be used; None if it can."""
+        parts = self._parts
+        try:
+            self._state = read_state(parts.contract, observation)
+        except Exception:
+            return None  # the policy says what is wrong with it
+        times = parts.timestamps() if parts.timestamps is not None else {}
+        return parts.watchdog.look(observation, self._state, times, time.monotonic())
+
+    def _measure(self) -> npt.NDArray[np.float64] | None:
+        """The state now, as far as the robot tells it without pictures; that of an observation is too old for it."""
+        parts = self._parts
+        return None if parts.measure is None else np.asarray(parts.measure(), np.float64)

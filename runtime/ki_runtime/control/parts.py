@@ -1,0 +1,118 @@
+"""What the ticks of a run work with, put together once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ki_edge.policy.contract import PolicyContract
+from ki_runtime.policy.guard import Guard
+from ki_runtime.robots.base import Robot
+
+from .clock import Clock, Ticker
+from .delay import DelayPredictor
+from .guards import Guards
+from .inference import Inference
+from .interrupts import Interrupts, Stopped
+from .killswitch import KillSwitch
+from .options import LoopOptions
+from .reporting import Reporter, Watcher
+from .schedule import F32, Schedule, Way
+from .seams import SeamLog
+from .telemetry import LatencyLog
+from .watchdog import Watchdog
+
+
+class TimeUp(Exception):
+    """The seconds of a run are over."""
+
+
+@dataclass
+class Stops:
+    """What ends a run from outside at a tick, but for signals."""
+
+    switch: KillSwitch
+    seconds: float | None
+    begun: float = field(default_factory=time.monotonic)
+
+    def check(self) -> None:
+        """Stopped if the kill switch was pulled, TimeUp after the seconds that a run may take."""
+        reason = self.switch.pulled()
+        if reason is not None:
+            raise Stopped(reason)
+        if self.seconds is not None and time.monotonic() - self.begun > self.seconds:
+            raise TimeUp
+
+
+@dataclass(eq=False)
+class Parts:
+    """Everything of a run. Counters that the ticks write stand at the end."""
+
+    robot: Robot
+    contract: PolicyContract
+    options: LoopOptions
+    clock: Clock
+    ticker: Ticker
+    schedule: Schedule
+    delays: DelayPredictor
+    inference: Inference
+    guard: Guard  # of whole chunks
+    guards: Guards  # of single commands
+    watchdog: Watchdog
+    seams: SeamLog
+    latencies: LatencyLog
+    reporter: Reporter
+    interrupts: Interrupts
+    stops: Stops
+    say: Callable[[str], object]
+    way: Way  # how chunks are joined in mode rtc
+    noise: Callable[[int, int], F32]  # (seed of the episode, number of the inference)
+    execute: int
+    beside: bool  # inference runs in a thread of its own
+    starve_limit: int
+    oldest: float  # seconds since its observation, after which a chunk is not begun
+    filmers: tuple[Watcher, ...] = ()  # watchers that want pictures of the present episode
+    starved: int = 0  # ticks without an action
+    late: int = 0  # chunks that came too late to be used
+
+    def __post_init__(self) -> None:
+        optional = {name: getattr(self.robot, name, None) for name in ("hold", "measure", "timestamps")}
+        self.hold: Callable[[], None] | None = optional["hold"]
+        self.measure: Callable[[], npt.ArrayLike] | None = optional["measure"]
+        self.timestamps: Callable[[], Mapping[str, float]] | None = optional["timestamps"]
+
+    @property
+    def waits(self) -> bool:
+        """Whether the robot waits for every inference."""
+        return self.options.mode == "sync"
+
+    def before_next(self, delay: int) -> int:
+        """Rows of a chunk that are played before the next is asked for, so that it comes before the last row."""
+        return max(0, min(self.execute, self.contract.action_horizon - delay))
+
+    def film(self) -> None:
+        """A picture for those who want one."""
+        frame: npt.NDArray[np.uint8] | None = self.robot.frame() if self.filmers else None
+        if frame is not None:
+            picture, filmers = frame, self.filmers
+            self.reporter.tell(lambda watcher: watcher.filmed(picture) if watcher in filmers else None)
+
+
+def state_scale(stats: Mapping[str, Any] | None, size: int) -> npt.NDArray[np.float64] | None:
+    """The usual range of each number of a state [size], from a policy's statistics; infinite where it hardly moved."""
+    known = None if stats is None else stats.get("state")
+    if known is None:
+        return None
+    if known.q01 is not None and known.q99 is not None:
+        scale = known.q99 - known.q01
+    elif known.std is not None:
+        scale = 4.0 * known.std
+    else:
+        return None
+    wide = np.asarray(scale, np.float64)[:size]
+    return np.where(wide > 0, wide, np.inf) if len(wide) == size else None
