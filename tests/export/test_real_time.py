@@ -40,30 +40,24 @@ ROBOT = {
 }
 
 
-def with_contract(checkpoint, folder, **changes):
-    shutil.copytree(checkpoint, folder)
-    contract = replace(PolicyContract.load(folder / "contract.json"), **changes)
-    contract.save(folder / "contract.json")
-    return folder
+@pytest.fixture(scope="module")
+def checkpoints(checkpoint, tmp_path_factory):
+    """By how its chunks may continue others; the trained one's actions are relative to its state."""
+    settled = {"rtc_max_delay": MOST, "rtc_distribution": "uniform", "delta_mask": (True, False)}
+    made = {}
+    for name, changes in (("guided", {}), ("trained", settled)):
+        made[name] = shutil.copytree(checkpoint, tmp_path_factory.mktemp(name) / "checkpoint")
+        contract = PolicyContract.load(made[name] / "contract.json")
+        replace(contract, max_token_len=60, **changes).save(made[name] / "contract.json")
+    return {"none": made["guided"], **made}
 
 
 @pytest.fixture(scope="module")
-def trained_checkpoint(checkpoint, tmp_path_factory):
-    """A policy that says that it was trained with settled actions, which are relative to its state."""
-    folder = tmp_path_factory.mktemp("trained") / "checkpoint"
-    more = {"rtc_max_delay": MOST, "rtc_distribution": "uniform", "delta_mask": (True, False)}
-    return with_contract(checkpoint, folder, **more)
-
-
-@pytest.fixture(scope="module")
-def bundles(bundle, checkpoint, trained_checkpoint, tmp_path_factory):
+def bundles(checkpoints, tmp_path_factory):
     """By what their denoise graph takes; all proven."""
     folder = tmp_path_factory.mktemp("real_time")
-    return {
-        "none": export(checkpoint, folder / "none", ExportOptions(rtc=False)),
-        "guided": bundle,
-        "trained": export(trained_checkpoint, folder / "trained", ExportOptions()),
-    }
+    asked = {"none": False, "guided": None, "trained": None}
+    return {name: export(checkpoints[name], folder / name, ExportOptions(rtc=rtc)) for name, rtc in asked.items()}
 
 
 def test_what_a_bundle_says_of_itself(bundles):
@@ -126,26 +120,27 @@ def test_a_step_that_continues_nothing_is_the_same_bit_for_bit(bundles, rtc):
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
-def test_in_every_precision(checkpoint, trained_checkpoint, tmp_path, precision):
+def test_in_every_precision(checkpoints, tmp_path, precision):
     """16-bit graphs in exactly their types, 8-bit ones as ONNX Runtime computes them."""
     options = {"precision": precision, "verify": False}
-    plain = export(checkpoint, tmp_path / "plain", ExportOptions(rtc=False, **options))
-    for name, source in (("guided", checkpoint), ("trained", trained_checkpoint)):
-        steered = export(source, tmp_path / name, ExportOptions(rtc=True, **options))
+    plain = export(checkpoints["none"], tmp_path / "plain", ExportOptions(rtc=False, **options))
+    for name in ("guided", "trained"):
+        steered = export(checkpoints[name], tmp_path / name, ExportOptions(rtc=True, **options))
         assert_same_bits(plain, steered, exact=precision != "int8")
 
 
 # ---------------------------------------------------------------- from the papers
 
 
-def reference(folder, bundle, inputs, noise, previous, way, maximum=None, steps=4):
+def reference(folder, inputs, noise, previous, way, maximum=None, steps=4):
     """Robot actions [H,a] in float64: the papers' loops over an expert written out, then what the contract undoes."""
     contract = PolicyContract.load(folder / "contract.json")
     model = load_model(folder)
     batch = [torch.from_numpy(array)[None] for array in (inputs.images, inputs.camera_mask, inputs.prompt_tokens)]
     observation = Observation(*batch, torch.ones(batch[2].shape, dtype=torch.bool))
-    keys, values, mask = (part.double().numpy()[..., 0, :, :, :] if part.ndim == 5 else part.numpy()[0]
-                          for part in sampling.prefix(model, observation))  # fmt: skip
+    with torch.no_grad():
+        keys, values, mask = (part.numpy() for part in sampling.prefix(model, observation))
+    keys, values, mask = keys[:, 0].astype(np.float64), values[:, 0].astype(np.float64), mask[0]
     weights = {name: value.double().numpy() for name, value in model.state_dict().items()}
     low, high = np.array([-1.0, 0.0]), np.array([1.0, 3.0])  # of the statistics
     relative = STATE * np.array([contract.delta_mask is not None, False])
@@ -180,14 +175,13 @@ def reference(folder, bundle, inputs, noise, previous, way, maximum=None, steps=
         ("trained", "guided", 4, 2, 3.0),
     ],
 )
-def test_robot_actions_of_the_papers(bundles, checkpoint, trained_checkpoint, rtc, way, rows, delay, maximum):
+def test_robot_actions_of_the_papers(bundles, checkpoints, rtc, way, rows, delay, maximum):
     """The whole way of a bundle: pictures, prompt, re-anchoring, ONNX Runtime, and back to the robot's units."""
-    folder = trained_checkpoint if rtc == "trained" else checkpoint
     policy, rng = Policy.load(bundles[rtc]), np.random.default_rng(rows)
     previous = PreviousChunk(rng.uniform([-1, 0], [1, 3], (rows, 2)), delay)
     noise = rng.standard_normal((5, 6), np.float32)
     found = policy.infer(ROBOT, noise=noise, previous=previous, way=way, guiding=Guiding(maximum=maximum))["actions"]
-    expected = reference(folder, bundles[rtc], policy._inputs(ROBOT), noise, previous, way or rtc, maximum)
+    expected = reference(checkpoints[rtc], policy._inputs(ROBOT), noise, previous, way or rtc, maximum)
     np.testing.assert_allclose(found, expected, rtol=0, atol=3 * BAR)  # half a range of 3 in robot units, in float32
     if rtc == "trained" and way is None:
         np.testing.assert_allclose(found[:delay], previous.actions[:delay], rtol=0, atol=1e-6)
@@ -200,9 +194,9 @@ def test_robot_actions_of_the_papers(bundles, checkpoint, trained_checkpoint, rt
 # ---------------------------------------------------------------- the proof
 
 
-def test_the_proof_continues_a_chunk(bundles, checkpoint, trained_checkpoint):
-    for rtc, folder in (("none", checkpoint), ("guided", checkpoint), ("trained", trained_checkpoint)):
-        found = compare_with_checkpoint(bundles[rtc], Checkpoint.open(folder), lambda _: None)
+def test_the_proof_continues_a_chunk(bundles, checkpoints):
+    for rtc, bundle in bundles.items():
+        found = compare_with_checkpoint(bundle, Checkpoint.open(checkpoints[rtc]), lambda _: None)
         assert found.explanation is None
         names = {(m.graph, m.tensor) for m in found.measurements if m.case.endswith(CONTINUING)}
         wanted = {("denoise", "x_next"), ("denoise", "velocity"), ("runtime", "modulation"), ("runtime", "actions")}
@@ -210,7 +204,7 @@ def test_the_proof_continues_a_chunk(bundles, checkpoint, trained_checkpoint):
 
 
 @pytest.mark.parametrize("rtc", ["guided", "trained"])
-def test_a_chunk_continued_in_another_way_fails_the_proof(bundles, checkpoint, trained_checkpoint, rtc, monkeypatch):
+def test_a_chunk_continued_in_another_way_fails_the_proof(bundles, checkpoints, rtc, monkeypatch):
     """Where the model pulls a little less than the graph, all else is as it was."""
     guided = Steering._guided
 
@@ -218,14 +212,13 @@ def test_a_chunk_continued_in_another_way_fails_the_proof(bundles, checkpoint, t
         return guided(replace(self, guidance=self.guidance * 0.999), x_t, v_t)
 
     monkeypatch.setattr(Steering, "_guided", weaker)
-    folder = trained_checkpoint if rtc == "trained" else checkpoint
-    found = compare_with_checkpoint(bundles[rtc], Checkpoint.open(folder), lambda _: None)
+    found = compare_with_checkpoint(bundles[rtc], Checkpoint.open(checkpoints[rtc]), lambda _: None)
     assert {m.case.endswith(CONTINUING) for m in found.failures} == {True}
     assert "usually what the denoise graph is told of the one before" in found.explanation
 
 
-def test_sixteen_bits_are_proven_too(trained_checkpoint, tmp_path):
-    bundle = export(trained_checkpoint, tmp_path / "bundle", ExportOptions(precision="fp16"))
+def test_sixteen_bits_are_proven_too(checkpoints, tmp_path):
+    bundle = export(checkpoints["trained"], tmp_path / "bundle", ExportOptions(precision="fp16"))
     assert bundle.manifest.parity["verified"]
     sampler = arithmetic_sampler(bundle)
     assert isinstance(sampler, Sampler) and sampler.config.rtc == "trained"

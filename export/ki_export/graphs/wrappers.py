@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,8 @@ class FastDecodeModule(ModelModule):
         self.unembedding = nn.ParameterList(parts)
 
     def forward(self, *inputs: Tensor) -> Outputs:
-        return self.model.fast_decode_step(*inputs, unembedding=list(self.unembedding) or None)
+        step = partial(self.model.fast_decode_step, unembedding=list(self.unembedding) or None)
+        return step(*inputs)
 
 
 @dataclass(frozen=True)
