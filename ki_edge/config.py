@@ -20,6 +20,7 @@ LIMITS = {
 MAX_PATCHES = 1 << 16  # tokens of a picture
 Variant = Literal["pi05", "pi0"]
 Pictures = Literal["uint8", "float32"]  # numpy type of the pictures that a policy's prefix graph takes
+RealTime = Literal["none", "guided", "trained"]  # how a chunk can be made to continue the one before it
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,10 @@ class Pi05Config:
     state, where they are not `action_dim` (LeRobot's max_state_dim and max_action_dim may differ).
 
     `pictures`: how pictures come in, as bytes, or as numbers in [-1, 1] where the policy's makers resized them in float
-    (their margin may be -3). No weight depends on it, so two geometries that differ in it alone are equal.
+    (their margin may be -3). `rtc`: what the denoise graph can be told of the chunk before, so that a new one continues
+    it (docs/real-time-chunking.md): nothing, where it is to be pulled ("guided"), or also which of its actions are
+    settled, which a policy must be trained for ("trained"). No weight depends on these two, so geometries that differ
+    in them alone are equal.
     """
 
     vision: VisionConfig
@@ -97,10 +101,12 @@ class Pi05Config:
     variant: Variant = "pi05"
     state_width: int | None = None
     pictures: Pictures = field(default="uint8", compare=False)
+    rtc: RealTime = field(default="none", compare=False)
 
     def __post_init__(self) -> None:
         _check_sizes(self, "model")
-        for name, choices in (("variant", get_args(Variant)), ("pictures", get_args(Pictures))):
+        closed = {"variant": get_args(Variant), "pictures": get_args(Pictures), "rtc": get_args(RealTime)}
+        for name, choices in closed.items():
             if getattr(self, name) not in choices:
                 known, given = ", ".join(choices), getattr(self, name)
                 raise CheckpointError(f"geometry 'model.{name}': expected one of {known}, not {given!r:.40}")
@@ -110,6 +116,10 @@ class Pi05Config:
                 raise CheckpointError(
                     f"geometry 'model.state_width': {self.state_width}, but a {self.variant} has no state"
                 )
+        if self.rtc == "trained" and self.variant == "pi0":
+            raise CheckpointError(
+                "geometry 'model.rtc': trained, but a pi0 has one time for all actions of a chunk: export it guided"
+            )
         for name in ("depth", "num_heads", "num_kv_heads", "head_dim"):
             ours, theirs = getattr(self.backbone, name), getattr(self.expert, name)
             if ours != theirs:
@@ -133,14 +143,17 @@ class Pi05Config:
         return self.expert.modulated_norms, 3 * self.expert.width
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; `from_dict` reads it back."""
-        return asdict(self)
+        """JSON form; `from_dict` reads it back. `rtc` is in it where there is any: older versions read the rest."""
+        values = asdict(self)
+        if self.rtc == "none":
+            del values["rtc"]
+        return values
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Pi05Config:
         """Read `to_dict`'s form; CheckpointError names a missing or unknown field.
 
-        Without `variant` it is a π0.5, without `pictures` it takes bytes.
+        Without `variant` it is a π0.5, without `pictures` it takes bytes, without `rtc` nothing of the chunk before.
         """
         parts = {"vision": VisionConfig, "backbone": GemmaConfig, "expert": GemmaConfig}
         built = {name: _build(part, data.get(name), name) for name, part in parts.items()}

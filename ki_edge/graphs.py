@@ -8,8 +8,10 @@ Every other place (export wrappers, TensorRT profiles, manifest, runtime checks,
     F decode vocabulary (constant)    h, w image size (constant)    Z width of π0's state (constant)
     M, R modulation (constant): M = 2L+1 modulated norms, R = 3W numbers each; π0's one embedding of the time is 1, W
 
-The denoise graph of a π0 has one input more than a π0.5's, the robot's state. The prefix graph takes pictures as bytes,
-or as float32 in [-1, 1] where the policy's makers resized in float. Policies without a FAST head have no fast_decode.
+The denoise graph of a π0 has one input more than a π0.5's, the robot's state. With real-time chunking (`config.rtc`) it
+also takes the chunk before; with zeros there and nothing committed it is the same step, bit for bit. The prefix graph
+takes pictures as bytes, or as float32 in [-1, 1] where the policy's makers resized in float. Policies without a FAST
+head have no fast_decode.
 `specs` gives the graphs of a policy.
 """
 
@@ -18,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .config import Pi05Config, Pictures
+from .config import Pi05Config, Pictures, RealTime
 
 Dim = str | int
 
@@ -90,6 +92,21 @@ DENOISE = GraphSpec(
 STATE = TensorSpec("state", "float32", ("B", "Z"))
 DENOISE_WITH_STATE = GraphSpec("denoise", inputs=(*DENOISE.inputs, STATE), outputs=DENOISE.outputs)
 
+# Real-time chunking: the chunk before in model space, how much each of its actions counts, how strongly this step pulls
+# towards them, and the step's flow time
+GUIDED = (
+    TensorSpec("previous", "float32", ("B", "H", "A")),
+    TensorSpec("previous_weights", "float32", ("B", "H")),
+    TensorSpec("guidance", "float32", ()),
+    TensorSpec("time", "float32", ()),
+)
+# of policies that are trained for it: which of the actions before will have been executed, and the modulation at time 0
+TRAINED = (
+    TensorSpec("committed", "bool", ("B", "H")),
+    TensorSpec("committed_modulation", "float32", ("M", "R")),
+)
+REAL_TIME: dict[RealTime, tuple[TensorSpec, ...]] = {"none": (), "guided": GUIDED, "trained": (*GUIDED, *TRAINED)}
+
 FAST_DECODE = GraphSpec(
     "fast_decode",
     inputs=(
@@ -114,8 +131,14 @@ DYNAMIC = ("B", "N", "T", "S", "C", "Q")
 
 def specs(config: Pi05Config, *, fast: bool = False) -> tuple[GraphSpec, ...]:
     """The prefix and denoise graphs of one policy, with `fast` also fast_decode, in this order."""
-    acting = prefix(config.pictures), DENOISE_WITH_STATE if config.has_state else DENOISE
+    acting = prefix(config.pictures), denoise(config)
     return (*acting, FAST_DECODE) if fast else acting
+
+
+def denoise(config: Pi05Config) -> GraphSpec:
+    """The denoise graph of one policy."""
+    plain = DENOISE_WITH_STATE if config.has_state else DENOISE
+    return GraphSpec(plain.name, inputs=(*plain.inputs, *REAL_TIME[config.rtc]), outputs=plain.outputs)
 
 
 def sizes(config: Pi05Config, decode_vocabulary: int) -> dict[str, int]:

@@ -68,6 +68,7 @@ def _export(arguments: argparse.Namespace) -> int:
         keep_fp32=tuple(arguments.keep_fp32 or ()),
         sensitivity=arguments.sensitivity,
         attention=arguments.attention,
+        rtc=arguments.rtc,
         policy=request(arguments),
     )
     try:
@@ -162,6 +163,12 @@ def _parser() -> Parser:
         action=argparse.BooleanOptionalAction,
         default=None,
         help="export the decoding of FAST tokens too (if the contract has FAST; of a model alone, if it is a π0.5)",
+    )
+    add(
+        "--rtc",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="let chunks continue the one before: real-time chunking (on for ort, off for engines)",
     )
     add("--opset", type=int, default=20, metavar="N", help="ONNX opset of the graphs (%(default)s)")
     add = parser.add_argument_group("TensorRT").add_argument

@@ -72,6 +72,7 @@ def export(
     opened, files = examined.checkpoint, examined.files()
     if files is not None:
         opened = opened.with_pictures(files.contract.pictures)
+    opened = opened.with_rtc(options.real_time(None if files is None else files.contract.rtc_max_delay))
     if options.fast_head is None:  # decided once, for tracing, manifest and contract
         options = replace(options, fast_head=options.full_vocabulary or has_fast_head(opened.config, files))
     if files is not None and not options.fast_head:

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import onnx
 
 from ki_edge import flow
+from ki_edge.config import RealTime
 from ki_edge.errors import ArgumentError
 from ki_export.graphs.tracing import MIN_OPSET
 from ki_export.weights.weights import Stored
@@ -35,7 +36,8 @@ class ExportOptions:
     its bytes (a change of it is noticed when the bundle is opened; nothing protects a running robot); `calibrate`:
     recorded observations for the range audit of fp16; `keep_fp32`: shell-style patterns of products that stay float32;
     `sensitivity`: measure what each layer costs in 16 bits; `attention` fused: one operator of opset 23 instead of
-    several; `policy`: what the checkpoint does not record.
+    several; `rtc`: whether chunks can be made to continue the one before, None: for the target ort; `policy`: what the
+    checkpoint does not record.
     """
 
     target: str = "ort"
@@ -54,6 +56,7 @@ class ExportOptions:
     keep_fp32: tuple[str, ...] = ()
     sensitivity: bool = False
     attention: Literal["decomposed", "fused"] = "decomposed"
+    rtc: bool | None = None
     policy: PolicyRequest = field(default_factory=PolicyRequest)
 
     def __post_init__(self) -> None:
@@ -96,6 +99,11 @@ class ExportOptions:
             raise ArgumentError(f"opset {self.opset}: expected {MIN_OPSET} to {newest} with onnx {onnx.__version__}")
         if self.num_steps is not None:
             flow.check_steps(self.num_steps)
+
+    def real_time(self, max_delay: int | None) -> RealTime:
+        """What the denoise graph is told of the chunk before, of a policy trained for delays up to `max_delay`."""
+        wanted = self.target == "ort" if self.rtc is None else self.rtc
+        return ("trained" if max_delay else "guided") if wanted else "none"
 
     @property
     def sixteen(self) -> bool:

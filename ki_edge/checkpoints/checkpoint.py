@@ -20,7 +20,7 @@ from ki_edge.checkpoints.layout.keys import (
     parameter_shapes,
 )
 from ki_edge.checkpoints.layout.source import F32, FileState, SafetensorsSource, StoredTensor, TensorSource, file_state
-from ki_edge.config import Pi05Config, Pictures
+from ki_edge.config import Pi05Config, Pictures, RealTime
 from ki_edge.dtypes import FLOATS
 from ki_edge.errors import CheckpointError
 from ki_edge.files.safetensors_index import SafetensorsIndex
@@ -85,6 +85,10 @@ class Checkpoint:
     def with_pictures(self, pictures: Pictures) -> Checkpoint:
         """The same checkpoint of a policy whose pictures go in as `pictures`."""
         return replace(self, config=replace(self.config, pictures=pictures))
+
+    def with_rtc(self, rtc: RealTime) -> Checkpoint:
+        """The same checkpoint of a policy whose chunks continue the one before in this way."""
+        return replace(self, config=replace(self.config, rtc=rtc))
 
     def read(self, name: str) -> F32:
         """A tensor by the model's parameter name, float32."""

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ki_edge.config import GemmaConfig
 
-from .layers import GatedMLP, Modulation, RMSNorm, Rope, attention, modulated_norm, rotate
+from .layers import Committed, GatedMLP, Modulation, RMSNorm, Rope, attention, modulated_norm, rotate
 
 KeysValues = tuple[Tensor, Tensor]
+Row = tuple[Tensor, tuple[Tensor, Tensor] | None]  # of one norm: its modulation, and that of committed tokens
 
 
 class GemmaAttention(nn.Module):
@@ -115,13 +116,13 @@ class ExpertLayer(nn.Module):
         self.post_attention_layernorm = Modulation(config.width)
         self.mlp = GatedMLP(config.width, config.mlp_dim)
 
-    def forward(self, x: Tensor, rows: tuple[Tensor, Tensor], rope: Rope, prefix: KeysValues, bias: Tensor) -> Tensor:
-        normed, gate = modulated_norm(x, rows[0])
+    def forward(self, x: Tensor, rows: tuple[Row, Row], rope: Rope, prefix: KeysValues, bias: Tensor) -> Tensor:
+        normed, gate = modulated_norm(x, *rows[0])
         own_k, own_v = self.self_attn.keys_values(normed, rope)
         k = torch.cat([prefix[0], own_k], dim=2)  # [B,K,S+H,D]
         v = torch.cat([prefix[1], own_v], dim=2)
         x = x + self.self_attn(normed, rope, k, v, bias) * gate
-        normed, gate = modulated_norm(x, rows[1])
+        normed, gate = modulated_norm(x, *rows[1])
         out: Tensor = x + self.mlp(normed) * gate
         return out
 
@@ -144,12 +145,26 @@ class ActionExpert(nn.Module):
         norms = [norm for layer in self.stack for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         return torch.stack([norm(condition) for norm in (*norms, self.norm)], dim=1)
 
-    def forward(self, x: Tensor, modulation: Tensor, rope: Rope, prefix: list[KeysValues], bias: Tensor) -> Tensor:
-        """Action tokens [B,H,W] -> final normed hidden states [B,H,W]; modulation [b,M,3W], b is B or 1."""
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        rope: Rope,
+        prefix: list[KeysValues],
+        bias: Tensor,
+        committed: Committed | None = None,
+    ) -> Tensor:
+        """Action tokens [B,H,W] -> final normed hidden states [B,H,W]; modulation [b,M,3W], b is B or 1.
+
+        `committed`: the tokens that are modulated otherwise.
+        """
+
+        def row(norm: int) -> Row:
+            return modulation[:, norm], None if committed is None else committed.row(norm)
+
         for index, layer in enumerate(self.stack):
-            rows = (modulation[:, 2 * index], modulation[:, 2 * index + 1])
-            x = layer(x, rows, rope, prefix[index], bias)
-        return modulated_norm(x, modulation[:, -1])[0]
+            x = layer(x, (row(2 * index), row(2 * index + 1)), rope, prefix[index], bias)
+        return modulated_norm(x, *row(-1))[0]
 
 
 class PlainExpert(nn.Module):

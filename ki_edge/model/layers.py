@@ -6,6 +6,8 @@ folded into rows so that a K/V head is one matrix product, additive float32 mask
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -85,10 +87,39 @@ class Modulation(nn.Module):
         return row
 
 
-def modulated_norm(x: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-    """adaRMS: x [B,H,W], row f32 [b,3W] (b is B or 1) -> (normalised x * (1 + scale) + shift, gate [b,1,W])."""
+@dataclass(frozen=True)
+class Committed:
+    """Action tokens that are settled, whose flow time is 0 whatever the others' is.
+
+    `mask` bool [B,H,1]; `modulation` f32 [c,M,3W] of that time, c is B or 1.
+    """
+
+    mask: Tensor
+    modulation: Tensor
+
+    def row(self, norm: int) -> tuple[Tensor, Tensor]:
+        """The mask, and the row of one norm f32 [c,3W]."""
+        return self.mask, self.modulation[:, norm]
+
+
+def modulated_norm(x: Tensor, row: Tensor, committed: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """adaRMS: x [B,H,W], row f32 [b,3W] (b is B or 1) -> (normalised x * (1 + scale) + shift, gate [b,1,W]).
+
+    `committed`: a mask bool [B,H,1] and the row f32 [c,3W] of the tokens where it is set; the gate is then [B,H,W].
+    """
+    parts = _scale_shift_gate(row)
+    if committed is not None:
+        mask, other = committed
+        settled = _scale_shift_gate(other)
+        parts = [torch.where(mask, known, free) for known, free in zip(settled, parts, strict=True)]
+    scale, shift, gate = parts
+    return (rms_normalize(x) * scale + shift).to(x.dtype), gate.to(x.dtype)
+
+
+def _scale_shift_gate(row: Tensor) -> list[Tensor]:
+    """Row f32 [b,3W] -> 1 + scale, shift, gate, f32 [b,1,W] each."""
     scale, shift, gate = row[:, None, :].chunk(3, dim=-1)
-    return (rms_normalize(x) * (1.0 + scale) + shift).to(x.dtype), gate.to(x.dtype)
+    return [1.0 + scale, shift, gate]
 
 
 class GatedMLP(nn.Module):

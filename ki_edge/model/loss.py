@@ -18,7 +18,7 @@ from torch import Tensor
 from ki_edge.errors import ArgumentError
 
 from .gemma import KeysValues
-from .layers import MASKED, key_bias
+from .layers import MASKED, Committed, key_bias
 from .observation import Observation
 
 if TYPE_CHECKING:
@@ -27,21 +27,41 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Losses:
-    """Unreduced: `flow` (v_t - u_t)^2 [B,H,A]; `fast` mean cross-entropy over each sample's postfix [B], or None."""
+    """Unreduced: `flow` (v_t - u_t)^2 [B,H,A]; `fast` mean cross-entropy over each sample's postfix [B], or None.
+
+    `free` bool [B,H]: the actions to learn from; the flow of the others, which were given, is 0.
+    """
 
     flow: Tensor
     fast: Tensor | None
+    free: Tensor
+
+    def mean_flow(self, action_dim: int) -> Tensor:
+        """Mean of the flow loss over free actions and their first `action_dim` numbers."""
+        return self.flow[..., :action_dim].sum() / (self.free.sum() * action_dim)
 
 
-def compute_loss(model: Pi05, observation: Observation, actions: Tensor, *, noise: Tensor, time: Tensor) -> Losses:
+def compute_loss(
+    model: Pi05,
+    observation: Observation,
+    actions: Tensor,
+    *,
+    noise: Tensor,
+    time: Tensor,
+    delay: Tensor | None = None,
+) -> Losses:
     """Flow loss and, for a KI model given a FAST postfix, its cross-entropy.
 
     actions f32 [B,H,A]; noise f32 [R*B,H,A] and time f32 [R*B] in (0, 1], 1 is noise: R draws for each sample, draw by
     draw, which share one prefix (the returned flow is [R*B,H,A]). x_t = t * noise + (1 - t) * actions,
     u_t = noise - actions.
+
+    `delay` i64 [R*B], 0 <= delay < H: so many first actions of each draw are given as they are, at time 0, and there is
+    nothing to learn from them (arXiv 2512.05964).
     """
     observation.check(model.config)
     _check_shapes(model, observation, actions, noise, time)
+    committed, settled = _committed(model, noise, delay)
     if model.knowledge_insulation and observation.fast_tokens is not None:
         logits, cache, mask = joint_backbone(model, observation)
         prefix, fast = [(k.detach(), v.detach()) for k, v in cache], postfix_cross_entropy(logits, observation)
@@ -58,8 +78,11 @@ def compute_loss(model: Pi05, observation: Observation, actions: Tensor, *, nois
         actions, mask = actions.repeat(draws, 1, 1), mask.repeat(draws, 1)
     t = time[:, None, None]
     x_t, u_t = t * noise + (1.0 - t) * actions, noise - actions
-    v_t = model.velocity(x_t, model.modulation(time), prefix, mask)
-    return Losses(flow=(v_t - u_t).square(), fast=fast)
+    if settled is not None:
+        x_t = torch.where(settled.mask, actions, x_t)
+    v_t = model.velocity(x_t, model.modulation(time), prefix, mask, committed=settled)
+    flow = (v_t - u_t).square().masked_fill(committed[..., None], 0.0)
+    return Losses(flow=flow, fast=fast, free=~committed)
 
 
 def joint_backbone(model: Pi05, observation: Observation) -> tuple[Tensor, list[KeysValues], Tensor]:
@@ -103,6 +126,19 @@ def postfix_cross_entropy(logits: Tensor, observation: Observation) -> Tensor:
     each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), observation.fast_tokens.long(), reduction="none")
     weight = observation.fast_mask.float()
     return (each * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
+
+
+def _committed(model: Pi05, noise: Tensor, delay: Tensor | None) -> tuple[Tensor, Committed | None]:
+    """Which actions of each draw are given, bool [R*B,H], and what the expert is told of them: nothing if none are."""
+    count, horizon = noise.shape[:2]
+    if delay is None:
+        return torch.zeros(count, horizon, dtype=torch.bool, device=noise.device), None
+    if delay.dtype != torch.int64 or tuple(delay.shape) != (count,):
+        raise ArgumentError(f"delay: {delay.dtype} {list(delay.shape)}, expected torch.int64 {[count]}")
+    if not bool(((delay >= 0) & (delay < horizon)).all()):
+        raise ArgumentError(f"delay: {int(delay.min())} to {int(delay.max())}, expected 0 to {horizon - 1}")
+    mask = torch.arange(horizon, device=noise.device) < delay[:, None]
+    return mask, Committed(mask[..., None], model.modulation(torch.zeros(1, device=noise.device)))
 
 
 def _check_shapes(model: Pi05, observation: Observation, actions: Tensor, noise: Tensor, time: Tensor) -> None:

@@ -17,8 +17,9 @@ from ki_edge.flow import MAX_PERIOD, MIN_PERIOD
 
 from . import sampling
 from .gemma import Backbone, KeysValues
-from .layers import MASKED, Rope, key_bias, rope_angles
+from .layers import MASKED, Committed, Rope, key_bias, rope_angles
 from .siglip import VisionTower
+from .steering import Steering
 
 Prefix = tuple[Tensor, Tensor, Tensor]
 
@@ -32,7 +33,7 @@ class PiModel(nn.Module):
     eos_id: int = 1
 
     # of the action expert: what a step is told about its time, f32 [b] -> f32 [b,M,R], and
-    # velocity(x_t, modulation, prefix, prefix_mask, *state) -> v_t f32 [B,H,A]
+    # velocity(x_t, modulation, prefix, prefix_mask, *state) -> v_t f32 [B,H,A]; a π0.5's also takes committed=
     modulation: Callable[[Tensor], Tensor]
     velocity: Callable[..., Tensor]
 
@@ -89,14 +90,22 @@ class PiModel(nn.Module):
         prefix_k: Tensor,
         prefix_v: Tensor,
         prefix_mask: Tensor,
-        *state: Tensor,
+        *more: Tensor,
     ) -> Tensor:
         """Graph 2: one Euler step in float32, x_t + dt * v_t. modulation f32 [M,R]; prefix_k, prefix_v [L,B,K,S,D].
 
-        `state`: f32 [B,A] for a π0, nothing for a π0.5.
+        `more`: the graph's other inputs in their order: the state f32 [B,Z] of a π0, then, where the step is to follow
+        a chunk before, the fields of `Steering`.
         """
+        states = int(self.config.has_state)
         prefix = [(prefix_k[i], prefix_v[i]) for i in range(self.config.expert.depth)]
-        return x_t + dt * self.velocity(x_t, modulation[None], prefix, prefix_mask, *state)
+
+        def velocity(x: Tensor, **settled: Committed) -> Tensor:
+            return self.velocity(x, modulation[None], prefix, prefix_mask, *more[:states], **settled)
+
+        if len(more) == states:
+            return x_t + dt * velocity(x_t)
+        return Steering(*more[states:]).step(x_t, dt, velocity)
 
     # ------------------------------------------------------------------ FAST
 

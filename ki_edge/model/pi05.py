@@ -9,7 +9,7 @@ from ki_edge.config import Pi05Config
 
 from . import loss
 from .gemma import ActionExpert, KeysValues
-from .layers import key_bias
+from .layers import Committed, key_bias
 from .loss import Losses
 from .observation import Observation
 from .pi import PiModel
@@ -43,19 +43,38 @@ class Pi05(PiModel):
         out: Tensor = self.action_in_proj(x_t).to(self.expert.stack[0].self_attn.q_proj.weight.dtype)
         return out
 
-    def velocity(self, x_t: Tensor, modulation: Tensor, prefix: list[KeysValues], prefix_mask: Tensor) -> Tensor:
-        """v_t f32 [B,H,A]: action tokens see valid prefix tokens and each other. modulation [b,M,3W], b is B or 1."""
+    def velocity(
+        self,
+        x_t: Tensor,
+        modulation: Tensor,
+        prefix: list[KeysValues],
+        prefix_mask: Tensor,
+        *,
+        committed: Committed | None = None,
+    ) -> Tensor:
+        """v_t f32 [B,H,A]: action tokens see valid prefix tokens and each other. modulation [b,M,3W], b is B or 1.
+
+        `committed`: actions of x_t that are settled, and their modulation.
+        """
         batch, horizon = x_t.shape[:2]
         first = prefix_mask.long().sum(dim=1, keepdim=True)
         rope = self._rope(first + torch.arange(horizon, device=x_t.device))
         seen = torch.cat([prefix_mask, prefix_mask.new_ones(batch, horizon)], dim=1)
-        hidden = self.expert(self.embed_suffix(x_t), modulation, rope, prefix, key_bias(seen))
+        hidden = self.expert(self.embed_suffix(x_t), modulation, rope, prefix, key_bias(seen), committed)
         out: Tensor = self.action_out_proj(hidden.float())
         return out
 
-    def compute_loss(self, observation: Observation, actions: Tensor, *, noise: Tensor, time: Tensor) -> Losses:
+    def compute_loss(
+        self,
+        observation: Observation,
+        actions: Tensor,
+        *,
+        noise: Tensor,
+        time: Tensor,
+        delay: Tensor | None = None,
+    ) -> Losses:
         """See `ki_edge.model.loss.compute_loss`."""
-        return loss.compute_loss(self, observation, actions, noise=noise, time=time)
+        return loss.compute_loss(self, observation, actions, noise=noise, time=time, delay=delay)
 
     def token_loss(self, observation: Observation) -> Tensor:
         """Mean cross-entropy of each sample's postfix [B], without actions: the co-training loss of other tasks."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import repeat
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,8 +11,10 @@ from torch import Tensor
 
 from ki_edge.errors import ArgumentError
 from ki_edge.flow import denoise_times, step_size
+from ki_edge.overlap import Overlap
 
 from .observation import Observation
+from .steering import steering_inputs
 
 if TYPE_CHECKING:
     from .pi import PiModel
@@ -24,9 +28,15 @@ def sample_actions(
     noise: Tensor | None = None,
     num_steps: int = 10,
     time_convention: str = "openpi",
+    overlap: Overlap | None = None,
 ) -> Tensor:
-    """Actions f32 [B,H,A] in model space: prefix once, then `num_steps` Euler steps from t = 1 (noise) to t = 0."""
-    *_, x_0 = denoise_trace(model, observation, noise=noise, num_steps=num_steps, time_convention=time_convention)
+    """Actions f32 [B,H,A] in model space: prefix once, then `num_steps` Euler steps from t = 1 (noise) to t = 0.
+
+    `overlap`: the chunks before, which these continue. ArgumentError for one with committed actions of a π0.
+    """
+    *_, x_0 = denoise_trace(
+        model, observation, noise=noise, num_steps=num_steps, time_convention=time_convention, overlap=overlap
+    )
     return x_0
 
 
@@ -38,6 +48,7 @@ def denoise_trace(
     noise: Tensor | None = None,
     num_steps: int = 10,
     time_convention: str = "openpi",
+    overlap: Overlap | None = None,
 ) -> list[Tensor]:
     """x_t before every step and after the last: num_steps + 1 tensors f32 [B,H,A]."""
     observation.check(model.config)
@@ -49,10 +60,22 @@ def denoise_trace(
     dt = torch.tensor(float(step_size(num_steps)))
     k, v, mask = prefix(model, observation)
     state = () if observation.state is None else (observation.state,)
+    steering: Iterable[tuple[Tensor, ...]] = repeat((), num_steps)
+    if overlap is not None:
+        overlap.check(*shape)
+        steering = steering_inputs(overlap, times.numpy(), model.modulation, trained=_is_trained(model, overlap))
     trace = [x_t]
-    for rows in model.modulation(times):
-        trace.append(model.denoise_step(trace[-1], rows, dt, k, v, mask, *state))
+    for rows, more in zip(model.modulation(times), steering, strict=True):
+        trace.append(model.denoise_step(trace[-1], rows, dt, k, v, mask, *state, *more))
     return trace
+
+
+def _is_trained(model: PiModel, overlap: Overlap) -> bool:
+    if not overlap.committed.any():
+        return False
+    if model.config.variant == "pi0":
+        raise ArgumentError("overlap: a π0 has one time for all actions of a chunk, so none can be committed: guide it")
+    return True
 
 
 @torch.no_grad()

@@ -24,9 +24,11 @@ from .prompt import STATE_FORMATS, PromptFormat
 RobotKind = Literal["generic", "droid", "libero", "aloha"]
 TimeConvention = Literal["openpi", "lerobot"]
 Feature = Literal["state", "actions"]
+Delays = Literal["uniform"]
 MODEL_ACTION_DIM = 32
 ALOHA_DIM = 14
-LATER = frozenset({"prompt_state_dim"})  # written only where it is not null, so that older versions read the rest
+# written only where they are not null, so that older versions read the rest
+LATER = frozenset({"prompt_state_dim", "rtc_max_delay", "rtc_distribution"})
 DROID_DIM = 8
 # What all π0 policies of openpi share: the state is no part of the prompt.
 PI0 = {"prompt_format": "pi0", "max_token_len": 48, "normalization": "zscore"}
@@ -89,6 +91,8 @@ class PolicyContract:
     num_steps: int = 10  # of the sampler
     control_hz: float | None = None  # rate at which actions were recorded
     action_names: tuple[str, ...] | None = None  # what each dimension commands; other robots are refused
+    rtc_max_delay: int | None = None  # trained to take up to so many first actions of a chunk as settled; None: not
+    rtc_distribution: Delays | None = None  # of how many they were in training, from 0 on
 
     @property
     def state_in_prompt(self) -> bool:
@@ -140,6 +144,9 @@ class PolicyContract:
         _require(padded is None or self.pad_state_first, "prompt_state_dim is for pad_state_first only")
         called, count = self.action_names, self.action_dim
         _require(called is None or len(called) == count, f"action_names {called}: expected {count} names")
+        most, drawn = self.rtc_max_delay, self.rtc_distribution
+        _require((most is None) == (drawn is None), "rtc_max_delay and rtc_distribution: give both or neither")
+        _require(most is None or 1 <= most < horizon, f"rtc_max_delay must be 1 to {horizon - 1}, got {most}")
         if self.fast is not None:
             _require(self.fast.size >= 1 and self.fast.max_tokens >= 1, f"fast: size and max_tokens, got {self.fast}")
             _require(self.fast.id_offset - self.fast.size + 1 >= 0, f"fast: {self.fast} gives ids below 0")

@@ -13,6 +13,7 @@ from ki_edge.errors import ContractError
 # The largest values that are believed: far above every known policy, and nothing is allocated on the word of a file.
 LIMITS = {
     "state_dim": 4096, "action_dim": 4096, "model_action_dim": 4096, "action_horizon": 4096, "execute": 4096,
+    "rtc_max_delay": 4096,
     "image_size": 4096, "max_token_len": 1 << 16, "num_steps": 1000, "size": 1 << 24, "id_offset": 1 << 24,
     "max_tokens": 4096,
 }  # fmt: skip

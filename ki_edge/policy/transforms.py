@@ -111,18 +111,12 @@ class InputPipeline:
         """An observation with its actions float [H, action_dim] in robot units. DatasetError if they do not fit."""
         contract = self.contract
         inputs = self(observation)
-        target = numbers(actions, "actions", DatasetError).copy()
+        target = numbers(actions, "actions", DatasetError)
         shape = (contract.action_horizon, contract.action_dim)
         if target.shape != shape or not np.isfinite(target).all():
             finite = "" if np.isfinite(target).all() else " with NaN or infinity"
             raise DatasetError(f"actions must be finite and of shape {shape}, got {target.shape}{finite}")
-        if contract.adapt_to_pi:
-            target = aloha_actions_to_model(target)
-        if contract.delta_mask is not None:
-            target -= _reference(contract.delta_mask, inputs.raw_state, target.shape[-1])
-        stats = _stats(contract, self._stats, "actions", contract.action_dim)
-        kind = contract.normalization_of("actions")
-        target = normalize(target, stats, kind, contract.normalization_epsilon)
+        target = actions_to_model(contract, action_stats(contract, self._stats), target, inputs.raw_state)
         return TrainingExample(inputs, pad_last(target, contract.model_action_dim), target)
 
 
@@ -131,7 +125,7 @@ class OutputPipeline:
 
     def __init__(self, contract: PolicyContract, stats: Mapping[str, NormStats]) -> None:
         self.contract = contract
-        self._stats = _stats(contract, stats, "actions", contract.action_dim)
+        self.stats = action_stats(contract, stats)
 
     def __call__(self, actions: npt.ArrayLike, raw_state: npt.ArrayLike) -> Float64:
         """Robot actions float64 [H, action_dim] in robot units.
@@ -147,10 +141,29 @@ class OutputPipeline:
         if state.shape != (contract.state_dim,):
             raise ArgumentError(f"raw_state must be of shape ({contract.state_dim},), got {state.shape}")
         out = given[:, : contract.action_dim]
-        out = unnormalize(out, self._stats, contract.normalization_of("actions"), contract.normalization_epsilon)
+        out = unnormalize(out, self.stats, contract.normalization_of("actions"), contract.normalization_epsilon)
         if contract.delta_mask is not None:
             out += _reference(contract.delta_mask, state, out.shape[-1])
         return aloha_actions_to_robot(out) if contract.adapt_to_pi else out
+
+
+def action_stats(contract: PolicyContract, stats: Mapping[str, NormStats]) -> NormStats:
+    """The statistics by which a contract's actions are normalised; ContractError if they do not fit it."""
+    return _stats(contract, stats, "actions", contract.action_dim)
+
+
+def actions_to_model(contract: PolicyContract, stats: NormStats, actions: Float64, raw_state: npt.ArrayLike) -> Float64:
+    """Robot actions float64 [..., action_dim], normalised as the model knows them: the inverse of `OutputPipeline`.
+
+    Delta actions become relative to `raw_state` [s], `ModelInputs.raw_state` of the observation that they follow.
+    `stats` as `action_stats` gives them.
+    """
+    if contract.adapt_to_pi:
+        actions = aloha_actions_to_model(actions)
+    if contract.delta_mask is not None:
+        state = numbers(raw_state, "raw_state")
+        actions = actions - _reference(contract.delta_mask, state, actions.shape[-1])
+    return normalize(actions, stats, contract.normalization_of("actions"), contract.normalization_epsilon)
 
 
 def read_state(contract: PolicyContract, observation: Mapping[str, Any]) -> Float64:

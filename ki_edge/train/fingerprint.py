@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,9 @@ def gather(
 ) -> Fingerprint:
     """Settings, geometry and demonstrations of a run; `init`: the digest of the weights that it starts from."""
     found: dict[str, Any] = {f"settings.{name}": value for name, value in settings.items()}
-    found |= _flat("model", asdict(config))
+    if not found.get("settings.rtc_max_delay"):  # as runs from before there was one, which so can be resumed
+        found.pop("settings.rtc_max_delay", None)
+    found |= _flat("model", config.to_dict())
     found |= {f"demonstrations.{name}": data.meta.get(name) for name in META}
     found |= {f"demonstrations.{name}": digest_file(data.path / name) for name in FILES}
     return {**found, **(init or {})}

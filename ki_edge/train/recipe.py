@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.config import Pi05Config
-from ki_edge.errors import CheckpointError, DatasetError
+from ki_edge.errors import ArgumentError, CheckpointError, DatasetError
 from ki_edge.files.writing import write_file
 from ki_edge.policy.contract import FastContract, PolicyContract, generic
 from ki_edge.policy.fast import FastCodec, FastIds
@@ -41,12 +41,23 @@ class Recipe:
     codec: FastCodec
 
     @classmethod
-    def fit(cls, data: Demonstrations, config: Pi05Config, *, fast_vocabulary: int = 256) -> Recipe:
-        """Fit statistics, tokenizer and FAST codec to demonstrations; `config` gives widths and depths."""
+    def fit(
+        cls, data: Demonstrations, config: Pi05Config, *, fast_vocabulary: int = 256, rtc_max_delay: int = 0
+    ) -> Recipe:
+        """Fit statistics, tokenizer and FAST codec to demonstrations; `config` gives widths and depths.
+
+        `rtc_max_delay`: up to so many first actions of a chunk are given in training; 0: none. ArgumentError for one
+        that leaves no action to learn.
+        """
         size = config.vision.image_size
         if data.image_size != (size, size):
             raise DatasetError(f"{data.path}: pictures of {data.image_size}, the model takes {size} x {size}")
         horizon, action_dim = data.actions.shape[1:]
+        if rtc_max_delay and rtc_max_delay >= horizon:
+            raise ArgumentError(
+                f"rtc_max_delay {rtc_max_delay}: the demonstrations' chunks have {horizon} actions, at least one of "
+                "which must be left to learn"
+            )
         stats = {"state": compute_stats(data.state), "actions": compute_stats(data.actions.reshape(-1, action_dim))}
         chunks = normalize(data.actions, stats["actions"], "quantile")
         codec = FastCodec.fit(chunks, vocab_size=fast_vocabulary, margin=8)
@@ -66,6 +77,8 @@ class Recipe:
             default_prompt=data.meta["prompts"][0],
             control_hz=None if data.meta.get("control_hz") is None else float(data.meta["control_hz"]),
             action_names=tuple(data.meta["action_names"]),
+            rtc_max_delay=rtc_max_delay or None,
+            rtc_distribution="uniform" if rtc_max_delay else None,
             fast=FastContract(id_offset=vocabulary - 1, size=codec.vocab_size, max_tokens=MAX_POSTFIX),
         )
         return cls(config, contract, stats, words, codec)

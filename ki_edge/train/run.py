@@ -54,7 +54,7 @@ def open_trainer(
     if threads:
         torch.set_num_threads(threads)
     data = Demonstrations.open(demonstrations)
-    recipe = Recipe.fit(data, config)
+    recipe = Recipe.fit(data, config, rtc_max_delay=settings.rtc_max_delay)
     model = from_scratch(recipe.config, seed=settings.seed, knowledge_insulation=settings.knowledge_insulation)
     center = mean_picture(torch.from_numpy(np.array(data.images[:CENTER_FRAMES])))
     start: Fingerprint | None = None
@@ -80,6 +80,7 @@ def recorded_settings(out: str | Path) -> TrainSettings:
         raise ArgumentError(NOTHING.format(out=out))
     _, facts = read_facts(path)
     given = {name.removeprefix("settings."): value for name, value in facts.items() if name.startswith("settings.")}
+    given.setdefault("rtc_max_delay", 0)  # runs record it where they have one
     names = {field.name: type(field.default) for field in fields(TrainSettings)}
     if given.keys() != names.keys() or any(type(given[name]) is not kind for name, kind in names.items()):
         raise CheckpointError(f"{path}: its settings are not those that this version knows: start over with --fresh")

@@ -45,9 +45,17 @@ class FakeEngine:
         k = np.broadcast_to(values[None, :, None, :, None], (2, len(values), 1, values.shape[1], 4))
         return {"prefix_k": k, "prefix_v": k + 0.5, "prefix_mask": mask}
 
-    def denoise(self, x_t, modulation, dt, prefix_k, prefix_v, prefix_mask):
+    def denoise(self, x_t, modulation, dt, prefix_k, prefix_v, prefix_mask, *, previous=None, **steering):
         seen = (prefix_k[0, :, 0, :, 0] * prefix_mask).sum(axis=1)[:, None, None]
-        return {"x_next": x_t + dt * (modulation[1, 2] + np.float32(1e-3) * seen)}
+        v_t = modulation[1, 2] + np.float32(1e-3) * seen
+        if previous is None:
+            return {"x_next": x_t + dt * v_t}
+        error = (previous - (x_t - steering["time"] * v_t)) * steering["previous_weights"][..., None]
+        x_next = x_t + dt * (v_t - steering["guidance"] * error)
+        if "committed" in steering:
+            settled = previous + np.float32(1e-3) * steering["committed_modulation"][1, 2]
+            x_next = np.where(steering["committed"][..., None], settled, x_next)
+        return {"x_next": x_next}
 
     def fast_decode(self, tokens, positions, cache_k, cache_v, cache_mask):
         seen = (cache_k[0, :, 0, :, 0] * cache_mask).sum(axis=1) + tokens.sum(axis=1)

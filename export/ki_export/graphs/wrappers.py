@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -35,33 +36,15 @@ class ModelModule(nn.Module):
 class PrefixModule(ModelModule):
     """Graph 1: pictures and prompt to K/V."""
 
-    def forward(self, images: Tensor, camera_mask: Tensor, prompt_tokens: Tensor, prompt_mask: Tensor) -> Outputs:
-        return self.model.prefix_forward(images, camera_mask, prompt_tokens, prompt_mask)
+    def forward(self, *inputs: Tensor) -> Outputs:
+        return self.model.prefix_forward(*inputs)
 
 
 class DenoiseModule(ModelModule):
-    """Graph 2: one Euler step."""
+    """Graph 2: one Euler step, with whatever the policy's is told beyond x and time."""
 
-    def forward(
-        self, x_t: Tensor, modulation: Tensor, dt: Tensor, prefix_k: Tensor, prefix_v: Tensor, prefix_mask: Tensor
-    ) -> Outputs:
-        return (self.model.denoise_step(x_t, modulation, dt, prefix_k, prefix_v, prefix_mask),)
-
-
-class StateDenoiseModule(ModelModule):
-    """Graph 2 of a π0: one Euler step with the robot's state."""
-
-    def forward(
-        self,
-        x_t: Tensor,
-        modulation: Tensor,
-        dt: Tensor,
-        prefix_k: Tensor,
-        prefix_v: Tensor,
-        prefix_mask: Tensor,
-        state: Tensor,
-    ) -> Outputs:
-        return (self.model.denoise_step(x_t, modulation, dt, prefix_k, prefix_v, prefix_mask, state),)
+    def forward(self, *inputs: Tensor) -> Outputs:
+        return (self.model.denoise_step(*inputs),)
 
 
 class FastDecodeModule(ModelModule):
@@ -77,11 +60,9 @@ class FastDecodeModule(ModelModule):
         parts = [] if whole else [torch.empty(count, width, device="meta") for _, count in runs(vocabulary)]
         self.unembedding = nn.ParameterList(parts)
 
-    def forward(
-        self, tokens: Tensor, positions: Tensor, cache_k: Tensor, cache_v: Tensor, cache_mask: Tensor
-    ) -> Outputs:
-        rows = list(self.unembedding) or None
-        return self.model.fast_decode_step(tokens, positions, cache_k, cache_v, cache_mask, rows)
+    def forward(self, *inputs: Tensor) -> Outputs:
+        step = partial(self.model.fast_decode_step, unembedding=list(self.unembedding) or None)
+        return step(*inputs)
 
 
 @dataclass(frozen=True)
@@ -94,7 +75,7 @@ class Traceable:
     spec: GraphSpec
     module: nn.Module
     inputs: tuple[Tensor, ...]
-    dynamic_shapes: tuple[dict[int, torch.export.Dim], ...]
+    dynamic_shapes: tuple[tuple[dict[int, torch.export.Dim], ...]]  # of the one parameter, which takes all inputs
     depths: Mapping[str, int]
 
 
@@ -118,8 +99,7 @@ def traceables(config: Pi05Config, vocabulary: DecodeVocabulary, layers: int | N
     )
     with torch.device("meta"):
         model = build(shallow).eval().requires_grad_(False)
-    denoise = StateDenoiseModule if config.has_state else DenoiseModule
-    modules: list[nn.Module] = [PrefixModule(model), denoise(model)]
+    modules: list[nn.Module] = [PrefixModule(model), DenoiseModule(model)]
     modules += [FastDecodeModule(model, vocabulary)] if vocabulary.ids else []
     sizes = {**graphs.sizes(config, len(vocabulary.ids)), **TRACED_SIZES}
     specs = graphs.specs(config, fast=bool(vocabulary.ids))
@@ -133,4 +113,4 @@ def _traceable(spec: GraphSpec, module: nn.Module, sizes: Mapping[str, int], dep
         shape = [int(dim) for dim in tensor.resolve(sizes)]
         inputs.append(torch.empty(shape, dtype=getattr(torch, tensor.dtype), device="meta"))
         shapes.append({axis: free[str(dim)] for axis, dim in enumerate(tensor.dims) if dim in free})
-    return Traceable(spec, module, tuple(inputs), tuple(shapes), depths)
+    return Traceable(spec, module, tuple(inputs), (tuple(shapes),), depths)

@@ -10,10 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.config import Pi05Config
+from ki_edge.overlap import Overlap, prefix_weights
 from ki_edge.policy.images import LOWEST, model_pictures
 
 Array = npt.NDArray[Any]
 SHORT = 9  # tokens of a short prompt
+CONTINUED_STEPS = 3
+CONTINUING = ", continuing a chunk"  # at the end of a case's name
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +33,7 @@ class Case:
     forced: tuple[int, ...] = ()
     max_tokens: int = 6
     state: Array | None = None  # f32 [B,A], of a π0
+    overlap: Overlap | None = None  # the chunks before
 
     @property
     def inputs(self) -> tuple[Array, Array, Array, Array]:
@@ -76,6 +80,19 @@ def compact_cases(config: Pi05Config, *, cameras: int, num_steps: int, forced: t
     mask = np.array([[True] * (slots - 1) + [False]])
     case = _draw(config, "absent camera, short prompt", 0, mask, [SHORT], num_steps, forced)
     return [replace(case, max_tokens=2)]
+
+
+def continuing(config: Pi05Config, case: Case) -> Case:
+    """A case with fewer steps whose chunks continue others, in every way that the model's denoise graph knows."""
+    batch, horizon, _ = case.noise.shape
+    delay = min(2, horizon - 1)
+    weights = prefix_weights(delay, max(delay, horizon - 1), horizon)
+    overlap = Overlap(
+        actions=np.random.default_rng(5).uniform(-1, 1, case.noise.shape).astype(np.float32),
+        weights=np.tile(weights, (batch, 1)),
+        committed=np.tile((np.arange(horizon) < delay) & (config.rtc == "trained"), (batch, 1)),
+    )
+    return replace(case, name=case.name + CONTINUING, num_steps=min(case.num_steps, CONTINUED_STEPS), overlap=overlap)
 
 
 def engine_cases(cases: Sequence[Case], *, cameras: int, max_prompt: int) -> list[Case]:

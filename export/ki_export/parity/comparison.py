@@ -20,12 +20,14 @@ from ki_edge.errors import BundleError
 from ki_edge.flow import denoise_times, modulation_table, step_size
 from ki_edge.model import Observation, PiModel
 from ki_edge.model.sampling import prefix as run_prefix
+from ki_edge.model.steering import steering_inputs
+from ki_edge.overlap import Overlap, nothing_before
 from ki_edge.progress import Progress
 from ki_runtime.policy.denoise import runtime_weights
 from ki_runtime.policy.sampler import Trace
 
 from .bars import FLOAT32, Bar, Measurement, bars_of, measure
-from .cases import Case
+from .cases import Case, continuing
 from .pair import ParityPair
 
 Array = npt.NDArray[Any]
@@ -88,6 +90,8 @@ def compare(pair: ParityPair, cases: Sequence[Case], progress: Progress) -> Comp
     result = Comparison("the PyTorch model", pair.bundle.manifest.precision, pair.method)
     for case in cases:
         found, traces, answer = _compare_case(pair, case, progress)
+        if case is cases[0] and pair.model.config.rtc != "none":
+            found += _continue_chunk(pair, continuing(pair.model.config, case), progress)
         result.measurements += found
         result.answers.append(answer)
         result.traces = result.traces or traces
@@ -123,6 +127,18 @@ def _compare_case(
         found.append(measure(case.name, RUNTIME, "greedy_ids", ids, fast.ids, bars=pair.bars))
     answer = Answer(case, states[-1].numpy(), fast.ids, *np.array(fast.decided, np.float32).reshape(-1, 3).T)
     return found, (trace.x[-1][0], states[-1][0].numpy()), answer
+
+
+def _continue_chunk(pair: ParityPair, case: Case, progress: Progress) -> list[Measurement]:
+    """A case whose chunk continues another one: the denoise graph step by step, then the runtime."""
+    observation, states, steps = observe(case), [torch.from_numpy(case.noise)], case.num_steps
+    with progress.stage("PyTorch and denoise graph, continuing a chunk", pair.steps(pair.model.config.backbone.depth)):
+        prefix = run_prefix(pair.model, observation)
+        found = list(_denoise(pair, case, observation, prefix, states))
+        given = {"state": case.state, "noise": case.noise, "num_steps": steps, "overlap": case.overlap}
+        actions = pair.sampler.sample_actions(*case.inputs, **given)  # type: ignore[arg-type]
+    names = [name for name in ("actions", DIRECTION) if name in pair.bars]
+    return found + [measure(case.name, RUNTIME, name, actions, states[-1].numpy(), bars=pair.bars) for name in names]
 
 
 def observe(case: Case) -> Observation:
@@ -162,7 +178,10 @@ def by_layer(
 def _denoise(
     pair: ParityPair, case: Case, observation: Observation, prefix: tuple[Tensor, ...], states: list[Tensor]
 ) -> Iterator[Measurement]:
-    """Each step from the reference's x; appends the reference's states to `states`."""
+    """Each step from the reference's x; appends the reference's states to `states`.
+
+    A step that continues no chunk is the model's own plain step: what the graph takes for one is zeros then.
+    """
     manifest = pair.bundle.manifest
     times = denoise_times(case.num_steps, manifest.sampling["time_convention"])
     rows = pair.model.modulation(torch.from_numpy(times))
@@ -170,14 +189,26 @@ def _denoise(
     dt = torch.tensor(step_size(case.num_steps))
     _, graph = graphs.specs(manifest.config)
     fixed = prefix if observation.state is None else (*prefix, observation.state)
+    steering = list(_steering(pair.model, case, times))
     for step, row in enumerate(rows):
+        more = fixed if case.overlap is None else (*fixed, *steering[step])
         yield measure(case.name, RUNTIME, "modulation", table[step], row.numpy(), step, pair.bars)
-        expected = pair.model.denoise_step(states[-1], row, dt, *fixed)
-        given = pair.run(graph, states[-1], row, dt, *fixed)
+        expected = pair.model.denoise_step(states[-1], row, dt, *more)
+        given = pair.run(graph, states[-1], row, dt, *fixed, *steering[step])
         yield measure(case.name, "denoise", "x_next", given["x_next"], expected.numpy(), step, pair.bars)
         velocity, wanted = (((x - states[-1].numpy()) / dt.numpy()) for x in (given["x_next"], expected.numpy()))
         yield measure(case.name, "denoise", "velocity", velocity, wanted, step, pair.bars)
         states.append(expected)
+
+
+def _steering(model: PiModel, case: Case, times: npt.NDArray[np.float32]) -> Iterator[tuple[Tensor, ...]]:
+    """The graph's inputs for the chunk before, of each step."""
+    overlap: Overlap | None = case.overlap
+    if overlap is None:
+        alone = tuple(map(torch.from_numpy, nothing_before(model.config, len(case.images)).values()))
+        yield from (alone for _ in times)
+    else:
+        yield from steering_inputs(overlap, times, model.modulation, trained=model.config.rtc == "trained")
 
 
 @dataclass

@@ -15,10 +15,11 @@ from ki_edge.flow import denoise_times, step_size
 from ki_edge.graphs import GraphSpec
 from ki_edge.model import PiModel
 from ki_edge.model.sampling import prefix as run_prefix
+from ki_edge.overlap import nothing_before
 from ki_export.weights.differences import differing_weights
 
 from .bars import Measurement
-from .cases import Case
+from .cases import CONTINUING, Case
 from .comparison import RUNTIME, Comparison, observe, watched
 from .localize import first_wrong_layer
 
@@ -29,6 +30,7 @@ GRAPH_CAUSE = (
 )
 ROUNDING_CAUSE = "no single layer is wrong: usually activations so large that float32 rounding adds up"
 RUNTIME_CAUSE = "every graph is right by itself: usually the time convention, the modulation table or the trimming"
+CONTINUING_CAUSE = "chunks that continue no other are right: usually what the denoise graph is told of the one before"
 NOT_FINITE_CAUSE = "values are not finite: usually an overflow, or a weight that is NaN"
 
 
@@ -42,7 +44,7 @@ def explain(
     changed = differing_weights(bundle, checkpoint)
     layer = None
     if failure.graph != RUNTIME:
-        case = next(case for case in cases if case.name == failure.case)
+        case = next(case for case in cases if case.name == failure.case.removesuffix(CONTINUING))
         layer = _wrong_layer(failure.graph, bundle, model, case)
     parts = [line] + ([f"first wrong layer {layer}"] if layer else [])
     if changed and _of_another(bundle, checkpoint):
@@ -53,6 +55,8 @@ def explain(
         parts.append(f"cause: weight '{changed[0]}'{more} from the checkpoint's: the bundle is damaged or was changed")
     elif not np.isfinite(failure.error):
         parts.append(f"cause: {NOT_FINITE_CAUSE}")
+    elif failure.case.endswith(CONTINUING) and layer is None:
+        parts.append(f"cause: {CONTINUING_CAUSE}")
     elif failure.graph == RUNTIME:
         parts.append(f"cause: {RUNTIME_CAUSE}")
     else:
@@ -97,7 +101,8 @@ def _inputs(graph: str, bundle: Bundle, model: PiModel, case: Case) -> tuple[Gra
         dt = torch.tensor(step_size(case.num_steps))
         state = () if observation.state is None else (observation.state,)
         spec = graphs.specs(model.config)[1]
-        return spec, (torch.from_numpy(case.noise), row, dt, *run_prefix(model, observation), *state)
+        alone = map(torch.from_numpy, nothing_before(model.config, len(case.images)).values())
+        return spec, (torch.from_numpy(case.noise), row, dt, *run_prefix(model, observation), *state, *alone)
     seen: list[tuple[Tensor, ...]] = []
     with watched(model, bundle.manifest.vocabulary.ids, lambda inputs, outputs: seen.append(inputs)):
         model.sample_fast_tokens(observation, max_tokens=1, forced=case.forced, constrained=bool(model.decode_ids))

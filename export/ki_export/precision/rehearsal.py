@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ki_edge import flow, graphs
 from ki_edge.checkpoints import Checkpoint
+from ki_edge.overlap import nothing_before
 from ki_export.arithmetic.evaluator import Evaluator, Shelf, Watch
 from ki_export.arithmetic.readers import CheckpointWeights
 from ki_export.weights.weights import TensorSlice
@@ -50,12 +51,14 @@ class Rehearsal:
         checkpoint, evaluator = self._checkpoint, self._evaluator(graphs.DENOISE.name)
         times = flow.denoise_times(STEPS, checkpoint.time_convention)
         table = torch.from_numpy(flow.modulation_table(checkpoint.source.array, times, checkpoint.config))
+        alone = {name: torch.from_numpy(zeros) for name, zeros in nothing_before(checkpoint.config, 1).items()}
         feeds = [
             {
                 **prefix,
                 "x_t": torch.from_numpy(o.noise),
                 "dt": torch.tensor(flow.step_size(STEPS)),
                 **({} if o.state is None else {"state": torch.from_numpy(o.state)}),
+                **alone,
             }
             for prefix, o in zip(prefixes, observations, strict=True)
         ]

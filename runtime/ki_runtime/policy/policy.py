@@ -17,6 +17,7 @@ from ki_edge.bundle import Bundle
 from ki_edge.commands import tell
 from ki_edge.config import Pi05Config
 from ki_edge.errors import ArgumentError, BundleError
+from ki_edge.policy.chunking import Guiding, PreviousChunk, Way, overlap_of
 from ki_edge.policy.contract import FastContract, PolicyContract
 from ki_edge.policy.fast import FastCodec, FastIds
 from ki_edge.policy.normalize import NormStats, read_norm_stats
@@ -25,7 +26,7 @@ from ki_edge.policy.transforms import InputPipeline, ModelInputs, OutputPipeline
 
 from .decode import TOKENIZERS, read_tokenizer
 from .guard import finite_actions
-from .sampler import Sampler
+from .sampler import WITHOUT_RTC, Sampler
 from .training_range import TrainingRange
 from .warming import Prepared, warm_up
 
@@ -89,12 +90,18 @@ class Policy:
         noise: npt.ArrayLike | None = None,
         seed: int | None = None,
         num_steps: int | None = None,
+        previous: PreviousChunk | None = None,
+        way: Way | None = None,
+        guiding: Guiding | None = None,
     ) -> dict[str, Any]:
         """{"actions": float64 [H, action_dim] in robot units, "timing": milliseconds by stage}.
 
-        `noise` f32 [H, A] or [1, H, A], or drawn from `seed`. ObservationError for an observation that does not fit
-        the contract, ArgumentError for other arguments, BackendError if an action is not finite in float32.
+        `noise` f32 [H, A] or [1, H, A], or drawn from `seed`. `previous`: the chunk that the robot executes meanwhile,
+        which this one is to continue; `way`: how, None: as `rtc` says; `guiding`: how strongly the guided way pulls.
+        ObservationError for an observation that does not fit the contract, ArgumentError for other arguments,
+        BackendError if an action is not finite in float32.
         """
+        chosen = None if previous is None else self._way(way)
         clock = _Stopwatch()
         inputs = self._read(observation)
         clock.lap("preprocess_ms")
@@ -102,14 +109,38 @@ class Policy:
             noise = array_of(noise, "noise")
             noise = noise[None] if noise.ndim == 2 else noise
         state = _state(inputs, self.sampler.config)
+        overlap = None
+        if previous is not None and chosen is not None:
+            stats, raw = self._outputs.stats, inputs.raw_state
+            overlap = overlap_of(previous, self.contract, stats, raw, way=chosen, guiding=guiding)
         actions = self.sampler.sample_actions(
-            *_batch(inputs), state=state, noise=noise, seed=seed, num_steps=num_steps
+            *_batch(inputs), state=state, noise=noise, seed=seed, num_steps=num_steps, overlap=overlap
         )[0]
         clock.lap("model_ms")
         robot_actions = self._outputs(actions, inputs.raw_state)
         finite_actions(robot_actions, self.contract.action_names)
         clock.lap("postprocess_ms")
         return {"actions": robot_actions, "timing": self._timing(clock, "denoise")}
+
+    @property
+    def rtc(self) -> Way | None:
+        """How `infer` continues a previous chunk: "trained" or "guided"; None: its bundle was exported without."""
+        found = self.sampler.config.rtc
+        return None if found == "none" else found
+
+    @property
+    def max_delay(self) -> int | None:
+        """The largest delay of a previous chunk that the trained way takes; None: any up to its rows."""
+        return self.contract.rtc_max_delay if self.rtc == "trained" else None
+
+    def _way(self, wanted: Way | None) -> Way:
+        """ArgumentError for a way that the bundle has not."""
+        if self.rtc is None:
+            raise ArgumentError(f"{self.sampler.bundle.path} {WITHOUT_RTC}")
+        if wanted not in (None, "guided", self.rtc):
+            known = "guided" if self.rtc == "guided" else "guided or trained"
+            raise ArgumentError(f"way {wanted!r:.40}: this policy's chunks can be {known}")
+        return wanted or self.rtc
 
     def infer_fast(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """Actions decoded from FAST tokens, to compare with the flow's: slower and coarser than `infer`.
@@ -228,6 +259,10 @@ def _check_contract(bundle: Bundle, contract: PolicyContract) -> None:
     for name, (said, is_) in pairs.items():
         if said != is_:
             raise BundleError(f"{bundle.path}: the contract's {name} is {said}, the model's {is_}: export it again")
+    if config.rtc == "trained" and contract.rtc_max_delay is None:
+        raise BundleError(
+            f"{bundle.path}: the model's rtc is trained, and the contract has no rtc_max_delay: export it again"
+        )
     if config.has_state and contract.state_dim > config.state_size:
         raise BundleError(
             f"{bundle.path}: the contract's state has {contract.state_dim} numbers, the model takes at most "

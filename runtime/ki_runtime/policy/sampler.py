@@ -18,6 +18,7 @@ from ki_edge.commands import tell
 from ki_edge.config import Pi05Config
 from ki_edge.errors import ArgumentError, BackendError
 from ki_edge.graphs import GraphSpec
+from ki_edge.overlap import Overlap
 from ki_runtime.backends.registry import Backend, Connection, SessionOptions, check_name, connect
 from ki_runtime.backends.session import Bucket, Session
 
@@ -29,6 +30,7 @@ from .proof import Prover
 from .room import Result, Stage, within_memory
 from .verdict import ACTIONS, FAST
 
+WITHOUT_RTC = "was exported without real-time chunking: export its checkpoint with --rtc"
 F32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
@@ -171,26 +173,29 @@ class Sampler:
         noise: npt.ArrayLike | None = None,
         seed: int | None = None,
         num_steps: int | None = None,
+        overlap: Overlap | None = None,
     ) -> F32:
         """Actions f32 [B, H, A] in the model's normalised space.
 
         images u8 [B, N, h, w, 3] RGB (f32 in [-1, 1] where `config.pictures` is float32), camera_mask bool [B, N],
         prompt_tokens integer [B, T], prompt_mask bool [B, T];
         state f32 [B, A], for a π0 alone: normalised, zeros past the robot's numbers;
-        noise f32 [B, H, A] (x at t = 1), or drawn from `seed` (None: a fresh one). ArgumentError for what does not fit,
-        BackendError for actions that are not finite.
+        noise f32 [B, H, A] (x at t = 1), or drawn from `seed` (None: a fresh one);
+        overlap: the chunks before, which these continue, for a bundle with real-time chunking (`config.rtc`).
+        ArgumentError for what does not fit, BackendError for actions that are not finite.
         """
         inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
         once = prepare_state(state, inputs.batch, self._config)
         steps = self._steps(num_steps)
         x = self._noise(noise, seed, inputs.batch)
+        self._check_overlap(overlap, inputs.batch)
 
         def run() -> F32:
             start = time.perf_counter_ns()
             prefix = self._prefix.run(inputs)
             middle = time.perf_counter_ns()
             # K/V lie in the prefix stage's own memory: they are read before its next run, which the lock keeps away
-            actions = self._denoise.run(prefix, x, steps, once)
+            actions = self._denoise.run(prefix, x, steps, once, overlap)
             self._times.last = StageTimes(prefix=middle - start, denoise=time.perf_counter_ns() - middle)
             return actions
 
@@ -253,16 +258,18 @@ class Sampler:
         noise: npt.ArrayLike | None = None,
         seed: int | None = None,
         num_steps: int | None = None,
+        overlap: Overlap | None = None,
     ) -> Trace:
         """What `sample_actions` computes with the same arguments, with its K/V and x after every step."""
         inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
         once = prepare_state(state, inputs.batch, self._config)
         steps = self._steps(num_steps)
         x = self._noise(noise, seed, inputs.batch)
+        self._check_overlap(overlap, inputs.batch)
 
         def run() -> Trace:
             prefix = self._prefix.run_eagerly(inputs)
-            states = self._denoise.states(prefix, x, steps, once)
+            states = self._denoise.states(prefix, x, steps, once, overlap)
             kept = inputs.columns.size  # a padded prompt has masked tokens behind them
             k, v, mask = prefix.k.read(), prefix.v.read(), prefix.mask.read()
             return Trace(k[..., :kept, :], v[..., :kept, :], mask[:, :kept], inputs.columns, states)
@@ -290,6 +297,16 @@ class Sampler:
         if not np.isfinite(given).all():
             raise ArgumentError("noise holds NaN or infinity")
         return given
+
+    def _check_overlap(self, overlap: Overlap | None, batch: int) -> None:
+        if overlap is None:
+            return
+        config = self._config
+        if config.rtc == "none":
+            raise ArgumentError(f"{self.bundle.path} {WITHOUT_RTC}")
+        overlap.check(batch, config.action_horizon, config.action_dim)
+        if overlap.committed.any() and config.rtc != "trained":
+            raise ArgumentError(f"{self.bundle.path} is of a policy that was not trained to take committed actions")
 
     def _check_finite(self, actions: F32) -> None:
         bad = int((~np.isfinite(actions)).sum())
