@@ -1,7 +1,7 @@
 """A robot of your own: the methods that the control loop calls, here for an arm that exists only in memory.
 
-One command goes out every 40 ms, also while the policy thinks: mode async. Limits of the commands come from the policy's
-training data; docs/safety.md says how to give your own.
+One command goes out every 40 ms, also while the policy thinks: mode async. Limits of the commands come from the
+policy's training data; docs/safety.md says how to give your own.
 
 python examples/my_robot.py build/demo/bundle
 """
@@ -22,8 +22,7 @@ class MyArm:
         self.state, self.steps = np.array([1.34, 0.75, 0.53, 0.0, 0.0], np.float32), 0
 
     def observe(self):  # what the policy's contract asks for, in the robot's units
-        noise = np.random.default_rng(self.steps)
-        picture = noise.integers(0, 256, (96, 96, 3), np.uint8)  # of your camera: RGB, height x width x 3
+        picture = np.full((96, 96, 3), 100 + self.steps, np.uint8)  # of your camera: RGB, height x width x 3
         images = {"front_left": picture, "front_right": picture}
         return {"images": images, "state": self.state.copy(), "prompt": "reach the red target"}
 
@@ -50,5 +49,6 @@ class MyArm:
 if __name__ == "__main__":
     policy = Policy.load(sys.argv[1])
     prepared = policy.warm_up()  # the first inference is as fast as the others
-    loop = ControlLoop(policy, MyArm(), LoopOptions(mode="async"), latency_ms=prepared.inference_ms)
+    loop = ControlLoop(policy, MyArm(), LoopOptions(mode="async"))
+    loop.expect(prepared.inference_ms)
     print("\n".join(loop.run().lines()))

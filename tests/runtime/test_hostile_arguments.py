@@ -111,7 +111,16 @@ def test_opening(make_bundle):
 
 
 def test_options():
-    good = {"episodes": 1, "seed": 0, "execute": 1, "num_steps": 1, "prompt": "x", "max_steps": 1, "rate": 1, "max_seconds": 1}
+    good = {
+        "episodes": 1,
+        "seed": 0,
+        "execute": 1,
+        "num_steps": 1,
+        "prompt": "x",
+        "max_steps": 1,
+        "rate": 1,
+        "max_seconds": 1,
+    }
     survives(LoopOptions, good)
     survives(SessionOptions, {"threads": 1})
 

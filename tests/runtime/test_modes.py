@@ -2,12 +2,14 @@
 
 import threading
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from ki_edge.errors import ArgumentError, BackendError, RobotError
 from ki_edge.policy.contract import generic
+from ki_edge.policy.normalize import NormStats
 from ki_runtime.control.interrupts import Stopped
 from ki_runtime.control.loop import ControlLoop
 from ki_runtime.control.options import LoopOptions
@@ -61,7 +63,7 @@ class Counting:
         self.asked, self.seconds, self.fail_at, self.error = [], seconds, fail_at, error
         self.threads = set()
 
-    def infer(self, observation, *, noise=None, num_steps=None, previous=None):
+    def infer(self, observation, *, noise=None, num_steps=None, previous=None, way=None):
         self.asked.append(previous)
         self.threads.add(threading.current_thread())
         if len(self.asked) == self.fail_at:
@@ -104,7 +106,7 @@ def test_every_command_is_the_one_for_its_tick(mode, delay, execute):
     assert report.rate["starved"] == report.rate["late_chunks"] == 0
     assert all(step.age >= 0 and step.chunk is not None for step in steps)
     assert report.delay["real"] == {"p50": delay, "p95": delay}
-    assert all(later.index == step.index + 1 or later.seam for step, later in zip(steps, steps[1:], strict=False))
+    assert all(later.index == step.index + 1 or later.seam for step, later in pairwise(steps))
 
 
 def test_waiting_holds_and_shows_it():
@@ -181,7 +183,7 @@ def test_inference_runs_in_a_thread_of_its_own():
 
 def test_a_slow_policy_starves_the_robot_and_recovers():
     """Every inference takes longer than half a chunk: it holds in between, and no row is lost."""
-    report, robot, steps = run(Counting(seconds=0.25), Line(steps=30), mode="async", starve_limit=1000)
+    report, _, steps = run(Counting(seconds=0.25), Line(steps=30), mode="async", starve_limit=1000)
     assert report.rate["starved"] > 5
     held = [step for step in steps if step.chunk is None]
     assert len(held) == report.rate["starved"]
@@ -206,7 +208,7 @@ def test_a_frozen_camera_holds_the_robot():
             return {**super().observe(), "images": {"cam": np.zeros((2, 2, 3), np.uint8)}}
 
     policy, robot = Counting(), Frozen(steps=1000)
-    policy.stats = {"state": type("Stats", (), {"q01": np.zeros(1), "q99": np.ones(1), "std": None})}
+    policy.stats = {"state": NormStats(q01=np.zeros(1), q99=np.ones(1))}
     with pytest.raises(RobotError, match="camera cam shows the same picture while the robot moves"):
         run(policy, robot, mode="async", delay=1, starve_limit=10)
     assert robot.sent[-10:] == [robot.sent[-11]] * 10
@@ -235,7 +237,7 @@ def test_own_hold_of_a_robot():
     robot.held = 0
     robot.hold = lambda: setattr(robot, "held", robot.held + 1) or setattr(robot, "steps", robot.steps + 1)
     run(Counting(), robot, mode="sync", delay=2)
-    assert robot.held > 0 and all(b > a for a, b in zip(robot.sent, robot.sent[1:], strict=False))
+    assert robot.held > 0 and all(b > a for a, b in pairwise(robot.sent))
 
 
 @pytest.mark.parametrize(
@@ -270,8 +272,10 @@ def test_rates():
 
 
 def test_an_inference_too_slow_for_its_chunk():
-    with pytest.raises(ArgumentError, match="an inference takes 400 ms, 20 actions at 50 a second, but .* only 8 at once"):
-        ControlLoop(Counting(), Line(), LoopOptions(mode="async"), latency_ms=400.0)
+    loop = ControlLoop(Counting(), Line(), LoopOptions(mode="async"))
+    loop.expect(100.0)
+    with pytest.raises(ArgumentError, match=r"takes 400 ms, 20 actions at 50 a second, but the policy gives only 8 at"):
+        loop.expect(400.0)
 
 
 def test_modes_that_a_policy_cannot_do():

@@ -1,5 +1,7 @@
 """Chunks are handed over at the right index: no action is skipped, repeated or played when its time has passed."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -73,7 +75,7 @@ def test_every_step_is_played_once_and_by_the_row_that_is_meant_for_it(rounds, c
         schedule.hand_over(chunk(number, first))
     tick(HORIZON)
     assert [planned.action[0] for planned in played] == list(range(len(played)))
-    assert all(a.chunk <= b.chunk for a, b in zip(played, played[1:], strict=False))
+    assert all(a.chunk <= b.chunk for a, b in pairwise(played))
 
 
 def test_a_crossfade_ends_after_so_many_actions():

@@ -14,6 +14,8 @@ from ki_runtime.backends.registry import NAMES
 from ki_runtime.robots import open_robot
 
 from .interrupts import Interrupts
+from .limit_sources import limits_for
+from .limits_table import limit_lines
 from .loop import ControlLoop
 from .options import MODES, LoopOptions
 from .recorder import Recorder, check_folder
@@ -61,6 +63,8 @@ def _run(options: argparse.Namespace) -> int:
         check_folder(options.record)  # before a large model is loaded, and engines are built
     told = {one.name for one in fields(LoopOptions)} - OWN
     loop_options = LoopOptions(**{name: getattr(options, name) for name in told})
+    if options.show_limits:
+        return _show_limits(options)
     policy = Policy.load(
         options.bundle,
         options.backend,
@@ -73,12 +77,14 @@ def _run(options: argparse.Namespace) -> int:
     with Interrupts() as interrupts, interrupts.held(), ExitStack() as opened:
         robot = open_robot(options.robot)
         opened.callback(robot.close)
+        loop = ControlLoop(policy, robot, loop_options, interrupts=interrupts)
         with interrupts.released():
             prepared = policy.warm_up(prompt=options.prompt, num_steps=options.num_steps)  # before anything moves
-        tell(
-            f"ki-run: warmed up in {prepared.milliseconds / 1e3:.1f} s; an inference takes {prepared.inference_ms:.0f} ms"
-        )
-        loop = ControlLoop(policy, robot, loop_options, interrupts=interrupts, latency_ms=prepared.inference_ms)
+        loop.expect(prepared.inference_ms)
+        seconds = prepared.milliseconds / 1e3
+        tell(f"ki-run: warmed up in {seconds:.1f} s; an inference takes {prepared.inference_ms:.0f} ms")
+        if (warning := loop.limits.warning()) is not None:
+            tell(f"ki-run: {warning} (--limits FILE)")
         recorder = Recorder(options.record) if options.record else None  # nothing was written before
         loop.watch(Progress(options.episodes), *([recorder] if recorder else []))
         opened.pop_all()  # from here on the loop closes the robot
@@ -93,6 +99,21 @@ def _run(options: argparse.Namespace) -> int:
             raise
         _print(options, loop, recorder, interrupted=status != 0)
     return status
+
+
+def _show_limits(options: argparse.Namespace) -> int:
+    """The limits that a run would have, with their origin. The model is not opened, the robot does not move."""
+    from ki_edge.bundle import Bundle
+    from ki_runtime.policy.policy import read_assets
+
+    assets = read_assets(Bundle.open(options.bundle))
+    robot = open_robot(options.robot)
+    try:
+        limits = limits_for(assets.contract, assets.stats, robot, options.limits)
+    finally:
+        robot.close()
+    show(limit_lines(limits))
+    return 0
 
 
 def _print(options: argparse.Namespace, loop: ControlLoop, recorder: Recorder | None, *, interrupted: bool) -> None:
@@ -135,14 +156,7 @@ def _parser() -> Parser:
     add("--stale-after", type=float, default=defaults.stale_after, metavar="S", help="hold where readings are older")
     add("--limits", metavar="FILE", help="limits of the commands, see docs/safety.md; tightens those of the robot")
     add("--show-limits", action="store_true", help="print the limits and where they come from, and run nothing")
-    trip = defaults.trip_after
-    add(
-        "--trip-after",
-        type=int,
-        default=trip,
-        metavar="N",
-        help="stop after N violations in a row; default %(default)s",
-    )
+    add("--trip-after", type=int, metavar="N", help="stop after N violations of limits in a row; default: 1 s")
     add("--stop-file", metavar="FILE", help="stop when this file appears")
     add("--stop-keys", action="store_true", help="stop at q or the space bar in the terminal")
     add("--record", metavar="DIR", help="keep films, steps.jsonl and plots in this folder")

@@ -169,7 +169,8 @@ class Cycle:
                 parts.say(f"{self._refused}: nothing is computed from it, {parts.robot.name} will hold")
             return
         rest = parts.schedule.rest()
-        previous = PreviousChunk(rest, min(delay, len(rest))) if parts.options.mode == "rtc" and len(rest) else None
+        told = parts.options.mode == "rtc" and len(rest)
+        previous = PreviousChunk(rest.astype(np.float64), min(delay, len(rest))) if told else None
         noise = parts.noise(self._seed, self._asked)
         request = Request(
             self._epoch, self._asked, self._tick, parts.schedule.step, observation, observed, noise, previous, delay,
@@ -202,7 +203,8 @@ class Cycle:
         result = {**answer.result, "timing": timing}
         parts.reporter.tell(lambda watcher: watcher.inferred(request.tick, request.observation, result))
         self._inferences += 1
-        way = parts.way if request.previous is not None else "plain"
+        way = parts.way(request) if request.previous is not None else "plain"
+        parts.ways.add(way)
         chunk = Chunk(request.number, actions, request.step, request.observed, way)
         old = not parts.waits and parts.clock.now() - request.observed > parts.oldest
         if old or not parts.schedule.hand_over(chunk):

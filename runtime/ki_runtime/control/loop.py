@@ -30,15 +30,16 @@ from ki_runtime.robots.replay import ReplayRobot
 from .clock import Clock, RealClock, SimulatedClock, Ticker
 from .cycle import Counts, Cycle
 from .delay import DelayPredictor
+from .fit import actions_to_execute, check_actions, control_rate, given_delay, is_paced, way_to_join
 from .guards import Guards
 from .inference import Inference, LockStep, Request, Worker
 from .interrupts import Interrupts
 from .killswitch import KillSwitch
-from .limits import Limits
-from .options import LoopOptions, control_rate
+from .limit_sources import limits_for
+from .options import LoopOptions
 from .parts import Parts, Stops, TimeUp, state_scale
 from .reporting import Reporter, Watcher
-from .schedule import F32, Schedule
+from .schedule import F32, Schedule, Way
 from .seams import SeamLog
 from .telemetry import Episode, LatencyLog, RunReport, percentiles
 from .watchdog import Watchdog
@@ -71,9 +72,8 @@ def episode_noise(seed: int, index: int, shape: Sequence[int]) -> F32:
 class ControlLoop:
     """Runs a policy on a robot.
 
-    `interrupts`: those of the program, if it has some; `latency_ms`: of an inference, as it was measured before the
-    robot moves; `say` is told of errors while closing that come after another. ArgumentError for options that the
-    policy cannot follow, RobotError if the robot does not fit the policy.
+    `interrupts`: those of the program, if it has some; `say` is told of errors while closing that come after another.
+    ArgumentError for options that the policy cannot follow, RobotError if the robot does not fit the policy.
     """
 
     def __init__(
@@ -84,28 +84,43 @@ class ControlLoop:
         watchers: Sequence[Watcher] = (),
         *,
         interrupts: Interrupts | None = None,
-        latency_ms: float = 0.0,
         say: Callable[[str], object] = tell,
     ) -> None:
         self._policy, self._robot, self._watchers = policy, robot, list(watchers)
         self._options = options or LoopOptions()
         self._interrupts, self._say = interrupts or Interrupts(), say
         contract = policy.contract
-        _check_actions(robot, contract)
+        check_actions(robot, contract)
         if hasattr(robot, "fit"):
             robot.fit(contract)
         self._rate = control_rate(self._options, contract, robot)
-        self._paced = _paced(self._options, robot)
-        self._execute = _execute(self._options, contract)
-        self._guess = _delay(self._options, contract, latency_ms, self._rate)
-        self._way = _way(self._options, policy, self._guess)
-        self.limits = _limits(self._options, policy, robot)
-        self._guards = Guards(self.limits, trip_after=self._options.trip_after, check=getattr(robot, "check", None))
+        self._paced = is_paced(self._options, robot)
+        self._execute = actions_to_execute(self._options, contract)
+        self._guess = given_delay(self._options, contract)
+        self._way = way_to_join(self._options, policy)
+        self.limits = limits_for(contract, getattr(policy, "stats", None) or {}, robot, self._options.limits)
+        trip = self._options.trip_after or max(1, round(self._rate))
+        self._guards = Guards(self.limits, trip_after=trip, check=getattr(robot, "check", None))
         self._switch = KillSwitch(self._options.stop_file, keys=self._options.stop_keys)
         self._latencies, self._episodes = LatencyLog(), list[Episode]()
         self._parts: Parts | None = None
         self._epoch = 0
         self._closed = self._cut = False
+
+    def expect(self, latency_ms: float) -> None:
+        """How long an inference takes, as was measured when it was warmed up: what delays are predicted from at first.
+
+        ArgumentError if a chunk is too short for it.
+        """
+        if self._options.mode == "sync" or self._options.delay is not None:
+            return
+        guess, horizon = math.ceil(1e-3 * latency_ms * self._rate), self._policy.contract.action_horizon
+        if guess >= horizon:
+            raise ArgumentError(
+                f"an inference takes {latency_ms:.0f} ms, {guess} actions at {self._rate:g} a second, but the policy "
+                f"gives only {horizon} at once: use mode sync, fewer denoising steps, a lower rate or a faster backend"
+            )
+        self._guess = guess
 
     def watch(self, *watchers: Watcher) -> None:
         """Tell these too what happens, from the next run on."""
@@ -160,7 +175,7 @@ class ControlLoop:
         return RunReport(
             tuple(self._episodes),
             self._latencies.summary(),
-            mode=options.mode if options.mode != "rtc" else f"rtc {self._way}",
+            mode=self._mode(),
             rate=rate,
             seams=(SeamLog(()) if parts is None else parts.seams).summary(),
             delay={name: percentiles(getattr(delays, name), 50, 95) for name in ("predicted", "real")},
@@ -169,6 +184,11 @@ class ControlLoop:
             backend=getattr(backend, "name", None),
             interrupted=interrupted or self._cut,
         )
+
+    def _mode(self) -> str:
+        """The mode that was really active, with the ways in which chunks were joined."""
+        used = () if self._parts is None else sorted(self._parts.ways - {"plain"})
+        return " ".join([self._options.mode, *(used if self._options.mode == "rtc" else ())])
 
     def _assemble(self) -> Parts:
         """A fresh clock, schedule and inference for a run."""
@@ -199,7 +219,7 @@ class ControlLoop:
             interrupts=self._interrupts,
             stops=Stops(self._switch, options.max_seconds),
             say=self._say,
-            way=self._way,
+            way=self._way_of,
             noise=lambda seed, index: episode_noise(seed, index, shape),
             execute=self._execute,
             beside=beside,
@@ -208,9 +228,15 @@ class ControlLoop:
         )
 
     def _infer(self, request: Request) -> Mapping[str, Any]:
-        previous: dict[str, Any] = {} if request.previous is None else {"previous": request.previous}
-        steps = self._options.num_steps
-        return self._policy.infer(request.observation, noise=request.noise, num_steps=steps, **previous)
+        more: dict[str, Any] = {}
+        if request.previous is not None:
+            more = {"previous": request.previous, "way": self._way_of(request)}
+        return self._policy.infer(request.observation, noise=request.noise, num_steps=self._options.num_steps, **more)
+
+    def _way_of(self, request: Request) -> Way:
+        """A policy is not trained for any delay: beyond, its chunks are guided."""
+        most = getattr(self._policy, "max_delay", None)
+        return "guided" if most is not None and request.delay > most else self._way
 
     def _run_episode(self, parts: Parts, index: int, seed: int) -> None:
         self._interrupts.check()
@@ -267,73 +293,6 @@ def _replay_error(robot: Robot) -> float | None:
     if not isinstance(robot, ReplayRobot):
         return None
     return float(np.nanmean(np.abs(robot.predicted - robot.recorded)))
-
-
-def _check_actions(robot: Robot, contract: PolicyContract) -> None:
-    taken, given = getattr(robot, "action_names", None), contract.action_names
-    if taken is not None and given is not None and tuple(taken) != tuple(given):
-        raise RobotError(
-            f"{robot.name} is commanded by ({', '.join(taken)}), but the policy gives ({', '.join(given)}): "
-            "use a policy trained for this robot"
-        )
-
-
-def _paced(options: LoopOptions, robot: Robot) -> bool:
-    """Whether the loop keeps to a rate. A robot whose time does not pass by itself needs none."""
-    real = getattr(robot, "real_time", True)
-    if not real and options.mode != "sync" and options.delay is None:
-        raise ArgumentError(f"mode {options.mode}: no time passes for {robot.name} by itself: give a delay (--delay N)")
-    return options.paced and real
-
-
-def _execute(options: LoopOptions, contract: PolicyContract) -> int:
-    execute = options.execute or contract.execute
-    if execute > contract.action_horizon:
-        raise ArgumentError(
-            f"execute must be at most {contract.action_horizon}, the actions that the policy gives at once; "
-            f"got {execute}"
-        )
-    return execute
-
-
-def _delay(options: LoopOptions, contract: PolicyContract, latency_ms: float, rate: float) -> int:
-    """Actions that an inference takes, as far as is known before the first one."""
-    horizon = contract.action_horizon
-    if options.delay is not None:
-        if options.mode != "sync" and 2 * options.delay > horizon:
-            raise ArgumentError(
-                f"delay {options.delay}: the policy gives {horizon} actions at once, of which {options.delay} pass "
-                f"during an inference and {options.delay} more during the next; at most {horizon // 2} can be "
-                f"bridged: use mode sync, or a policy with a longer horizon"
-            )
-        return options.delay
-    guess = math.ceil(1e-3 * latency_ms * rate)
-    if options.mode != "sync" and guess >= horizon:
-        raise ArgumentError(
-            f"an inference takes {latency_ms:.0f} ms, {guess} actions at {rate:g} a second, but the policy gives only "
-            f"{horizon} at once: use mode sync, fewer denoising steps, a lower rate or a faster backend"
-        )
-    return guess
-
-
-def _way(options: LoopOptions, policy: Actor, delay: int) -> Any:
-    if options.mode != "rtc":
-        return "plain"
-    way, most = getattr(policy, "rtc", None), getattr(policy, "max_delay", None)
-    if way is None:
-        raise ArgumentError(
-            "this bundle was exported without real-time chunking: export it again with --rtc, or use mode async"
-        )
-    if most is not None and options.delay is not None and delay > most:
-        raise ArgumentError(
-            f"delay {delay}: this policy was trained for delays of at most {most} actions: use mode async"
-        )
-    return way
-
-
-def _limits(options: LoopOptions, policy: Actor, robot: Robot) -> Limits:
-    names = policy.contract.action_names or [f"action {i}" for i in range(policy.contract.action_dim)]
-    return Limits.none(names)
 
 
 @contextmanager

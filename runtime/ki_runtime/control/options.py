@@ -1,4 +1,4 @@
-"""How to run: the options of a control loop, and the rate that they and the robot give."""
+"""How to run: the options of a control loop."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from typing import Literal, get_args
 
 from ki_edge import flow
 from ki_edge.arguments import MAX_SEED, count
-from ki_edge.errors import ArgumentError, RobotError
-from ki_edge.policy.contract import PolicyContract
-from ki_runtime.robots.base import Robot
+from ki_edge.errors import ArgumentError
 
 Mode = Literal["sync", "async", "rtc"]
 MODES: tuple[str, ...] = get_args(Mode)
 MOST = 1 << 31  # episodes, or steps of one
 SLOWEST, FASTEST = 1e-3, 1e4  # actions a second
-NEAR = 0.01  # two rates that differ by less are one
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class LoopOptions:
     starve_limit: int | None = None  # ticks without a fresh action until the robot is stopped; None: two seconds
     stale_after: float = 0.5  # seconds that a reading may be old
     limits: str | Path | None = None  # a limits.json
-    trip_after: int = 5  # commands in a row that the guards had to change, until the robot is stopped
+    trip_after: int | None = None  # commands in a row that the guards had to change until it is stopped; None: a second
     stop_file: str | Path | None = None  # the run stops when it appears
     stop_keys: bool = False  # and by q or the space bar on the terminal
     close_robot: bool = True  # at the end of `run`; False: the caller goes on with the robot, and closes it
@@ -53,7 +50,7 @@ class LoopOptions:
             raise ArgumentError(f"mode {self.mode!r:.60}: expected one of {', '.join(MODES)}")
         for name in ("episodes", "execute", "max_steps", "starve_limit", "trip_after"):
             value = getattr(self, name)
-            if value is not None or name in ("episodes", "trip_after"):
+            if value is not None or name == "episodes":
                 count(value, name, MOST)
         for name in ("delay", "crossfade"):
             if getattr(self, name) is not None:
@@ -76,24 +73,6 @@ class LoopOptions:
                 f"unpaced: mode {self.mode} computes beside a robot that moves at a rate; leave the pace on, or give "
                 "a delay, with which the clock is simulated"
             )
-
-
-def control_rate(options: LoopOptions, contract: PolicyContract, robot: Robot) -> float:
-    """Ticks a second. RobotError if contract and robot disagree, or nobody knows."""
-    trained, own = contract.control_hz, getattr(robot, "control_hz", None)
-    if options.rate is not None:
-        return float(options.rate)
-    if trained is None and own is None:
-        raise RobotError(
-            f"neither the policy's contract nor {robot.name} says how many actions a second there are: give the rate"
-        )
-    real = getattr(robot, "real_time", True)
-    if real and trained is not None and own is not None and abs(trained - own) > NEAR * max(trained, own):
-        raise RobotError(
-            f"the policy was trained at {trained:g} actions a second, and {robot.name} runs at {own:g}: give the rate "
-            "that is right (--rate HZ)"
-        )
-    return float(trained if trained is not None else own)  # type: ignore[arg-type]
 
 
 def _number(value: float | None, name: str, least: float, most: float) -> None:

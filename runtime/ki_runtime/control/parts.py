@@ -17,7 +17,7 @@ from ki_runtime.robots.base import Robot
 from .clock import Clock, Ticker
 from .delay import DelayPredictor
 from .guards import Guards
-from .inference import Inference
+from .inference import Inference, Request
 from .interrupts import Interrupts, Stopped
 from .killswitch import KillSwitch
 from .options import LoopOptions
@@ -70,7 +70,7 @@ class Parts:
     interrupts: Interrupts
     stops: Stops
     say: Callable[[str], object]
-    way: Way  # how chunks are joined in mode rtc
+    way: Callable[[Request], Way]  # how a chunk is joined to the one before it, in mode rtc
     noise: Callable[[int, int], F32]  # (seed of the episode, number of the inference)
     execute: int
     beside: bool  # inference runs in a thread of its own
@@ -79,6 +79,7 @@ class Parts:
     filmers: tuple[Watcher, ...] = ()  # watchers that want pictures of the present episode
     starved: int = 0  # ticks without an action
     late: int = 0  # chunks that came too late to be used
+    ways: set[Way] = field(default_factory=set)  # in which chunks were joined
 
     def __post_init__(self) -> None:
         optional = {name: getattr(self.robot, name, None) for name in ("hold", "measure", "timestamps")}

@@ -51,8 +51,8 @@ def check_folder(folder: str | Path) -> None:
 class Recorder(Watcher):
     """Writes into `folder`, a new or empty one. RobotError if it is neither, or cannot be written.
 
-    `notes`: lines for the user, such as what could not be drawn. `films`: episodes that are filmed and plotted, the first
-    ones.
+    `notes`: lines for the user, such as what could not be drawn. `films`: so many episodes, the first ones, are filmed
+    and plotted.
     """
 
     def __init__(self, folder: str | Path, *, films: int = 10) -> None:
