@@ -1,7 +1,10 @@
 """Ticks, predicted delays, seams, observations that are refused, switches: the parts of the loop, each alone."""
 
+import gc
 import os
 import pty
+import subprocess
+import sys
 import threading
 import time
 
@@ -12,6 +15,7 @@ from ki_edge.errors import ArgumentError
 from ki_runtime.control.clock import RealClock, SimulatedClock, Ticker
 from ki_runtime.control.delay import WINDOW, DelayPredictor
 from ki_runtime.control.killswitch import KillSwitch
+from ki_runtime.control.priority import undisturbed
 from ki_runtime.control.reporting import MOST, Reporter, Watcher
 from ki_runtime.control.seams import SeamLog
 from ki_runtime.control.watchdog import Watchdog
@@ -227,3 +231,34 @@ def test_an_error_of_a_watcher_reaches_the_loop():
             reporter.check()
             time.sleep(0.001)
     reporter.close()
+
+
+# ---------------------------------------------------------------- priority
+
+
+def test_all_is_as_before_after_an_undisturbed_time():
+    """Whatever the system allows: root gets a real-time priority, others what they have."""
+    before = os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0), gc.isenabled(), sys.getswitchinterval()
+    with undisturbed() as words:
+        assert not gc.isenabled() and sys.getswitchinterval() < before[3]
+        real_time = os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK == os.SCHED_FIFO
+        assert real_time == ("real-time" in words)
+        child = subprocess.run(
+            [sys.executable, "-c", "import os; print(os.sched_getscheduler(0))"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert int(child.stdout) == os.SCHED_OTHER  # none of it for the programs that it starts
+    after = os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0), gc.isenabled(), sys.getswitchinterval()
+    assert after == before
+
+
+def test_a_system_that_allows_nothing(monkeypatch):
+    def denied(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setscheduler", denied)
+    monkeypatch.setattr(os, "setpriority", denied)
+    with undisturbed() as words:
+        assert words == "usual priority: the system allows no other"

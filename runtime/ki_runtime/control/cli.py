@@ -75,7 +75,7 @@ def _run(options: argparse.Namespace) -> int:
         say=tell,
     )
     with Interrupts() as interrupts, interrupts.held(), ExitStack() as opened:
-        robot = open_robot(options.robot)
+        robot = open_robot(options.robot, **({} if options.disturb is None else {"disturb": options.disturb}))
         opened.callback(robot.close)
         loop = ControlLoop(policy, robot, loop_options, interrupts=interrupts)
         with interrupts.released():
@@ -159,6 +159,7 @@ def _parser() -> Parser:
     add("--trip-after", type=int, metavar="N", help="stop after N violations of limits in a row; default: 1 s")
     add("--stop-file", metavar="FILE", help="stop when this file appears")
     add("--stop-keys", action="store_true", help="stop at q or the space bar in the terminal")
+    add("--disturb", type=int, metavar="N", help="simulated arm: the target moves after N commands of an episode")
     add("--record", metavar="DIR", help="keep films, steps.jsonl and plots in this folder")
     add("--json", action="store_true", help="print the report as JSON")
     add("--verbose", action="store_true", help="also say whether PyTorch was loaded, which a robot does not need")

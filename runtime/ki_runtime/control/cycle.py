@@ -61,10 +61,10 @@ class Cycle:
         parts.guards.reset(None)
         status = parts.robot.status()
         successes = [status.success]
-        parts.ticker.restart()
         self._begun = parts.clock.now()
         if not self._over(status):
             self._ask()
+        parts.ticker.restart()
         while not self._over(status):
             if self._act():
                 status = parts.robot.status()

@@ -10,11 +10,9 @@ closed first and once, then every watcher.
 
 from __future__ import annotations
 
-import gc
 import math
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,6 +36,7 @@ from .killswitch import KillSwitch
 from .limit_sources import limits_for
 from .options import LoopOptions
 from .parts import Parts, Stops, TimeUp, state_scale
+from .priority import undisturbed
 from .reporting import Reporter, Watcher
 from .schedule import F32, Schedule, Way
 from .seams import SeamLog
@@ -46,7 +45,6 @@ from .watchdog import Watchdog
 
 STARVED = 2.0  # seconds without a fresh action until the robot is stopped
 OLDEST = 1.0  # seconds since its observation after which a chunk is not begun, or twice the chunk's own time
-SWITCH = 5e-4  # seconds until Python lets another thread on: the control thread must not wait for the others
 
 
 class Actor(Protocol):
@@ -106,6 +104,7 @@ class ControlLoop:
         self._parts: Parts | None = None
         self._epoch = 0
         self._closed = self._cut = False
+        self._priority: str | None = None  # of the control thread
 
     def expect(self, latency_ms: float) -> None:
         """How long an inference takes, as was measured when it was warmed up: what delays are predicted from at first.
@@ -139,7 +138,7 @@ class ControlLoop:
             error: BaseException | None = None
             try:
                 self._parts = self._assemble()
-                with _undisturbed(self._parts.beside):
+                with undisturbed() if self._parts.beside else nullcontext() as self._priority:
                     for index in range(self._options.episodes):
                         self._run_episode(self._parts, index, self._options.seed + index)
             except TimeUp:
@@ -167,6 +166,7 @@ class ControlLoop:
             "missed": 0 if parts is None else parts.ticker.missed,
             "starved": 0 if parts is None else parts.starved,
             "late_chunks": 0 if parts is None else parts.late,
+            "priority": self._priority,
             "jitter_ms": None if options.delay is not None else jitter,
         }
         delays = DelayPredictor(0) if parts is None else parts.delays
@@ -285,6 +285,7 @@ def _episode(seed: int, robot: Robot, counts: Counts, seconds: float) -> Episode
         seconds=seconds,
         success=counts.successes[-1],
         success_any=any(counts.successes) if known else None,
+        reached=next((tick for tick, success in enumerate(counts.successes) if success), None),
         replay_error=_replay_error(robot),
     )
 
@@ -293,21 +294,3 @@ def _replay_error(robot: Robot) -> float | None:
     if not isinstance(robot, ReplayRobot):
         return None
     return float(np.nanmean(np.abs(robot.predicted - robot.recorded)))
-
-
-@contextmanager
-def _undisturbed(beside: bool) -> Iterator[None]:
-    """Real time: garbage is collected before, not in between, and threads give way to each other sooner."""
-    if not beside:
-        yield
-        return
-    interval, collecting = sys.getswitchinterval(), gc.isenabled()
-    gc.collect()
-    gc.disable()
-    sys.setswitchinterval(SWITCH)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(interval)
-        if collecting:
-            gc.enable()

@@ -2,7 +2,8 @@
 
 Of the commands a_k of consecutive ticks, in robot units, over the dimensions that command positions (largest absolute
 value): position |a_k - a_k-1|, velocity |a_k - 2 a_k-1 + a_k-2| and acceleration, the third difference. A step from one
-chunk to another, and one into or out of a hold, is a seam; a difference that contains a seam counts as its own.
+chunk to another, and one into or out of a hold, is a seam; a difference that contains a seam counts as its own. The
+steps of 0 within a hold are none of a chunk, and are left out.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ class SeamLog:
                 break
             value = value - before
             kept = self._seams if near[order] else self._inside
-            kept[name].append(float(np.abs(value).max(initial=0.0)))
-        self.count += seam
+            if chunk is not None or order:
+                kept[name].append(float(np.abs(value).max(initial=0.0)))
+        self.count += seam and chunk is not None
         self._recent = (seam, self._recent[0])
         return seam
 

@@ -56,6 +56,7 @@ class Episode:
     seconds: float  # from the first observation to the last action, of the loop's clock
     success: bool | None
     success_any: bool | None
+    reached: int | None = None  # ticks until it was first successful
     replay_error: float | None = None  # of a replay: mean |predicted - recorded| over all actions, robot units
 
 

@@ -190,13 +190,16 @@ class FetchScene:
 
 
 class GymRobot:
-    """The simulated robot `gym:FetchReach-v4`. Use it from the thread that opened it (its GL context lives there)."""
+    """The simulated robot `gym:FetchReach-v4`. Use it from the thread that opened it (its GL context lives there).
+
+    `disturb`: after so many commands of an episode the target moves, to where its seed says.
+    """
 
     name = "gym:FetchReach-v4"
     action_names = ACTION_NAMES
 
-    def __init__(self, *, prompt: str = "reach the red target") -> None:
-        self._prompt = prompt
+    def __init__(self, *, prompt: str = "reach the red target", disturb: int | None = None) -> None:
+        self._prompt, self._disturb = prompt, disturb
         self._scene = FetchScene()
         self._steps = 0
         self.control_hz = self._scene.control_hz
@@ -204,6 +207,7 @@ class GymRobot:
     def reset(self, seed: int | None = None) -> None:
         """Start an episode: initial pose, new target drawn from `seed`."""
         self._scene.reset(seed)
+        self._rng = np.random.default_rng(seed)
         self._steps = 0
 
     def observe(self) -> dict[str, Any]:
@@ -218,6 +222,9 @@ class GymRobot:
         """Follow one set-point f32 [4] for one control period; how fast it is approached is limited."""
         self._scene.step(checked_action(action, len(ACTION_NAMES), self.name))
         self._steps += 1
+        if self._steps == self._disturb:
+            scene = self._scene
+            scene.move_target(self._rng.uniform(scene.home - scene.reach, scene.home + scene.reach))
 
     def status(self) -> EpisodeStatus:
         """Done at the environment's limit of 50 steps; success: within 5 cm of the target now."""
