@@ -81,6 +81,12 @@ def seconds(dt):
         return 0.0
 
 
+def float32_above(value):
+    """The least float32 that is not below a number."""
+    rounded = np.float32(max(value, -LARGEST))
+    return rounded if rounded >= value else np.nextafter(rounded, np.float32(math.inf))
+
+
 class Follower:
     """Keeps what was sent, and asserts what must hold of the next."""
 
@@ -106,7 +112,7 @@ class Follower:
         before = self._before(measured)
         for at, value in enumerate(map(float, action)):
             low, high, last = limits.low[at], limits.high[at], before[at]
-            narrow = abs(value) * 2e-7 + 2e-45 if high - low <= abs(value) * 3e-7 else 0.0  # no float32 between
+            narrow = 0.0 if float32_above(low) <= high else abs(value) * 2e-7 + 2e-45
             ends = (low, high) if math.isnan(last) else (min(low, last), max(high, last))
             assert ends[0] - narrow <= value <= ends[1] + narrow
             if not math.isnan(last):
@@ -182,7 +188,7 @@ DT_OF_WIDE = 0.04
 
 
 def test_long_random_episodes():
-    """100,000 wishes of seven joints at every scale, with a measured arm that follows; no limit is ever passed."""
+    """20,000 wishes of seven joints at every scale, with a measured arm that follows; no limit is ever passed."""
     random = np.random.default_rng(0)
     size, dt = 7, 0.02
     limits = Limits.none(
@@ -198,7 +204,7 @@ def test_long_random_episodes():
     arm = np.zeros(size)
     guards.reset(arm)
     last = np.zeros(size)
-    for _ in range(100_000):
+    for _ in range(20_000):
         wish = random.normal(size=size) * 10.0 ** random.uniform(-3, 2)
         wish[random.random(size) < 0.01] = random.choice([math.nan, math.inf, 1e39, -1e38])
         sent = guards.admit(wish, dt=dt, measured=arm).action.astype(float)
@@ -207,4 +213,4 @@ def test_long_random_episodes():
         assert (np.abs(sent - arm) <= limits.step + limits.velocity * dt).all()
         arm += 0.5 * (sent - arm)
         last = sent
-    assert guards.counts["velocity"] > 10_000 and guards.counts["finite"] > 1000
+    assert guards.counts["velocity"] > 2000 and guards.counts["finite"] > 200

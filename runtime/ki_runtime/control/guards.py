@@ -62,6 +62,7 @@ class Guards:
         self._envelope = Envelope(limits)
         self._accelerates = "acceleration" in self._envelope.kinds
         self._gripper = np.array([bool(flag) for flag in limits.gripper])
+        self._grips = bool(self._gripper.any())
         self._motion = np.array([bool(flag) for flag in limits.motion])
         measured = [(at, index) for at, index in enumerate(limits.measured) if index is not None]
         self._measures, self._states = np.array(measured, np.intp).reshape(-1, 2).T
@@ -184,15 +185,18 @@ class Guards:
         return ""
 
     def _told(self, wanted: F32, sent: F32) -> dict[str, str]:
-        """Each kind of limit that `wanted` breaks, in the order of the checks, with a line on its first dimension."""
+        """Each kind of limit that `wanted` breaks, grippers last, with a line on its first dimension."""
+        broken = self._envelope.violations(wanted)
+        arm = {kind: where & ~self._gripper for kind, where in broken.items()} if self._grips else broken
+        if self._grips and broken:
+            arm["gripper"] = np.logical_or.reduce(list(broken.values())) & self._gripper
         found: dict[str, str] = {}
-        for kind, where in self._envelope.violations(wanted).items():
-            for name, dims in ((kind, where & ~self._gripper), ("gripper", where & self._gripper)):
-                at = np.flatnonzero(dims)
-                if at.size and name not in found:
-                    more = f" and {at.size - 1} more" if at.size > 1 else ""
-                    found[name] = f"{name}: {self.limits.names[at[0]]} {wanted[at[0]]:.6g} to {sent[at[0]]:.6g}{more}"
-        return dict(sorted(found.items(), key=lambda item: list(REACTIONS).index(item[0])))
+        for kind, where in arm.items():
+            dims = where.nonzero()[0]
+            if dims.size:
+                at, more = dims[0], f" and {dims.size - 1} more" if dims.size > 1 else ""
+                found[kind] = f"{kind}: {self.limits.names[at]} {wanted[at]:.6g} to {sent[at]:.6g}{more}"
+        return found
 
 
 def _numbers(action: Any, size: int) -> tuple[F32 | None, str, str]:
