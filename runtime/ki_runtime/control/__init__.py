@@ -1,4 +1,4 @@
-"""The control loop on the robot: pacing, interrupts, recording; ki-run.
+"""The control loop on the robot: pacing, guards, interrupts, recording; ki-run.
 
-Imports: backends, policy, robots; of ki_edge: policy.
+Imports: backends, policy, robots; of ki_edge: files, policy.
 """
