@@ -83,6 +83,10 @@ class TestChecks:
         assert verdict.kinds == ("position",) and verdict.action.tolist() == [1, -1, 0.5]
         assert verdict.note == "position: x 3 to 1 and 1 more"
 
+    def test_a_position_between_two_floats_is_the_nearest_one(self):
+        first, second = moved(one(low=0.1, high=0.1), [0.1], [3.0])
+        assert first.action == second.action == np.float32(0.1) and not first.kinds
+
     def test_velocity_takes_the_time_into_account(self):
         (slow,), (fast,) = (moved(arm(), [1.0, 0, 0], start=[0, 0, 0], dt=dt) for dt in (0.01, 0.1))
         assert slow.action[0] == pytest.approx(0.02) and fast.action[0] == pytest.approx(0.2)

@@ -11,6 +11,7 @@ import pytest
 from ki_edge.errors import ArgumentError, RobotError
 from ki_edge.policy.contract import generic
 from ki_edge.policy.normalize import NormStats
+from ki_runtime.control.guards import Guards
 from ki_runtime.control.limit_sources import limits_for, read_limits
 from ki_runtime.control.limits import Limits
 from ki_runtime.control.limits_table import limit_lines
@@ -144,6 +145,19 @@ class TestSources:
     def test_wrong_limits_of_a_robot_name_it(self, own):
         with pytest.raises(RobotError, match="limits of arm"):
             limits_for(policy(), {}, SimpleNamespace(name="arm", limits=own))
+
+    def test_a_robot_may_speak_numpy(self):
+        own = {
+            "x": {
+                "position": np.float32([-1, 1]),
+                "velocity": np.float32(2),
+                "step": np.int64(1),
+                "measured": np.int64(4),
+            }
+        }
+        limits = limits_for(policy(), {}, SimpleNamespace(name="arm", limits=own))
+        assert (limits.low[0], limits.high[0], limits.velocity[0]) == (-1, 1, 2) and limits.measured[0] == 4
+        assert Guards(limits).admit([3, 0, 0], dt=0.1, measured=np.zeros(5)).action[0] == pytest.approx(0.2)
 
     def test_a_robot_names_what_the_contract_does_not(self, tmp_path):
         robot = SimpleNamespace(name="arm", action_names=("a", "b", "jaw gripper"))
