@@ -262,6 +262,12 @@ class TestTime:
         (verdict,) = moved(limits, [1.0, 1.0, 1.0], start=[0, 0, 0], dt=dt)
         assert verdict.action.tolist() == [0, 0, 1]
 
+    def test_what_had_no_time_has_no_speed(self):
+        guards = Guards(one(acceleration=10.0, step=0.1))
+        guards.reset([0.0])
+        assert guards.admit([0.0], dt=0.0, measured=[5.0]).action[0] == pytest.approx(4.9)
+        assert guards.admit([9.0], dt=0.1).action[0] == pytest.approx(5.0)
+
     def test_a_late_tick_is_allowed_no_leap(self):
         (verdict,) = moved(one(velocity=1.0), [100.0], start=[0.0], dt=3600.0, longest=0.04)
         assert verdict.action[0] == pytest.approx(0.04)

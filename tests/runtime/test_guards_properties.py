@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ki_runtime.control.guards import SHORTEST, Guards
 from ki_runtime.control.limits import Limits
+from ki_runtime.control.verdict import REACTIONS
 
 LARGEST = float(np.finfo(np.float32).max)
 SIZES = st.integers(1, 5)
@@ -22,6 +23,14 @@ DT = st.one_of(
     st.just(0.04), st.floats(0.001, 0.2), st.sampled_from([0.0, -1.0, 1e-9, 1e9, math.inf, math.nan, None, "x"])
 )
 JUNK = st.one_of(st.none(), st.text(), st.binary(), st.lists(st.floats()), st.lists(st.lists(st.floats(), max_size=2)))
+CLAMPED = [kind for kind, reaction in REACTIONS.items() if reaction == "clamp"]
+ON = st.one_of(
+    st.just({}),
+    st.dictionaries(st.sampled_from(CLAMPED), st.sampled_from(["clamp", "hold", "hold", "stop"]), max_size=2),
+)
+CHECKS = st.sampled_from(
+    [None, None, lambda a, _: None if a[0] < 0.5 else "no", lambda a, _: {}[a[0]] if a[0] > 0.5 else None]
+)
 MANY = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -49,29 +58,33 @@ def episodes(draw):
     states = st.one_of(st.none(), st.lists(ANY, min_size=size + 1, max_size=size + 1), JUNK)
     start = draw(st.one_of(st.none(), st.lists(st.floats(-2, 2), min_size=size, max_size=size)))
     ticks = draw(st.lists(st.tuples(actions, DT, states, st.booleans()), min_size=1, max_size=25))
-    return draw(limits_of(size)), start, ticks, draw(st.integers(1, 6))
+    options = {"trip_after": draw(st.integers(1, 6)), "on": draw(ON), "check": draw(CHECKS)}
+    return draw(limits_of(size)), start, ticks, options
 
 
 @MANY
 @given(episodes())
 def test_nothing_outside_the_limits_is_sent(episode):
-    limits, start, ticks, trip_after = episode
-    guards = Guards(limits, trip_after=trip_after, longest=0.5)
+    limits, start, ticks, options = episode
+    guards = Guards(limits, longest=0.5, **options)
     guards.reset(start)
-    rules = Follower(limits, start)
-    row = 0
+    rules, row, stopped = Follower(limits, start), 0, False
     for action, dt, measured, starved in ticks:
         if starved:
             rules.held(guards.held())
+        before = guards.tripped
         verdict = guards.admit(action, dt=dt, measured=measured)
-        clean = not verdict.kinds or verdict.kinds == ("gripper",)
-        row = 0 if clean and not guards.tripped else row + 1
-        assert verdict.tripped == guards.tripped == (row >= trip_after) and not verdict.stop
-        holds = verdict.tripped or set(verdict.kinds) & {"shape", "finite", "measured"}
-        if holds:
+        called_for = {{**REACTIONS, **options["on"]}[kind] for kind in verdict.kinds}
+        clean = not verdict.kinds or (verdict.kinds == ("gripper",) and called_for == {"clamp"})
+        row = 0 if clean else row + 1
+        stopped |= "stop" in called_for
+        assert verdict.tripped == guards.tripped == (before or stopped or row >= options["trip_after"])
+        assert verdict.stop == stopped and (bool(verdict.note) == bool(verdict.kinds) or before)
+        if verdict.tripped or called_for & {"hold", "stop"}:
             rules.held(verdict.action)
         else:
             rules.sent(verdict.action, seconds(dt), measured)
+    assert guards.trips == guards.tripped
 
 
 def seconds(dt):
