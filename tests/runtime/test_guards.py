@@ -71,7 +71,7 @@ class TestChecks:
     def test_what_is_not_finite_in_float32_is_held(self, value):
         first, second = moved(arm(), [0.02, 0.0, 0.5], [0.0, value, 0.5], start=[0.0, 0.0, 0.5])
         assert second.kinds == ("finite",) and second.action.tolist() == first.action.tolist()
-        assert "number 1 of the action" in second.note
+        assert second.note.startswith("finite: y is ")
 
     @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.longdouble, np.int8, np.uint64, ">f4"])
     def test_every_type_of_number_is_sent_as_float32(self, dtype):
@@ -125,6 +125,10 @@ class TestChecks:
         )
         assert first.kinds == second.kinds == ("measured",)
         assert first.action.tolist() == second.action.tolist() == [0, 0, 1]
+
+    def test_the_note_says_which_number_of_the_state(self):
+        (verdict,) = moved(one(step=0.1, measured=(3,)), [0.0], measured=[0, 0, 0, math.nan])
+        assert verdict.note == "measured state: number 3, which measures x, is nan" and verdict.action is None
 
     def test_the_first_action_is_compared_with_the_measured_state(self):
         limits = one(velocity=1.0, step=0.5, high=10.0)

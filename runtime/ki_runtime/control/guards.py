@@ -88,7 +88,7 @@ class Guards:
         last = None
         if start is not None:
             with np.errstate(all="ignore"):
-                last, _, fault = _numbers(start, self._size)
+                last, _, fault = _numbers(start, self.limits.names)
             if last is None:
                 raise ArgumentError(f"start: {fault}")
         self._last = last
@@ -119,7 +119,7 @@ class Guards:
         if self._why:
             return Verdict(self.held(), (), self._why, tripped=True, stop=self._stopped)
         with np.errstate(all="ignore"):
-            wanted, kind, fault = _numbers(action, self._size)
+            wanted, kind, fault = _numbers(action, self.limits.names)
             if wanted is None:
                 return self._judge({kind: fault}, None, 0.0)
             trouble = self._measure(measured)
@@ -179,8 +179,9 @@ class Guards:
             values = state[self._states].astype(np.float64)
         except Exception as error:  # ragged lists, tensors on a device, too few numbers
             return f"measured state: {_line(error)}"
-        if not (np.abs(values) <= LARGEST).all():
-            return f"measured state: {self.limits.names[self._measures[0]]} or another is not finite: {_line(values)}"
+        if (bad := (~(np.abs(values) <= LARGEST)).nonzero()[0]).size:
+            name = self.limits.names[self._measures[bad[0]]]
+            return f"measured state: number {self._states[bad[0]]}, which measures {name}, is {values[bad[0]]:.6g}"
         self._measured[self._measures] = values
         return ""
 
@@ -199,18 +200,18 @@ class Guards:
         return found
 
 
-def _numbers(action: Any, size: int) -> tuple[F32 | None, str, str]:
-    """(an action of its own f32 [size], "", ""), or (None, the kind that is broken, what is wrong)."""
+def _numbers(action: Any, names: tuple[str, ...]) -> tuple[F32 | None, str, str]:
+    """(an action of its own f32 [a], "", ""), or (None, the kind that is broken, what is wrong)."""
     try:
         given = np.asarray(action)
     except Exception as error:  # __array__ of foreign types raises whatever it likes
         return None, "shape", f"shape: not an array of numbers ({_line(error)})"
-    if given.shape != (size,) or given.dtype.kind not in "fiu":
-        return None, "shape", f"shape: {given.dtype} of shape {given.shape}, expected {size} numbers"
+    if given.shape != (len(names),) or given.dtype.kind not in "fiu":
+        return None, "shape", f"shape: {given.dtype} of shape {given.shape}, expected {len(names)} numbers"
     values = given.astype(np.float32)
     if not np.isfinite(values).all():
         at = int(np.flatnonzero(~np.isfinite(values))[0])
-        return None, "finite", f"finite: number {at} of the action is {given[at]:.6g}"
+        return None, "finite", f"finite: {names[at]} is {given[at]:.6g}"
     return values, "", ""
 
 
