@@ -71,7 +71,7 @@ class TestChecks:
     def test_what_is_not_finite_in_float32_is_held(self, value):
         first, second = moved(arm(), [0.02, 0.0, 0.5], [0.0, value, 0.5], start=[0.0, 0.0, 0.5])
         assert second.kinds == ("finite",) and second.action.tolist() == first.action.tolist()
-        assert "number 1 of the action" in second.note
+        assert second.note.startswith("finite: y is ")
 
     @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.longdouble, np.int8, np.uint64, ">f4"])
     def test_every_type_of_number_is_sent_as_float32(self, dtype):
@@ -82,6 +82,10 @@ class TestChecks:
         (verdict,) = moved(arm(), [3.0, -3.0, 0.5])
         assert verdict.kinds == ("position",) and verdict.action.tolist() == [1, -1, 0.5]
         assert verdict.note == "position: x 3 to 1 and 1 more"
+
+    def test_a_position_between_two_floats_is_the_nearest_one(self):
+        first, second = moved(one(low=0.1, high=0.1), [0.1], [3.0])
+        assert first.action == second.action == np.float32(0.1) and not first.kinds
 
     def test_velocity_takes_the_time_into_account(self):
         (slow,), (fast,) = (moved(arm(), [1.0, 0, 0], start=[0, 0, 0], dt=dt) for dt in (0.01, 0.1))
@@ -121,6 +125,10 @@ class TestChecks:
         )
         assert first.kinds == second.kinds == ("measured",)
         assert first.action.tolist() == second.action.tolist() == [0, 0, 1]
+
+    def test_the_note_says_which_number_of_the_state(self):
+        (verdict,) = moved(one(step=0.1, measured=(3,)), [0.0], measured=[0, 0, 0, math.nan])
+        assert verdict.note == "measured state: number 3, which measures x, is nan" and verdict.action is None
 
     def test_the_first_action_is_compared_with_the_measured_state(self):
         limits = one(velocity=1.0, step=0.5, high=10.0)
@@ -257,6 +265,12 @@ class TestTime:
         limits = Limits.none(ARM, velocity=np.array([1.0, math.inf, math.inf]), acceleration=np.array([9, 9, math.inf]))
         (verdict,) = moved(limits, [1.0, 1.0, 1.0], start=[0, 0, 0], dt=dt)
         assert verdict.action.tolist() == [0, 0, 1]
+
+    def test_what_had_no_time_has_no_speed(self):
+        guards = Guards(one(acceleration=10.0, step=0.1))
+        guards.reset([0.0])
+        assert guards.admit([0.0], dt=0.0, measured=[5.0]).action[0] == pytest.approx(4.9)
+        assert guards.admit([9.0], dt=0.1).action[0] == pytest.approx(5.0)
 
     def test_a_late_tick_is_allowed_no_leap(self):
         (verdict,) = moved(one(velocity=1.0), [100.0], start=[0.0], dt=3600.0, longest=0.04)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ki_runtime.control.guards import SHORTEST, Guards
 from ki_runtime.control.limits import Limits
+from ki_runtime.control.verdict import REACTIONS
 
 LARGEST = float(np.finfo(np.float32).max)
 SIZES = st.integers(1, 5)
@@ -22,6 +23,14 @@ DT = st.one_of(
     st.just(0.04), st.floats(0.001, 0.2), st.sampled_from([0.0, -1.0, 1e-9, 1e9, math.inf, math.nan, None, "x"])
 )
 JUNK = st.one_of(st.none(), st.text(), st.binary(), st.lists(st.floats()), st.lists(st.lists(st.floats(), max_size=2)))
+CLAMPED = [kind for kind, reaction in REACTIONS.items() if reaction == "clamp"]
+ON = st.one_of(
+    st.just({}),
+    st.dictionaries(st.sampled_from(CLAMPED), st.sampled_from(["clamp", "hold", "hold", "stop"]), max_size=2),
+)
+CHECKS = st.sampled_from(
+    [None, None, lambda a, _: None if a[0] < 0.5 else "no", lambda a, _: {}[a[0]] if a[0] > 0.5 else None]
+)
 MANY = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -49,29 +58,33 @@ def episodes(draw):
     states = st.one_of(st.none(), st.lists(ANY, min_size=size + 1, max_size=size + 1), JUNK)
     start = draw(st.one_of(st.none(), st.lists(st.floats(-2, 2), min_size=size, max_size=size)))
     ticks = draw(st.lists(st.tuples(actions, DT, states, st.booleans()), min_size=1, max_size=25))
-    return draw(limits_of(size)), start, ticks, draw(st.integers(1, 6))
+    options = {"trip_after": draw(st.integers(1, 6)), "on": draw(ON), "check": draw(CHECKS)}
+    return draw(limits_of(size)), start, ticks, options
 
 
 @MANY
 @given(episodes())
 def test_nothing_outside_the_limits_is_sent(episode):
-    limits, start, ticks, trip_after = episode
-    guards = Guards(limits, trip_after=trip_after, longest=0.5)
+    limits, start, ticks, options = episode
+    guards = Guards(limits, longest=0.5, **options)
     guards.reset(start)
-    rules = Follower(limits, start)
-    row = 0
+    rules, row, stopped = Follower(limits, start), 0, False
     for action, dt, measured, starved in ticks:
         if starved:
             rules.held(guards.held())
+        before = guards.tripped
         verdict = guards.admit(action, dt=dt, measured=measured)
-        clean = not verdict.kinds or verdict.kinds == ("gripper",)
-        row = 0 if clean and not guards.tripped else row + 1
-        assert verdict.tripped == guards.tripped == (row >= trip_after) and not verdict.stop
-        holds = verdict.tripped or set(verdict.kinds) & {"shape", "finite", "measured"}
-        if holds:
+        called_for = {{**REACTIONS, **options["on"]}[kind] for kind in verdict.kinds}
+        clean = not verdict.kinds or (verdict.kinds == ("gripper",) and called_for == {"clamp"})
+        row = 0 if clean else row + 1
+        stopped |= "stop" in called_for
+        assert verdict.tripped == guards.tripped == (before or stopped or row >= options["trip_after"])
+        assert verdict.stop == stopped and (bool(verdict.note) == bool(verdict.kinds) or before)
+        if verdict.tripped or called_for & {"hold", "stop"}:
             rules.held(verdict.action)
         else:
             rules.sent(verdict.action, seconds(dt), measured)
+    assert guards.trips == guards.tripped
 
 
 def seconds(dt):
@@ -79,6 +92,12 @@ def seconds(dt):
         return min(float(dt), 0.5) if SHORTEST <= float(dt) < math.inf else 0.0
     except (TypeError, ValueError):
         return 0.0
+
+
+def float32_above(value):
+    """The least float32 that is not below a number."""
+    rounded = np.float32(max(value, -LARGEST))
+    return rounded if rounded >= value else np.nextafter(rounded, np.float32(math.inf))
 
 
 class Follower:
@@ -106,7 +125,7 @@ class Follower:
         before = self._before(measured)
         for at, value in enumerate(map(float, action)):
             low, high, last = limits.low[at], limits.high[at], before[at]
-            narrow = abs(value) * 2e-7 + 2e-45 if high - low <= abs(value) * 3e-7 else 0.0  # no float32 between
+            narrow = 0.0 if float32_above(low) <= high else abs(value) * 2e-7 + 2e-45
             ends = (low, high) if math.isnan(last) else (min(low, last), max(high, last))
             assert ends[0] - narrow <= value <= ends[1] + narrow
             if not math.isnan(last):
@@ -182,7 +201,7 @@ DT_OF_WIDE = 0.04
 
 
 def test_long_random_episodes():
-    """100,000 wishes of seven joints at every scale, with a measured arm that follows; no limit is ever passed."""
+    """20,000 wishes of seven joints at every scale, with a measured arm that follows; no limit is ever passed."""
     random = np.random.default_rng(0)
     size, dt = 7, 0.02
     limits = Limits.none(
@@ -198,7 +217,7 @@ def test_long_random_episodes():
     arm = np.zeros(size)
     guards.reset(arm)
     last = np.zeros(size)
-    for _ in range(100_000):
+    for _ in range(20_000):
         wish = random.normal(size=size) * 10.0 ** random.uniform(-3, 2)
         wish[random.random(size) < 0.01] = random.choice([math.nan, math.inf, 1e39, -1e38])
         sent = guards.admit(wish, dt=dt, measured=arm).action.astype(float)
@@ -207,4 +226,4 @@ def test_long_random_episodes():
         assert (np.abs(sent - arm) <= limits.step + limits.velocity * dt).all()
         arm += 0.5 * (sent - arm)
         last = sent
-    assert guards.counts["velocity"] > 10_000 and guards.counts["finite"] > 1000
+    assert guards.counts["velocity"] > 2000 and guards.counts["finite"] > 200

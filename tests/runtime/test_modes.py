@@ -8,81 +8,13 @@ import numpy as np
 import pytest
 
 from ki_edge.errors import ArgumentError, BackendError, RobotError
-from ki_edge.policy.contract import generic
 from ki_edge.policy.normalize import NormStats
 from ki_runtime.control.interrupts import Stopped
 from ki_runtime.control.loop import ControlLoop
 from ki_runtime.control.options import LoopOptions
-from ki_runtime.control.reporting import Watcher
-from ki_runtime.robots import EpisodeStatus
 
-HORIZON, HZ = 8, 50.0
-
-
-class Line:
-    """A robot whose state counts its commands, and which a policy should send just that count. Keeps what it got."""
-
-    name, control_hz = "line", HZ
-
-    def __init__(self, steps=40):
-        self.limit, self.sent, self.ended = steps, [], []
-
-    def reset(self, seed=None):
-        self.steps = 0
-
-    def observe(self):
-        pixels = np.full((2, 2, 3), self.steps % 256, np.uint8)
-        return {"images": {"cam": pixels}, "state": np.full(1, self.steps, np.float32), "prompt": "p"}
-
-    def act(self, action):
-        self.sent.append(float(action[0]))
-        self.steps += 1
-
-    def status(self):
-        return EpisodeStatus(self.steps >= self.limit, None, self.steps)
-
-    def frame(self):
-        return None
-
-    def safe_stop(self):
-        self.ended.append("safe_stop")
-
-    def close(self):
-        self.ended.append("close")
-
-
-class Counting:
-    """Row h of a chunk is for h commands after the observation. `asked`: the previous chunks that it was told."""
-
-    contract = generic(
-        ["cam"], state_dim=1, action_dim=1, action_horizon=HORIZON, execute=4, model_action_dim=2, control_hz=HZ
-    )
-    rtc, max_delay = "guided", None
-
-    def __init__(self, seconds=0.0, fail_at=None, error=None):
-        self.asked, self.seconds, self.fail_at, self.error = [], seconds, fail_at, error
-        self.threads = set()
-
-    def infer(self, observation, *, noise=None, num_steps=None, previous=None, way=None):
-        self.asked.append(previous)
-        self.threads.add(threading.current_thread())
-        if len(self.asked) == self.fail_at:
-            if isinstance(self.error, BaseException):
-                raise self.error
-            return {"actions": np.full((HORIZON, 1), self.error)}
-        time.sleep(self.seconds)
-        return {"actions": observation["state"][0] + np.arange(HORIZON, dtype=np.float64)[:, None]}
-
-
-class Steps(Watcher):
-    def __init__(self):
-        self.steps, self.closed = [], 0
-
-    def stepped(self, step):
-        self.steps.append(step)
-
-    def close(self):
-        self.closed += 1
+from .fake_robot import HZ, Counting, Line, Steps
+from .fake_robot import ROWS as HORIZON
 
 
 def run(policy=None, robot=None, **options):

@@ -62,6 +62,7 @@ class Guards:
         self._envelope = Envelope(limits)
         self._accelerates = "acceleration" in self._envelope.kinds
         self._gripper = np.array([bool(flag) for flag in limits.gripper])
+        self._grips = bool(self._gripper.any())
         self._motion = np.array([bool(flag) for flag in limits.motion])
         measured = [(at, index) for at, index in enumerate(limits.measured) if index is not None]
         self._measures, self._states = np.array(measured, np.intp).reshape(-1, 2).T
@@ -87,7 +88,7 @@ class Guards:
         last = None
         if start is not None:
             with np.errstate(all="ignore"):
-                last, _, fault = _numbers(start, self._size)
+                last, _, fault = _numbers(start, self.limits.names)
             if last is None:
                 raise ArgumentError(f"start: {fault}")
         self._last = last
@@ -118,7 +119,7 @@ class Guards:
         if self._why:
             return Verdict(self.held(), (), self._why, tripped=True, stop=self._stopped)
         with np.errstate(all="ignore"):
-            wanted, kind, fault = _numbers(action, self._size)
+            wanted, kind, fault = _numbers(action, self.limits.names)
             if wanted is None:
                 return self._judge({kind: fault}, None, 0.0)
             trouble = self._measure(measured)
@@ -178,35 +179,39 @@ class Guards:
             values = state[self._states].astype(np.float64)
         except Exception as error:  # ragged lists, tensors on a device, too few numbers
             return f"measured state: {_line(error)}"
-        if not (np.abs(values) <= LARGEST).all():
-            return f"measured state: {self.limits.names[self._measures[0]]} or another is not finite: {_line(values)}"
+        if (bad := (~(np.abs(values) <= LARGEST)).nonzero()[0]).size:
+            name = self.limits.names[self._measures[bad[0]]]
+            return f"measured state: number {self._states[bad[0]]}, which measures {name}, is {values[bad[0]]:.6g}"
         self._measured[self._measures] = values
         return ""
 
     def _told(self, wanted: F32, sent: F32) -> dict[str, str]:
-        """Each kind of limit that `wanted` breaks, in the order of the checks, with a line on its first dimension."""
+        """Each kind of limit that `wanted` breaks, grippers last, with a line on its first dimension."""
+        broken = self._envelope.violations(wanted)
+        arm = {kind: where & ~self._gripper for kind, where in broken.items()} if self._grips else broken
+        if self._grips and broken:
+            arm["gripper"] = np.logical_or.reduce(list(broken.values())) & self._gripper
         found: dict[str, str] = {}
-        for kind, where in self._envelope.violations(wanted).items():
-            for name, dims in ((kind, where & ~self._gripper), ("gripper", where & self._gripper)):
-                at = np.flatnonzero(dims)
-                if at.size and name not in found:
-                    more = f" and {at.size - 1} more" if at.size > 1 else ""
-                    found[name] = f"{name}: {self.limits.names[at[0]]} {wanted[at[0]]:.6g} to {sent[at[0]]:.6g}{more}"
-        return dict(sorted(found.items(), key=lambda item: list(REACTIONS).index(item[0])))
+        for kind, where in arm.items():
+            dims = where.nonzero()[0]
+            if dims.size:
+                at, more = dims[0], f" and {dims.size - 1} more" if dims.size > 1 else ""
+                found[kind] = f"{kind}: {self.limits.names[at]} {wanted[at]:.6g} to {sent[at]:.6g}{more}"
+        return found
 
 
-def _numbers(action: Any, size: int) -> tuple[F32 | None, str, str]:
-    """(an action of its own f32 [size], "", ""), or (None, the kind that is broken, what is wrong)."""
+def _numbers(action: Any, names: tuple[str, ...]) -> tuple[F32 | None, str, str]:
+    """(an action of its own f32 [a], "", ""), or (None, the kind that is broken, what is wrong)."""
     try:
         given = np.asarray(action)
     except Exception as error:  # __array__ of foreign types raises whatever it likes
         return None, "shape", f"shape: not an array of numbers ({_line(error)})"
-    if given.shape != (size,) or given.dtype.kind not in "fiu":
-        return None, "shape", f"shape: {given.dtype} of shape {given.shape}, expected {size} numbers"
+    if given.shape != (len(names),) or given.dtype.kind not in "fiu":
+        return None, "shape", f"shape: {given.dtype} of shape {given.shape}, expected {len(names)} numbers"
     values = given.astype(np.float32)
     if not np.isfinite(values).all():
         at = int(np.flatnonzero(~np.isfinite(values))[0])
-        return None, "finite", f"finite: number {at} of the action is {given[at]:.6g}"
+        return None, "finite", f"finite: {names[at]} is {given[at]:.6g}"
     return values, "", ""
 
 

@@ -29,6 +29,7 @@ from .trained_limits import names_of, trained_limits
 
 MOST_BYTES = 1_000_000
 MOST_STATES = 1 << 20
+MOST_RATE = float(np.finfo(np.float64).max)
 HOLDS = {"last": False, "zero": True}  # what stands still: the last command again, or 0
 KEYS = (*KINDS, "measured", "gripper", "hold")
 Error = type[KiEdgeError]
@@ -80,7 +81,7 @@ def described(given: Any, names: tuple[str, ...], states: int, where: str, origi
                 f"{where}: no dimension of the action is called {name!r:.60}; they are {', '.join(names)[:400]}"
             )
     entries = [_entry(given.get(name, {}), states, f"{where}.{name}", error) for name in names]
-    ends = [entry.get("position") or (None, None) for entry in entries]
+    ends = [(None, None) if entry.get("position") is None else entry["position"] for entry in entries]
     values = {kind: np.array([_number(entry.get(kind), math.inf) for entry in entries]) for kind in RATES}
     return Limits.none(
         names,
@@ -98,13 +99,14 @@ def _entry(entry: Any, states: int, where: str, error: Error) -> Mapping[str, An
     """What is said of one dimension, checked."""
     if not isinstance(entry, Mapping):
         raise error(f"{where}: expected an object with {', '.join(KEYS)}, got {entry!r:.60}")
-    for key, value in entry.items():
+    said: dict[str, Any] = {key: _plain(value) for key, value in entry.items()}
+    for key, value in said.items():
         if key not in KEYS:
             raise error(f"{where}: unknown key {key!r:.60}; there are {', '.join(KEYS)}")
         here = f"{where}.{key}"
         if key == "position" and value is not None:
             _position(value, here, error)
-        elif key in RATES and value is not None and not (_is_number(value) and 0 <= value < math.inf):
+        elif key in RATES and value is not None and not (_is_number(value) and 0 <= value <= MOST_RATE):
             raise error(f"{here}: {value!r:.60}: expected a number of 0 or more, or null for no limit")
         elif key == "measured" and value is not None and not (_is_whole(value) and 0 <= value < states):
             raise error(f"{here}: {value!r:.60}: expected which number of the state, 0 to {states - 1}, or null")
@@ -112,11 +114,19 @@ def _entry(entry: Any, states: int, where: str, error: Error) -> Mapping[str, An
             raise error(f"{here}: {value!r:.60}: expected true or false")
         elif key == "hold" and not (isinstance(value, str) and value in HOLDS):
             raise error(f"{here}: {value!r:.60}: expected {' or '.join(map(repr, HOLDS))}")
-    return entry
+    return said
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and arrays, as a robot may give them, as Python's."""
+    value = list(value) if isinstance(value, tuple) else value
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
 
 
 def _position(value: Any, where: str, error: Error) -> None:
-    pair = list(value) if isinstance(value, list | tuple) else []
+    pair = value if isinstance(value, list) else []
     if len(pair) != 2 or not all(end is None or (_is_number(end) and abs(end) <= LARGEST) for end in pair):
         raise error(f"{where}: {value!r:.60}: expected [low, high], two numbers of float32, or null for no limit")
     if None not in pair and pair[0] > pair[1]:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from ki_edge.errors import ArgumentError
 
+Bool = npt.NDArray[np.bool_]
 F64 = npt.NDArray[np.float64]
 T = TypeVar("T")
 KINDS = ("position", "velocity", "acceleration", "step")
@@ -56,6 +57,7 @@ class Limits:
             object.__setattr__(self, name, array)
         for name in ("measured", "gripper", "motion"):
             _require(len(getattr(self, name)) == size, f"limits: {name}: expected {size} entries")
+        _require(all(at is None or at >= 0 for at in self.measured), f"limits: measured {self.measured}: from 0 on")
         bad = np.flatnonzero((self.low > self.high) | (self.low > LARGEST) | (self.high < -LARGEST))
         at = _first(bad)
         _require(not bad.size, f"limits: {self.names[at]} must be between {self.low[at]:g} and {self.high[at]:g}")
@@ -72,7 +74,7 @@ class Limits:
         flags = {"measured": unknown, "gripper": unknown, "motion": unknown}
         return cls(**{"names": tuple(names), "low": np.full(size, -np.inf), **unlimited, **flags, **changes})
 
-    def limited(self, kind: str) -> npt.NDArray[np.bool_]:
+    def limited(self, kind: str) -> Bool:
         """Which dimensions have a limit of this kind, bool [a]."""
         if kind == "position":
             return (self.low > -np.inf) | (self.high < np.inf)
@@ -81,38 +83,32 @@ class Limits:
 
     def tightened(self, other: Limits) -> Limits:
         """Both hold: of each limit the tighter one. ArgumentError where no position satisfies both."""
-        size, parts = (
-            len(self.names),
-            {"low": np.maximum(self.low, other.low), "high": np.minimum(self.high, other.high)},
-        )
-        for at in np.flatnonzero(parts["low"] > parts["high"])[:1]:
+        changes = self._flags(other)
+        changes |= {"low": np.maximum(self.low, other.low), "high": np.minimum(self.high, other.high)}
+        for at in np.flatnonzero(changes["low"] > changes["high"])[:1]:
             spans = (f"{part.low[at]:g} to {part.high[at]:g} ({part.origin['position'][at]})" for part in (self, other))
             raise ArgumentError(f"limits: {self.names[at]} cannot be within {' and '.join(spans)} at once")
-        parts |= {kind: np.minimum(getattr(self, kind), getattr(other, kind)) for kind in RATES}
+        changes |= {kind: np.minimum(getattr(self, kind), getattr(other, kind)) for kind in RATES}
         origin = {}
         for kind in KINDS:
-            rows = list(zip(self.origin[kind], other.origin[kind], strict=True))
-            mine, theirs = (self._has(part, parts, kind) for part in (self, other))
-            origin[kind] = tuple(
-                " and ".join(dict.fromkeys(filter(None, pair))) if mine[at] == theirs[at] else pair[bool(theirs[at])]
-                for at, pair in zip(range(size), rows, strict=True)
-            )
-        return replace(self, **parts, **self._flags(other), origin=origin)
+            taken = [self._taken(kind, changes), other._taken(kind, changes)]
+            rows = zip(*taken, self.origin[kind], other.origin[kind], strict=True)
+            origin[kind] = tuple(_both(*row) for row in rows)
+        return replace(self, **changes, origin=origin)
 
     def completed(self, other: Limits) -> Limits:
         """`other` where this says nothing about a kind and a dimension; of a gripper no more than its position."""
-        flags = self._flags(other)
-        parts: dict[str, F64] = {}
+        changes = self._flags(other)
+        gripper = np.array([bool(flag) for flag in changes["gripper"]])
         origin = {}
         for kind in KINDS:
             silent = np.array([not text for text in self.origin[kind]]) & ~self.limited(kind)
-            if kind != "position":
-                silent &= ~np.array([bool(gripper) for gripper in flags["gripper"]])
+            silent &= (kind == "position") | ~gripper
             for name in ("low", "high") if kind == "position" else (kind,):
-                parts[name] = np.where(silent, getattr(other, name), getattr(self, name))
+                changes[name] = np.where(silent, getattr(other, name), getattr(self, name))
             rows = zip(silent, other.origin[kind], self.origin[kind], strict=True)
             origin[kind] = tuple(theirs if take else mine for take, theirs, mine in rows)
-        return replace(self, **parts, **flags, origin=origin)
+        return replace(self, **changes, origin=origin)
 
     def unmeasured(self) -> list[str]:
         """Names with a limit of the step whose state nobody knows: it could not be checked."""
@@ -132,17 +128,24 @@ class Limits:
             return f"{UNLIMITED}: the bundle's statistics give no limits; {cure}"
         return f"no limits of {', '.join(names)}; {cure}" if names else None
 
-    @staticmethod
-    def _has(part: Limits, parts: Mapping[str, F64], kind: str) -> npt.NDArray[np.bool_]:
-        """Where the limit that was taken is this part's: it has one, as tight as the result."""
-        if kind != "position":
-            return part.limited(kind) & (getattr(part, kind) == parts[kind])
-        return part.limited(kind) & ((part.low == parts["low"]) | (part.high == parts["high"]))
+    def _taken(self, kind: str, chosen: Mapping[str, F64]) -> Bool:
+        """Where the limits that were chosen are these: there are some, as tight as the chosen ones."""
+        pairs = ("low", "high") if kind == "position" else (kind,)
+        same = np.any([getattr(self, name) == chosen[name] for name in pairs], axis=0)
+        return np.asarray(self.limited(kind) & same)
 
-    def _flags(self, other: Limits) -> dict[str, tuple[Any, ...]]:
+    def _flags(self, other: Limits) -> dict[str, Any]:
+        """What is known of each dimension, from this one first."""
         _require(self.names == other.names, f"limits: names {self.names} and {other.names} differ")
         names = ("measured", "gripper", "motion")
         return {name: tuple(map(_known, getattr(self, name), getattr(other, name))) for name in names}
+
+
+def _both(first: bool, second: bool, mine: str, theirs: str) -> str:
+    """Where a limit came from of which these are the parts that count, or none is."""
+    if first == second:
+        return " and ".join(dict.fromkeys(filter(None, (mine, theirs))))
+    return mine if first else theirs
 
 
 def _known(first: T | None, second: T | None) -> T | None:

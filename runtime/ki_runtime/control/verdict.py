@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +26,7 @@ REACTIONS: Mapping[str, Reaction] = {
 NO_CLAMP = ("shape", "finite", "measured", "user")  # there is nothing to clamp to
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What to do with one action. `action` f32 [a] is what to send; None: nothing was sent yet that could be held.
 
     `kinds`: the rules that were broken, in the order of the checks; `note` says how in one line, "" where none was.
