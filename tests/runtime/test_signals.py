@@ -178,6 +178,19 @@ def test_a_film_outlives_its_process(started, tmp_path):
     assert frames(tmp_path / "run") >= 1
 
 
+def test_a_killed_process_loses_no_finished_episode(started, tmp_path):
+    """What a robot does whose computer is gone is its own controller's affair."""
+    process = started()
+    log = tmp_path / "run" / "steps.jsonl"
+    while log.read_text().count('"event": "end"') < 2:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    whole = log.read_text().rpartition("\n")[0].splitlines()
+    events = [json.loads(line) for line in whole]
+    assert [event["steps"] for event in events if event["event"] == "end"][:2] == [STEPS, STEPS]
+
+
 def test_standard_output_that_nobody_reads(started):
     process = started(episodes="1")
     process.stdout.close()
