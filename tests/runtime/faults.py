@@ -146,7 +146,7 @@ class FullDisk(Recorder):
 
 
 FAULTS = {
-    "slow": Fault("policy ten times slower", policy=slow),
+    "slow": Fault("policy ten times slower", policy=slow, ends=RobotError),
     "raises": Fault("policy raises", policy=raising(BackendError("the engine failed")), ends=BackendError),
     "nan": Fault("policy gives NaN", policy=not_a_number, ends=BackendError),
     "beyond": Fault("policy gives 1e6, the limit is 60", policy=beyond, ends=RobotError),

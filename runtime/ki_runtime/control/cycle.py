@@ -88,6 +88,8 @@ class Cycle:
             parts.ticker.wait()
         parts.stops.check()
         self._receive()
+        if parts.is_old(parts.schedule.observed):
+            parts.schedule.drop()
         planned = parts.schedule.take()
         if planned is None and not self._starve():
             return False
@@ -206,8 +208,7 @@ class Cycle:
         way = parts.way(request) if request.previous is not None else "plain"
         parts.ways.add(way)
         chunk = Chunk(request.number, actions, request.step, request.observed, way)
-        old = not parts.waits and parts.clock.now() - request.observed > parts.oldest
-        if old or not parts.schedule.hand_over(chunk):
+        if parts.is_old(request.observed) or not parts.schedule.hand_over(chunk):
             parts.late += 1
         if not request.first:
             parts.delays.add(request.delay, parts.schedule.step - request.step, self._tick - request.tick)

@@ -44,7 +44,7 @@ from .telemetry import Episode, LatencyLog, RunReport, percentiles
 from .watchdog import Watchdog
 
 STARVED = 2.0  # seconds without a fresh action until the robot is stopped
-OLDEST = 1.0  # seconds since its observation after which a chunk is not begun, or twice the chunk's own time
+OLDEST = 1.0  # seconds since its observation after which a chunk is dropped, or twice the chunk's own time
 
 
 class Actor(Protocol):

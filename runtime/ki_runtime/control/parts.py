@@ -75,7 +75,7 @@ class Parts:
     execute: int
     beside: bool  # inference runs in a thread of its own
     starve_limit: int
-    oldest: float  # seconds since its observation, after which a chunk is not begun
+    oldest: float  # seconds since its observation, after which nothing of a chunk is sent
     filmers: tuple[Watcher, ...] = ()  # watchers that want pictures of the present episode
     starved: int = 0  # ticks without an action
     late: int = 0  # chunks that came too late to be used
@@ -91,6 +91,10 @@ class Parts:
     def waits(self) -> bool:
         """Whether the robot waits for every inference."""
         return self.options.mode == "sync"
+
+    def is_old(self, observed: float | None) -> bool:
+        """Whether nothing that was computed from an observation of this time may be sent any more."""
+        return observed is not None and not self.waits and self.clock.now() - observed > self.oldest
 
     def before_next(self, delay: int) -> int:
         """Rows of a chunk that are played before the next is asked for, so that it comes before the last row."""

@@ -52,9 +52,18 @@ class Schedule:
     def reset(self) -> None:
         """A new episode: nothing is planned."""
         self.step = 0  # the next one
+        self.drop()
+        self._since = 0  # steps of the present chunk that were taken
+
+    def drop(self) -> None:
+        """Nothing of the present chunk is played any more."""
         self._chunk: Chunk | None = None
         self._before: Chunk | None = None
-        self._since = 0  # steps of the present chunk that were taken
+
+    @property
+    def observed(self) -> float | None:
+        """When the observation of the present chunk was made."""
+        return None if self._chunk is None else self._chunk.observed
 
     @property
     def index(self) -> int:
