@@ -30,7 +30,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/ki-export examples/fetch/checkpoint -o $(OUT)/bundle --target ort --force
 	@rm -rf $(OUT)/run
-	$(BIN)/ki-run $(OUT)/bundle --robot $(ROBOT) --episodes $(EPISODES) --seed 1000 --record $(OUT)/run
+	$(BIN)/ki-run $(OUT)/bundle --robot $(ROBOT) --mode async --episodes $(EPISODES) --seed 1000 --record $(OUT)/run
 	@echo
 	@echo "look at   $(OUT)/bundle/parity.html   (the export against PyTorch)"
 	@echo "and at    $(OUT)/run/                 (film, plots, steps.jsonl)"
