@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from ki_edge.config import GemmaConfig
 
-from .layers import Committed, GatedMLP, Modulation, RMSNorm, Rope, attention, modulated_norm, rotate
+from .layers import Committed, GatedMLP, Modulation, RMSNorm, Rope, attention, modulated_norm, norm_row, rotate
 
 KeysValues = tuple[Tensor, Tensor]
-Row = tuple[Tensor, tuple[Tensor, Tensor] | None]  # of one norm: its modulation, and that of committed tokens
 
 
 class GemmaAttention(nn.Module):
@@ -116,13 +115,13 @@ class ExpertLayer(nn.Module):
         self.post_attention_layernorm = Modulation(config.width)
         self.mlp = GatedMLP(config.width, config.mlp_dim)
 
-    def forward(self, x: Tensor, rows: tuple[Row, Row], rope: Rope, prefix: KeysValues, bias: Tensor) -> Tensor:
-        normed, gate = modulated_norm(x, *rows[0])
+    def forward(self, x: Tensor, rows: tuple[Tensor, Tensor], rope: Rope, prefix: KeysValues, bias: Tensor) -> Tensor:
+        normed, gate = modulated_norm(x, rows[0])
         own_k, own_v = self.self_attn.keys_values(normed, rope)
         k = torch.cat([prefix[0], own_k], dim=2)  # [B,K,S+H,D]
         v = torch.cat([prefix[1], own_v], dim=2)
         x = x + self.self_attn(normed, rope, k, v, bias) * gate
-        normed, gate = modulated_norm(x, *rows[1])
+        normed, gate = modulated_norm(x, rows[1])
         out: Tensor = x + self.mlp(normed) * gate
         return out
 
@@ -158,13 +157,10 @@ class ActionExpert(nn.Module):
 
         `committed`: the tokens that are modulated otherwise.
         """
-
-        def row(norm: int) -> Row:
-            return modulation[:, norm], None if committed is None else committed.row(norm)
-
         for index, layer in enumerate(self.stack):
-            x = layer(x, (row(2 * index), row(2 * index + 1)), rope, prefix[index], bias)
-        return modulated_norm(x, *row(-1))[0]
+            rows = (norm_row(modulation, 2 * index, committed), norm_row(modulation, 2 * index + 1, committed))
+            x = layer(x, rows, rope, prefix[index], bias)
+        return modulated_norm(x, norm_row(modulation, -1, committed))[0]
 
 
 class PlainExpert(nn.Module):

@@ -97,29 +97,18 @@ class Committed:
     mask: Tensor
     modulation: Tensor
 
-    def row(self, norm: int) -> tuple[Tensor, Tensor]:
-        """The mask, and the row of one norm f32 [c,3W]."""
-        return self.mask, self.modulation[:, norm]
+
+def norm_row(modulation: Tensor, norm: int, committed: Committed | None) -> Tensor:
+    """Scale, shift and gate of one norm, f32 [b,1,3W] for all tokens, or [B,H,3W] where some are committed."""
+    row = modulation[:, norm, None]
+    return row if committed is None else torch.where(committed.mask, committed.modulation[:, norm, None], row)
 
 
-def modulated_norm(x: Tensor, row: Tensor, committed: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """adaRMS: x [B,H,W], row f32 [b,3W] (b is B or 1) -> (normalised x * (1 + scale) + shift, gate [b,1,W]).
-
-    `committed`: a mask bool [B,H,1] and the row f32 [c,3W] of the tokens where it is set; the gate is then [B,H,W].
-    """
-    parts = _scale_shift_gate(row)
-    if committed is not None:
-        mask, other = committed
-        settled = _scale_shift_gate(other)
-        parts = [torch.where(mask, known, free) for known, free in zip(settled, parts, strict=True)]
-    scale, shift, gate = parts
-    return (rms_normalize(x) * scale + shift).to(x.dtype), gate.to(x.dtype)
-
-
-def _scale_shift_gate(row: Tensor) -> list[Tensor]:
-    """Row f32 [b,3W] -> 1 + scale, shift, gate, f32 [b,1,W] each."""
-    scale, shift, gate = row[:, None, :].chunk(3, dim=-1)
-    return [1.0 + scale, shift, gate]
+def modulated_norm(x: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    """adaRMS: x [B,H,W], row f32 [b,h,3W] (b is B or 1, h is H or 1) -> (normalised x * (1 + scale) + shift, gate
+    [b,h,W])."""
+    scale, shift, gate = row.chunk(3, dim=-1)
+    return (rms_normalize(x) * (1.0 + scale) + shift).to(x.dtype), gate.to(x.dtype)
 
 
 class GatedMLP(nn.Module):

@@ -16,6 +16,7 @@ from ki_edge.errors import ArgumentError
 from .demonstrations import Demonstrations
 
 FREE = frozenset({"settings.save_every", "settings.log_every"})  # change nothing that is computed
+BEFORE = {"settings.rtc_max_delay": 0}  # of runs from before there was such a setting
 FILES = ("images.npy", "state.npy", "actions.npy", "prompt.npy", "points.npy")
 META = ("cameras", "state_names", "action_names", "horizon", "frames", "prompts", "control_hz")
 INIT = "init"
@@ -28,8 +29,6 @@ def gather(
 ) -> Fingerprint:
     """Settings, geometry and demonstrations of a run; `init`: the digest of the weights that it starts from."""
     found: dict[str, Any] = {f"settings.{name}": value for name, value in settings.items()}
-    if not found.get("settings.rtc_max_delay"):  # as runs from before there was one, which so can be resumed
-        found.pop("settings.rtc_max_delay", None)
     found |= _flat("model", config.to_dict())
     found |= {f"demonstrations.{name}": data.meta.get(name) for name in META}
     found |= {f"demonstrations.{name}": digest_file(data.path / name) for name in FILES}
@@ -38,6 +37,7 @@ def gather(
 
 def differences(recorded: Fingerprint, now: Fingerprint) -> list[str]:
     """What a resumed run would change, a sentence each. Starting weights count only where they are given again."""
+    recorded = {**BEFORE, **recorded}
     names = [name for name in {**recorded, **now} if name not in FREE and (name != INIT or name in now)]
     return [_say(name, recorded.get(name), now.get(name)) for name in names if recorded.get(name) != now.get(name)]
 

@@ -15,7 +15,7 @@ from ki_edge.model import load_model
 
 from .centering import CenteredPatches, mean_picture
 from .demonstrations import Demonstrations
-from .fingerprint import Fingerprint, as_json, digest_weights, gather
+from .fingerprint import BEFORE, Fingerprint, as_json, digest_weights, gather
 from .initialization import from_scratch
 from .loop import STATE_FILE, Trainer, TrainSettings, read_facts
 from .recipe import Examples, Recipe
@@ -80,7 +80,7 @@ def recorded_settings(out: str | Path) -> TrainSettings:
         raise ArgumentError(NOTHING.format(out=out))
     _, facts = read_facts(path)
     given = {name.removeprefix("settings."): value for name, value in facts.items() if name.startswith("settings.")}
-    given.setdefault("rtc_max_delay", 0)  # runs record it where they have one
+    given = {**{name.removeprefix("settings."): value for name, value in BEFORE.items()}, **given}
     names = {field.name: type(field.default) for field in fields(TrainSettings)}
     if given.keys() != names.keys() or any(type(given[name]) is not kind for name, kind in names.items()):
         raise CheckpointError(f"{path}: its settings are not those that this version knows: start over with --fresh")

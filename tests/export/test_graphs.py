@@ -61,7 +61,7 @@ def test_only_plain_operators(protos, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_checker_and_signature(bundle, protos, name):
     check(bundle.graph(name))
-    spec = next(spec for spec in graphs.GRAPHS if spec.name == name)
+    spec = next(spec for spec in graphs.specs(bundle.manifest.config, fast=True) if spec.name == name)
     sizes = graphs.sizes(bundle.manifest.config, len(bundle.manifest.vocabulary.ids))
     kinds = {"uint8": onnx.TensorProto.UINT8, "bool": onnx.TensorProto.BOOL, "int32": onnx.TensorProto.INT32,
              "float32": onnx.TensorProto.FLOAT}  # fmt: skip

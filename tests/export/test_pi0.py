@@ -92,7 +92,8 @@ def test_denoise_graph(bundle):
     proto = onnx.load(bundle.graph("denoise"), load_external_data=False)
     found = {value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
              for value in proto.graph.input}  # fmt: skip
-    assert list(found) == ["x_t", "modulation", "dt", "prefix_k", "prefix_v", "prefix_mask", "state"]
+    plain = ["x_t", "modulation", "dt", "prefix_k", "prefix_v", "prefix_mask", "state"]
+    assert list(found) == [*plain, "previous", "previous_weights", "guidance", "time"]
     assert (found["modulation"], found["state"]) == ([1, 16], ["B", 6])
     assert {node.op_type for node in proto.graph.node} <= ALLOWED["denoise"] | {"Sigmoid", "Slice"}
     projections = ("action_in_proj", "action_time_mlp_in", "action_time_mlp_out", "state_proj", "action_out_proj")

@@ -157,7 +157,7 @@ def test_expert_layer_is_its_formula(small_model, generator):
     hidden = hidden * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3)))
     expected = expected + (hidden * (y @ mlp.up_proj.weight.T)) @ mlp.down_proj.weight.T * gate
 
-    rows = (layer.input_layernorm(condition), layer.post_attention_layernorm(condition))
+    rows = (layer.input_layernorm(condition)[:, None], layer.post_attention_layernorm(condition)[:, None])
     close(layer(x, rows, rope, (prefix[0], prefix[1]), layers.key_bias(mask)), expected)
 
 

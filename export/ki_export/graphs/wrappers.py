@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ TRACED_SIZES = {"B": 2, "N": 3, "T": 5, "S": 29, "C": 31, "Q": 7}
 STACKS = {"vision": "vision.encoder.layers.", "backbone": "backbone.layers.", "expert": "expert.layers."}
 UNEMBEDDING = "unembedding."  # prefix of the names of the rows that can be predicted
 Outputs = tuple[Tensor, ...]
+FreeDims = dict[int, torch.export.Dim]
 
 
 class ModelModule(nn.Module):
@@ -36,15 +36,24 @@ class ModelModule(nn.Module):
 class PrefixModule(ModelModule):
     """Graph 1: pictures and prompt to K/V."""
 
-    def forward(self, *inputs: Tensor) -> Outputs:
-        return self.model.prefix_forward(*inputs)
+    def forward(self, images: Tensor, camera_mask: Tensor, prompt_tokens: Tensor, prompt_mask: Tensor) -> Outputs:
+        return self.model.prefix_forward(images, camera_mask, prompt_tokens, prompt_mask)
 
 
 class DenoiseModule(ModelModule):
-    """Graph 2: one Euler step, with whatever the policy's is told beyond x and time."""
+    """Graph 2: one Euler step. `more`: the state of a π0, the chunk before."""
 
-    def forward(self, *inputs: Tensor) -> Outputs:
-        return (self.model.denoise_step(*inputs),)
+    def forward(
+        self,
+        x_t: Tensor,
+        modulation: Tensor,
+        dt: Tensor,
+        prefix_k: Tensor,
+        prefix_v: Tensor,
+        prefix_mask: Tensor,
+        *more: Tensor,
+    ) -> Outputs:
+        return (self.model.denoise_step(x_t, modulation, dt, prefix_k, prefix_v, prefix_mask, *more),)
 
 
 class FastDecodeModule(ModelModule):
@@ -60,9 +69,11 @@ class FastDecodeModule(ModelModule):
         parts = [] if whole else [torch.empty(count, width, device="meta") for _, count in runs(vocabulary)]
         self.unembedding = nn.ParameterList(parts)
 
-    def forward(self, *inputs: Tensor) -> Outputs:
-        step = partial(self.model.fast_decode_step, unembedding=list(self.unembedding) or None)
-        return step(*inputs)
+    def forward(
+        self, tokens: Tensor, positions: Tensor, cache_k: Tensor, cache_v: Tensor, cache_mask: Tensor
+    ) -> Outputs:
+        rows = list(self.unembedding) or None
+        return self.model.fast_decode_step(tokens, positions, cache_k, cache_v, cache_mask, rows)
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ class Traceable:
     spec: GraphSpec
     module: nn.Module
     inputs: tuple[Tensor, ...]
-    dynamic_shapes: tuple[tuple[dict[int, torch.export.Dim], ...]]  # of the one parameter, which takes all inputs
+    dynamic_shapes: tuple[FreeDims | tuple[FreeDims, ...], ...]  # by parameter; the last of DenoiseModule takes several
     depths: Mapping[str, int]
 
 
@@ -107,10 +118,16 @@ def traceables(config: Pi05Config, vocabulary: DecodeVocabulary, layers: int | N
 
 
 def _traceable(spec: GraphSpec, module: nn.Module, sizes: Mapping[str, int], depths: Mapping[str, int]) -> Traceable:
-    inputs, shapes = [], []
+    inputs: list[Tensor] = []
+    shapes: list[FreeDims] = []
     free = {symbol: torch.export.Dim(symbol) for symbol in graphs.DYNAMIC}
     for tensor in spec.inputs:
         shape = [int(dim) for dim in tensor.resolve(sizes)]
         inputs.append(torch.empty(shape, dtype=getattr(torch, tensor.dtype), device="meta"))
         shapes.append({axis: free[str(dim)] for axis, dim in enumerate(tensor.dims) if dim in free})
-    return Traceable(spec, module, tuple(inputs), (tuple(shapes),), depths)
+    return Traceable(spec, module, tuple(inputs), _by_parameter(module, shapes), depths)
+
+
+def _by_parameter(module: nn.Module, shapes: list[FreeDims]) -> tuple[FreeDims | tuple[FreeDims, ...], ...]:
+    count = len(graphs.DENOISE.inputs) if isinstance(module, DenoiseModule) else len(shapes)
+    return (*shapes[:count], tuple(shapes[count:])) if shapes[count:] else tuple(shapes)

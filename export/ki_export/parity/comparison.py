@@ -136,7 +136,7 @@ def _continue_chunk(pair: ParityPair, case: Case, progress: Progress) -> list[Me
         prefix = run_prefix(pair.model, observation)
         found = list(_denoise(pair, case, observation, prefix, states))
         given = {"state": case.state, "noise": case.noise, "num_steps": steps, "overlap": case.overlap}
-        actions = pair.sampler.sample_actions(*case.inputs, **given)  # type: ignore[arg-type]
+        actions = pair.sampler.trace(*case.inputs, **given).x[-1]  # type: ignore[arg-type]
     names = [name for name in ("actions", DIRECTION) if name in pair.bars]
     return found + [measure(case.name, RUNTIME, name, actions, states[-1].numpy(), bars=pair.bars) for name in names]
 
