@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -88,9 +88,14 @@ def recorded_settings(out: str | Path) -> TrainSettings:
 
 
 def _initial_state(folder: Path, config: Pi05Config) -> dict[str, torch.Tensor]:
+    """Weights of another checkpoint. None of them depends on the horizon, nor on how chunks are continued."""
     checkpoint = Checkpoint.open(folder)
-    if checkpoint.config != config:
-        raise ArgumentError(
-            f"{folder} cannot be the start of this run: its geometry is {checkpoint.config}, not {config}"
-        )
+    given = replace(checkpoint.config, action_horizon=config.action_horizon, rtc=config.rtc)
+    differ = [
+        f"{field.name} {getattr(given, field.name)}, not {getattr(config, field.name)}"
+        for field in fields(config)
+        if getattr(given, field.name) != getattr(config, field.name)
+    ]
+    if differ:
+        raise ArgumentError(f"{folder} cannot be the start of this run: its model has {'; '.join(differ)}")
     return load_model(checkpoint).state_dict()
