@@ -40,9 +40,12 @@ class Slow:
         return {"actions": np.zeros((4, 2))}
 
 class Arm(ReplayRobot):
+    real_time = REAL_TIME
     def act(self, action):
         time.sleep(0.005)
         super().act(action)
+    def safe_stop(self):
+        print("arm stopped", file=sys.stderr, flush=True)
     def close(self):
         print("arm closed", file=sys.stderr, flush=True)
         time.sleep(CLOSING)
@@ -67,8 +70,8 @@ def started(episode, tmp_path):
     """started(ignored="", closing=0.0) -> a ki-run that records into tmp_path/run and has sent some actions."""
     running = []
 
-    def start(ignored="", closing=0.0, episodes="100000", **options):
-        code = KI_RUN.replace("CLOSING", str(closing))
+    def start(ignored="", closing=0.0, episodes="100000", mode="sync", flags=(), **options):
+        code = KI_RUN.replace("CLOSING", str(closing)).replace("REAL_TIME", str(mode != "sync"))
         arguments = [
             "bundle",
             "--robot",
@@ -77,6 +80,7 @@ def started(episode, tmp_path):
             episodes,
             "--record",
             str(tmp_path / "run"),
+            *("--mode", mode, *flags),
         ]
         process = subprocess.Popen(
             [sys.executable, "-c", code, ignored, *arguments],
@@ -117,7 +121,8 @@ def last_episode(folder):
 
 def check(process, out, err, status, folder):
     assert process.returncode == status, err
-    assert err.count("arm closed") == 1 and "Traceback" not in err
+    assert err.count("arm stopped") == err.count("arm closed") == 1 and "Traceback" not in err
+    assert err.index("arm stopped") < err.index("arm closed")
     assert "(interrupted)" in out and f"recorded      {folder}" in out
     assert frames(folder) == last_episode(folder) + 1  # one before the first action
     assert (folder / "actions_000.png").exists() and (folder / "latency.png").exists()
@@ -129,6 +134,29 @@ def test_a_signal_to_the_process_alone(started, tmp_path, name, status):
     process = started()
     process.send_signal(getattr(signal, name))
     check(process, *process.communicate(timeout=120), status, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_while_the_policy_computes_beside(started, tmp_path, name, status):
+    pytest.importorskip("matplotlib")
+    process = started(mode="async")
+    process.send_signal(getattr(signal, name))
+    check(process, *process.communicate(timeout=120), status, tmp_path / "run")
+
+
+def test_the_stop_file(started, tmp_path):
+    pytest.importorskip("matplotlib")
+    process = started(mode="async", flags=("--stop-file", str(tmp_path / "stop")))
+    (tmp_path / "stop").touch()
+    out, err = process.communicate(timeout=120)
+    check(process, out, err, 130, tmp_path / "run")
+    assert "stop appeared" in err
+
+
+def test_the_seconds_of_a_run(started, tmp_path):
+    process = started(mode="async", flags=("--max-seconds", "1"))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "(interrupted)" in out and err.count("arm closed") == 1
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
@@ -144,10 +172,11 @@ def test_a_second_signal_while_the_robot_is_closed(started, tmp_path):
     pytest.importorskip("matplotlib")
     process = started(closing=3)
     process.send_signal(signal.SIGTERM)
-    said = process.stderr.readline()
+    said = ""
     while "arm closed" not in said:
-        said = process.stderr.readline()
-        assert said
+        line = process.stderr.readline()
+        assert line
+        said += line
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert "SIGINT: the robot is being closed and the recording finished first" in err

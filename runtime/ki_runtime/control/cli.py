@@ -92,6 +92,7 @@ def _run(options: argparse.Namespace) -> int:
         try:
             loop.run()
         except KeyboardInterrupt as stop:
+            tell(f"ki-run: {stop or 'interrupted'}")
             status = 128 + int(getattr(stop, "signum", signal.SIGINT))
         except Exception:
             with suppress(OSError):
