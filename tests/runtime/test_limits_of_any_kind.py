@@ -1,5 +1,7 @@
 """Whatever a limits file or a robot may say: limits that can be guarded, or one line."""
 
+import math
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 from ki_edge.errors import ArgumentError, RobotError
 from ki_runtime.control.guards import Guards
 from ki_runtime.control.limit_sources import KEYS, described, limits_for
+from ki_runtime.control.limits import RATES
 from ki_runtime.control.limits_table import limit_lines
 
 from .test_limits import NAMES, policy, stats
@@ -28,8 +31,43 @@ ANY = st.recursive(
     ),
     max_leaves=8,
 )
-ENTRY = st.one_of(ANY, st.dictionaries(st.sampled_from(KEYS), ANY, max_size=4))
-SAID = st.one_of(ANY, st.dictionaries(st.one_of(st.sampled_from(NAMES), st.text(max_size=2)), ENTRY, max_size=3))
+GOOD = {
+    "position": st.lists(st.one_of(st.none(), st.floats(-1, 1)), min_size=2, max_size=2).map(
+        lambda p: p if None in p else sorted(p)
+    ),
+    **{kind: st.one_of(st.none(), st.floats(0, 10), st.integers(0, 9)) for kind in RATES},
+    "measured": st.one_of(st.none(), st.integers(0, 4)),
+    "gripper": st.booleans(),
+    "hold": st.sampled_from(["last", "zero"]),
+}
+SOUND = st.fixed_dictionaries({}, optional=GOOD)
+HARD = [
+    10**400,
+    -(10**400),
+    1e308,
+    3.5e38,
+    math.nan,
+    math.inf,
+    -1,
+    1.5,
+    True,
+    "",
+    "1",
+    [],
+    [1],
+    [2, 1],
+    [0, 10**400],
+    {},
+]
+WHOLE = st.dictionaries(st.sampled_from(NAMES), SOUND, max_size=3)
+ONE_WRONG = st.builds(
+    lambda said, name, key, value: {**said, name: {**said.get(name, {}), key: value}},
+    WHOLE,
+    st.sampled_from(NAMES),
+    st.sampled_from(KEYS),
+    st.one_of(st.sampled_from(HARD), ANY),
+)
+SAID = st.one_of(ANY, WHOLE, ONE_WRONG, ONE_WRONG, st.dictionaries(st.text(max_size=2), SOUND))
 
 
 @settings(max_examples=600, deadline=None)
