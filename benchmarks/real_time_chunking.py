@@ -4,9 +4,9 @@
     python benchmarks/real_time_chunking.py examples/fetch/checkpoint   (the shipped policy)
 
 The same checkpoint is exported without them, guided and trained, and all three run in turn, ten steps a run, over the
-same K/V: alone, and continuing a chunk. Processor time is taken, on one thread, which neighbours disturb least, and each
-ratio is the median of those of single rounds. Without a checkpoint a random one is made whose backbone is narrow: the
-denoise graph sees nothing of it but its K/V. Exit status 1 if guided costs more than 2 %.
+same K/V: alone, and continuing a chunk. Processor time is taken, on one thread, which neighbours disturb least, and
+each ratio is the median of those of single rounds. Without a checkpoint a random one is made whose backbone is narrow;
+the denoise graph sees nothing of that but its K/V. Exit status 1 if guided costs more than 2 %.
 """
 
 from __future__ import annotations

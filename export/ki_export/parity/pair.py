@@ -73,6 +73,7 @@ class ParityPair:
 
 def open_pair(bundle: Bundle, checkpoint: Checkpoint, method: Method, progress: Progress) -> ParityPair:
     """A bundle and its checkpoint's model, that held whole or read layer by layer."""
+    checkpoint = checkpoint.with_rtc(bundle.manifest.config.rtc)
     exact, whole = bundle.manifest.precision in SIXTEEN_BITS, method == "resident"
     if whole:
         model = load_model(checkpoint, dtype=torch.float32)
@@ -94,6 +95,7 @@ def open_engine(
 
     FAST decoding is compared where the contract has it: engines of other policies are built without.
     """
+    checkpoint = checkpoint.with_rtc(bundle.manifest.config.rtc)
     connection = connect(bundle, backend, SessionOptions(say=progress.say))
     if method == "resident":
         model = load_model(checkpoint, dtype=torch.float32)

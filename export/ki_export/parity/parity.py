@@ -85,8 +85,7 @@ def compare_with_checkpoint(
             f"this bundle was exported from another checkpoint ({bundle.manifest.provenance.get('checkpoint')!s:.60}): "
             f"{checkpoint.path} has another geometry"
         )
-    asked = bundle.manifest.config
-    checkpoint = checkpoint.with_pictures(asked.pictures).with_rtc(asked.rtc)
+    checkpoint = checkpoint.with_pictures(bundle.manifest.config.pictures)
     progress, method = Progress(say), method or choose_method(checkpoint.config)
     if backend is not None:
         return _compare_engine(bundle, checkpoint, method, progress, backend)
