@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import fields
 
 from ki_edge.commands import Parser, run_command, show, show_json, tell
+from ki_edge.errors import ArgumentError
 from ki_runtime.backends.registry import NAMES
 from ki_runtime.robots import open_robot
 
@@ -65,6 +66,8 @@ def _run(options: argparse.Namespace) -> int:
     loop_options = LoopOptions(**{name: getattr(options, name) for name in told})
     if options.show_limits:
         return _show_limits(options)
+    if options.disturb is not None and not options.robot.startswith("gym:"):
+        raise ArgumentError(f"--disturb moves the target of a simulated arm (gym:...); {options.robot} has none")
     policy = Policy.load(
         options.bundle,
         options.backend,
