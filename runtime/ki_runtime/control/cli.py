@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import fields
 
@@ -27,6 +27,7 @@ MODE_HELP = (
     "sync: the robot waits for each inference; async: it goes on with the last chunk; rtc: and chunks join without a "
     "jump; default: %(default)s"
 )
+TRUST_HELP = "load engines that were built elsewhere and bring code of their own to run"
 OWN = {"close_robot"}  # options of the loop that are no options of the command
 
 
@@ -145,40 +146,50 @@ def _parser() -> Parser:
     add("--episodes", type=int, default=defaults.episodes, metavar="N", help="default %(default)s")
     add("--seed", type=int, default=defaults.seed, metavar="S", help="episode i uses seed S + i; default %(default)s")
     add("--prompt", metavar="TEXT", help="instruction, instead of the robot's own")
-    add("--backend", default="auto", metavar="NAME", help=f"{', '.join(NAMES)}; default: the fastest one that can")
-    add("--threads", type=int, metavar="N", help="CPU threads of the engine; default: its own choice")
-    add("--num-steps", type=int, metavar="N", help="denoising steps; default: the bundle's")
-    add("--execute", type=int, metavar="K", help="actions to execute after each inference; default: the contract's")
-    add("--mode", choices=MODES, default=defaults.mode, help=MODE_HELP)
-    add("--rate", type=float, metavar="HZ", help="commands a second; default: the contract's, else the robot's")
-    add("--unpaced", dest="paced", action="store_false", help="as fast as the robot takes commands, for simulators")
-    add("--delay", type=int, metavar="N", help="lock-step on a simulated clock: an inference takes exactly N actions")
-    add("--crossfade", type=int, default=0, metavar="K", help="mode async: blend a new chunk in over K actions")
     add("--max-steps", type=int, metavar="N", help="end an episode after N commands")
     add("--max-seconds", type=float, metavar="S", help="stop the run after S seconds")
-    add("--starve-limit", type=int, metavar="N", help="stop after N ticks without a fresh action; default: 2 seconds")
-    add("--stale-after", type=float, default=defaults.stale_after, metavar="S", help="hold where readings are older")
-    add("--limits", metavar="FILE", help="limits of the commands, see docs/safety.md; tightens those of the robot")
-    add("--show-limits", action="store_true", help="print the limits and where they come from, and run nothing")
-    add("--trip-after", type=int, metavar="N", help="stop after N violations of limits in a row; default: 1 s")
-    add("--stop-file", metavar="FILE", help="stop when this file appears")
-    add("--stop-keys", action="store_true", help="stop at q or the space bar in the terminal")
     add("--disturb", type=int, metavar="N", help="simulated arm: the target moves after N commands of an episode")
     add("--record", metavar="DIR", help="keep films, steps.jsonl and plots in this folder")
     add("--json", action="store_true", help="print the report as JSON")
     add("--verbose", action="store_true", help="also say whether PyTorch was loaded, which a robot does not need")
+    _add_loop(parser.add_argument_group("the loop").add_argument)
+    _add_safety(parser.add_argument_group("safety, see docs/safety.md").add_argument, defaults)
+    _add_engine(parser.add_argument_group("the engine").add_argument)
+    return parser
+
+
+def _add_loop(add: Callable[..., object]) -> None:
+    add("--mode", choices=MODES, default="sync", help=MODE_HELP)
+    add("--rate", type=float, metavar="HZ", help="commands a second; default: the contract's, else the robot's")
+    add("--unpaced", dest="paced", action="store_false", help="as fast as the robot takes commands, for simulators")
+    add("--delay", type=int, metavar="N", help="lock-step on a simulated clock: an inference takes exactly N commands")
+    add("--crossfade", type=int, default=0, metavar="K", help="mode async: blend a new chunk in over K actions")
     add(
-        "--trust-engines",
-        action="store_true",
-        help="load engines that were built elsewhere and bring code of their own to run",
+        "--execute", type=int, metavar="K", help="actions to execute before the next inference; default: the contract's"
     )
+    add("--num-steps", type=int, metavar="N", help="denoising steps; default: the bundle's")
+
+
+def _add_safety(add: Callable[..., object], defaults: LoopOptions) -> None:
+    add("--limits", metavar="FILE", help="limits of the commands in robot units; tightens those of the robot")
+    add("--show-limits", action="store_true", help="print the limits and where they come from, and run nothing")
+    add("--trip-after", type=int, metavar="N", help="stop after N violations of limits in a row; default: 1 s")
+    add("--starve-limit", type=int, metavar="N", help="stop after N ticks without a fresh action; default: 2 s")
+    add("--stale-after", type=float, default=defaults.stale_after, metavar="S", help="hold where readings are older")
+    add("--stop-file", metavar="FILE", help="stop when this file appears")
+    add("--stop-keys", action="store_true", help="stop at q or the space bar in the terminal")
+
+
+def _add_engine(add: Callable[..., object]) -> None:
+    add("--backend", default="auto", metavar="NAME", help=f"{', '.join(NAMES)}; default: the fastest one that can")
+    add("--threads", type=int, metavar="N", help="CPU threads of the engine; default: its own choice")
+    add("--trust-engines", action="store_true", help=TRUST_HELP)
     add("--verify", action="store_true", help="check the bundle's hashes before running")
     add(
         "--digest",
         metavar="HEX",
         help="run only the bundle with this digest, which its export printed; checks all hashes",
     )
-    return parser
 
 
 if __name__ == "__main__":
