@@ -1,7 +1,7 @@
 """The last look at a chunk of actions before a robot gets the first of them.
 
 Everything is checked in the numbers that are really sent: float32, after the last cast. What is refused, is refused
-whole. Limits of position and velocity belong here too, behind the checks of `Guard.admit`.
+whole. What limits a single command stands in `ki_runtime.control.guards`.
 """
 
 from __future__ import annotations
