@@ -42,15 +42,15 @@ class Overlap:
     maximum: float | None = None
 
     def __post_init__(self) -> None:
-        wanted = {"actions": np.float32, "weights": np.float32, "committed": np.bool_}
-        for name, dtype in wanted.items():
+        wanted = {"actions": (np.float32, 3), "weights": (np.float32, 2), "committed": (np.bool_, 2)}
+        for name, (dtype, ranks) in wanted.items():
             given = array_of(getattr(self, name), f"overlap {name}")
-            ranks = 3 if name == "actions" else 2
-            if given.dtype != dtype or given.ndim != ranks or given.shape[:2] != self.actions.shape[:2]:
+            if given.dtype != dtype or given.ndim != ranks or given.shape[:2] != np.shape(self.actions)[:2]:
                 raise ArgumentError(
                     f"overlap: {name} is {given.dtype} {list(given.shape)}, expected actions float32 [B, H, A], "
                     "weights float32 [B, H], committed bool [B, H]"
                 )
+            object.__setattr__(self, name, given)
         if not np.isfinite(self.actions).all():
             raise ArgumentError("overlap: its actions hold NaN or infinity")
         if not ((self.weights >= 0) & (self.weights <= 1)).all():

@@ -91,6 +91,9 @@ def overlap_of(
     `stats` of the actions. The model's numbers past the robot's are 0, as it was trained on them. ArgumentError for a
     chunk that is not the contract's, or a delay beyond what the policy was trained for.
     """
+    for given, kind in ((previous, PreviousChunk), (guiding or Guiding(), Guiding)):
+        if not isinstance(given, kind):
+            raise ArgumentError(f"expected a {kind.__name__} of ki_edge.policy.chunking, got {type(given).__name__}")
     if previous.actions.shape[1] != contract.action_dim:
         raise ArgumentError(
             f"previous actions: {previous.actions.shape[1]} numbers each, the policy's have {contract.action_dim}"

@@ -13,6 +13,7 @@ from ki_edge import graphs
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.model import Observation, Pi05, save_checkpoint
 from ki_edge.model.sampling import denoise_trace
+from ki_edge.overlap import nothing_before
 from ki_edge.policy.contract import FastContract, generic
 from ki_edge.policy.fast import FastCodec
 from ki_edge.policy.normalize import NormStats, write_norm_stats
@@ -156,12 +157,13 @@ def test_dropping_equals_the_padded_run(exported, sampler, cameras, lengths):
     trace = sampler.trace(*inputs, noise=x, num_steps=1)
     run = {
         spec.name: open_session(sampler.bundle, spec, choose_backend("ort"), SessionOptions(threads=1)).run
-        for spec in (graphs.PREFIX, graphs.DENOISE)
+        for spec in graphs.specs(sampler.config)
     }
     feeds = dict(zip(("images", "camera_mask", "prompt_tokens", "prompt_mask"), inputs, strict=True))
     prefix = run["prefix"](feeds)
     clock = sampler._denoise.clock(1)
-    rest = {"x_t": x, "modulation": clock.rows[0].read(), "dt": clock.dt.read()}
+    alone = nothing_before(sampler.config, len(x))
+    rest = {"x_t": x, "modulation": clock.rows[0].read(), "dt": clock.dt.read(), **alone}
     np.testing.assert_allclose(run["denoise"]({**prefix, **rest})["x_next"], trace.x[1], atol=ATOL, rtol=0)
 
 

@@ -106,6 +106,14 @@ def test_overlaps_that_a_bundle_does_not_take(rtc_sampler, batch, rtc, given, me
     assert not engine.calls
 
 
+@pytest.mark.parametrize("given", [{"actions": 1}, np.zeros((1, *SHAPE), np.float32), True])
+def test_what_is_no_overlap(rtc_sampler, batch, given):
+    _, engine, sample = rtc_sampler("guided", batch)
+    with pytest.raises(ArgumentError, match=f"expected an Overlap of ki_edge.overlap, got {type(given).__name__}"):
+        sample(overlap=given)
+    assert not engine.calls
+
+
 # ---------------------------------------------------------------- the policy
 
 
@@ -186,6 +194,21 @@ def test_what_the_policy_refuses(make_policy, rtc, previous, more, message):
     policy, engine = make_policy(rtc, **(TRAINED if rtc == "trained" else {}))
     with pytest.raises(ArgumentError, match=message):
         policy.infer(ROBOT, previous=PreviousChunk(*previous), **more)
+    assert not engine.calls
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"previous": chunk()}, "expected a PreviousChunk of ki_edge.policy.chunking, got ndarray"),
+        ({"previous": {"actions": chunk()}}, "expected a PreviousChunk of ki_edge.policy.chunking, got dict"),
+        ({"previous": PreviousChunk(chunk(), 1), "guiding": 5.0}, "expected a Guiding of ki_edge.policy.chunking"),
+    ],
+)
+def test_what_is_no_chunk(make_policy, more, message):
+    policy, engine = make_policy("guided")
+    with pytest.raises(ArgumentError, match=message):
+        policy.infer(ROBOT, **more)
     assert not engine.calls
 
 

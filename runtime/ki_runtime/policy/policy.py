@@ -104,15 +104,15 @@ class Policy:
         chosen = None if previous is None else self._way(way)
         clock = _Stopwatch()
         inputs = self._read(observation)
+        overlap = None
+        if previous is not None and chosen is not None:
+            stats, raw = self._outputs.stats, inputs.raw_state
+            overlap = overlap_of(previous, self.contract, stats, raw, way=chosen, guiding=guiding)
         clock.lap("preprocess_ms")
         if noise is not None:
             noise = array_of(noise, "noise")
             noise = noise[None] if noise.ndim == 2 else noise
         state = _state(inputs, self.sampler.config)
-        overlap = None
-        if previous is not None and chosen is not None:
-            stats, raw = self._outputs.stats, inputs.raw_state
-            overlap = overlap_of(previous, self.contract, stats, raw, way=chosen, guiding=guiding)
         actions = self.sampler.sample_actions(
             *_batch(inputs), state=state, noise=noise, seed=seed, num_steps=num_steps, overlap=overlap
         )[0]

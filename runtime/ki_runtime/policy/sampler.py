@@ -301,6 +301,8 @@ class Sampler:
     def _check_overlap(self, overlap: Overlap | None, batch: int) -> None:
         if overlap is None:
             return
+        if not isinstance(overlap, Overlap):
+            raise ArgumentError(f"overlap: expected an Overlap of ki_edge.overlap, got {type(overlap).__name__}")
         config = self._config
         if config.rtc == "none":
             raise ArgumentError(f"{self.bundle.path} {WITHOUT_RTC}")
