@@ -1,10 +1,11 @@
 """How chunks join, and what it does to the task: every mode and delay on the simulated arm, in lock-step.
 
-    python benchmarks/seams.py BUNDLE [TRAINED_BUNDLE] --episodes 100 --seed 1000 -o build/seams
+    ki-export examples/fetch/horizon16 -o build/horizon16 --target ort
+    python benchmarks/seams.py build/horizon16 --episodes 100 --seed 1000 -o build/seams
 
-BUNDLE was exported with real-time chunking; TRAINED_BUNDLE from a checkpoint of ki-train --rtc-max-delay. The clock is
-simulated, an inference takes exactly so many control steps, and the same seeds give the same numbers on any machine.
-Writes seams.json, seams.md and seams.png into the folder. --disturb N moves the target after N commands.
+The bundle was exported with real-time chunking; where its checkpoint was trained with --rtc-max-delay, both ways are
+measured. The clock is simulated, an inference takes exactly so many control steps, and the same seeds give the same
+numbers on any machine. Writes seams.json, seams.md and seams.png. --disturb N moves the target after N commands.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ki_edge.bundle import Bundle
 from ki_edge.errors import KiEdgeError
 from ki_runtime.control.loop import ControlLoop
 from ki_runtime.control.options import LoopOptions
@@ -37,24 +39,37 @@ COLOURS = ("#8a8a8a", "#2166ac", "#67a9cf", "#d6604d", "#b2182b")
 
 @dataclass(frozen=True)
 class Way:
-    """One row of the table: a mode with a bundle."""
+    """One row of the table: a mode, and how it joins chunks."""
 
     name: str
-    bundle: str
     mode: str
     crossfade: int = 0
+    joined: str | None = None  # "guided" or "trained"
 
 
 @dataclass(frozen=True)
 class Task:
     """Some episodes of one way at one delay."""
 
+    bundle: str
     way: Way
     delay: int
     seed: int
     episodes: int
     execute: int | None
     disturb: int | None
+
+
+class Joining:
+    """A policy that always joins chunks in one way."""
+
+    def __init__(self, policy: Policy, way: str) -> None:
+        self.contract, self.stats, self.rtc, self.sampler = policy.contract, policy.stats, way, policy.sampler
+        self.max_delay = policy.max_delay if way == "trained" else None
+        self._policy = policy
+
+    def infer(self, observation: Any, *, previous: Any = None, way: Any = None, **given: Any) -> Any:
+        return self._policy.infer(observation, previous=previous, way=self.rtc if previous else None, **given)
 
 
 class Commands(Watcher):
@@ -73,7 +88,8 @@ class Commands(Watcher):
 def run(task: Task) -> dict[str, Any]:
     """The episodes of a task, in a process of its own."""
     way = task.way
-    policy = Policy.load(way.bundle, "ort", threads=1, say=lambda _: None)
+    policy: Any = Policy.load(task.bundle, "ort", threads=1, say=lambda _: None)
+    policy = policy if way.joined is None else Joining(policy, way.joined)
     options = LoopOptions(
         episodes=task.episodes,
         seed=task.seed,
@@ -158,7 +174,6 @@ def main() -> int:
     """Run all ways at all delays; exit status 2 for a bundle that cannot be used."""
     parser = argparse.ArgumentParser(description="Seams, success and time to reach by mode and delay.")
     parser.add_argument("bundle", help="bundle with real-time chunking")
-    parser.add_argument("trained", nargs="?", help="bundle of a checkpoint that was trained with --rtc-max-delay")
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--delays", type=int, nargs="+", default=[0, 1, 3, 6])
@@ -167,26 +182,31 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("-o", "--output", type=Path, default=Path("build/seams"))
     given = parser.parse_args()
-    ways = [
-        Way("sync", given.bundle, "sync"),
-        Way("async", given.bundle, "async"),
-        Way(f"async, crossfade {CROSSFADE}", given.bundle, "async", CROSSFADE),
-        Way("rtc guided", given.bundle, "rtc"),
-    ]
-    ways += [Way("rtc trained", given.trained, "rtc")] if given.trained else []
+    try:
+        rtc = Bundle.open(given.bundle).manifest.config.rtc
+    except KiEdgeError as error:
+        print(f"seams: error: {error}", file=sys.stderr)
+        return 2
+    ways = [Way("sync", "sync"), Way("async", "async"), Way(f"async, crossfade {CROSSFADE}", "async", CROSSFADE)]
+    ways += [Way("rtc guided", "rtc", joined="guided")] if rtc != "none" else []
+    ways += [Way("rtc trained", "rtc", joined="trained")] if rtc == "trained" else []
     starts = range(0, given.episodes, SHARE)
     tasks = [
-        Task(way, delay, given.seed + start, min(SHARE, given.episodes - start), given.execute, given.disturb)
+        Task(
+            given.bundle,
+            way,
+            delay,
+            given.seed + start,
+            min(SHARE, given.episodes - start),
+            given.execute,
+            given.disturb,
+        )
         for way in ways
         for delay in given.delays
         for start in starts
     ]
-    try:
-        with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn")) as pool:
-            results = list(tqdm(pool.map(run, tasks), total=len(tasks), unit="task"))
-    except KiEdgeError as error:
-        print(f"seams: error: {error}", file=sys.stderr)
-        return 2
+    with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn")) as pool:
+        results = list(tqdm(pool.map(run, tasks), total=len(tasks), unit="task"))
     size, rows = len(starts), []
     for at in range(0, len(tasks), size):
         rows.append(gathered(tasks[at].way, tasks[at].delay, results[at : at + size]))
