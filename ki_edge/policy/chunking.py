@@ -67,7 +67,7 @@ class Guiding:
     """
 
     maximum: float | None = None
-    schedule: Schedule = "exponential"
+    schedule: Schedule = "linear"
     end: int | None = None
 
     def __post_init__(self) -> None:

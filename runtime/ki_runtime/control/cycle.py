@@ -170,7 +170,8 @@ class Cycle:
             if refused is None:
                 parts.say(f"{self._refused}: nothing is computed from it, {parts.robot.name} will hold")
             return
-        rest = parts.schedule.rest()
+        # those that will be sent before the next chunk but one is there: what comes later shall not pull
+        rest = parts.schedule.rest()[: delay + parts.execute]
         told = parts.options.mode == "rtc" and len(rest)
         previous = PreviousChunk(rest.astype(np.float64), min(delay, len(rest))) if told else None
         noise = parts.noise(self._seed, self._asked)
