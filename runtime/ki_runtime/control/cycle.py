@@ -37,6 +37,7 @@ class Counts:
     ticks: int
     inferences: int
     successes: tuple[bool | None, ...]
+    failure: BaseException | None = None  # of the policy, whose last good chunk was enough for the episode
 
 
 class Cycle:
@@ -49,6 +50,7 @@ class Cycle:
         self._failure: BaseException | None = None  # of the policy: its last good chunk is played to its end
         self._refused: str | None = None  # why the last observation was of no use
         self._observe_ms = 0.0
+        self._commands = 0  # ticks that had one; those in which the robot waits for its first chunk have none
         self._moved = False  # whether any command was sent
         self._state: npt.NDArray[np.float64] | None = None
 
@@ -67,17 +69,18 @@ class Cycle:
         parts.ticker.restart()
         while not self._over(status):
             if self._act():
+                self._commands += 1
                 status = parts.robot.status()
                 successes.append(status.success)
             self._tick += 1
             if not self._over(status):
                 self._receive()  # before the next tick: so that a question goes out with the answer to the last one
                 self._ask()
-        return Counts(self._tick, self._inferences, tuple(successes))
+        return Counts(self._tick, self._inferences, tuple(successes), self._failure)
 
     def _over(self, status: EpisodeStatus) -> bool:
         limit = self._parts.options.max_steps
-        return status.done or (limit is not None and self._tick >= limit)
+        return status.done or (limit is not None and self._commands >= limit)
 
     # ------------------------------------------------------------------ one tick
 
@@ -101,15 +104,15 @@ class Cycle:
         parts = self._parts
         if self._failure is not None:
             raise self._failure
+        reason = f" ({self._refused})" if self._refused else ""
         if not self._moved:
             if parts.clock.now() - self._begun > FIRST:
-                raise RobotError(f"the first chunk of actions did not come within {FIRST:g} s")
+                raise RobotError(f"the first chunk of actions did not come within {FIRST:g} s{reason}")
             return False
         self._starved += 1
-        if not parts.waits:
+        if not (parts.waits and parts.inference.busy):  # a robot that waits for an inference lacks nothing
             parts.starved += 1
             if self._starved > parts.starve_limit:
-                reason = f" ({self._refused})" if self._refused else ""
                 raise RobotError(
                     f"no fresh action for {self._starved - 1} ticks{reason}: {parts.robot.name} is stopped"
                 )
@@ -119,6 +122,8 @@ class Cycle:
         """Command the robot: the planned action as the guards let it through, or what it got last."""
         parts = self._parts
         measured = self._measure()
+        if measured is None and not self._moved:
+            measured = self._state  # of the last observation: the robot stands still since
         kinds: tuple[str, ...] = ()
         if planned is None:
             action = parts.guards.held()
@@ -147,6 +152,7 @@ class Cycle:
         else:
             age = parts.clock.now() - planned.observed
             step = Step(self._tick, action, planned.action, planned.chunk, planned.index, age, seam, kinds)
+        parts.commands += 1
         parts.reporter.tell(lambda watcher: watcher.stepped(step))
         parts.film()
 
@@ -193,17 +199,18 @@ class Cycle:
         if answer is None:
             return
         request = answer.request
-        if answer.result is None:
+        if answer.error is not None:
             self._failure = answer.error
             return
+        answered: Any = answer.result  # also None, of a policy that answers nothing
         try:
-            actions = parts.guard.admit(answer.result)
+            actions = parts.guard.admit(answered)
         except BackendError as error:
             self._failure = error
             return
-        timing = {"observe_ms": self._observe_ms, **(answer.result.get("timing") or {})}
+        timing = {"observe_ms": self._observe_ms, **(answered.get("timing") or {})}
         parts.latencies.add(timing)
-        result = {**answer.result, "timing": timing}
+        result = {**answered, "timing": timing}
         parts.reporter.tell(lambda watcher: watcher.inferred(request.tick, request.observation, result))
         self._inferences += 1
         way = parts.way(request) if request.previous is not None else "plain"

@@ -8,7 +8,7 @@ from ki_edge.errors import ArgumentError, RobotError
 from ki_edge.policy.contract import PolicyContract
 from ki_runtime.robots.base import Robot
 
-from .options import LoopOptions
+from .options import FASTEST, SLOWEST, LoopOptions
 from .schedule import Way
 
 NEAR = 0.01  # two rates that differ by less are one
@@ -22,6 +22,11 @@ def control_rate(options: LoopOptions, contract: PolicyContract, robot: Robot) -
     if trained is None and own is None:
         raise RobotError(
             f"neither the policy's contract nor {robot.name} says how many actions a second there are: give the rate"
+        )
+    if own is not None and not (isinstance(own, int | float) and SLOWEST <= own <= FASTEST):
+        raise RobotError(
+            f"{robot.name} says that it takes {own!r:.60} actions a second: expected a number from {SLOWEST:g} to "
+            f"{FASTEST:g}; give the rate (--rate HZ)"
         )
     real = getattr(robot, "real_time", True)
     if real and trained is not None and own is not None and abs(trained - own) > NEAR * max(trained, own):

@@ -69,8 +69,9 @@ class Interrupts:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep the first signal back until `released` or the end of this block, the outermost one if it is nested."""
-        held, self._held = self._held, True
+        held = self._held
         try:
+            self._held = True
             yield
         finally:
             self._held = held
@@ -80,8 +81,9 @@ class Interrupts:
     @contextmanager
     def released(self) -> Iterator[None]:
         """Inside `held`: let signals through, those that waited at once."""
-        held, self._held = self._held, False
+        held = self._held
         try:
+            self._held = False
             self.check()
             yield
         finally:

@@ -24,8 +24,12 @@ class KillSwitch:
         self._file = None if file is None else os.fspath(file)
         if self._file is not None and os.path.lexists(self._file):
             raise ArgumentError(f"{self._file}, which stops the run, exists already: remove it first")
+        self._keys = keys
         self._terminal: Any = None
-        if keys and sys.stdin is not None and sys.stdin.isatty():
+
+    def open(self) -> None:
+        """Take the keys of the terminal, from here to `close`: whoever fails in between leaves it as it was."""
+        if self._keys and self._terminal is None and sys.stdin is not None and sys.stdin.isatty():
             self._read_single_keys()
 
     def pulled(self) -> str | None:
@@ -33,8 +37,9 @@ class KillSwitch:
         if self._file is not None and os.path.lexists(self._file):
             return f"the file {self._file} appeared"
         if self._terminal is not None and select.select([sys.stdin], [], [], 0)[0]:
-            key = os.read(sys.stdin.fileno(), 1).decode("ascii", "ignore")
-            if key and key in KEYS:
+            pressed = os.read(sys.stdin.fileno(), 1024).decode("ascii", "ignore")  # all: others may wait before it
+            key = next((key for key in pressed if key in KEYS), None)
+            if key is not None:
                 return f"the key {key!r} was pressed"
         return None
 

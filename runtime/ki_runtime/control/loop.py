@@ -10,6 +10,7 @@ closed first and once, then every watcher.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -137,6 +138,7 @@ class ControlLoop:
         with self._interrupts, self._interrupts.held():
             error: BaseException | None = None
             try:
+                self._switch.open()
                 self._parts = self._assemble()
                 with undisturbed() if self._parts.beside else nullcontext() as self._priority:
                     for index in range(self._options.episodes):
@@ -155,13 +157,12 @@ class ControlLoop:
         """What was measured so far."""
         parts, options = self._parts, self._options
         ticks = 0 if parts is None else parts.ticker.ticks
-        seconds = sum(episode.seconds for episode in self._episodes)
-        steps = sum(episode.steps for episode in self._episodes)
+        commands, seconds = (0, 0.0) if parts is None else (parts.commands, parts.seconds)
         late = [] if parts is None else parts.ticker.late
         jitter = percentiles([1e3 * value for value in late], 50, 99, 100)
         rate = {
             "asked_hz": self._rate if self._paced else None,
-            "achieved_hz": steps / seconds if seconds > 0 else 0.0,
+            "achieved_hz": commands / seconds if seconds > 0 else 0.0,
             "ticks": ticks,
             "missed": 0 if parts is None else parts.ticker.missed,
             "starved": 0 if parts is None else parts.starved,
@@ -240,16 +241,24 @@ class ControlLoop:
 
     def _run_episode(self, parts: Parts, index: int, seed: int) -> None:
         self._interrupts.check()
+        parts.stops.check()
+        if parts.beside:
+            gc.collect()  # nobody does it within an episode
         robot = self._robot
         robot.reset(seed)
         parts.reporter.tell(lambda watcher: watcher.episode_started(index, seed, robot), must=True)
         parts.filmers = tuple(watcher for watcher in self._watchers if watcher.films(index))
         parts.film()
         start, self._epoch = parts.clock.now(), self._epoch + 1
-        counts = Cycle(parts, self._epoch, seed).run()
+        try:
+            counts = Cycle(parts, self._epoch, seed).run()
+        finally:
+            parts.seconds += parts.clock.now() - start
         episode = _episode(seed, robot, counts, parts.clock.now() - start)
         self._episodes.append(episode)
         parts.reporter.tell(lambda watcher: watcher.episode_ended(index, episode), must=True)
+        if counts.failure is not None:  # the episode was over before the last good chunk was
+            raise counts.failure
 
     def _close(self, error: BaseException | None) -> None:
         """The robot, then the watchers, each once. The first error comes out, those after it are told."""

@@ -77,6 +77,8 @@ class Parts:
     starve_limit: int
     oldest: float  # seconds since its observation, after which nothing of a chunk is sent
     filmers: tuple[Watcher, ...] = ()  # watchers that want pictures of the present episode
+    commands: int = 0  # that were sent, and the seconds of the loop's clock that episodes took, also the last one
+    seconds: float = 0.0
     starved: int = 0  # ticks without an action
     late: int = 0  # chunks that came too late to be used
     ways: set[Way] = field(default_factory=set)  # in which chunks were joined
@@ -104,7 +106,7 @@ class Parts:
         """A picture for those who want one."""
         frame: npt.NDArray[np.uint8] | None = self.robot.frame() if self.filmers else None
         if frame is not None:
-            picture, filmers = frame, self.filmers
+            picture, filmers = frame.copy() if self.beside else frame, self.filmers  # the robot may draw over it
             self.reporter.tell(lambda watcher: watcher.filmed(picture) if watcher in filmers else None)
 
 

@@ -27,13 +27,12 @@ def undisturbed() -> Iterator[str]:
     sys.setswitchinterval(SWITCH)
     niceness = _lower_niceness()
     real_time = _set_real_time()
-    words = ["real-time priority"] * real_time + [f"nice {NICE}"] * bool(niceness)
+    words = ["real-time priority"] * (real_time is not None) + [f"nice {NICE}"] * bool(niceness)
     try:
         yield " and ".join(words) or "usual priority: the system allows no other"
     finally:
-        if real_time:
-            with suppress(OSError):
-                os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+        if real_time is not None:
+            _give_back(*real_time)
         for thread, value in niceness.items():
             with suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, thread, value)
@@ -42,15 +41,25 @@ def undisturbed() -> Iterator[str]:
             gc.enable()
 
 
-def _set_real_time() -> bool:
+def _set_real_time() -> tuple[int, os.sched_param] | None:
+    """The policy and priority before; None where nothing was set."""
     if not hasattr(os, "sched_setscheduler"):
-        return False
+        return None
     try:
+        before = os.sched_getscheduler(0), os.sched_getparam(0)
         # what it starts is not of this priority: a film's ffmpeg, for one
         os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(REAL_TIME))
     except OSError:
-        return False
-    return True
+        return None
+    return before
+
+
+def _give_back(policy: int, priority: os.sched_param) -> None:
+    # a user who is not root may lower the priority, but not take back that it ends at a fork
+    for again in (policy, policy | os.SCHED_RESET_ON_FORK):
+        with suppress(OSError):
+            os.sched_setscheduler(0, again, priority)
+            return
 
 
 def _lower_niceness() -> dict[int, int]:

@@ -8,6 +8,7 @@ steps of 0 within a hold are none of a chunk, and are left out.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,8 +26,8 @@ class SeamLog:
 
     def __init__(self, positions: Sequence[bool]) -> None:
         self._positions = np.asarray(positions, np.bool_)
-        self._seams: dict[str, list[float]] = {order: [] for order in ORDERS}
-        self._inside: dict[str, list[float]] = {order: [] for order in ORDERS}
+        self._seams = {order: array("d") for order in ORDERS}  # 8 bytes each: they are of every tick, for hours
+        self._inside = {order: array("d") for order in ORDERS}
         self.count = 0
         self.reset()
 

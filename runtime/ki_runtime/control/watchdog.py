@@ -40,6 +40,8 @@ class Watchdog:
         """
         frozen = [name for name, picture in pictures_of(observation).items() if self._stands(name, picture, state)]
         for name, read in times.items():
+            if now - read < -self._stale_after:  # of another clock: it would never become old
+                return self._refuse("stale", f"{name} was read {read - now:.2f} s from now: give time.monotonic()")
             if not now - read <= self._stale_after:
                 return self._refuse("stale", f"{name} is {now - read:.2f} s old, at most {self._stale_after:g} s")
         if frozen:
@@ -49,7 +51,8 @@ class Watchdog:
     def _stands(self, name: str, picture: npt.NDArray[Any], state: npt.NDArray[np.float64]) -> bool:
         before = self._pictures.get(name)
         if before is None or before.shape != picture.shape or not np.array_equal(before, picture):
-            self._pictures[name], self._changed[name], self._same[name] = picture.copy(), state, 1
+            # copies: a robot may use its memory again
+            self._pictures[name], self._changed[name], self._same[name] = picture.copy(), state.copy(), 1
             return False
         self._same[name] += 1
         if self._scale is None or self._same[name] < SAME:
