@@ -218,3 +218,36 @@ def test_modes_that_a_policy_cannot_do():
     policy.rtc, policy.max_delay = "trained", 2
     with pytest.raises(ArgumentError, match="delay 3: this policy was trained for delays of at most 2"):
         ControlLoop(policy, Line(), LoopOptions(mode="rtc", delay=3))
+
+
+def test_a_policy_that_failed_when_the_episode_was_over_anyway():
+    """Its last good chunk was enough; the next episode does not begin."""
+    robot = Line(steps=11)
+    with pytest.raises(BackendError, match="broken"):
+        run(Counting(fail_at=3, error=BackendError("broken")), robot, mode="async", delay=2, episodes=2)
+    assert robot.sent == list(range(11))
+
+
+def test_max_steps_counts_commands_and_not_the_wait_for_the_first():
+    assert run(robot=Line(), mode="async", delay=4, max_steps=6)[1].sent == list(range(6))
+
+
+def test_a_policy_that_answers_nothing():
+    policy = Counting()
+    policy.infer = lambda *_, **__: None
+    with pytest.raises(BackendError, match="the policy answered NoneType, expected a mapping with 'actions'"):
+        run(policy)
+
+
+def test_a_rate_of_a_robot_that_is_none():
+    robot = Line()
+    robot.control_hz = float("nan")
+    with pytest.raises(RobotError, match="line says that it takes nan actions a second"):
+        ControlLoop(Counting(), robot)
+
+
+def test_a_reading_of_another_clock_is_refused():
+    robot = Line(steps=1000)
+    robot.timestamps = lambda: {"front": time.time()}
+    with pytest.raises(RobotError, match=r"front was read .* from now: give time.monotonic\(\)"):
+        run(Counting(), robot, mode="sync", starve_limit=3, max_steps=30, delay=0)

@@ -174,13 +174,15 @@ def test_keys_stop_the_run_and_the_terminal_is_given_back(monkeypatch):
     with os.fdopen(follower) as terminal:
         monkeypatch.setattr("sys.stdin", terminal)
         switch = KillSwitch(keys=True)
+        assert termios.tcgetattr(follower)[3] == before[3]  # nothing is taken before the run
+        switch.open()
         os.write(leader, b"x")
         time.sleep(0.05)
         assert switch.pulled() is None  # another key
-        os.write(leader, b" ")
-        pulled = None
-        while pulled is None:
-            pulled = switch.pulled()
+        os.write(leader, b"abc ")  # the key behind others
+        until = time.monotonic() + 20
+        while (pulled := switch.pulled()) is None:
+            assert time.monotonic() < until
         assert pulled == "the key ' ' was pressed"
         switch.close()
         assert termios.tcgetattr(follower)[3] == before[3]
