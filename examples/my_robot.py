@@ -22,7 +22,7 @@ class MyArm:
         self.state, self.steps = np.array([1.34, 0.75, 0.53, 0.0, 0.0], np.float32), 0
 
     def observe(self):  # what the policy's contract asks for, in the robot's units
-        picture = np.full((96, 96, 3), 100 + self.steps, np.uint8)  # of your camera: RGB, height x width x 3
+        picture = np.full((96, 96, 3), 200 + self.steps, np.uint8)  # of your camera: RGB, height x width x 3
         images = {"front_left": picture, "front_right": picture}
         return {"images": images, "state": self.state.copy(), "prompt": "reach the red target"}
 

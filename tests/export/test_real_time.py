@@ -180,7 +180,9 @@ def test_robot_actions_of_the_papers(bundles, checkpoints, rtc, way, rows, delay
     policy, rng = Policy.load(bundles[rtc]), np.random.default_rng(rows)
     previous = PreviousChunk(rng.uniform([-1, 0], [1, 3], (rows, 2)), delay)
     noise = rng.standard_normal((5, 6), np.float32)
-    found = policy.infer(ROBOT, noise=noise, previous=previous, way=way, guiding=Guiding(maximum=maximum))["actions"]
+    found = policy.infer(ROBOT, noise=noise, previous=previous, way=way, guiding=Guiding(maximum, "exponential"))[
+        "actions"
+    ]
     expected = reference(checkpoints[rtc], policy._inputs(ROBOT), noise, previous, way or rtc, maximum)
     np.testing.assert_allclose(found, expected, rtol=0, atol=3 * BAR)  # half a range of 3 in robot units, in float32
     if rtc == "trained" and way is None:

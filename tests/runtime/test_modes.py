@@ -154,7 +154,7 @@ def test_stale_readings_hold_the_robot():
 
 
 def test_max_seconds_and_the_stop_file(tmp_path):
-    report, _, _ = run(Counting(), Line(steps=10_000), mode="async", max_seconds=0.2)
+    report, _, _ = run(Counting(), Line(steps=10_000), mode="async", max_seconds=2.0)
     assert report.interrupted and report.rate["ticks"] >= 5
     robot = Line(steps=10_000)
     timer = threading.Timer(0.1, (tmp_path / "stop").touch)

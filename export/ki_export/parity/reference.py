@@ -29,7 +29,7 @@ class ReferencePolicy:
         examined = examine(where, request or PolicyRequest())
         opened, files = examined.checkpoint, examined.files()
         assert files is not None  # None is for the model alone
-        self.contract = files.contract
+        self.contract, self.stats = files.contract, files.stats  # a loop takes its limits from the statistics
         self._inputs = InputPipeline(files.contract, files.stats, files.tokenizer)
         self._outputs = OutputPipeline(files.contract, files.stats)
         self.model = load_model(opened)
