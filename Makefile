@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT := build/demo
 ROBOT := gym:FetchReach-v4
-EPISODES ?= 20
+EPISODES ?= 10
 export MUJOCO_GL ?= egl
 
 .PHONY: setup demo test test-elsewhere test-integrations lint train-demo clean
