@@ -1,5 +1,6 @@
 """The loop at its edges: robots that reuse their memory, runs that are cut, priorities of a usual user."""
 
+import gc
 import os
 import time
 
@@ -40,9 +41,19 @@ def test_the_first_command_moves_from_the_state_that_was_observed():
 
 def test_the_rate_of_a_run_that_was_cut_is_that_of_its_commands():
     robot = Line(steps=10_000)
-    report = ControlLoop(Counting(), robot, LoopOptions(mode="async", max_seconds=0.4)).run()
+    report = ControlLoop(Counting(), robot, LoopOptions(mode="async", max_seconds=2.0)).run()
     assert report.interrupted and not report.episodes
     assert 0 < report.rate["achieved_hz"] <= 1.2 * robot.control_hz
+
+
+def test_what_comes_before_the_first_episode_takes_nothing_of_the_seconds_of_a_run(monkeypatch):
+    """Garbage of a large process takes half a second to collect."""
+    collect = gc.collect
+    monkeypatch.setattr(priority.gc, "collect", lambda: (time.sleep(1.0), collect()))
+    robot = Line(steps=10_000)
+    options = LoopOptions(mode="async", max_seconds=2.5)
+    ControlLoop(Counting(), robot, options).run()
+    assert len(robot.sent) > 0.5 * robot.control_hz
 
 
 def test_pictures_of_a_robot_that_draws_over_them():

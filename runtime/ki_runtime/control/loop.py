@@ -141,6 +141,7 @@ class ControlLoop:
                 self._switch.open()
                 self._parts = self._assemble()
                 with undisturbed() if self._parts.beside else nullcontext() as self._priority:
+                    self._parts.stops.begin()
                     for index in range(self._options.episodes):
                         self._run_episode(self._parts, index, self._options.seed + index)
             except TimeUp:

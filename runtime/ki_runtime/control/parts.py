@@ -40,6 +40,10 @@ class Stops:
     seconds: float | None
     begun: float = field(default_factory=time.monotonic)
 
+    def begin(self) -> None:
+        """The seconds count from here on."""
+        self.begun = time.monotonic()
+
     def check(self) -> None:
         """Stopped if the kill switch was pulled, TimeUp after the seconds that a run may take."""
         reason = self.switch.pulled()
