@@ -52,8 +52,8 @@ def compute_loss(
 ) -> Losses:
     """Flow loss and, for a KI model given a FAST postfix, its cross-entropy.
 
-    actions f32 [B,H,A]; noise f32 [R*B,H,A] and time f32 [R*B] in (0, 1], 1 is noise: R draws for each sample, draw by
-    draw, which share one prefix (the returned flow is [R*B,H,A]). x_t = t * noise + (1 - t) * actions,
+    actions f32 [B,H,A], or [R*B,H,A] where draws differ; noise f32 [R*B,H,A] and time f32 [R*B] in (0, 1], 1 is noise:
+    R draws for each sample, draw by draw, which share one prefix (the returned flow is [R*B,H,A]). x_t = t * noise + (1 - t) * actions,
     u_t = noise - actions.
 
     `delay` i64 [R*B], 0 <= delay < H: so many first actions of each draw are given as they are, at time 0, and there is
@@ -72,10 +72,11 @@ def compute_loss(
         if model.knowledge_insulation:
             keys, values = keys.detach(), values.detach()
         prefix, fast = list(zip(keys, values, strict=True)), None
-    draws = len(noise) // len(actions)
+    draws = len(noise) // len(observation.images)
     if draws > 1:
         prefix = [(k.repeat(draws, 1, 1, 1), v.repeat(draws, 1, 1, 1)) for k, v in prefix]
-        actions, mask = actions.repeat(draws, 1, 1), mask.repeat(draws, 1)
+        mask = mask.repeat(draws, 1)
+        actions = actions if len(actions) == len(noise) else actions.repeat(draws, 1, 1)
     t = time[:, None, None]
     x_t, u_t = t * noise + (1.0 - t) * actions, noise - actions
     if settled is not None:
@@ -146,7 +147,11 @@ def _check_shapes(model: Pi05, observation: Observation, actions: Tensor, noise:
     if count == 0 or count % batch:
         raise ArgumentError(f"noise: {count} rows, expected a multiple of the batch of {batch}")
     chunk = (model.config.action_horizon, model.config.action_dim)
-    wanted = {"actions": (actions, (batch, *chunk)), "noise": (noise, (count, *chunk)), "time": (time, (count,))}
+    wanted = {
+        "actions": (actions, (count if len(actions) == count else batch, *chunk)),
+        "noise": (noise, (count, *chunk)),
+        "time": (time, (count,)),
+    }
     for name, (tensor, shape) in wanted.items():
         if tuple(tensor.shape) != shape:
             raise ArgumentError(f"{name}: shape {list(tensor.shape)}, expected {list(shape)}")

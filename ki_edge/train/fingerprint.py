@@ -16,7 +16,7 @@ from ki_edge.errors import ArgumentError
 from .demonstrations import Demonstrations
 
 FREE = frozenset({"settings.save_every", "settings.log_every"})  # change nothing that is computed
-BEFORE = {"settings.rtc_max_delay": 0}  # of runs from before there was such a setting
+BEFORE = {"settings.rtc_max_delay": 0, "settings.rtc_offset": 0.0}  # of runs from before there was such a setting
 FILES = ("images.npy", "state.npy", "actions.npy", "prompt.npy", "points.npy")
 META = ("cameras", "state_names", "action_names", "horizon", "frames", "prompts", "control_hz")
 INIT = "init"

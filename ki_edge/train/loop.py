@@ -26,6 +26,7 @@ from ki_edge.model import Observation, Pi05
 from ki_edge.model.checkpoint import save_checkpoint, write_safetensors
 
 from .centering import CenteredPatches
+from .delays import draw_delays, shifted
 from .fingerprint import Fingerprint, check_same
 from .recipe import Examples, Recipe, Tokens
 
@@ -49,6 +50,7 @@ class TrainSettings:
     flow_draws: int = 4  # noise and time draws for each sample: the prefix is shared, so they are cheap
     pointing: float = 0.25  # share of each batch that answers "where is the target?" instead
     rtc_max_delay: int = 0  # the most first actions that are given; how many is drawn, uniformly from 0 on
+    rtc_offset: float = 0.0  # standard deviation of how far they lie beside the demonstration's, normalised
     knowledge_insulation: bool = True
     bfloat16: bool = True  # matrix products in bfloat16; weights, norms, softmax and optimiser stay float32
     seed: int = 0
@@ -63,6 +65,8 @@ class TrainSettings:
             raise ArgumentError(f"seed {self.seed}: expected 0 or more")
         if self.rtc_max_delay < 0:
             raise ArgumentError(f"rtc_max_delay {self.rtc_max_delay}: expected 0 or more")
+        if not 0.0 <= self.rtc_offset < math.inf or (self.rtc_offset and not self.rtc_max_delay):
+            raise ArgumentError(f"rtc_offset {self.rtc_offset}: expected 0 or more, above 0 only with rtc_max_delay")
         if not (self.learning_rate > 0 and self.clip > 0 and self.warmup >= 0):
             raise ArgumentError("learning_rate and clip must be positive, warmup 0 or more")
         if not 0.0 <= self.pointing < 1.0 or not 0.0 <= self.ema < 1.0:
@@ -146,12 +150,14 @@ class Trainer:
         noise = torch.from_numpy(rng.standard_normal(draws, np.float32))
         times = torch.from_numpy((rng.beta(1.5, 1.0, draws[0]) * 0.999 + 0.001).astype(np.float32))
         observation = _observation(examples.images[rows], examples.prompt, rows, examples.postfix)
-        delay = None
+        actions, dims, delay = examples.actions[rows], self.recipe.contract.action_dim, None
         if settings.rtc_max_delay:
-            delay = torch.from_numpy(rng.integers(0, settings.rtc_max_delay, draws[0], endpoint=True))
-        actions = torch.from_numpy(examples.actions[rows])
-        losses = self.model.compute_loss(observation, actions, noise=noise, time=times, delay=delay)
-        terms = {"flow": losses.mean_flow(self.recipe.contract.action_dim)}
+            delays = draw_delays(rng, draws[0], settings.rtc_max_delay)
+            if settings.rtc_offset:
+                actions = shifted(rng, actions, delays, settings.rtc_offset, dims)
+            delay = torch.from_numpy(delays)
+        losses = self.model.compute_loss(observation, torch.from_numpy(actions), noise=noise, time=times, delay=delay)
+        terms = {"flow": losses.mean_flow(dims)}
         if losses.fast is not None:
             terms["fast"] = losses.fast.mean()
         if points:
