@@ -205,7 +205,7 @@ def test_padding_to_buckets_changes_nothing(exported, sampler, full_sampler, mon
 class Still:
     """A robot whose pictures depend on the step; over after 7 steps."""
 
-    name, control_hz = "still", 10.0
+    name, control_hz, simulated = "still", 10.0, True
 
     def reset(self, seed=None):
         self.random, self.steps, self.actions = np.random.default_rng(seed), 0, []

@@ -3,7 +3,7 @@
     wait for the tick -> take the answer of an inference, if one came -> the action that is due -> guards -> robot.act
     -> status -> observe and ask for the next chunk, if it is time to
 
-Nothing in it waits for an inference, except where the robot shall (mode sync): that is LockStep without a delay.
+Nothing in it waits for an inference, except where the robot shall (mode sync); whatever ends a run is heard then too.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from .reporting import Step
 from .schedule import Chunk, Planned
 
 FIRST = 60.0  # seconds that the first chunk of an episode may take
+LONGEST = 300.0  # seconds that a robot waits for an inference, in mode sync
+PAUSE = 0.02  # seconds between two looks at what may end a run meanwhile
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ class Cycle:
         refused, self._refused = self._refused, self._look(observation)
         if self._refused is not None:
             if refused is None:
-                parts.say(f"{self._refused}: nothing is computed from it, {parts.robot.name} will hold")
+                parts.reporter.say(f"{self._refused}: nothing is computed from it, {parts.robot.name} will hold")
             return
         # those that will be sent before the next chunk but one is there: what comes later shall not pull
         rest = parts.schedule.rest()[: delay + parts.execute]
@@ -189,8 +191,18 @@ class Cycle:
         self._observe_ms = observe_ms
         with parts.interrupts.released():
             parts.inference.submit(request)
+            if parts.waits:
+                self._wait()
         if parts.waits:
             parts.ticker.restart()
+
+    def _wait(self) -> None:
+        """Until the inference has answered. RobotError if it never does."""
+        parts, begun = self._parts, time.monotonic()
+        while not parts.inference.wait(PAUSE):
+            parts.stops.check()
+            if time.monotonic() - begun > LONGEST:
+                raise RobotError(f"an inference has not answered within {LONGEST:g} s: {parts.robot.name} is stopped")
 
     def _receive(self) -> None:
         """If an inference answered: its chunk is played from the row that is due."""

@@ -1,4 +1,4 @@
-"""Inference beside the control loop: in one worker thread, or in lock-step with the ticks.
+"""Inference beside the control thread, in one worker thread, or in lock-step with the ticks.
 
 An answer carries what was asked. What an earlier episode asked is dropped when it arrives.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
@@ -58,6 +58,9 @@ class Inference(Protocol):
     def submit(self, request: Request) -> None:
         """Start one; not while busy."""
 
+    def wait(self, seconds: float) -> bool:
+        """Whether an answer comes within so many seconds, or none will come any more."""
+
     def poll(self, tick: int, epoch: int) -> Answer | None:
         """The answer that is there at this tick. Those of other epochs are dropped."""
 
@@ -85,6 +88,9 @@ class LockStep:
         except Exception as error:
             self._answer = Answer(request, None, error)
 
+    def wait(self, seconds: float) -> bool:
+        return True
+
     def poll(self, tick: int, epoch: int) -> Answer | None:
         answer = self._answer
         if answer is not None and answer.request.epoch != epoch:
@@ -106,6 +112,7 @@ class Worker:
         self._requests: SimpleQueue[Request | None] = SimpleQueue()
         self._answers: SimpleQueue[Answer] = SimpleQueue()
         self._asked: Request | None = None
+        self._answer: Answer | None = None  # that `wait` took
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
         self._thread.start()
 
@@ -117,10 +124,21 @@ class Worker:
         self._asked = request
         self._requests.put(request)
 
+    def wait(self, seconds: float) -> bool:
+        if self._answer is None:
+            try:
+                self._answer = self._answers.get(timeout=seconds)
+            except Empty:
+                return not self._thread.is_alive()
+        return True
+
     def poll(self, tick: int, epoch: int) -> Answer | None:
         if self._asked is None:
             return None
-        if self._answers.empty():
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            pass
+        elif self._answers.empty():
             if self._thread.is_alive():
                 return None
             dead = BackendError("the thread that infers is dead: no chunk will come any more")

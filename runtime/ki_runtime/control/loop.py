@@ -29,7 +29,7 @@ from ki_runtime.robots.replay import ReplayRobot
 from .clock import Clock, RealClock, SimulatedClock, Ticker
 from .cycle import Counts, Cycle
 from .delay import DelayPredictor
-from .fit import actions_to_execute, check_actions, control_rate, given_delay, is_paced, way_to_join
+from .fit import actions_to_execute, check_actions, control_rate, given_delay, is_paced, most_delay, way_to_join
 from .guards import Guards
 from .inference import Inference, LockStep, Request, Worker
 from .interrupts import Interrupts
@@ -110,16 +110,20 @@ class ControlLoop:
     def expect(self, latency_ms: float) -> None:
         """How long an inference takes, as was measured when it was warmed up: what delays are predicted from at first.
 
-        ArgumentError if a chunk is too short for it.
+        ArgumentError if a chunk is too short for it; a word to the user if it is too short to bridge every inference.
         """
         if self._options.mode == "sync" or self._options.delay is not None:
             return
-        guess, horizon = math.ceil(1e-3 * latency_ms * self._rate), self._policy.contract.action_horizon
-        if guess >= horizon:
-            raise ArgumentError(
-                f"an inference takes {latency_ms:.0f} ms, {guess} actions at {self._rate:g} a second, but the policy "
-                f"gives only {horizon} at once: use mode sync, fewer denoising steps, a lower rate or a faster backend"
-            )
+        guess, contract = math.ceil(1e-3 * latency_ms * self._rate), self._policy.contract
+        took = (
+            f"an inference takes {latency_ms:.0f} ms, {guess} actions at {self._rate:g} a second, and the policy gives "
+            f"only {contract.action_horizon} at once"
+        )
+        remedy = "use mode sync, fewer denoising steps, a lower rate or a faster backend"
+        if guess >= contract.action_horizon:
+            raise ArgumentError(f"{took}: {remedy}")
+        if guess > most_delay(contract):
+            self._say(f"{took}: {self._robot.name} will hold now and then; {remedy}")
         self._guess = guess
 
     def watch(self, *watchers: Watcher) -> None:
@@ -198,7 +202,7 @@ class ControlLoop:
         shape = (contract.action_horizon, contract.model_action_dim)
         beside = options.mode != "sync" and options.delay is None
         clock: Clock = RealClock() if options.delay is None else SimulatedClock()
-        inference: Inference = Worker(self._infer) if beside else LockStep(self._infer, options.delay or 0)
+        inference: Inference = Worker(self._infer) if options.delay is None else LockStep(self._infer, options.delay)
         limit = self._execute if options.mode == "sync" else contract.action_horizon
         starved = options.starve_limit or max(1, math.ceil(STARVED * self._rate))
         scale = state_scale(getattr(self._policy, "stats", None), contract.state_dim)
@@ -217,10 +221,9 @@ class ControlLoop:
             watchdog=Watchdog(options.stale_after, scale),
             seams=SeamLog([not apart for apart in gripper]),
             latencies=self._latencies,
-            reporter=Reporter(self._watchers, threaded=beside),
+            reporter=Reporter(self._watchers, threaded=beside, say=self._say),
             interrupts=self._interrupts,
             stops=Stops(self._switch, options.max_seconds),
-            say=self._say,
             way=self._way_of,
             noise=lambda seed, index: episode_noise(seed, index, shape),
             execute=self._execute,

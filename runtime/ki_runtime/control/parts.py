@@ -73,7 +73,6 @@ class Parts:
     reporter: Reporter
     interrupts: Interrupts
     stops: Stops
-    say: Callable[[str], object]
     way: Callable[[Request], Way]  # how a chunk is joined to the one before it, in mode rtc
     noise: Callable[[int, int], F32]  # (seed of the episode, number of the inference)
     execute: int
