@@ -134,7 +134,7 @@ def test_a_robot_that_waits_for_a_policy_that_hangs_can_be_stopped(tmp_path):
 def test_a_robot_does_not_wait_for_ever(monkeypatch):
     monkeypatch.setattr(cycle, "LONGEST", 0.2)
     policy, robot = Stuck(), Line(steps=10_000)
-    with pytest.raises(RobotError, match="an inference has not answered within 0.2 s: line is stopped"):
+    with pytest.raises(RobotError, match=r"an inference has not answered within 0.2 s: line is stopped"):
         run(policy, robot, mode="sync")
     assert robot.ended == ["safe_stop", "close"]
     policy.free.set()
