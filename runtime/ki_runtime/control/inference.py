@@ -46,6 +46,11 @@ class Answer:
 
 
 Infer = Callable[[Request], Mapping[str, Any]]
+Spare = Callable[[Request, Mapping[str, Any], Callable[[], bool]], None]  # the last: whether an inference is wanted
+
+
+def nothing(request: Request, result: Mapping[str, Any], wanted: Callable[[], bool]) -> None:
+    """What is done in spare time, if nothing is."""
 
 
 class Inference(Protocol):
@@ -74,8 +79,8 @@ class LockStep:
     With a delay of 0 the robot waits for each of them.
     """
 
-    def __init__(self, infer: Infer, delay: int) -> None:
-        self._infer, self._delay = infer, delay
+    def __init__(self, infer: Infer, delay: int, spare: Spare = nothing) -> None:
+        self._infer, self._delay, self._spare = infer, delay, spare
         self._answer: Answer | None = None
 
     @property
@@ -84,7 +89,8 @@ class LockStep:
 
     def submit(self, request: Request) -> None:
         try:
-            self._answer = Answer(request, self._infer(request))
+            self._answer = Answer(request, result := self._infer(request))
+            self._spare(request, result, lambda: False)
         except Exception as error:
             self._answer = Answer(request, None, error)
 
@@ -105,10 +111,13 @@ class LockStep:
 
 
 class Worker:
-    """One thread. `close` leaves an inference that does not end behind, and the thread with it."""
+    """One thread. `close` leaves an inference that does not end behind, and the thread with it.
 
-    def __init__(self, infer: Infer) -> None:
-        self._infer = infer
+    `spare`: called in it after an answer, while no inference is wanted; an error of it is that of the next inference.
+    """
+
+    def __init__(self, infer: Infer, spare: Spare = nothing) -> None:
+        self._infer, self._spare = infer, spare
         self._requests: SimpleQueue[Request | None] = SimpleQueue()
         self._answers: SimpleQueue[Answer] = SimpleQueue()
         self._asked: Request | None = None
@@ -153,8 +162,17 @@ class Worker:
         self._thread.join(PATIENCE)
 
     def _work(self) -> None:
+        failed: BaseException | None = None
         while (request := self._requests.get()) is not None:
             try:
-                self._answers.put(Answer(request, self._infer(request)))
+                if failed is not None:
+                    raise failed
+                result = self._infer(request)
             except BaseException as error:  # of any kind: the control thread decides
                 self._answers.put(Answer(request, None, error))
+                continue
+            self._answers.put(Answer(request, result))
+            try:
+                self._spare(request, result, lambda: not self._requests.empty())
+            except BaseException as error:
+                failed = error

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ki_runtime.robots.base import Robot
 
 from .schedule import F32
+from .self_check import Checked
 from .telemetry import Episode
 
 MOST = 500  # events that wait for slow watchers; those after them are dropped and counted
@@ -61,6 +62,9 @@ class Watcher:
 
     def stepped(self, step: Step) -> None:
         """A command was sent."""
+
+    def checked(self, found: Checked) -> None:
+        """The policy's two heads were compared."""
 
     def episode_ended(self, index: int, episode: Episode) -> None:
         """The episode is over."""
