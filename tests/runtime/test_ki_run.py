@@ -155,8 +155,10 @@ def test_importing_the_package_loads_nothing_heavy():
 
 def test_the_runtime_never_needs_torch_or_the_exporter():
     heavy = {"torch", "onnx", "ki_export", "PIL", "matplotlib", "tokenizers", "sentencepiece", "imageio", "gymnasium"}
+    heavy |= {"pyarrow", "av", "rich", "rerun"}
     modules = (
-        "from ki_runtime.control import cli, film, loop, plots, recorder\n"
+        "from ki_runtime.control import cli, loop, recorder\n"
+        "from ki_runtime.recording import dataset, film, page, plots\n"
         "from ki_runtime.policy import decode, policy, sampler"
     )
     assert not loaded_after(modules) & {*heavy, "onnxruntime"}

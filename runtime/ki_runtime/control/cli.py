@@ -12,8 +12,10 @@ from dataclasses import fields
 from ki_edge.commands import Parser, run_command, show, show_json, tell
 from ki_edge.errors import ArgumentError
 from ki_runtime.backends.registry import NAMES
+from ki_runtime.recording.dataset import check_packages
 from ki_runtime.robots import open_robot
 
+from .fit import is_paced
 from .interrupts import Interrupts
 from .limit_sources import limits_for
 from .limits_table import limit_lines
@@ -61,8 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from ki_runtime.policy.policy import Policy
 
-    if options.record:
-        check_folder(options.record)  # before a large model is loaded, and engines are built
+    if options.record:  # before a large model is loaded, and engines are built
+        check_folder(options.record)
+        check_packages()
     told = {one.name for one in fields(LoopOptions)} - OWN
     loop_options = LoopOptions(**{name: getattr(options, name) for name in told})
     if options.show_limits:
@@ -89,7 +92,10 @@ def _run(options: argparse.Namespace) -> int:
         tell(f"ki-run: warmed up in {seconds:.1f} s; an inference takes {prepared.inference_ms:.0f} ms")
         if (warning := loop.limits.warning()) is not None:
             tell(f"ki-run: {warning} (--limits FILE)")
-        recorder = Recorder(options.record) if options.record else None  # nothing was written before
+        recorder = None
+        if options.record:  # nothing was written before
+            every = options.record_every_tick or options.delay is not None or not is_paced(loop_options, robot)
+            recorder = Recorder(options.record, every_tick=every)
         loop.watch(Progress(options.episodes), *([recorder] if recorder else []))
         opened.pop_all()  # from here on the loop closes the robot
         status = 0
@@ -149,7 +155,12 @@ def _parser() -> Parser:
     add("--max-steps", type=int, metavar="N", help="end an episode after N commands")
     add("--max-seconds", type=float, metavar="S", help="stop the run after S seconds")
     add("--disturb", type=int, metavar="N", help="simulated arm: the target moves after N commands of an episode")
-    add("--record", metavar="DIR", help="keep films, steps.jsonl and plots in this folder")
+    add("--record", metavar="DIR", help="keep a LeRobotDataset, films, plots and run.html in this folder")
+    add(
+        "--record-every-tick",
+        action="store_true",
+        help="for it observe at every tick, where the robot is not waited for",
+    )
     add("--json", action="store_true", help="print the report as JSON")
     add("--verbose", action="store_true", help="also say whether PyTorch was loaded, which a robot does not need")
     _add_loop(parser.add_argument_group("the loop").add_argument)

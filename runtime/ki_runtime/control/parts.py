@@ -81,6 +81,7 @@ class Parts:
     starve_limit: int
     oldest: float  # seconds since its observation, after which nothing of a chunk is sent
     filmers: tuple[Watcher, ...] = ()  # watchers that want pictures of the present episode
+    observers: bool = False  # whether one wants an observation at every tick of it
     commands: int = 0  # that were sent, and the seconds of the loop's clock that episodes took, also the last one
     seconds: float = 0.0
     starved: int = 0  # ticks without an action
@@ -111,7 +112,18 @@ class Parts:
         frame: npt.NDArray[np.uint8] | None = self.robot.frame() if self.filmers else None
         if frame is not None:
             picture, filmers = frame.copy() if self.beside else frame, self.filmers  # the robot may draw over it
-            self.reporter.tell(lambda watcher: watcher.filmed(picture) if watcher in filmers else None)
+            size = picture.nbytes
+            self.reporter.tell(lambda watcher: watcher.filmed(picture) if watcher in filmers else None, size=size)
+
+    def tell_observed(self, tick: int, observation: Mapping[str, Any]) -> None:
+        """An observation for the watchers."""
+        self.reporter.tell(lambda watcher: watcher.observed(tick, observation), size=_bytes(observation))
+
+
+def _bytes(observation: Mapping[str, Any]) -> int:
+    """Of the arrays of an observation."""
+    parts = observation.values() if isinstance(observation, Mapping) else ()
+    return sum(_bytes(part) if isinstance(part, Mapping) else getattr(part, "nbytes", 0) for part in parts)
 
 
 def state_scale(stats: Mapping[str, Any] | None, size: int) -> npt.NDArray[np.float64] | None:
