@@ -43,7 +43,7 @@ def _export(arguments: argparse.Namespace) -> int:
     target = arguments.target
     ahead = _ahead_of_time(arguments, target)
     if arguments.calibrate is not None and not arguments.calibrate.exists():
-        raise ArgumentError(f"--calibrate {arguments.calibrate}: no such file or folder; expected recordings (.npz)")
+        raise ArgumentError(f"--calibrate {arguments.calibrate}: no such file or folder; expected recordings")
     _say(f"exporting {arguments.checkpoint}")
     from ki_export.source.examination import IncompleteError
 
