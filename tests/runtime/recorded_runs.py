@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ki_edge.errors import BackendError
 from ki_edge.policy.contract import generic
 from ki_runtime.control.loop import ControlLoop
 from ki_runtime.control.options import LoopOptions
@@ -56,6 +57,19 @@ class Plan:
     def infer(self, observation, *, noise=None, num_steps=None):
         rows = np.arange(5)
         return {"actions": np.stack([observation["state"][0] + rows, -rows], axis=1), "timing": {"total_ms": 1.0}}
+
+
+class Cut(Plan):
+    """Fails at the second inference of the third episode."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def infer(self, observation, **given):
+        self.asked += 1
+        if self.asked == 8:
+            raise BackendError("broken")
+        return super().infer(observation, **given)
 
 
 def record(folder, robot=None, policy=None, *, every_tick=False, **options):

@@ -19,7 +19,7 @@ from ki_runtime.recording import dataset
 from ki_runtime.robots import open_robot
 
 from .fake_robot import Counting, Line
-from .recorded_runs import CAMERAS, STEPS, Filmed, Plan, level, record
+from .recorded_runs import CAMERAS, STEPS, Cut, Filmed, Plan, level, record
 
 pq = pytest.importorskip("pyarrow.parquet", reason="pip install 'ki-edge[record]'")
 pytest.importorskip("av", reason="pip install 'ki-edge[record]'")
@@ -96,19 +96,6 @@ def test_a_replay_of_it_is_the_run_again(tmp_path):
         one, two = columns(tmp_path / "one", episode), columns(tmp_path / "two", episode)
         for name in ("observation.state", "ki.chunk", "ki.chunk_row", "timestamp"):
             np.testing.assert_array_equal(one[name], two[name])
-
-
-class Cut(Plan):
-    """Fails at the second inference of the third episode."""
-
-    def __init__(self):
-        self.asked = 0
-
-    def infer(self, observation, **given):
-        self.asked += 1
-        if self.asked == 8:
-            raise BackendError("broken")
-        return super().infer(observation, **given)
 
 
 def test_an_episode_that_is_stopped_is_kept_and_says_so(tmp_path):
