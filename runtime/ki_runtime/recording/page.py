@@ -17,7 +17,7 @@ from ki_edge.errors import RobotError
 from ki_edge.files.writing import write_file
 
 from .run_log import DRAWN, LOG, EpisodeLog, Float, RunLog
-from .svg import BLUE, GRID, MUTED, ORANGE, RED, Chart
+from .svg import BLUE, EDGE, MUTED, ORANGE, RED, Chart
 
 __all__ = ["LOG", "PAGE", "to_html", "write_page"]
 PAGE = "run.html"
@@ -34,7 +34,8 @@ td { font-variant-numeric: tabular-nums; }
 video, img { max-width: 420px; width: 100%; display: block; margin: 0.8em 0; } svg { width: 100%; display: block; }
 .note { color: #5f5f66; font-size: 0.92em; } .wide { overflow-x: auto; }
 details { margin-top: 1em; } summary { cursor: pointer; font-weight: 600; }
-i.k { display: inline-block; width: 1.6em; height: 0; vertical-align: middle; margin: 0 0.35em 0 0.9em; }
+i.k { display: inline-block; width: 1.6em; height: 0; vertical-align: middle; margin: 0 0.4em 0 0; }
+span.k { margin-right: 1.3em; }
 """
 
 
@@ -165,10 +166,13 @@ def _episode(episode: EpisodeLog, films: _Films) -> str:
 
 
 def _legend(episode: EpisodeLog) -> str:
-    keys = [("sent", BLUE), ("predicted by each chunk", ORANGE), ("a chunk or a hold begins", GRID), ("guards", RED)]
+    keys = [("sent", BLUE), ("predicted by each chunk", ORANGE), ("a chunk or a hold begins", EDGE), ("guards", RED)]
     if episode.start.get("recorded"):
         keys.append(("recorded", MUTED))
-    lines = "".join(f'<i class="k" style="border-top:3px solid {colour}"></i>{words}' for words, colour in keys)
+    lines = "".join(
+        f'<span class="k"><i class="k" style="border-top:3px solid {colour}"></i>{words}</span>'
+        for words, colour in keys
+    )
     return f'<p class="note">{lines}</p>'
 
 
@@ -180,7 +184,8 @@ def _action_charts(episode: EpisodeLog) -> Iterator[str]:
     guarded = [(at, step) for at, step in enumerate(episode.steps) if step.get("guards")]
     recorded = np.array(episode.start.get("recorded") or np.zeros((0, actions.shape[1])), np.float64)
     every = -(-len(episode.chunks) // CHUNKS) or 1
-    chunks = [_chunk(chunk, span[1]) for chunk in episode.chunks[::every]]
+    played = {step["chunk"]: step["step"] - step["index"] for step in episode.steps if step.get("chunk") is not None}
+    chunks = [_chunk(episode.chunks[at], played.get(at), span) for at in range(0, len(episode.chunks), every)]
     for dim in range(actions.shape[1]):
         values = [actions[:, dim], *(rows[:, dim] for _, rows in chunks), recorded[:, dim]]
         chart = Chart(str(names[dim]), span, values)
@@ -194,11 +199,16 @@ def _action_charts(episode: EpisodeLog) -> Iterator[str]:
         yield chart.to_svg(axis="command" if dim == actions.shape[1] - 1 else "")
 
 
-def _chunk(chunk: Mapping[str, object], last: float) -> tuple[Float, Float]:
-    """Ticks [n] and actions [n, a] of a predicted chunk, as far as the episode goes."""
+def _chunk(chunk: Mapping[str, object], played: float | None, span: tuple[float, float]) -> tuple[Float, Float]:
+    """Ticks [n] and actions [n, a] of a predicted chunk within the episode.
+
+    Row 0 is of the tick `played`: while a robot holds still, also for its first chunk, no row passes. None of a chunk
+    that came too late: of the tick before which it was observed.
+    """
     rows = np.array(chunk["actions"], np.float64)
-    ticks = np.arange(len(rows), dtype=np.float64) + float(str(chunk["step"]))
-    return ticks[ticks <= last], rows[ticks <= last]
+    ticks = np.arange(len(rows), dtype=np.float64) + float(str(chunk["step"]) if played is None else played)
+    there = (span[0] <= ticks) & (ticks <= span[1])
+    return ticks[there], rows[there]
 
 
 def _words(step: Mapping[str, object]) -> str:
@@ -215,7 +225,7 @@ def _time_charts(episode: EpisodeLog) -> Iterator[str]:
         ("from the command before, ms", 1e3 * np.diff(time, prepend=np.nan)),
     )
     for at, (label, values) in enumerate(curves):
-        chart = Chart(label, span, [values], height=74)
+        chart = Chart(label, span, [values], height=84)
         chart.curve(ticks, values, BLUE, 1.0)
         yield chart.to_svg(axis="command" if at == len(curves) - 1 else "")
 

@@ -10,16 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 Float = npt.NDArray[np.float64]
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 820, 66, 8, 8, 18
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 820, 66, 8, 17, 18
 MOST = 2000  # points of a curve
-INK, MUTED, GRID = "#1d1d1f", "#8a8a8f", "#e3e3e6"
+INK, MUTED, GRID, EDGE = "#1d1d1f", "#8a8a8f", "#e3e3e6", "#b9b9c0"
 BLUE, ORANGE, RED = "#2166ac", "#d98032", "#b3261e"
 
 
 class Chart:
     """One panel over x in `span`; y fits what `values` hold. Marks are drawn in the order of the calls."""
 
-    def __init__(self, label: str, span: tuple[float, float], values: Iterable[Float], height: int = 96) -> None:
+    def __init__(self, label: str, span: tuple[float, float], values: Iterable[Float], height: int = 104) -> None:
         finite = [known for value in values if (known := value[np.isfinite(value)]).size]
         low = min((float(value.min()) for value in finite), default=0.0)
         high = max((float(value.max()) for value in finite), default=1.0)
@@ -29,8 +29,8 @@ class Chart:
         for value in (low, high) if high > low else (low,):
             y = self._down(value)
             self._parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}" stroke="{GRID}"/>')
-            self._text(LEFT - 6, y + 3.5, f"{value:.3g}", anchor="end")
-        self._text(LEFT + 4, TOP + 9, label, colour=INK)
+            self._text(LEFT - 6, y + 3.5, f"{value + 0.0:.3g}", anchor="end")
+        self._text(LEFT, TOP - 5, label, colour=INK)
 
     def curve(self, x: Float, y: Float, colour: str, width: float = 1.3, *, dashed: bool = False) -> None:
         """A line through the points; a gap where y is not finite."""
@@ -45,7 +45,7 @@ class Chart:
         dash = ' stroke-dasharray="4 3"' if dashed else ""
         self._parts.append(f'<path d="{"".join(path)}" fill="none" stroke="{colour}" stroke-width="{width}"{dash}/>')
 
-    def lines(self, places: Sequence[float], colour: str = GRID) -> None:
+    def lines(self, places: Sequence[float], colour: str = EDGE) -> None:
         """Vertical lines, the same thing happened at each."""
         path = "".join(f"M{self._right(x):.1f} {TOP}V{self._height - BOTTOM}" for x in _few(places))
         self._parts.append(f'<path d="{path}" stroke="{colour}" fill="none"/>')
