@@ -34,7 +34,7 @@ class Chart:
 
     def curve(self, x: Float, y: Float, colour: str, width: float = 1.3, *, dashed: bool = False) -> None:
         """A line through the points; a gap where y is not finite."""
-        every = -(-len(x) // MOST)
+        every = _every(len(x))
         path, pen = [], "M"
         for at, value in zip(x[::every].tolist(), y[::every].tolist(), strict=True):
             if np.isfinite(value):
@@ -86,4 +86,9 @@ class Chart:
 
 
 def _few(places: Sequence[Any]) -> Sequence[Any]:
-    return places[:: -(-len(places) // MOST) or 1]
+    return places[:: _every(len(places))]
+
+
+def _every(count: int) -> int:
+    """Of so many points every how many-th is drawn."""
+    return max(1, -(-count // MOST))
