@@ -23,6 +23,7 @@ from .loop import ControlLoop
 from .options import MODES, LoopOptions
 from .recorder import Recorder, check_folder
 from .reporting import Watcher
+from .rerun_viewer import LIVE, RerunViewer, check_rerun
 from .telemetry import Episode
 
 MODE_HELP = (
@@ -66,6 +67,8 @@ def _run(options: argparse.Namespace) -> int:
     if options.record:  # before a large model is loaded, and engines are built
         check_folder(options.record)
         check_packages()
+    if options.rerun is not None:
+        check_rerun(options.rerun)
     told = {one.name for one in fields(LoopOptions)} - OWN
     loop_options = LoopOptions(**{name: getattr(options, name) for name in told})
     if options.show_limits:
@@ -96,7 +99,8 @@ def _run(options: argparse.Namespace) -> int:
         if options.record:  # nothing was written before
             every = options.record_every_tick or options.delay is not None or not is_paced(loop_options, robot)
             recorder = Recorder(options.record, every_tick=every)
-        loop.watch(Progress(options.episodes), *([recorder] if recorder else []))
+        viewers = [] if options.rerun is None else [RerunViewer(options.rerun)]
+        loop.watch(Progress(options.episodes), *([recorder] if recorder else []), *viewers)
         opened.pop_all()  # from here on the loop closes the robot
         status = 0
         try:
@@ -161,6 +165,7 @@ def _parser() -> Parser:
         action="store_true",
         help="for it observe at every tick, where the robot is not waited for",
     )
+    add("--rerun", nargs="?", const=LIVE, metavar="FILE.rrd", help="show the run in rerun, or write it for rerun")
     add("--json", action="store_true", help="print the report as JSON")
     add("--verbose", action="store_true", help="also say whether PyTorch was loaded, which a robot does not need")
     _add_loop(parser.add_argument_group("the loop").add_argument)
