@@ -22,9 +22,8 @@ from .limits_table import limit_lines
 from .loop import ControlLoop
 from .options import MODES, LoopOptions
 from .recorder import Recorder, check_folder
-from .reporting import Watcher
 from .rerun_viewer import LIVE, RerunViewer, check_rerun
-from .telemetry import Episode
+from .terminal import TerminalView
 
 MODE_HELP = (
     "sync: the robot waits for each inference; async: it goes on with the last chunk; rtc: and chunks join without a "
@@ -32,27 +31,6 @@ MODE_HELP = (
 )
 TRUST_HELP = "load engines that were built elsewhere and bring code of their own to run"
 OWN = {"close_robot"}  # options of the loop that are no options of the command
-
-
-class Progress(Watcher):
-    """A bar over the episodes with the successes so far. A terminal that is gone does not stop the robot."""
-
-    def __init__(self, episodes: int) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=episodes, unit="episode", disable=None)
-        self._successes = 0
-
-    def episode_ended(self, index: int, episode: Episode) -> None:
-        if episode.success is not None:
-            self._successes += episode.success
-            self._bar.set_postfix_str(f"success {self._successes}/{index + 1}", refresh=False)
-        with suppress(OSError):
-            self._bar.update()
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self._bar.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,7 +65,8 @@ def _run(options: argparse.Namespace) -> int:
     with Interrupts() as interrupts, interrupts.held(), ExitStack() as opened:
         robot = open_robot(options.robot, **({} if options.disturb is None else {"disturb": options.disturb}))
         opened.callback(robot.close)
-        loop = ControlLoop(policy, robot, loop_options, interrupts=interrupts)
+        view = TerminalView(options.episodes)
+        loop = ControlLoop(policy, robot, loop_options, interrupts=interrupts, say=view.say)
         with interrupts.released():
             prepared = policy.warm_up(prompt=options.prompt, num_steps=options.num_steps)  # before anything moves
         loop.expect(prepared.inference_ms)
@@ -100,7 +79,7 @@ def _run(options: argparse.Namespace) -> int:
             every = options.record_every_tick or options.delay is not None or not is_paced(loop_options, robot)
             recorder = Recorder(options.record, every_tick=every)
         viewers = [] if options.rerun is None else [RerunViewer(options.rerun)]
-        loop.watch(Progress(options.episodes), *([recorder] if recorder else []), *viewers)
+        loop.watch(view, *([recorder] if recorder else []), *viewers)
         opened.pop_all()  # from here on the loop closes the robot
         status = 0
         try:

@@ -3,9 +3,9 @@
     camera/NAME             pictures (JPEG), each time that the robot was observed
     state                   the observed state, one series a number
     action/NAME/sent        one entity a dimension of the actions; `planned` is before the guards
-    action/NAME/chunk_0..3  what each chunk predicts, at the commands for which it does; one chunk after the other
-    chunk/number, row       where a command comes from; chunk/observation_age in ms
-    latency/STAGE           milliseconds
+    action/NAME/chunk_0..3  what each chunk predicts, from the command of its row 0 on; one chunk after the other
+    chunk/number, row       where a command comes from
+    latency/STAGE           milliseconds; latency/observation_age of the observation that a command goes back to
     events                  seams, guards, the end of each episode, as text
 
 Timelines: `command` counts the commands of the whole run, `run` is the loop's clock, both with a gap between episodes.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ki_edge.errors import KiEdgeError, RobotError
 from ki_edge.policy.contract import PolicyContract
@@ -81,6 +82,7 @@ class RerunViewer(Watcher):
         self._first = self._last = 0  # commands of the whole run: where the episode begins, and its last one
         self._began = self._now = 0.0
         self._chunks = 0
+        self._waiting: dict[int, npt.NDArray[np.float64]] = {}  # chunks of which nothing was sent yet, by number
 
     def run_started(self, contract: PolicyContract, rate: float) -> None:
         names = contract.action_names or [f"action {dim}" for dim in range(contract.action_dim)]
@@ -95,6 +97,7 @@ class RerunViewer(Watcher):
 
     def episode_started(self, index: int, seed: int, robot: Robot) -> None:
         self._first, self._chunks = (self._last + GAP if index else 0), 0
+        self._waiting.clear()
         self._began = self._now + GAP / self._rate if index else 0.0
         self._at(0, 0.0)
         self._say("INFO", f"episode {index} begins, seed {seed}, {robot.name}")
@@ -114,17 +117,8 @@ class RerunViewer(Watcher):
             self._recording.log(path, self._rr.Image(picture).compress(jpeg_quality=QUALITY))
 
     def inferred(self, step: int, observation: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        actions = np.asarray(result["actions"], np.float64)
-        ticks = self._first + step + np.arange(len(actions))
-        for dim, name in enumerate(self._names):
-            self._recording.send_columns(
-                f"action/{name}/chunk_{self._chunks % LANES}",
-                indexes=[
-                    self._rr.TimeColumn("command", sequence=ticks),
-                    self._rr.TimeColumn("run", duration=self._began + (ticks - self._first) / self._rate),
-                ],
-                columns=self._rr.Scalars.columns(scalars=actions[:, dim]),
-            )
+        self._waiting[self._chunks] = np.asarray(result["actions"], np.float64)
+        self._waiting.pop(self._chunks - 2 * LANES, None)  # it came too late
         self._chunks += 1
         self._at(step)
         for stage, milliseconds in result.get("timing", {}).items():
@@ -139,7 +133,8 @@ class RerunViewer(Watcher):
         if step.chunk is not None and step.index is not None and step.age is not None:
             self._scalar("chunk/number", step.chunk)
             self._scalar("chunk/row", step.index)
-            self._scalar("chunk/observation_age", 1e3 * step.age)
+            self._scalar("latency/observation_age", 1e3 * step.age)
+            self._predict(step.chunk, self._first + step.tick - step.index, self._now - step.index / self._rate)
         if step.seam:
             begins = "a hold" if step.chunk is None else f"chunk {step.chunk}, row {step.index}"
             self._say("TRACE", f"seam: {begins}")
@@ -154,6 +149,22 @@ class RerunViewer(Watcher):
         """Hand on what waits, and close the file."""
         self._recording.flush()
         self._recording.disconnect()
+
+    def _predict(self, number: int, tick: int, time: float) -> None:
+        """A chunk, once anything of it is sent; its row 0 is of this command and time. Then a gap."""
+        actions = self._waiting.pop(number, None)
+        if actions is None:
+            return
+        rows = np.arange(len(actions) + 1)
+        for dim, name in enumerate(self._names):
+            self._recording.send_columns(
+                f"action/{name}/chunk_{number % LANES}",
+                indexes=[
+                    self._rr.TimeColumn("command", sequence=tick + rows),
+                    self._rr.TimeColumn("run", duration=time + rows / self._rate),
+                ],
+                columns=self._rr.Scalars.columns(scalars=np.append(actions[:, dim], np.nan)),
+            )
 
     def _at(self, tick: int, time: float | None = None) -> None:
         """The moment of what is logged next; without `time` where the last command was."""
