@@ -131,7 +131,7 @@ def _parser() -> Parser:
     parser = Parser(prog="ki-run", description="Run a bundle on a robot, or on a recording of one.")
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help="folder written by ki-export")
-    add("--robot", required=True, metavar="NAME", help="gym:FetchReach-v4, or replay:FILE for a recorded episode")
+    add("--robot", required=True, metavar="NAME", help="gym:FetchReach-v4, or replay:PATH for recorded episodes")
     add("--episodes", type=int, default=defaults.episodes, metavar="N", help="default %(default)s")
     add("--seed", type=int, default=defaults.seed, metavar="S", help="episode i uses seed S + i; default %(default)s")
     add("--prompt", metavar="TEXT", help="instruction, instead of the robot's own")

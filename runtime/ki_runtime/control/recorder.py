@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.errors import RobotError
+from ki_edge.files.writing import writing
 from ki_edge.policy.contract import PolicyContract
 from ki_runtime.recording import plots
 from ki_runtime.recording.film import Film, open_film
@@ -170,7 +171,8 @@ class Recorder(Watcher):
             film.close()
 
     def _write(self, event: str, fields: Mapping[str, Any]) -> None:
-        self._log.write(json.dumps({"event": event} | {**fields, "event": event}) + "\n")
+        with writing(self.folder / LOG, RobotError):
+            self._log.write(json.dumps({"event": event} | {**fields, "event": event}) + "\n")
 
 
 def _small(given: object) -> object:
