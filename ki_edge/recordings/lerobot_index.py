@@ -48,7 +48,9 @@ class Index:
         """Features that hold colour pictures -> (height, width)."""
         found = {}
         for name, feature in self.features.items():
-            if feature["dtype"] in ("video", "image") and not (feature.get("info") or {}).get("is_depth_map"):
+            info = feature.get("info")
+            depth = isinstance(info, dict) and (info.get("is_depth_map") or info.get("video.is_depth_map"))
+            if feature["dtype"] in ("video", "image") and not depth:
                 height, width = _size(self.folder, name, feature)
                 found[name] = (height, width)
         return found

@@ -87,7 +87,10 @@ class ReplayRobot:
 
     def frame(self) -> NDArray[np.uint8] | None:
         """The recorded pictures side by side where all are equally high, else the first one."""
-        pictures = self._view.pictures(self._shown)
+        try:
+            pictures = self._view.pictures(self._shown)
+        except DatasetError as error:
+            raise RobotError(str(error)) from None
         same = len({picture.shape[0] for picture in pictures}) == 1
         return np.concatenate(pictures, axis=1) if same else pictures[0]
 
