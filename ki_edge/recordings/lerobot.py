@@ -19,7 +19,7 @@ MOST_STEPS = 10_000_000
 
 
 class LeRobotRecordings:
-    """The episodes of a dataset, in their order. DatasetError as of `read_index`, and without state, actions, pictures."""
+    """The episodes of a dataset, in order. DatasetError as of `read_index`, and without state, actions or pictures."""
 
     def __init__(self, folder: Path) -> None:
         self._index: Index = read_index(folder)
