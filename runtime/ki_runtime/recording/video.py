@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 # A frame is found by decoding from the last key frame: ten at most. No frame waits for a later one.
-OPTIONS = {"crf": "20", "preset": "veryfast", "g": "10", "bf": "0"}
+OPTIONS = {"crf": "20", "preset": "superfast", "g": "10", "bf": "0"}
 
 
 class Video:
