@@ -23,10 +23,18 @@ from ki_edge.errors import KiEdgeError
 from ki_edge.policy.contract import PolicyContract
 from ki_edge.policy.fast import FastCodec
 from ki_edge.policy.normalize import read_norm_stats
+from ki_edge.recordings.collection import open_recordings
+from ki_edge.recordings.episodes import EpisodeView
 from ki_runtime.policy.denoise import runtime_weights
 from ki_runtime.policy.policy import read_assets
 
-HEADS = ("manifest.json", "config.json", "contract.json", "norm_stats.json")  # changed more often than others
+HEADS = (
+    "manifest.json",
+    "config.json",
+    "contract.json",
+    "norm_stats.json",
+    "info.json",
+)  # changed more often than others
 LIMIT = 20  # seconds of one case: none takes one
 VALUES = [
     None, True, False, 0, -1, 1, 2**62, 10**30, 1.5, -0.0, 1e308, "", "x", "\x1b[2J", "\u202e", "a\0b",
@@ -121,6 +129,13 @@ def open_everything(folder):
         for graph in bundle.manifest.graphs:
             bundle.graph(graph)
         return
+    if (folder / "meta").exists():
+        recordings = open_recordings(folder)
+        for number in range(len(recordings)):
+            view = EpisodeView(recordings.episode(number))
+            for step in range(min(len(view), 20)):
+                view.observation(step)
+        return
     checkpoint = Checkpoint.open(folder, default_horizon=10)
     for key in list(checkpoint.source.tensors)[:3]:
         checkpoint.source.rows(key, 0, 1)
@@ -132,9 +147,7 @@ def open_everything(folder):
 
 def mutate(folder, rng):
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-    heads = [
-        path for path in files if path.name in ("manifest.json", "config.json", "contract.json", "norm_stats.json")
-    ]
+    heads = [path for path in files if path.name in HEADS]
     file = rng.choice(heads if heads and rng.random() < 0.4 else files)
     changes = [change_bytes, replace_file] + [change_json] * (4 if file.suffix == ".json" else 0)
     try:

@@ -46,6 +46,8 @@ STAND_INS = {
 INSTEAD = (
     ("--backend NAME", "--backend ort"),
     ("--robot NAME", "--robot replay:recorded_episode.npz"),
+    ("replay:build/run", "replay:recorded_run"),
+    ("--calibrate build/run", "--calibrate recorded_run"),
     (" --revision 3f1c2a9", ""),  # of a repository, which a folder stands in for
     ("ki-parity BUNDLE --outputs", "ki-parity build/openpi_a --outputs"),  # recorded of this model
 )
@@ -62,6 +64,7 @@ NOT_RUN = (
     (r"ki-train ", "trains for an hour: tests/train"),
     (r"ki-bench ", "measures for minutes: tests/export/test_bench.py"),
     (r"ki-build |.*--compute-capability", "compiles for minutes, or needs a GPU: tests/export/test_cli_engines.py"),
+    (r".*--rerun", "needs rerun-sdk, 0.5 GB: tests/runtime/test_rerun.py, test_rerun_venv.py"),
     (r".*--backend trt", "needs a GPU: tests/runtime/test_on_gpu.py"),
     (r".*(\[| \.\.\.)", "is no command but its form"),
 )
@@ -98,6 +101,8 @@ def folder(fetch_bundle: Path, fetch_replay: Path, tmp_path_factory: pytest.Temp
     for name in ("bundle", "my_bundle", "build/bundle"):
         shutil.copytree(fetch_bundle, place / name)
     shutil.copy(fetch_replay, place / "recorded_episode.npz")
+    robot = f"replay:{place / 'recorded_episode.npz'}"
+    assert call(["ki-run", str(fetch_bundle), "--robot", robot, "--record", str(place / "recorded_run")]) == 0
     return place
 
 

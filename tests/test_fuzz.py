@@ -16,7 +16,7 @@ from ki_edge.policy.contract import FastContract, generic
 
 from .fuzz import run_case
 
-CASES = {"bundle": 100, "openpi": 60, "lerobot": 60, "jax": 16}  # a JAX folder takes longest to open
+CASES = {"bundle": 100, "openpi": 60, "lerobot": 60, "jax": 16, "recording": 100}  # a JAX folder takes longest to open
 GEMMA = GemmaConfig(width=8, depth=1, mlp_dim=8, num_heads=2, num_kv_heads=1, head_dim=4)
 CONFIG = Pi05Config(
     vision=VisionConfig(width=8, depth=1, mlp_dim=8, num_heads=2, patch_size=2, image_size=4),
@@ -27,12 +27,13 @@ GRAPH = bytes([0x42, 4, 0x0A, 0, 0x10, 20, 0x3A, 0])  # opset 20, and an empty g
 
 @pytest.fixture
 def folders(tmp_path: Path, data: Path, tokenizer_model: bytes) -> dict[str, Path]:
-    """One of each: a whole bundle with its policy, and checkpoints in both layouts of openpi and in LeRobot's."""
+    """One of each: a whole bundle with its policy, checkpoints in openpi's layouts and in LeRobot's, a dataset."""
     return {
         "bundle": bundle(tmp_path / "bundle", data, tokenizer_model),
         "openpi": data / "openpi_a",
         "lerobot": data / "lerobot_a",
         "jax": data / "orbax" / "files",
+        "recording": data / "lerobot_dataset" / "v3",
     }
 
 
@@ -68,7 +69,7 @@ def bundle(target: Path, data: Path, tokenizer: bytes) -> Path:
     return target
 
 
-@pytest.mark.parametrize("kind", ["bundle", "openpi", "lerobot", "jax"])
+@pytest.mark.parametrize("kind", ["bundle", "openpi", "lerobot", "jax", "recording"])
 def test_damaged_folders(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     """No other exception than a KiEdgeError of one line, and nothing that waits: FIFOs and devices are among them."""
     results = [run_case(folders[kind], seed, tmp_path)[1] for seed in range(CASES[kind])]

@@ -43,7 +43,7 @@ def _export(arguments: argparse.Namespace) -> int:
     target = arguments.target
     ahead = _ahead_of_time(arguments, target)
     if arguments.calibrate is not None and not arguments.calibrate.exists():
-        raise ArgumentError(f"--calibrate {arguments.calibrate}: no such file or folder; expected recordings (.npz)")
+        raise ArgumentError(f"--calibrate {arguments.calibrate}: no such file or folder; expected recordings")
     _say(f"exporting {arguments.checkpoint}")
     from ki_export.source.examination import IncompleteError
 
@@ -143,7 +143,7 @@ def _parser() -> Parser:
         "--precision",
         help="type in which layers are multiplied: fp32, fp16, bf16, or int8 for the CPU (ort: fp32, else fp16)",
     )
-    add("--calibrate", type=Path, metavar="FILE|DIR", help="fp16: measure ranges on these recorded observations (.npz)")
+    add("--calibrate", type=Path, metavar="FILE|DIR", help="fp16: measure ranges on these recorded observations")
     add("--keep-fp32", action="append", metavar="PATTERN", help="layers that stay in float32, such as 'vision.*'")
     add("--sensitivity", action="store_true", help="fp16, bf16: measure what each layer costs; a run of the model each")
     add(

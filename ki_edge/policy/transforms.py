@@ -25,7 +25,7 @@ from ki_edge.arguments import array_of, numbers
 from ki_edge.errors import ArgumentError, ContractError, DatasetError, ObservationError, PromptError
 
 from .contract import Feature, PolicyContract
-from .images import METHODS, Float32, UInt8, fit_image
+from .images import METHODS, Float32, UInt8, fit_image, parse_image
 from .keys import FLAT_ROBOTS, expected, state_key, under_contract_keys
 from .normalize import LARGEST, Float64, NormStats, normalize, unnormalize
 from .prompt import Int32, PromptTokenizer
@@ -226,6 +226,16 @@ def read_images(
             f"no camera is there: expected at least one of {names}; the observation has {_names(given)}"
         )
     return images, mask
+
+
+def given_pictures(contract: PolicyContract, observation: Mapping[str, Any]) -> dict[str, UInt8]:
+    """The pictures of an observation by the contract's camera keys, RGB uint8 [h, w, 3], as large as they were given.
+
+    ObservationError where one is no picture.
+    """
+    given = _given_images(contract, under_contract_keys(contract, observation))
+    keys = [camera.key for camera in contract.cameras if camera.key is not None]
+    return {key: parse_image(given[key], f"camera {key}") for key in keys if given.get(key) is not None}
 
 
 def pad_last(x: Float64, size: int) -> Float64:

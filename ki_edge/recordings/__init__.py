@@ -1,1 +1,1 @@
-"""Recorded episodes and model inputs, read from .npz files. Imports: files, policy."""
+"""Recorded episodes and model inputs, read from .npz files and LeRobotDatasets. Imports: files, policy."""

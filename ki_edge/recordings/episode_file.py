@@ -16,7 +16,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,12 +36,21 @@ PREFIXES = ("images/", "observation.images.")
 CURE = "; record it again with ki_runtime.robots.replay.record_episode"
 
 
+class Pictures(Protocol):
+    """A camera's pictures by step, each u8 [h, w, 3] or [3, h, w]: an array, or a film that is decoded step by step."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __getitem__(self, step: int) -> npt.NDArray[np.uint8]: ...
+
+
 @dataclass(frozen=True, eq=False)
 class RecordedEpisode:
     """The arrays of an episode. `cameras`: pictures by camera, without the prefix of its name in the file."""
 
-    path: Path
-    cameras: Mapping[str, npt.NDArray[np.uint8]]  # [T, h, w, 3] or [T, 3, h, w]
+    where: str  # its file, for messages
+    cameras: Mapping[str, Pictures]  # [T, h, w, 3] or [T, 3, h, w]
     state: Float32  # [T, s]
     actions: Float32  # [T, a]
     prompt: str | None
@@ -58,7 +67,7 @@ class RecordedEpisode:
         parts = [arrays[name].reshape(len(arrays[name]), -1) for name in _state_names(headers)]
         prompt = _first(PROMPTS, headers)
         return cls(
-            path,
+            str(path),
             {_camera(name): array for name, array in arrays.items() if _is_camera(name, headers[name])},
             np.concatenate(parts, axis=1).astype(np.float32),
             arrays[_first(ACTIONS, headers) or ""].astype(np.float32),

@@ -12,7 +12,7 @@ from ki_edge.errors import DatasetError
 from ki_edge.policy.contract import Camera, PolicyContract
 from ki_edge.policy.transforms import UNUSED_CAMERAS
 
-from .episode_file import RecordedEpisode
+from .episode_file import Pictures, RecordedEpisode
 
 UInt8 = npt.NDArray[np.uint8]
 
@@ -26,7 +26,7 @@ class EpisodeView:
     def __init__(self, episode: RecordedEpisode, contract: PolicyContract | None = None) -> None:
         self.episode = episode
         self._contract = contract
-        self._pictures = dict(episode.cameras)
+        self._pictures: dict[str, Pictures] = dict(episode.cameras)
         if contract is not None:
             self._pictures = _matched(episode, contract)
             for name, is_, wanted in (
@@ -61,9 +61,9 @@ class EpisodeView:
         return [picture if picture.shape[2] == 3 else picture.transpose(1, 2, 0) for picture in found]
 
 
-def _matched(episode: RecordedEpisode, contract: PolicyContract) -> dict[str, UInt8]:
+def _matched(episode: RecordedEpisode, contract: PolicyContract) -> dict[str, Pictures]:
     """Pictures by the key under which the contract's observations have them."""
-    left, found = dict(episode.cameras), {}
+    left, found = dict(episode.cameras), dict[str, Pictures]()
     ends = [_end(camera.key) for camera in contract.cameras if camera.key is not None]
     for camera in contract.cameras:
         if camera.key is None:
@@ -80,10 +80,13 @@ def _matched(episode: RecordedEpisode, contract: PolicyContract) -> dict[str, UI
 
 
 def _names(camera: Camera, ends: list[str]) -> list[str]:
-    """Under which names a recording may have a camera: its key, the key's last part if no other shares it, its slot."""
+    """Under which names a recording may have a camera: its key (in a LeRobotDataset with dots for slashes), the key's
+    last part if no other shares it, its slot.
+    """
     assert camera.key is not None
     end = _end(camera.key)
-    return [camera.key, *([end] if ends.count(end) == 1 else []), camera.slot]
+    dotted = camera.key.removeprefix("observation/").replace("/", ".")
+    return [camera.key, dotted, *([end] if ends.count(end) == 1 else []), camera.slot]
 
 
 def _end(key: str) -> str:
@@ -95,6 +98,6 @@ def _unfit(episode: RecordedEpisode, contract: PolicyContract, what: str) -> Dat
         camera.key + ("" if camera.required else " (optional)") for camera in contract.cameras if camera.key
     )
     return DatasetError(
-        f"{episode.path}: {what}. The file has {episode.contents}; this {contract.robot} policy needs the cameras "
+        f"{episode.where}: {what}. The file has {episode.contents}; this {contract.robot} policy needs the cameras "
         f"{keys}, state [T, {contract.state_dim}] and actions [T, {contract.action_dim}]"
     )

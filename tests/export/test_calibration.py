@@ -72,7 +72,7 @@ def test_recorded_model_inputs_serve_too(policy, tmp_path):
 
 def test_recordings_without_usable_observations_are_refused(policy, tmp_path):
     config, files = policy
-    with pytest.raises(DatasetError, match=r"no \.npz file in this folder"):
+    with pytest.raises(DatasetError, match=r"neither meta/info\.json nor an \.npz file in this folder"):
         calibration(config, files, tmp_path)
     with pytest.raises(DatasetError, match="no such file"):
         calibration(config, files, tmp_path / "missing.npz")

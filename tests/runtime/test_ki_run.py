@@ -14,6 +14,7 @@ from ki_runtime.backends import registry as backends
 from ki_runtime.control import cli
 
 from .fake_robot import CountingRobot, Failing, FormulaPolicy
+from .recorded_runs import Filmed, Plan
 
 
 @pytest.fixture
@@ -155,8 +156,10 @@ def test_importing_the_package_loads_nothing_heavy():
 
 def test_the_runtime_never_needs_torch_or_the_exporter():
     heavy = {"torch", "onnx", "ki_export", "PIL", "matplotlib", "tokenizers", "sentencepiece", "imageio", "gymnasium"}
+    heavy |= {"pyarrow", "av", "rich", "rerun"}
     modules = (
-        "from ki_runtime.control import cli, film, loop, plots, recorder\n"
+        "from ki_runtime.control import cli, loop, recorder\n"
+        "from ki_runtime.recording import dataset, film, page, plots\n"
         "from ki_runtime.policy import decode, policy, sampler"
     )
     assert not loaded_after(modules) & {*heavy, "onnxruntime"}
@@ -179,3 +182,17 @@ def test_a_used_folder_is_told_before_anything_is_loaded(run, tmp_path):
 
 def test_an_empty_digest_is_a_wrong_one(run):
     assert run("--digest", "").loaded[0][-1]["verify"] == ""
+
+
+@pytest.mark.parametrize(
+    ("waits", "flags", "fresh"),
+    [(True, (), True), (False, (), False), (False, ("--record-every-tick",), True), (False, ("--unpaced",), True)],
+)
+def test_a_robot_is_observed_at_every_tick_where_nothing_is_late_for_it(run, tmp_path, waits, flags, fresh):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pip install 'ki-edge[record]'")
+    robot, policy = Filmed(), Plan()
+    robot.real_time, robot.simulated, policy.warm_up = not waits, True, FormulaPolicy().warm_up
+    assert run("--record", str(tmp_path / "run"), *flags, policy=policy, robot=robot).status == 0
+    ages = parquet.read_table(tmp_path / "run/data/chunk-000/file-000.parquet")["ki.picture_age"].to_pylist()
+    assert (max(ages) == 0) is fresh
+    assert (tmp_path / "run" / "run.html").is_file()

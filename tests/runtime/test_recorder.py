@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from ki_edge.errors import ArgumentError, BackendError, RobotError
-from ki_runtime.control import film, plots
 from ki_runtime.control.loop import ControlLoop
 from ki_runtime.control.options import LoopOptions
 from ki_runtime.control.recorder import Recorder
+from ki_runtime.recording import film, plots
 from ki_runtime.robots.replay import ReplayRobot, record_episode
 
 from .fake_robot import HORIZON, CountingRobot, Failing, FormulaPolicy
@@ -28,7 +28,8 @@ def test_steps_are_logged(tmp_path):
     events = [line["event"] for line in lines]
     one = ["episode", *["inference", *["step"] * 3] * 2, "inference", "step", "end"]
     assert events == one * 2
-    assert lines[0] == {"event": "episode", "index": 0, "seed": 8, "robot": "counting"}
+    facts = {"index": 0, "seed": 8, "robot": "counting", "rate": 20.0, "names": None, "recorded": None}
+    assert lines[0] == {"event": "episode"} | facts
     inference = lines[5]
     assert inference["step"] == 3 and inference["state"] == [3, 3] and inference["prompt"] == "own prompt"
     assert inference["actions"] == [[3, h] for h in range(HORIZON)]
@@ -118,17 +119,21 @@ def test_replay_compares_with_the_recording(recording, tmp_path, monkeypatch):
     report = ControlLoop(FormulaPolicy(), robot, LoopOptions(), [recorder]).run()
     assert report.episodes[0].replay_error == pytest.approx(0.25)
     assert "0.25 mean |predicted - recorded|" in "\n".join(report.lines())
-    (_, actions, inferences, recorded, _) = drawn[0]
+    (_, actions, inferences, recorded, _, names) = drawn[0]
     np.testing.assert_allclose(recorded - actions, 0.25)
-    assert inferences == [0, 3, 6]
+    assert inferences == [0, 3, 6] and names is None
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_second_recording_never_touches_the_first(tmp_path):
     record(tmp_path / "run")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    before = contents(tmp_path / "run")
     with pytest.raises(RobotError, match=r"run holds a recording already \(steps\.jsonl\); choose another folder"):
         Recorder(tmp_path / "run")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert contents(tmp_path / "run") == before
 
 
 def test_a_folder_with_other_things_is_refused(tmp_path):

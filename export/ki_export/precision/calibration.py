@@ -1,6 +1,6 @@
 """Observations over which an export measures how large a model's tensors become: recorded ones, or varied made-up ones.
 
-Recorded are episodes (`ki_edge.recordings.episode_file`, the `replay:` files), which pass through the policy's own
+Recorded are episodes (`ki_edge.recordings.collection`, what `replay:` takes too), which pass through the policy's own
 input pipeline, or a model's inputs as `ki-parity --inputs` reads them.
 """
 
@@ -19,6 +19,7 @@ from ki_edge.errors import DatasetError, KiEdgeError, PromptError
 from ki_edge.files.npz import read_headers
 from ki_edge.policy.images import LOWEST, METHODS, model_pictures
 from ki_edge.policy.transforms import InputPipeline, ModelInputs, pad_last
+from ki_edge.recordings.collection import EpisodeFiles, open_recordings
 from ki_edge.recordings.episode_file import RecordedEpisode
 from ki_edge.recordings.episodes import EpisodeView
 from ki_edge.recordings.model_inputs import PROMPTS, read_arrays, recorded_pictures
@@ -63,36 +64,52 @@ def calibration(
     if recorded is None:
         made = tuple(_synthetic(config, files, synthetic))
         return Calibration(f"built-in: {len(made)} synthetic observations", made)
-    paths = sorted(recorded.glob("*.npz")) if recorded.is_dir() else [recorded]
-    if not paths:
-        raise DatasetError(f"--calibrate: {recorded}: no .npz file in this folder: record episodes, or name one")
-    share = max(1, RECORDED // len(paths))
-    found = [observed for path in paths[:RECORDED] for observed in _recorded(path, config, files, share)]
-    if not found:
-        raise DatasetError(f"--calibrate: {recorded}: no usable observation: it holds none")
-    return Calibration(f"recorded: {len(found)} observations of {len(paths)} files in {recorded.name}", tuple(found))
-
-
-def _recorded(path: Path, config: Pi05Config, files: PolicyFiles | None, count: int) -> list[Observed]:
-    rng = np.random.default_rng(0)
     try:
-        if any(name.startswith("image/") for name in read_headers(path, DatasetError)):
-            return list(_model_inputs(path, read_arrays(path), config, count, rng))
-        return _episode(path, config, files, count, rng)
+        found, source = _recorded(recorded, config, files)
     except DatasetError as error:
         raise DatasetError(f"--calibrate: {error}") from None
     except KiEdgeError as error:
-        raise DatasetError(f"--calibrate: {path}: no usable observation: {error}") from None
+        raise DatasetError(f"--calibrate: {recorded}: no usable observation: {error}") from None
+    if not found:
+        raise DatasetError(f"--calibrate: {recorded}: no usable observation: it holds none")
+    return Calibration(f"recorded: {len(found)} observations of {source} in {recorded.name}", tuple(found))
+
+
+def _recorded(path: Path, config: Pi05Config, files: PolicyFiles | None) -> tuple[list[Observed], str]:
+    """Observations of a file, or of all files or episodes of a folder, and how many of which there are."""
+    recordings, rng = open_recordings(path), np.random.default_rng(0)
+    count = len(recordings)
+    share = max(1, RECORDED // count)
+    chosen = np.unique(np.linspace(0, count - 1, min(count, RECORDED)).astype(int)).tolist()
+    if isinstance(recordings, EpisodeFiles):
+        lists = [_file(recordings, number, config, files, share, np.random.default_rng(0)) for number in chosen]
+        return [observed for found in lists for observed in found], f"{count} files"
+    episodes = [_episode(recordings.episode(number), config, files, share, rng) for number in chosen]
+    return [observed for found in episodes for observed in found], f"{count} episodes"
+
+
+def _file(
+    recordings: EpisodeFiles,
+    number: int,
+    config: Pi05Config,
+    files: PolicyFiles | None,
+    count: int,
+    rng: np.random.Generator,
+) -> list[Observed]:
+    """An .npz file holds an episode, or a model's inputs."""
+    path = recordings.paths[number]
+    if any(name.startswith("image/") for name in read_headers(path, DatasetError)):
+        return list(_model_inputs(path, read_arrays(path), config, count, rng))
+    return _episode(recordings.episode(number), config, files, count, rng)
 
 
 def _episode(
-    path: Path, config: Pi05Config, files: PolicyFiles | None, count: int, rng: np.random.Generator
+    episode: RecordedEpisode, config: Pi05Config, files: PolicyFiles | None, count: int, rng: np.random.Generator
 ) -> list[Observed]:
     """Observations of a recorded episode, evenly over its steps, as the policy's own pipeline makes them."""
-    episode = RecordedEpisode.open(path)
     if files is None:
         raise DatasetError(
-            f"{path}: an episode needs the policy's contract to become model inputs: "
+            f"{episode.where}: an episode needs the policy's contract to become model inputs: "
             "calibrate a --model-only export with recorded model inputs, or without --calibrate"
         )
     pipeline, view = InputPipeline(files.contract, files.stats, files.tokenizer), EpisodeView(episode, files.contract)

@@ -12,17 +12,19 @@ from dataclasses import fields
 from ki_edge.commands import Parser, run_command, show, show_json, tell
 from ki_edge.errors import ArgumentError
 from ki_runtime.backends.registry import NAMES
+from ki_runtime.recording.dataset import check_packages
 from ki_runtime.robots import open_robot
 
+from .fit import is_paced
 from .interrupts import Interrupts
 from .limit_sources import limits_for
 from .limits_table import limit_lines
 from .loop import ControlLoop
 from .options import MODES, LoopOptions
 from .recorder import Recorder, check_folder
-from .reporting import Watcher
+from .rerun_viewer import LIVE, RerunViewer, check_rerun
 from .self_check_file import read_limit, save_limit
-from .telemetry import Episode
+from .terminal import TerminalView
 
 MODE_HELP = (
     "sync: the robot waits for each inference; async: it goes on with the last chunk; rtc: and chunks join without a "
@@ -30,27 +32,6 @@ MODE_HELP = (
 )
 TRUST_HELP = "load engines that were built elsewhere and bring code of their own to run"
 OWN = {"close_robot"}  # options of the loop that are no options of the command
-
-
-class Progress(Watcher):
-    """A bar over the episodes with the successes so far. A terminal that is gone does not stop the robot."""
-
-    def __init__(self, episodes: int) -> None:
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=episodes, unit="episode", disable=None)
-        self._successes = 0
-
-    def episode_ended(self, index: int, episode: Episode) -> None:
-        if episode.success is not None:
-            self._successes += episode.success
-            self._bar.set_postfix_str(f"success {self._successes}/{index + 1}", refresh=False)
-        with suppress(OSError):
-            self._bar.update()
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self._bar.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,8 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     from ki_runtime.policy.policy import Policy
 
-    if options.record:
-        check_folder(options.record)  # before a large model is loaded, and engines are built
+    if options.record:  # before a large model is loaded, and engines are built
+        check_folder(options.record)
+        check_packages()
+    if options.rerun is not None:
+        check_rerun(options.rerun)
     if options.self_check_limit is not None:
         options.self_check_limit = read_limit(options.self_check_limit)
     if options.self_check_save is not None and options.self_check is None:
@@ -86,7 +70,8 @@ def _run(options: argparse.Namespace) -> int:
     with Interrupts() as interrupts, interrupts.held(), ExitStack() as opened:
         robot = open_robot(options.robot, **({} if options.disturb is None else {"disturb": options.disturb}))
         opened.callback(robot.close)
-        loop = ControlLoop(policy, robot, loop_options, interrupts=interrupts)
+        view = TerminalView(options.episodes)
+        loop = ControlLoop(policy, robot, loop_options, interrupts=interrupts, say=view.say)
         with interrupts.released():
             prepared = policy.warm_up(
                 prompt=options.prompt, num_steps=options.num_steps, fast=loop.self_check is not None
@@ -96,8 +81,12 @@ def _run(options: argparse.Namespace) -> int:
         tell(f"ki-run: warmed up in {seconds:.1f} s; an inference takes {prepared.inference_ms:.0f} ms")
         if (warning := loop.limits.warning()) is not None:
             tell(f"ki-run: {warning} (--limits FILE)")
-        recorder = Recorder(options.record) if options.record else None  # nothing was written before
-        loop.watch(Progress(options.episodes), *([recorder] if recorder else []))
+        recorder = None
+        if options.record:  # nothing was written before
+            every = options.record_every_tick or options.delay is not None or not is_paced(loop_options, robot)
+            recorder = Recorder(options.record, every_tick=every)
+        viewers = [] if options.rerun is None else [RerunViewer(options.rerun)]
+        loop.watch(view, *([recorder] if recorder else []), *viewers)
         opened.pop_all()  # from here on the loop closes the robot
         status = 0
         try:
@@ -152,14 +141,20 @@ def _parser() -> Parser:
     parser = Parser(prog="ki-run", description="Run a bundle on a robot, or on a recording of one.")
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help="folder written by ki-export")
-    add("--robot", required=True, metavar="NAME", help="gym:FetchReach-v4, or replay:FILE for a recorded episode")
+    add("--robot", required=True, metavar="NAME", help="gym:FetchReach-v4, or replay:PATH for recorded episodes")
     add("--episodes", type=int, default=defaults.episodes, metavar="N", help="default %(default)s")
     add("--seed", type=int, default=defaults.seed, metavar="S", help="episode i uses seed S + i; default %(default)s")
     add("--prompt", metavar="TEXT", help="instruction, instead of the robot's own")
     add("--max-steps", type=int, metavar="N", help="end an episode after N commands")
     add("--max-seconds", type=float, metavar="S", help="stop the run after S seconds")
     add("--disturb", type=int, metavar="N", help="simulated arm: the target moves after N commands of an episode")
-    add("--record", metavar="DIR", help="keep films, steps.jsonl and plots in this folder")
+    add("--record", metavar="DIR", help="keep a LeRobotDataset, films, plots and run.html in this folder")
+    add(
+        "--record-every-tick",
+        action="store_true",
+        help="for it observe at every tick, where the robot is not waited for",
+    )
+    add("--rerun", nargs="?", const=LIVE, metavar="FILE.rrd", help="show the run in rerun, or write it for rerun")
     add("--json", action="store_true", help="print the report as JSON")
     add("--verbose", action="store_true", help="also say whether PyTorch was loaded, which a robot does not need")
     _add_loop(parser.add_argument_group("the loop").add_argument)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,7 @@ class Cycle:
     def __init__(self, parts: Parts, epoch: int, seed: int) -> None:
         self._parts, self._epoch, self._seed = parts, epoch, seed
         self._tick = self._asked = self._inferences = 0
+        self._seen = -1  # the tick of the last observation
         self._starved = 0  # ticks in a row
         self._failure: BaseException | None = None  # of the policy: its last good chunk is played to its end
         self._refused: str | None = None  # why the last observation was of no use
@@ -72,6 +73,7 @@ class Cycle:
         self._begun = parts.clock.now()
         if not self._over(status):
             self._ask()
+            self._look_on()
         parts.ticker.restart()
         while not self._over(status):
             if self._act():
@@ -82,6 +84,7 @@ class Cycle:
             if not self._over(status):
                 self._receive()  # before the next tick: so that a question goes out with the answer to the last one
                 self._ask()
+                self._look_on()
         return Counts(self._tick, self._inferences, tuple(successes), self._failure)
 
     def _over(self, status: EpisodeStatus) -> bool:
@@ -163,16 +166,23 @@ class Cycle:
             parts.robot.act(action)
             parts.latencies.add({"act_ms": 1e3 * (time.perf_counter() - start)})
         self._moved = True
-        self._tell(planned, action, kinds)
+        self._tell(planned, action, kinds, measured)
 
-    def _tell(self, planned: Planned | None, action: npt.NDArray[np.float32], kinds: tuple[str, ...]) -> None:
-        parts = self._parts
+    def _tell(
+        self,
+        planned: Planned | None,
+        action: npt.NDArray[np.float32],
+        kinds: tuple[str, ...],
+        measured: npt.NDArray[np.float64] | None,
+    ) -> None:
+        parts, now = self._parts, self._parts.clock.now()
         seam = parts.seams.add(action, None if planned is None else planned.chunk)
         if planned is None:
             step = Step(self._tick, action, seam=seam)
         else:
-            age = parts.clock.now() - planned.observed
+            age = now - planned.observed
             step = Step(self._tick, action, planned.action, planned.chunk, planned.index, age, seam, kinds)
+        step = replace(step, time=now - self._begun, measured=measured if parts.measure is not None else None)
         parts.commands += 1
         parts.reporter.tell(lambda watcher: watcher.stepped(step))
         parts.film()
@@ -192,6 +202,8 @@ class Cycle:
         observed = parts.clock.now()
         observation = self._observe()
         observe_ms = (time.perf_counter_ns() - start) / 1e6
+        parts.tell_observed(self._tick, observation)
+        self._seen = self._tick
         refused, self._refused = self._refused, self._look(observation)
         if self._refused is not None:
             if refused is None:
@@ -255,6 +267,12 @@ class Cycle:
             parts.delays.add(request.delay, parts.schedule.step - request.step, self._tick - request.tick)
 
     # ------------------------------------------------------------------ what the robot tells
+
+    def _look_on(self) -> None:
+        """An observation of this tick for those who want one of every tick, where none was made for the policy."""
+        if self._parts.observers and self._seen != self._tick:
+            self._parts.tell_observed(self._tick, self._observe())
+            self._seen = self._tick
 
     def _observe(self) -> Mapping[str, Any]:
         parts = self._parts

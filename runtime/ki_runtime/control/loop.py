@@ -148,6 +148,8 @@ class ControlLoop:
             try:
                 self._switch.open()
                 self._parts = self._assemble()
+                contract, rate = self._policy.contract, self._rate
+                self._parts.reporter.tell(lambda watcher: watcher.run_started(contract, rate), must=True)
                 with undisturbed() if self._parts.beside else nullcontext() as self._priority:
                     self._parts.stops.begin()
                     for index in range(self._options.episodes):
@@ -264,6 +266,7 @@ class ControlLoop:
         robot.reset(seed)
         parts.reporter.tell(lambda watcher: watcher.episode_started(index, seed, robot), must=True)
         parts.filmers = tuple(watcher for watcher in self._watchers if watcher.films(index))
+        parts.observers = any(watcher.observes(index) for watcher in self._watchers)
         parts.film()
         start, self._epoch = parts.clock.now(), self._epoch + 1
         try:

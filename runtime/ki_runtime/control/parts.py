@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -81,6 +82,7 @@ class Parts:
     self_check: SelfCheck | None
     oldest: float  # seconds since its observation, after which nothing of a chunk is sent
     filmers: tuple[Watcher, ...] = ()  # watchers that want pictures of the present episode
+    observers: bool = False  # whether one wants an observation at every tick of it
     commands: int = 0  # that were sent, and the seconds of the loop's clock that episodes took, also the last one
     seconds: float = 0.0
     starved: int = 0  # ticks without an action
@@ -111,4 +113,15 @@ class Parts:
         frame: npt.NDArray[np.uint8] | None = self.robot.frame() if self.filmers else None
         if frame is not None:
             picture, filmers = frame.copy() if self.beside else frame, self.filmers  # the robot may draw over it
-            self.reporter.tell(lambda watcher: watcher.filmed(picture) if watcher in filmers else None)
+            size = picture.nbytes
+            self.reporter.tell(lambda watcher: watcher.filmed(picture) if watcher in filmers else None, size=size)
+
+    def tell_observed(self, tick: int, observation: Mapping[str, Any]) -> None:
+        """An observation for the watchers."""
+        self.reporter.tell(lambda watcher: watcher.observed(tick, observation), size=_bytes(observation))
+
+
+def _bytes(observation: Mapping[str, Any]) -> int:
+    """Of the arrays of an observation."""
+    parts = observation.values() if isinstance(observation, Mapping) else ()
+    return sum(_bytes(part) if isinstance(part, Mapping) else getattr(part, "nbytes", 0) for part in parts)

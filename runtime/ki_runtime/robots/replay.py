@@ -1,6 +1,7 @@
-"""A recorded episode as a robot: `replay:FILE` shows its observations and keeps the actions predicted for them.
+"""Recorded episodes as a robot: `replay:FILE` shows their observations and keeps the actions predicted for them.
 
-The file is described in `ki_edge.recordings.episode_file`; `record_episode` writes one.
+FILE is an .npz episode (`ki_edge.recordings.episode_file`; `record_episode` writes one), a folder of them, or a
+LeRobotDataset, such as `ki-run --record` writes.
 """
 
 import os
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 
 from ki_edge.errors import DatasetError, RobotError
 from ki_edge.policy.contract import PolicyContract
-from ki_edge.recordings.episode_file import RecordedEpisode, header_fault, value_fault
+from ki_edge.recordings.collection import open_recordings
+from ki_edge.recordings.episode_file import header_fault, value_fault
 from ki_edge.recordings.episodes import EpisodeView
 
 from .base import EpisodeStatus, checked_action
@@ -24,8 +26,9 @@ CONTROL_HZ = 25.0  # of a recording for which nobody says it
 class ReplayRobot:
     """Open loop: `act` stores the predicted action and moves on to the next recorded step.
 
-    Observations are generic until `fit` names a contract. Attributes: `recorded` f32 [T, a], the actions in the file;
-    `predicted` f32 [T, a], NaN where none was given yet. RobotError if the file is unfit.
+    The seed of a reset chooses the episode: seed modulo their number. Observations are generic until `fit` names a
+    contract. Attributes: `recorded` f32 [T, a], the actions of the present episode; `predicted` f32 [T, a], NaN where
+    none was given yet. RobotError if the file is unfit.
     """
 
     real_time = False  # it waits for its actions
@@ -36,11 +39,12 @@ class ReplayRobot:
         self.name = f"replay:{os.fspath(path)}"
         self.control_hz = control_hz or CONTROL_HZ
         self._hz_given, self._prompt = control_hz is not None, prompt
+        self._contract: PolicyContract | None = None
         try:
-            self._view = EpisodeView(RecordedEpisode.open(path))
+            self._recordings = open_recordings(path)
         except DatasetError as error:
             raise RobotError(str(error)) from None
-        self.recorded = self._view.episode.actions
+        self._number, self._view = 0, self._opened(0)
         self.reset()
 
     def fit(self, contract: PolicyContract) -> None:
@@ -49,17 +53,25 @@ class ReplayRobot:
             self._view = EpisodeView(self._view.episode, contract)
         except DatasetError as error:
             raise RobotError(str(error)) from None
+        self._contract = contract
         if contract.control_hz is not None and not self._hz_given:
             self.control_hz = contract.control_hz
 
     def reset(self, seed: int | None = None) -> None:
-        """Back to the first step; forgets the predictions. The seed changes nothing."""
+        """To the first step of episode `seed` modulo their number, the present one without; forgets the predictions."""
+        number = self._number if seed is None else seed % len(self._recordings)
+        if number != self._number:
+            self._number, self._view = number, self._opened(number)
+        self.recorded = self._view.episode.actions
         self._step = 0
         self.predicted = np.full_like(self.recorded, np.nan)
 
     def observe(self) -> dict[str, Any]:
         """The recorded observation of the present step; after the end, that of the last one."""
-        return self._view.observation(self._shown, self._prompt)
+        try:
+            return self._view.observation(self._shown, self._prompt)
+        except DatasetError as error:  # a film that is damaged further on
+            raise RobotError(str(error)) from None
 
     def act(self, action: NDArray[np.float32]) -> None:
         """Store the action f32 [a] as the prediction of the present step."""
@@ -75,12 +87,21 @@ class ReplayRobot:
 
     def frame(self) -> NDArray[np.uint8] | None:
         """The recorded pictures side by side where all are equally high, else the first one."""
-        pictures = self._view.pictures(self._shown)
+        try:
+            pictures = self._view.pictures(self._shown)
+        except DatasetError as error:
+            raise RobotError(str(error)) from None
         same = len({picture.shape[0] for picture in pictures}) == 1
         return np.concatenate(pictures, axis=1) if same else pictures[0]
 
     def close(self) -> None:
         """Nothing to release."""
+
+    def _opened(self, number: int) -> EpisodeView:
+        try:
+            return EpisodeView(self._recordings.episode(number), self._contract)
+        except DatasetError as error:
+            raise RobotError(str(error)) from None
 
     @property
     def _shown(self) -> int:

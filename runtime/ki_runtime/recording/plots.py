@@ -22,9 +22,17 @@ def can_plot() -> bool:
 
 
 def plot_actions(
-    path: Path, actions: Float, inferences: Sequence[int], recorded: Float | None = None, title: str = ""
+    path: Path,
+    actions: Float,
+    inferences: Sequence[int],
+    recorded: Float | None = None,
+    title: str = "",
+    names: Sequence[str] | None = None,
 ) -> None:
-    """One panel a dimension: executed actions [steps, a] over steps, inferences marked; `recorded` [steps, a] below."""
+    """One panel a dimension: executed actions [steps, a] over steps, inferences marked; `recorded` [steps, a] below.
+
+    `names`: what the dimensions command.
+    """
     dims = actions.shape[1]
     rows = -(-dims // 2) if dims > 4 else dims
     figure, panels = _panels(rows, -(-dims // rows), height=1.6, title=title)
@@ -35,7 +43,7 @@ def plot_actions(
         if recorded is not None:
             panel.plot(recorded[:, dim], color=MUTED, linewidth=2.5, label="recorded")
         panel.plot(actions[:, dim], color=BLUE, linewidth=1.2, label="predicted" if recorded is not None else "action")
-        panel.set_ylabel(f"action {dim}", fontsize=8)
+        panel.set_ylabel(f"action {dim}" if names is None else names[dim], fontsize=8)
     for panel in panels[dims:]:
         panel.set_visible(False)
     lowest = max(0, dims - len(panels) // rows)  # of each column

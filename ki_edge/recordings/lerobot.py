@@ -1,0 +1,99 @@
+"""Episodes of a LeRobotDataset v3.0 or v2.1, as our own `ki-run --record` or LeRobot writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ki_edge.errors import DatasetError
+
+from .episode_file import MAX_BYTES, MAX_PROMPT, Pictures, RecordedEpisode, value_fault
+from .lerobot_index import Index, Located, read_index, regular
+from .lerobot_layout import ACTION, CAMERAS, STATE
+from .lerobot_video import StoredPictures, VideoPictures
+
+MOST_STEPS = 10_000_000
+
+
+class LeRobotRecordings:
+    """The episodes of a dataset, in order. DatasetError as of `read_index`, and without state, actions or pictures."""
+
+    def __init__(self, folder: Path) -> None:
+        self._index: Index = read_index(folder)
+        features = self._index.features
+        if missing := [name for name in (STATE, ACTION) if name not in features]:
+            raise DatasetError(f"{folder}: {', '.join(missing)} is missing, it has {', '.join(sorted(features))[:500]}")
+        self._cameras = self._index.cameras
+        if not self._cameras:
+            raise DatasetError(f"{folder}: no feature holds pictures, it has {', '.join(sorted(features))[:500]}")
+
+    def __len__(self) -> int:
+        return len(self._index.episodes)
+
+    def episode(self, number: int) -> RecordedEpisode:
+        """The `number`-th episode, from 0. DatasetError if its files are missing, damaged or too large."""
+        index, located = self._index, self._index.episodes[number]
+        where = f"{index.folder}, episode {located.index}"
+        stored = [name for name in self._cameras if index.features[name]["dtype"] == "image"]
+        columns = _columns(where, located, stored)
+        numbers = {name: _vectors(where, name, columns[name]) for name in (STATE, ACTION)}
+        if fault := value_fault(numbers):
+            raise DatasetError(f"{where}: {fault}")
+        if located.task is not None and len(located.task) > MAX_PROMPT:
+            raise DatasetError(f"{where}: the task has {len(located.task)} characters, at most {MAX_PROMPT}")
+        times = np.asarray(columns["timestamp"], np.float64)
+        cameras: dict[str, Pictures] = {}
+        for name, size in self._cameras.items():
+            short = name.removeprefix(CAMERAS).removeprefix("observation.")
+            if name in stored:
+                files = [row.get("bytes") if isinstance(row, dict) else None for row in columns[name].to_pylist()]
+                cameras[short] = StoredPictures(f"{where}, {name}", files, size)
+            else:
+                path, start = located.videos[name]
+                cameras[short] = VideoPictures(regular(path), start + times, size, index.fps)
+        sizes = [f"{name} {list(pictures.shape)}" for name, pictures in cameras.items()]
+        contents = ", ".join([*sizes, *(f"{name} float32{list(array.shape)}" for name, array in numbers.items())])
+        return RecordedEpisode(where, cameras, numbers[STATE], numbers[ACTION], located.task, contents)
+
+
+def _columns(where: str, located: Located, stored: list[str]) -> dict[str, Any]:
+    """The columns of an episode that are read, as arrow arrays, in the order of its frames."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = regular(located.data)
+    wanted = [STATE, ACTION, "timestamp", "frame_index", *stored]
+    if located.length > MOST_STEPS:
+        raise DatasetError(f"{where}: {located.length} frames, at most {MOST_STEPS} are read")
+    try:
+        with pq.ParquetFile(path) as file:
+            for group in range(file.metadata.num_row_groups):
+                if (size := file.metadata.row_group(group).total_byte_size) > MAX_BYTES:
+                    raise DatasetError(f"{path}: {size} bytes in a row group, at most {MAX_BYTES} are read")
+        table = pq.read_table(path, columns=wanted, filters=[("episode_index", "=", located.index)])
+        if table.num_rows != located.length:
+            raise DatasetError(f"{path}: {table.num_rows} frames of episode {located.index}, expected {located.length}")
+        table = table.sort_by("frame_index").combine_chunks()
+        return {name: table[name].combine_chunks() for name in wanted}
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        if isinstance(error, DatasetError):
+            raise
+        raise DatasetError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from None
+
+
+def _vectors(where: str, name: str, column: Any) -> npt.NDArray[np.float32]:
+    """A column of numbers or of lists of equally many, f32 [T, n]."""
+    import pyarrow as pa
+
+    kind = column.type
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    flat = column.flatten() if lists else column
+    if not (pa.types.is_floating(flat.type) or pa.types.is_integer(flat.type)) or column.null_count or flat.null_count:
+        raise DatasetError(f"{where}: {name} is a column of {kind}, expected lists of numbers")
+    if len(flat) % len(column):
+        raise DatasetError(f"{where}: {name} has lists of different lengths")
+    with np.errstate(over="ignore"):
+        return np.asarray(flat.to_numpy(zero_copy_only=False)).reshape(len(column), -1).astype(np.float32)

@@ -1,0 +1,121 @@
+"""The pictures of one camera of a LeRobotDataset: from an mp4 file that may hold several episodes, or from a column.
+
+A picture is decoded when it is asked for; one after the other costs a decoded frame each.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ki_edge.errors import DatasetError
+
+UInt8 = npt.NDArray[np.uint8]
+AHEAD = 2.0  # seconds: what lies further ahead is sought, what is nearer is decoded up to
+
+
+class VideoPictures:
+    """Pictures u8 [h, w, 3] by step. `times`: where each step's is in the file, seconds; `shape` [T, h, w, 3].
+
+    DatasetError where the file is no mp4 video of that size, or has no frame within half a period of that time.
+    """
+
+    def __init__(self, path: Path, times: npt.NDArray[np.float64], size: tuple[int, int], fps: float) -> None:
+        self.shape = (len(times), *size, 3)
+        self._path, self._times, self._fps = path, times, fps
+        self._file: IO[bytes] | None = None
+        self._container: Any = None
+        self._frames: Any = None
+        self._frame: Any = None  # the one that was decoded last
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, step: int) -> UInt8:
+        import av
+
+        time = float(self._times[step])
+        try:
+            self._open()
+            frame = self._find(time)
+        except (av.FFmpegError, OSError, ValueError, StopIteration) as error:
+            what = "it has no frame there" if isinstance(error, StopIteration) else " ".join(str(error).split())
+            raise DatasetError(f"{self._path} cannot be read at {time:.3f} s: {what}") from None
+        if (frame.height, frame.width) != self.shape[1:3]:
+            raise DatasetError(
+                f"{self._path}: pictures of {frame.height} x {frame.width}, meta/info.json says "
+                f"{self.shape[1]} x {self.shape[2]}"
+            )
+        picture: UInt8 = frame.to_ndarray(format="rgb24")
+        return picture
+
+    def close(self) -> None:
+        """Close the file; the next picture opens it again."""
+        container, file = self._container, self._file
+        self._container = self._frames = self._frame = self._file = None
+        if container is not None:
+            container.close()
+        if file is not None:
+            file.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        import av
+
+        if self._container is None:
+            # from a file that is open, as mp4: nothing in it can make the library open another file or a network
+            self._file = self._path.open("rb")
+            self._container = av.open(self._file, format="mp4")
+            if not self._container.streams.video:
+                raise ValueError("it holds no video")
+            self._seek(float(self._times[0]))
+
+    def _seek(self, time: float) -> None:
+        stream = self._container.streams.video[0]
+        self._container.seek(max(0, int((time - 0.5 / self._fps) / stream.time_base)), stream=stream)
+        self._frames, self._frame = self._container.decode(stream), None
+
+    def _find(self, time: float) -> Any:
+        """The frame within half a period of a time. StopIteration if there is none."""
+        half = 0.5 / self._fps
+        now = None if self._frame is None else self._frame.time
+        if now is not None and (time < now - half or time > now + AHEAD):
+            self._seek(time)
+        while self._frame is None or self._frame.time < time - half:
+            self._frame = next(self._frames)
+        if self._frame.time > time + half:
+            raise StopIteration
+        return self._frame
+
+
+class StoredPictures:
+    """Pictures that stand in a column as PNG or JPEG files; `stored` are their bytes, decoded when asked for."""
+
+    def __init__(self, where: str, stored: Sequence[Any], size: tuple[int, int]) -> None:
+        self.shape = (len(stored), *size, 3)
+        self._where, self._stored = where, stored
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, step: int) -> UInt8:
+        from PIL import Image
+
+        content = self._stored[step]
+        if not isinstance(content, bytes):  # a path instead, which is never followed
+            raise DatasetError(f"{self._where}: step {step} has no picture in the file")
+        try:
+            with Image.open(io.BytesIO(content), formats=("PNG", "JPEG")) as image:
+                if (image.height, image.width) != self.shape[1:3]:  # before it is decoded
+                    raise ValueError(f"{image.height} x {image.width}, expected {self.shape[1]} x {self.shape[2]}")
+                return np.asarray(image.convert("RGB"))
+        except Exception as error:  # each decoder fails in its own way
+            reason = " ".join(str(error).split())
+            raise DatasetError(f"{self._where}: the picture of step {step} cannot be read: {reason}") from None

@@ -1,0 +1,117 @@
+"""The files of one episode of a dataset while it runs: a table of numbers and a video of each camera."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ki_edge.errors import RobotError
+from ki_edge.files.writing import writing
+from ki_edge.recordings import lerobot_layout as layout
+
+from .features import Features, Frame
+from .statistics import PictureStats, Stats, column_stats
+from .tables import hidden, schema, sync
+from .video import Video
+
+ROWS = 1000  # that are kept in memory
+
+
+class Episode:
+    """Written under hidden names until `publish`. RobotError names the file that cannot be written."""
+
+    def __init__(self, folder: Path, features: Features, index: int, first: int) -> None:
+        self.index, self.first, self.count = index, first, 0
+        self.tasks: set[int] = set()
+        self._features = features
+        place = layout.place(index)
+        self._data = folder / layout.DATA.format(**place)
+        self._films = {
+            name: folder / layout.VIDEO.format(video_key=key, **place)
+            for name, key in zip(features.cameras, features.video_keys, strict=True)
+        }
+        self._rows: list[dict[str, Any]] = []
+        self._writer: Any = None
+        self._videos: dict[str, Video] = {}
+        self._pictures = {name: PictureStats() for name in features.cameras}
+
+    def add(self, frame: Frame, task: int) -> None:
+        self.tasks.add(task)
+        counted = {
+            "timestamp": self.count / self._features.fps,
+            "frame_index": self.count,
+            "episode_index": self.index,
+            "index": self.first + self.count,
+            "task_index": task,
+        }
+        with writing(self._data, RobotError):
+            if not self.count:
+                self._open()
+            for name, video in self._videos.items():
+                video.add(frame.pictures[name])
+                self._pictures[name].add(frame.pictures[name])
+            self._rows.append(self._features.values(frame) | counted)
+            self.count += 1
+            if len(self._rows) >= ROWS:
+                self._flush()
+
+    def finish(self) -> dict[str, Stats]:
+        """Complete the files under their hidden names; the statistics of all columns and cameras."""
+        import pyarrow.parquet as pq
+
+        with writing(self._data, RobotError):
+            self._flush()
+            self._close()
+            stats = {}
+            for name, (_, shape, _) in self._features.columns().items():  # a column at a time: hours have many rows
+                column = pq.read_table(hidden(self._data), columns=[name])[name].combine_chunks()
+                flat = column.flatten() if shape != (1,) else column
+                stats[name] = column_stats(flat.to_numpy(zero_copy_only=False).reshape(self.count, -1))
+        keys = zip(self._pictures.values(), self._features.video_keys, strict=True)
+        return stats | {key: pictures.stats() for pictures, key in keys}
+
+    def publish(self) -> None:
+        """Give the files their names, that of the numbers last."""
+        for path in (*self._films.values(), self._data):
+            sync(hidden(path))
+            hidden(path).replace(path)
+
+    def discard(self) -> None:
+        with suppress(OSError, ValueError):
+            self._close()
+        for path in (*self._films.values(), self._data):
+            with suppress(OSError):
+                hidden(path).unlink(missing_ok=True)
+
+    def _open(self) -> None:
+        import pyarrow.parquet as pq
+
+        for path in (self._data, *self._films.values()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._writer = pq.ParquetWriter(hidden(self._data), schema(self._features))
+        for name, path in self._films.items():
+            self._videos[name] = Video(hidden(path), self._features.fps, *self._features.cameras[name])
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        rows, self._rows = self._rows, []
+        if rows:
+            columns: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
+            for name, (_, shape, _) in self._features.columns().items():
+                if shape == (1,):  # a number, also where it is that of a vector
+                    columns[name] = np.asarray(columns[name]).reshape(-1)
+            self._writer.write_table(pa.table(columns, schema=schema(self._features)))
+
+    def _close(self) -> None:
+        writer, self._writer = self._writer, None
+        videos, self._videos = self._videos, {}
+        try:
+            for video in videos.values():
+                video.close()
+        finally:
+            if writer is not None:
+                writer.close()

@@ -1,0 +1,187 @@
+"""The real LeRobot reads what a run recorded: in a venv of its own, which `make test-integrations` makes.
+
+KI_EDGE_LEROBOT_PYTHON names the interpreter of one that is there already (LeRobot with its `dataset` extra).
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ki_edge.recordings.collection import open_recordings
+from ki_edge.recordings.episodes import EpisodeView
+
+from .runtime.recorded_runs import STEPS, Cut, Plan, record
+from .test_packaging import interpreter, run
+
+pytestmark = pytest.mark.integration
+LEROBOT = ("lerobot[dataset]==0.6.1", "datasets<5", "av<16")  # needs Python 3.12
+READ = """
+import json, sys
+import numpy as np, torch
+from lerobot.datasets.compute_stats import aggregate_stats
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+import lerobot
+found = {}
+for folder in sys.argv[1:]:
+    data = LeRobotDataset("local/run", root=folder, video_backend="pyav")
+    rows = [data[i] for i in range(len(data))]
+    plain = lambda value: value.tolist() if isinstance(value, torch.Tensor) else value
+    cameras = data.meta.video_keys
+    ahead = {"action": [k / data.fps for k in range(3)]}
+    only = {"episodes": [data.num_episodes - 1], "delta_timestamps": ahead}
+    last = LeRobotDataset("local/run", root=folder, video_backend="pyav", **only)
+    loader = torch.utils.data.DataLoader(data, batch_size=4)
+    found[folder] = {
+        "version": lerobot.__version__, "episodes": data.num_episodes, "fps": data.fps, "batches": len(list(loader)),
+        "rows": [{k: plain(v) for k, v in row.items() if k not in cameras} for row in rows],
+        "levels": [{k: row[k].mean().item() * 255 for k in cameras} for row in rows],
+        "sizes": {k: list(rows[0][k].shape) for k in cameras},
+        "last": [plain(last[i]["action"]) for i in range(len(last))],
+        "success": [data.meta.episodes[i]["ki.success"] for i in range(data.num_episodes)],
+        "stats": {k: {n: np.asarray(v).tolist() for n, v in s.items()} for k, s in data.meta.stats.items()},
+    }
+print(json.dumps(found))
+"""
+AGGREGATE = """
+import json, sys
+import numpy as np
+from lerobot.datasets.compute_stats import aggregate_stats, get_feature_stats
+episodes = [{k: np.array(v) for k, v in one.items()} for one in json.load(sys.stdin)]
+of = lambda x: get_feature_stats(x, axis=0, keepdims=x.ndim == 1)
+total = aggregate_stats([{k: of(v) for k, v in one.items()} for one in episodes])
+print(json.dumps({k: {n: np.asarray(v).tolist() for n, v in s.items()} for k, s in total.items()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def lerobot(tmp_path_factory):
+    """lerobot(script, *arguments, input=None) -> the JSON that a script prints in LeRobot's interpreter."""
+    python = os.environ.get("KI_EDGE_LEROBOT_PYTHON")
+    if python is None:
+        base = interpreter("3.12")
+        if base is None:
+            pytest.skip("no Python 3.12 here, which LeRobot 0.6 needs")
+        home = tmp_path_factory.mktemp("lerobot") / "venv"
+        run([base, "-m", "venv", home])
+        run([home / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *LEROBOT])
+        python = str(home / "bin" / "python")
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+
+    def call(script, *arguments, input=None):
+        command = [python, "-c", script, *map(str, arguments)]
+        environment = {**kept, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path_factory.mktemp("hub"))}
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=550, check=False, env=environment, input=input
+        )
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout.splitlines()[-1])
+
+    return call
+
+
+def test_lerobot_reads_what_a_run_recorded(lerobot, tmp_path):
+    record(tmp_path / "whole", episodes=3, seed=4, every_tick=True)
+    record(tmp_path / "asked", episodes=2)
+    with pytest.raises(Exception, match="broken"):
+        record(tmp_path / "cut", policy=Cut(), episodes=5)
+    record(tmp_path / "slow", rate=12.5, policy=Slow(), robot=SlowRobot(), every_tick=True)
+    folders = [tmp_path / name for name in ("whole", "asked", "cut", "slow")]
+    found = lerobot(READ, *folders)
+    for folder in folders:
+        check(found[str(folder)], folder)
+    assert found[str(folders[0])]["success"] == [True, False, True]
+    assert found[str(folders[2])]["success"] == [True, False, None]
+    assert found[str(folders[0])]["fps"] == 20 and found[str(folders[3])]["fps"] == 12.5
+    sys.stdout.write(f"LeRobot {found[str(folders[0])]['version']}\n")
+
+
+def check(found, folder):
+    """Row by row what our own reader gives, and pictures to a grey level."""
+    recordings = open_recordings(folder)
+    assert found["episodes"] == len(recordings)
+    at = 0
+    for number in range(len(recordings)):
+        episode = recordings.episode(number)
+        view = EpisodeView(episode, Plan.contract)
+        for step in range(len(view)):
+            row, levels = found["rows"][at], found["levels"][at]
+            observation = view.observation(step)
+            assert row["observation.state"] == episode.state[step].tolist()
+            assert row["action"] == episode.actions[step].tolist() and row["task"] == "count"
+            assert (row["episode_index"], row["frame_index"], row["index"]) == (number, step, at)
+            for key, name in (("front", "front"), ("wrist.left", "wrist/left")):
+                assert abs(levels[f"observation.images.{key}"] - observation["images"][name].mean()) < 0.1
+            at += 1
+        if number == len(recordings) - 1:
+            chunks = np.array(found["last"])
+            rows = np.minimum(np.arange(len(view))[:, None] + np.arange(3), len(view) - 1)
+            np.testing.assert_array_equal(chunks, episode.actions[rows])
+    assert at == len(found["rows"]) and found["batches"] == -(-at // 4)
+    assert found["sizes"] == {"observation.images.front": [3, 32, 48], "observation.images.wrist.left": [3, 16, 32]}
+
+
+def test_statistics_are_lerobots(lerobot, tmp_path):
+    """Its quantiles of one episode come from histograms of 5000 bins; ours are exact."""
+    record(tmp_path, episodes=3, every_tick=True)
+    recordings = open_recordings(tmp_path)
+    episodes = [recordings.episode(number) for number in range(3)]
+    given = [{"observation.state": one.state.tolist(), "action": one.actions.tolist()} for one in episodes]
+    theirs = lerobot(AGGREGATE, input=json.dumps(given))
+    ours = json.loads((tmp_path / "meta/stats.json").read_text())
+    for feature, values in theirs.items():
+        assert ours[feature].keys() == values.keys()
+        for name, value in values.items():
+            spread = 1.0 if name.startswith("q") else 1e-6  # of nine numbers: they interpolate otherwise
+            np.testing.assert_allclose(ours[feature][name], value, atol=spread, err_msg=f"{feature} {name}")
+    assert np.shape(ours["observation.images.front"]["mean"]) == (3, 1, 1)
+    assert ours["observation.images.front"]["count"] == [6] and len(episodes[0]) == STEPS
+
+
+def test_cut_off_at_any_moment_lerobot_reads_the_finished_episodes(lerobot, tmp_path, monkeypatch):
+    """Copies of the folder at every moment at which a file gets its name."""
+    import shutil
+
+    replace, moments = Path.replace, []
+
+    def watched(self, target):
+        done = replace(self, target)
+        info = tmp_path / "run" / "meta/info.json"
+        if info.exists():
+            moments.append(json.loads(info.read_text())["total_episodes"])
+            shutil.copytree(tmp_path / "run", tmp_path / f"left{len(moments)}")
+        return done
+
+    monkeypatch.setattr(Path, "replace", watched)
+    record(tmp_path / "run", episodes=2, every_tick=True)
+    monkeypatch.undo()
+    folders = [tmp_path / f"left{number + 1}" for number in range(len(moments))]
+    found = lerobot(READ, *folders)
+    assert {1, 2} <= set(moments) and len(moments) >= 6
+    for folder, done in zip(folders, moments, strict=True):
+        assert found[str(folder)]["episodes"] == done and len(found[str(folder)]["rows"]) == done * STEPS
+        assert found[str(folder)]["rows"][-1]["episode_index"] == done - 1
+
+
+class Slow(Plan):
+    """A rate that is no whole number."""
+
+    contract = Plan.contract.from_json(Plan.contract.to_json() | {"control_hz": 12.5})
+
+
+class SlowRobot:
+    """`Filmed` at that rate."""
+
+    control_hz = 12.5
+
+    def __init__(self):
+        from .runtime.recorded_runs import Filmed
+
+        self._robot = Filmed()
+
+    def __getattr__(self, name):
+        return getattr(self._robot, name)
