@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import fields
+from typing import Any
 
 from ki_edge.commands import Parser, run_command, show, show_json, tell
 from ki_edge.errors import ArgumentError
@@ -28,6 +29,7 @@ MODE_HELP = (
     "sync: the robot waits for each inference; async: it goes on with the last chunk; rtc: and chunks join without a "
     "jump; default: %(default)s"
 )
+ROBOT_HELP = "gym:ID, replay:FILE, lerobot:TYPE, openpi:MODULE:CLASS, MODULE:CLASS, or one of an installed package"
 TRUST_HELP = "load engines that were built elsewhere and bring code of their own to run"
 OWN = {"close_robot"}  # options of the loop that are no options of the command
 
@@ -84,7 +86,7 @@ def _run(options: argparse.Namespace) -> int:
         say=tell,
     )
     with Interrupts() as interrupts, interrupts.held(), ExitStack() as opened:
-        robot = open_robot(options.robot, **({} if options.disturb is None else {"disturb": options.disturb}))
+        robot = open_robot(options.robot, **_robot_options(options))
         opened.callback(robot.close)
         loop = ControlLoop(policy, robot, loop_options, interrupts=interrupts)
         with interrupts.released():
@@ -116,13 +118,19 @@ def _run(options: argparse.Namespace) -> int:
     return status
 
 
+def _robot_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What of the options goes to the robot."""
+    given = {"config": options.robot_config, "disturb": options.disturb}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def _show_limits(options: argparse.Namespace) -> int:
     """The limits that a run would have, with their origin. The model is not opened, the robot does not move."""
     from ki_edge.bundle import Bundle
     from ki_runtime.policy.policy import read_assets
 
     assets = read_assets(Bundle.open(options.bundle))
-    robot = open_robot(options.robot)
+    robot = open_robot(options.robot, **_robot_options(options))
     try:
         limits = limits_for(assets.contract, assets.stats, robot, options.limits)
     finally:
@@ -152,7 +160,8 @@ def _parser() -> Parser:
     parser = Parser(prog="ki-run", description="Run a bundle on a robot, or on a recording of one.")
     add = parser.add_argument
     add("bundle", metavar="BUNDLE", help="folder written by ki-export")
-    add("--robot", required=True, metavar="NAME", help="gym:FetchReach-v4, or replay:FILE for a recorded episode")
+    add("--robot", required=True, metavar="NAME", help=ROBOT_HELP)
+    add("--robot-config", metavar="FILE", help="JSON that describes the robot, see docs/robots.md")
     add("--episodes", type=int, default=defaults.episodes, metavar="N", help="default %(default)s")
     add("--seed", type=int, default=defaults.seed, metavar="S", help="episode i uses seed S + i; default %(default)s")
     add("--prompt", metavar="TEXT", help="instruction, instead of the robot's own")
