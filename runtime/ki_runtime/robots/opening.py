@@ -90,9 +90,23 @@ def _open_replay(rest: str, config: Config, options: Config) -> Any:
     return construct(ReplayRobot, (rest,), {**config, **options}, f"robot 'replay:{rest}'")
 
 
+def _open_lerobot(rest: str, config: Config, options: Config) -> Any:
+    from .lerobot_robot import LerobotRobot
+
+    return construct(LerobotRobot.open, (rest, config), options, f"robot 'lerobot:{rest[:80]}'")
+
+
+def _open_openpi(rest: str, config: Config, options: Config) -> Any:
+    from .openpi_robot import OpenpiRobot
+
+    return OpenpiRobot.open(rest, {**config, **options})
+
+
 BUILT_IN: Mapping[str, tuple[str, Opener]] = {
     "gym": ("ID", _open_gym),
     "replay": ("FILE", _open_replay),
+    "lerobot": ("TYPE", _open_lerobot),
+    "openpi": ("MODULE:CLASS", _open_openpi),
 }
 
 
