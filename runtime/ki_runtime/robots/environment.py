@@ -26,6 +26,8 @@ class EnvironmentRobot:
     policy's contract: RobotError then, before anything moves.
     """
 
+    simulated = True
+
     def __init__(self, environment: str, mapping: GymMapping, *, prompt: str | None = None) -> None:
         self.name = f"gym:{environment}"
         self.action_names = mapping.action_names

@@ -80,7 +80,7 @@ class LerobotRobot:
 
     def observe(self) -> dict[str, Any]:
         """The state and the pictures of the policy's cameras. RobotError if LeRobot's observation lacks one."""
-        self._seen = seen = self._device.get_observation()
+        self._seen = seen = self._ask("get_observation")
         keys = [*self._mapped.state, *(self._mapped.cameras[name] for name in self._form.cameras)]
         if missing := [key for key in keys if key not in seen]:
             raise RobotError(f"{self.name}: the observation has no {', '.join(missing)}; it has {', '.join(seen)}")
@@ -116,8 +116,8 @@ class LerobotRobot:
         if self.sent is None:
             return
         try:
-            seen = self._device.get_observation()
-        except Exception:  # of a camera that is gone: the arm is to come to rest all the same
+            seen = self._ask("get_observation")
+        except RobotError:  # of a camera that is gone: the arm is to come to rest all the same
             seen = {}
         last = dict(zip(self._mapped.actions, map(float, self.sent), strict=True))
         here = {key: _number(seen.get(key), value) for key, value in last.items()}
@@ -140,12 +140,22 @@ class LerobotRobot:
         if device is not None and device.is_connected:
             device.disconnect()
 
+    def _ask(self, method: str, *arguments: Any) -> Mapping[str, Any]:
+        """What LeRobot answers. RobotError for its errors, which are of many kinds, and where it is closed."""
+        if self._device is None:
+            raise RobotError(f"{self.name} is closed")
+        try:
+            answer = getattr(self._device, method)(*arguments)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise RobotError(f"{self.name}: {method} failed: {type(error).__name__}: {reason}") from error
+        return answer if isinstance(answer, Mapping) else {}
+
     def _state(self, seen: Mapping[str, Any]) -> NDArray[np.float32]:
         return np.array([float(seen[key]) for key in self._mapped.state], np.float32)
 
     def _send(self, command: dict[str, float]) -> None:
-        really = self._device.send_action(command)
-        really = really if isinstance(really, Mapping) else {}
+        really = self._ask("send_action", command)
         self.sent = np.array([_number(really.get(key), command[key]) for key in self._mapped.actions], np.float32)
 
     def _still_fixed(self) -> dict[str, float]:

@@ -34,7 +34,8 @@ class OpenpiRobot:
 
     def __init__(self, environment: Any, name: str) -> None:
         self.name = name
-        self._environment, self._size = environment, None
+        self._environment = environment
+        self._size: int | None = None
         self._steps = 0
         self._picture: NDArray[np.uint8] | None = None
 

@@ -53,9 +53,10 @@ def _attribute_faults(robot: Any) -> list[str]:
     names = getattr(robot, "action_names", None)
     if names is not None and not _are_names(names):
         faults.append(f"action_names is {names!r:.60}, expected a tuple of texts")
-    real = getattr(robot, "real_time", True)
-    if not isinstance(real, bool):
-        faults.append(f"real_time is {real!r:.60}, expected True or False")
+    for flag in ("real_time", "simulated"):
+        value = getattr(robot, flag, False)
+        if not isinstance(value, bool):
+            faults.append(f"{flag} is {value!r:.60}, expected True or False")
     return faults
 
 
