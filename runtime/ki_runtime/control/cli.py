@@ -23,6 +23,7 @@ from .options import MODES, LoopOptions
 from .recorder import Recorder, check_folder
 from .reporting import Watcher
 from .self_check_file import read_limit, save_limit
+from .sources import check_source, contract_of, opened_policy
 from .telemetry import Episode
 
 MODE_HELP = (
@@ -30,6 +31,7 @@ MODE_HELP = (
     "jump; default: %(default)s"
 )
 ROBOT_HELP = "gym:ID, replay:FILE, lerobot:TYPE, openpi:MODULE:CLASS, MODULE:CLASS, or one of an installed package"
+CONTRACT_HELP = "with --policy: the contract where the server does not tell it; or a name of openpi's, e.g. pi05_droid"
 TRUST_HELP = "load engines that were built elsewhere and bring code of their own to run"
 OWN = {"close_robot"}  # options of the loop that are no options of the command
 
@@ -62,8 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ki_runtime.policy.policy import Policy
-
+    check_source(options)
     if options.record:
         check_folder(options.record)  # before a large model is loaded, and engines are built
     if options.self_check_limit is not None:
@@ -76,16 +77,7 @@ def _run(options: argparse.Namespace) -> int:
         return _show_limits(options)
     if options.disturb is not None and not options.robot.startswith("gym:"):
         raise ArgumentError(f"--disturb moves the target of a simulated arm (gym:...); {options.robot} has none")
-    policy = Policy.load(
-        options.bundle,
-        options.backend,
-        threads=options.threads,
-        verify=options.verify if options.digest is None else options.digest,
-        build=True,
-        trust_engines=options.trust_engines,
-        say=tell,
-    )
-    with Interrupts() as interrupts, interrupts.held(), ExitStack() as opened:
+    with opened_policy(options) as policy, Interrupts() as interrupts, interrupts.held(), ExitStack() as opened:
         robot = open_robot(options.robot, **_robot_options(options))
         opened.callback(robot.close)
         loop = ControlLoop(policy, robot, loop_options, interrupts=interrupts)
@@ -126,13 +118,10 @@ def _robot_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def _show_limits(options: argparse.Namespace) -> int:
     """The limits that a run would have, with their origin. The model is not opened, the robot does not move."""
-    from ki_edge.bundle import Bundle
-    from ki_runtime.policy.policy import read_assets
-
-    assets = read_assets(Bundle.open(options.bundle))
+    contract, stats = contract_of(options)
     robot = open_robot(options.robot, **_robot_options(options))
     try:
-        limits = limits_for(assets.contract, assets.stats, robot, options.limits)
+        limits = limits_for(contract, stats, robot, options.limits)
     finally:
         robot.close()
     show(limit_lines(limits))
@@ -142,7 +131,12 @@ def _show_limits(options: argparse.Namespace) -> int:
 def _print(options: argparse.Namespace, loop: ControlLoop, recorder: Recorder | None, *, interrupted: bool) -> None:
     report = loop.report(interrupted=interrupted)
     if options.json:
-        facts = {"bundle": options.bundle, "robot": options.robot, "seed": options.seed, **report.to_json()}
+        facts = {
+            "bundle": options.bundle or options.policy,
+            "robot": options.robot,
+            "seed": options.seed,
+            **report.to_json(),
+        }
         show_json(facts)
         return
     lines = [*report.lines(), *(recorder.notes if recorder else ())]
@@ -159,7 +153,9 @@ def _parser() -> Parser:
     defaults = LoopOptions()
     parser = Parser(prog="ki-run", description="Run a bundle on a robot, or on a recording of one.")
     add = parser.add_argument
-    add("bundle", metavar="BUNDLE", help="folder written by ki-export")
+    add("bundle", nargs="?", metavar="BUNDLE", help="folder written by ki-export")
+    add("--policy", metavar="URL", help="ws://HOST:PORT of a policy server, of openpi's kind, instead of a bundle")
+    add("--contract", metavar="FILE", help=CONTRACT_HELP)
     add("--robot", required=True, metavar="NAME", help=ROBOT_HELP)
     add("--robot-config", metavar="FILE", help="JSON that describes the robot, see docs/robots.md")
     add("--episodes", type=int, default=defaults.episodes, metavar="N", help="default %(default)s")
