@@ -50,11 +50,11 @@ class PolicyServer:
         self._thread.start()
 
     def stop(self) -> None:
-        """Be gone: nobody listens, and every connection ends at once."""
-        self._server.shutdown()
-        self._thread.join()
+        """Be gone: nobody listens, and every connection ends at once. Not from within `answers`: it waits for that."""
         for connection in list(self._open):
             connection.close_socket()
+        self._server.shutdown()
+        self._thread.join()
 
     def _handle(self, connection: ServerConnection) -> None:
         self._open.add(connection)
