@@ -9,7 +9,21 @@ import numpy as np
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.server import ServerConnection, serve
 
+from ki_edge.policy import contract as contracts
+
 Answers = Callable[[int, Mapping[str, Any]], Any]  # (number of the question, the observation) -> what is sent, or None
+
+
+CONTRACT = contracts.generic(
+    ["cam"], state_dim=2, action_dim=2, action_horizon=5, execute=3, model_action_dim=4, image_size=(8, 8)
+)
+PICTURE = np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3)
+SEEN = {"images": {"cam": PICTURE}, "state": np.array([0.5, 1.5]), "prompt": "fold"}
+ROWS = np.arange(10.0, dtype=np.float32).reshape(5, 2)
+
+
+def rows(number: int, observation: Mapping[str, Any]) -> dict[str, Any]:
+    return {"actions": ROWS + number, "server_timing": {"infer_ms": 0.01}, "state": observation["state"]}
 
 
 def plain(value: Any) -> Any:

@@ -8,22 +8,9 @@ import pytest
 from ki_edge.errors import ArgumentError, BackendError, ContractError, ObservationError
 from ki_edge.policy import contract as contracts
 from ki_edge.policy.images import fit_image
-from ki_runtime import ControlLoop, LoopOptions
 from ki_runtime.remote.policy import RemotePolicy, read_contract
 
-from .fake_robot import CountingRobot
-from .policy_server import PolicyServer
-
-CONTRACT = contracts.generic(
-    ["cam"], state_dim=2, action_dim=2, action_horizon=5, execute=3, model_action_dim=4, image_size=(8, 8)
-)
-PICTURE = np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3)
-SEEN = {"images": {"cam": PICTURE}, "state": np.array([0.5, 1.5]), "prompt": "fold"}
-ROWS = np.arange(10.0, dtype=np.float32).reshape(5, 2)
-
-
-def rows(number, observation):
-    return {"actions": ROWS + number, "server_timing": {"infer_ms": 0.01}, "state": observation["state"]}
+from .policy_server import CONTRACT, PICTURE, ROWS, SEEN, PolicyServer, rows
 
 
 @pytest.fixture
@@ -261,57 +248,6 @@ def test_servers_of_another_kind(served):
         served(metadata=[1])
     with pytest.raises(BackendError, match="failed: starting up"):
         served(metadata="starting up")
-
-
-class Camera(CountingRobot):
-    """Has a picture, so that an observation is whole; its clock is the real one."""
-
-    real_time = True
-    control_hz = 50.0
-    stops = 0
-
-    def observe(self):
-        return {**SEEN, "state": np.full(2, self.steps, np.float32)}
-
-    def safe_stop(self):
-        self.stops += 1
-
-
-def test_the_loop_holds_and_then_stops_the_robot_when_the_server_is_gone(served):
-    """Its last chunk is played, the last command is repeated, then comes the safe stop: long before the patience with
-    a server that is gone is over.
-    """
-
-    def answers(number, observation):
-        if number == 1:
-            threading.Thread(target=server.stop).start()  # which waits for this very handler
-            return None
-        return rows(number, observation)
-
-    policy, server = served(answers, absence=300.0)
-    robot = Camera()
-    robot.status = lambda: CountingRobot.status(robot).__class__(False, None, robot.steps)
-    loop = ControlLoop(policy, robot, LoopOptions(mode="async", starve_limit=10))
-    closer = threading.Timer(8.0, policy.close)  # as ki-run does once the loop is over
-    closer.start()
-    with pytest.raises(Exception, match="no fresh action for 10 ticks: counting is stopped"):
-        loop.run()
-    closer.cancel()
-    commands = [what for kind, what in robot.log if kind == "act"]
-    assert commands[:5] == ROWS.tolist() and commands[5:] == [ROWS[-1].tolist()] * (len(commands) - 5)
-    assert len(commands) == 5 + 10 and robot.stops == 1 and robot.closed == 1
-
-
-@pytest.mark.parametrize("mode", ["sync", "async"])
-@pytest.mark.parametrize("answer", [{"actions": ROWS[:3]}, "out of memory"], ids=["wrong shape", "error"])
-def test_a_wrong_answer_stops_the_robot_after_the_last_good_chunk(served, mode, answer):
-    policy, _ = served(lambda number, observation: rows(number, observation) if number == 0 else answer)
-    robot = Camera()
-    robot.status = lambda: CountingRobot.status(robot).__class__(False, None, robot.steps)
-    with pytest.raises(BackendError, match=r"answered actions float32 \[3, 2\]|failed: out of memory"):
-        ControlLoop(policy, robot, LoopOptions(mode=mode)).run()
-    assert [what for kind, what in robot.log if kind == "act"] == ROWS[: 3 if mode == "sync" else 5].tolist()
-    assert robot.stops == 1 and robot.closed == 1
 
 
 def _until(reached):
