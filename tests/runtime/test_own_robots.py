@@ -149,7 +149,6 @@ def test_arguments_and_the_configuration_reach_the_class(modules, tmp_path):
 class Half:
     """What somebody writes first."""
 
-    name = "half"
     closed = False
 
     def observe(self):
@@ -168,9 +167,9 @@ class Half:
 
 
 FAULTS = (
-    "control_hz is missing, expected commands a second, or None for the policy's own rate; it has no reset(seed), "
-    "frame(); act() cannot be called as act(action); status is a coroutine or generator, expected a plain method "
-    "status(); measure is array([0., 0., 0.]), expected a method measure(). docs/robots.md has the table"
+    "name is missing, expected text; it has no reset(seed), frame(); act() cannot be called as act(action); status is "
+    "a coroutine or generator, expected a plain method status(); measure is array([0., 0., 0.]), expected a method "
+    "measure(). docs/robots.md has the table"
 )
 
 
@@ -189,9 +188,9 @@ def test_the_loop_checks_its_robot_before_anything_moves():
 
 
 def test_what_was_opened_and_is_no_robot_is_closed(modules):
-    code = "class Half:\n    name = 'half'\n    closed = []\n    def close(self): self.closed.append(1)\n"
+    code = "class Half:\n    closed = []\n    def close(self): self.closed.append(1)\n"
     name = modules("halves", code)
-    with pytest.raises(RobotError, match="halves:Half is no robot yet: control_hz is missing"):
+    with pytest.raises(RobotError, match="halves:Half is no robot yet: name is missing"):
         open_robot(f"{name}:Half")
     assert sys.modules[name].Half.closed == [1]
 

@@ -12,15 +12,16 @@ from ki_edge.errors import ArgumentError
 from ki_edge.policy.contract import PolicyContract
 from ki_edge.policy.normalize import NormStats
 
-# Options of a bundle and its engine, with what they are where nobody gives them.
+# Options of a bundle and its engine, with what they are where nobody gives them: a server decides them by itself.
 OF_BUNDLES: Mapping[str, Any] = {
     "backend": "auto",
     "threads": None,
     "verify": False,
     "digest": None,
     "trust_engines": False,
+    "num_steps": None,
+    "self_check": None,
 }
-OF_POLICIES: Mapping[str, Any] = {"num_steps": None}
 SERVERS = ("ws://", "wss://")
 
 
@@ -37,9 +38,9 @@ def check_source(options: argparse.Namespace) -> None:
         if options.contract is not None:
             raise ArgumentError("--contract is for --policy: a bundle has its contract")
         return
-    for name, usual in {**OF_BUNDLES, **OF_POLICIES}.items():
+    for name, usual in OF_BUNDLES.items():
         if getattr(options, name) != usual:
-            raise ArgumentError(f"--{name.replace('_', '-')} is for a bundle: the server of --policy decides that")
+            raise ArgumentError(f"--{name.replace('_', '-')} is for a bundle: not with --policy, whose server decides")
     if options.mode == "rtc":
         raise ArgumentError("mode rtc: openpi's protocol does not tell a server what is executed meanwhile: use async")
 
