@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from ki_edge.errors import BackendError, RobotError
 from ki_edge.policy.chunking import PreviousChunk
+from ki_edge.policy.keys import under_contract_keys
 from ki_edge.policy.transforms import read_state
 from ki_runtime.robots.base import EpisodeStatus
 
@@ -259,6 +260,8 @@ class Cycle:
     def _observe(self) -> Mapping[str, Any]:
         parts = self._parts
         observation: Mapping[str, Any] = parts.robot.observe()
+        if isinstance(observation, Mapping):  # else the policy says what is wrong with it
+            observation = under_contract_keys(parts.contract, observation)
         if parts.beside:  # the robot may use its memory again while the worker reads this
             observation = copy.deepcopy(dict(observation))
         if parts.options.prompt is not None:
