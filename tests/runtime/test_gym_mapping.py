@@ -232,6 +232,9 @@ def test_unknown_environments_and_those_without_a_mapping():
         open_robot("gym:FetchPsh-v4", config=SLIDER)
     with pytest.raises(RobotError, match=r"needs --robot-config FILE.*FetchReach-v4, FetchPickAndPlace-v4, FetchPush"):
         open_robot("gym:CartPole-v1")
+    with pytest.raises(RobotError, match=r"made as EnvironmentRobot.* unexpected keyword argument 'disturb'$") as error:
+        open_robot("gym:FetchPush-v4", disturb=3)  # whose target does not move
+    assert len(str(error.value)) < 500
     with pytest.raises(RobotError, match="there is no module no_such_module"):
         open_robot("gym:no_such_module:Slider-v0", config=SLIDER)
 

@@ -101,7 +101,7 @@ def construct(make: Callable[..., Any], arguments: tuple[Any, ...], options: Map
         try:
             signature.bind(*arguments, **options)
         except TypeError as error:
-            given = ", ".join([*map(repr, arguments), *(f"{name}=..." for name in options)])
+            given = ", ".join([*(f"{value!r:.60}" for value in arguments), *(f"{name}=..." for name in options)])
             raise RobotError(
                 f"{what}: it is made as {make.__name__}{signature}, and cannot be as ({given}): {error}"
             ) from None
