@@ -129,9 +129,9 @@ def test_a_module_that_fails_says_why(modules):
 
 
 def test_arguments_and_the_configuration_reach_the_class(modules, tmp_path):
-    code = "from tests.runtime.fake_robot import CountingRobot\n"
-    code += "class Arm(CountingRobot):\n"
-    code += "    def __init__(self, port='none', *, speed=1):\n        super().__init__(); self.given = port, speed\n"
+    code = EXAMPLE.read_text(encoding="utf-8")
+    code += "class Arm(MyArm):\n"
+    code += "    def __init__(self, port='none', *, speed=1):\n        self.given = port, speed\n"
     modules("arms", code)
     (tmp_path / "arm.json").write_text('{"speed": 7}')
     assert open_robot("arms:Arm").given == ("none", 1)
