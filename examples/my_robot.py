@@ -1,9 +1,10 @@
 """A robot of your own: the methods that the control loop calls, here for an arm that exists only in memory.
 
 One command goes out every 40 ms, also while the policy thinks: mode async. Limits of the commands come from the
-policy's training data; docs/safety.md says how to give your own.
+policy's training data; docs/safety.md says how to give your own. docs/robots.md has all that a robot may have.
 
-python examples/my_robot.py build/demo/bundle
+    python examples/my_robot.py build/demo/bundle
+    ki-run build/demo/bundle --robot my_robot:MyArm --mode async        in the folder of this file
 """
 
 import sys

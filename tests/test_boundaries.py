@@ -33,11 +33,12 @@ DIRECTIONS: dict[str, str] = {
     "ki_runtime.backends": "ki_edge ki_edge.bundle",
     "ki_runtime.gpu": "ki_edge ki_edge.bundle ki_runtime.backends",
     "ki_runtime.policy": "ki_edge ki_edge.bundle ki_edge.files ki_edge.policy ki_runtime.backends",
-    "ki_runtime.robots": "ki_edge ki_edge.policy ki_edge.recordings",
+    "ki_runtime.robots": "ki_edge ki_edge.files ki_edge.policy ki_edge.recordings",
     "ki_runtime.recording": "ki_edge ki_edge.files ki_edge.recordings",
+    "ki_runtime.remote": "ki_edge ki_edge.policy ki_runtime.policy",
     "ki_runtime.control": (
         "ki_edge ki_edge.bundle ki_edge.files ki_edge.policy ki_runtime.backends ki_runtime.policy "
-        "ki_runtime.recording ki_runtime.robots"
+        "ki_runtime.recording ki_runtime.remote ki_runtime.robots"
     ),
     "ki_runtime.trt": "ki_edge ki_edge.bundle ki_edge.files ki_edge.policy ki_runtime.backends ki_runtime.gpu",
     "ki_runtime.doctor": (

@@ -78,7 +78,7 @@ def test_flags_in_sentences_exist() -> None:
     """A flag alone in a sentence or a table is one of some command or script."""
     known = {"--help", *(flag for name in SCRIPTS for flag in parser_of(name)._option_string_actions)}
     known |= {flag for script in ROOT.glob("[be]*/**/*.py") for flag in flags_of_script(script)}
-    known |= {"--version", "--system-site-packages", "--policy.path"}
+    known |= {"--version", "--system-site-packages", "--policy.path", "--robot.type"}
     for page in PAGES:
         for span in SPAN.findall(prose(page)):
             if span.startswith("--"):

@@ -48,6 +48,7 @@ INSTEAD = (
     ("--robot NAME", "--robot replay:recorded_episode.npz"),
     ("replay:build/run", "replay:recorded_run"),
     ("--calibrate build/run", "--calibrate recorded_run"),
+    ("--robot my_robot:MyArm", "--robot examples.my_robot:MyArm"),
     (" --revision 3f1c2a9", ""),  # of a repository, which a folder stands in for
     ("ki-parity BUNDLE --outputs", "ki-parity build/openpi_a --outputs"),  # recorded of this model
 )
@@ -55,7 +56,7 @@ INSTEAD = (
 NOT_RUN = (
     (r"make ", "sets up an environment, and runs this very suite or trains for an hour"),
     (r"(\S*python -m )?pytest ", "is a part of this very suite"),
-    (r"(pip|hf|git) ", "needs the network"),
+    (r"(pip|hf|git|lerobot-venv/bin/python -m pip) ", "needs the network"),
     (r"(scp|rsync|docker|sudo|\.|python3 -m venv) ?", "changes this machine or another one"),
     (r"python -m build", "builds the wheel: test_packaging.py does"),
     (r"python benchmarks/(?!boards|gpu\.py --(plan|floor))", "measures for minutes to hours"),
@@ -65,6 +66,9 @@ NOT_RUN = (
     (r"ki-bench ", "measures for minutes: tests/export/test_bench.py"),
     (r"ki-build |.*--compute-capability", "compiles for minutes, or needs a GPU: tests/export/test_cli_engines.py"),
     (r".*--rerun", "needs rerun-sdk, 0.5 GB: tests/runtime/test_rerun.py, test_rerun_venv.py"),
+    (r".*--robot lerobot:", "needs LeRobot: tests/integrations/test_lerobot_robot.py"),
+    (r".*--robot openpi:", "needs an environment of openpi: tests/runtime/test_openpi_robot.py"),
+    (r".*--policy ws:", "needs a server: tests/runtime/test_ki_run_policy.py"),
     (r".*--backend trt", "needs a GPU: tests/runtime/test_on_gpu.py"),
     (r".*(\[| \.\.\.)", "is no command but its form"),
 )

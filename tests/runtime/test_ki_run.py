@@ -120,7 +120,10 @@ def test_unknown_robot(capsys, monkeypatch):
     monkeypatch.setattr("ki_runtime.policy.policy.Policy.load", lambda *_, **__: FormulaPolicy())
     assert cli.main(["bundle", "--robot", "gym:Unknown-v0"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("ki-run: error: unknown robot 'gym:Unknown-v0'") and len(error.splitlines()) == 1
+    assert (
+        error.startswith("ki-run: error: robot 'gym:Unknown-v0' needs --robot-config FILE")
+        and len(error.splitlines()) == 1
+    )
 
 
 def test_a_disk_that_fails_is_one_line(run):

@@ -103,12 +103,12 @@ def test_an_error_closes_the_watchers_and_keeps_the_report(monkeypatch, error):
 def test_a_robot_with_other_actions_is_refused():
     """Same number of actions, another meaning: the arm must not move."""
     contract = generic(["front"], state_dim=2, action_dim=2, action_horizon=4, action_names=("dx", "dy"))
-    arm = SimpleNamespace(name="arm", action_names=("x", "y"), control_hz=20.0)
+    arm = CountingRobot()
+    arm.name, arm.action_names = "arm", ("x", "y")
     with pytest.raises(RobotError, match=r"arm is commanded by \(x, y\), but the policy gives \(dx, dy\)"):
         ControlLoop(SimpleNamespace(contract=contract), arm)
-    ControlLoop(
-        SimpleNamespace(contract=contract), SimpleNamespace(name="arm", action_names=("dx", "dy"), control_hz=20.0)
-    )
+    arm.action_names = ("dx", "dy")
+    ControlLoop(SimpleNamespace(contract=contract), arm)
 
 
 # ---------------------------------------------------------------- telemetry

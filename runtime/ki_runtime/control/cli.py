@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import fields
+from typing import Any
 
 from ki_edge.commands import Parser, run_command, show, show_json, tell
 from ki_edge.errors import ArgumentError
@@ -24,12 +25,15 @@ from .options import MODES, LoopOptions
 from .recorder import Recorder, check_folder
 from .rerun_viewer import LIVE, RerunViewer, check_rerun
 from .self_check_file import read_limit, save_limit
+from .sources import check_source, contract_of, opened_policy
 from .terminal import TerminalView
 
 MODE_HELP = (
     "sync: the robot waits for each inference; async: it goes on with the last chunk; rtc: and chunks join without a "
     "jump; default: %(default)s"
 )
+ROBOT_HELP = "gym:ID, replay:FILE, lerobot:TYPE, openpi:MODULE:CLASS, MODULE:CLASS, or one of an installed package"
+CONTRACT_HELP = "with --policy: the contract where the server does not tell it; or a name of openpi's, e.g. pi05_droid"
 TRUST_HELP = "load engines that were built elsewhere and bring code of their own to run"
 OWN = {"close_robot"}  # options of the loop that are no options of the command
 
@@ -41,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from ki_runtime.policy.policy import Policy
-
+    check_source(options)
     if options.record:  # before a large model is loaded, and engines are built
         check_folder(options.record)
         check_packages()
@@ -58,17 +61,8 @@ def _run(options: argparse.Namespace) -> int:
         return _show_limits(options)
     if options.disturb is not None and not options.robot.startswith("gym:"):
         raise ArgumentError(f"--disturb moves the target of a simulated arm (gym:...); {options.robot} has none")
-    policy = Policy.load(
-        options.bundle,
-        options.backend,
-        threads=options.threads,
-        verify=options.verify if options.digest is None else options.digest,
-        build=True,
-        trust_engines=options.trust_engines,
-        say=tell,
-    )
-    with Interrupts() as interrupts, interrupts.held(), ExitStack() as opened:
-        robot = open_robot(options.robot, **({} if options.disturb is None else {"disturb": options.disturb}))
+    with opened_policy(options) as policy, Interrupts() as interrupts, interrupts.held(), ExitStack() as opened:
+        robot = open_robot(options.robot, **_robot_options(options))
         opened.callback(robot.close)
         view = TerminalView(options.episodes)
         loop = ControlLoop(policy, robot, loop_options, interrupts=interrupts, say=view.say)
@@ -105,15 +99,18 @@ def _run(options: argparse.Namespace) -> int:
     return status
 
 
+def _robot_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What of the options goes to the robot."""
+    given = {"config": options.robot_config, "disturb": options.disturb}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def _show_limits(options: argparse.Namespace) -> int:
     """The limits that a run would have, with their origin. The model is not opened, the robot does not move."""
-    from ki_edge.bundle import Bundle
-    from ki_runtime.policy.policy import read_assets
-
-    assets = read_assets(Bundle.open(options.bundle))
-    robot = open_robot(options.robot)
+    contract, stats = contract_of(options)
+    robot = open_robot(options.robot, **_robot_options(options))
     try:
-        limits = limits_for(assets.contract, assets.stats, robot, options.limits)
+        limits = limits_for(contract, stats, robot, options.limits)
     finally:
         robot.close()
     show(limit_lines(limits))
@@ -123,7 +120,12 @@ def _show_limits(options: argparse.Namespace) -> int:
 def _print(options: argparse.Namespace, loop: ControlLoop, recorder: Recorder | None, *, interrupted: bool) -> None:
     report = loop.report(interrupted=interrupted)
     if options.json:
-        facts = {"bundle": options.bundle, "robot": options.robot, "seed": options.seed, **report.to_json()}
+        facts = {
+            "bundle": options.bundle or options.policy,
+            "robot": options.robot,
+            "seed": options.seed,
+            **report.to_json(),
+        }
         show_json(facts)
         return
     lines = [*report.lines(), *(recorder.notes if recorder else ())]
@@ -140,8 +142,11 @@ def _parser() -> Parser:
     defaults = LoopOptions()
     parser = Parser(prog="ki-run", description="Run a bundle on a robot, or on a recording of one.")
     add = parser.add_argument
-    add("bundle", metavar="BUNDLE", help="folder written by ki-export")
-    add("--robot", required=True, metavar="NAME", help="gym:FetchReach-v4, or replay:PATH for recorded episodes")
+    add("bundle", nargs="?", metavar="BUNDLE", help="folder written by ki-export")
+    add("--policy", metavar="URL", help="ws://HOST:PORT of a policy server, of openpi's kind, instead of a bundle")
+    add("--contract", metavar="FILE", help=CONTRACT_HELP)
+    add("--robot", required=True, metavar="NAME", help=ROBOT_HELP)
+    add("--robot-config", metavar="FILE", help="JSON that describes the robot, see docs/robots.md")
     add("--episodes", type=int, default=defaults.episodes, metavar="N", help="default %(default)s")
     add("--seed", type=int, default=defaults.seed, metavar="S", help="episode i uses seed S + i; default %(default)s")
     add("--prompt", metavar="TEXT", help="instruction, instead of the robot's own")

@@ -11,14 +11,16 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ki_edge.errors import BackendError, RobotError
+from ki_edge.errors import BackendError, ObservationError, RobotError
 from ki_edge.policy.chunking import PreviousChunk
+from ki_edge.policy.keys import under_contract_keys
 from ki_edge.policy.transforms import read_state
 from ki_runtime.robots.base import EpisodeStatus
 
@@ -277,6 +279,9 @@ class Cycle:
     def _observe(self) -> Mapping[str, Any]:
         parts = self._parts
         observation: Mapping[str, Any] = parts.robot.observe()
+        if isinstance(observation, Mapping):
+            with suppress(ObservationError):  # one thing under two keys: the policy says so, if it minds
+                observation = under_contract_keys(parts.contract, observation)
         if parts.beside:  # the robot may use its memory again while the worker reads this
             observation = copy.deepcopy(dict(observation))
         if parts.options.prompt is not None:

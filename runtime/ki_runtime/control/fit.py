@@ -7,6 +7,7 @@ from typing import Any
 from ki_edge.errors import ArgumentError, RobotError
 from ki_edge.policy.contract import PolicyContract
 from ki_runtime.robots.base import Robot
+from ki_runtime.robots.protocol import check_robot
 
 from .options import FASTEST, SLOWEST, LoopOptions
 from .schedule import Way
@@ -38,6 +39,8 @@ def control_rate(options: LoopOptions, contract: PolicyContract, robot: Robot) -
 
 
 def check_actions(robot: Robot, contract: PolicyContract) -> None:
+    """RobotError for an object that is no robot, or for one that is commanded otherwise than the policy commands."""
+    check_robot(robot)
     taken, given = getattr(robot, "action_names", None), contract.action_names
     if taken is not None and given is not None and tuple(taken) != tuple(given):
         raise RobotError(

@@ -1,6 +1,6 @@
-"""Robots that a policy can drive: simulated, or replayed from a file. The simulator at first use.
+"""Robots that a policy can drive: simulated, replayed from a file, of LeRobot, of openpi, or anybody's own class.
 
-Imports: of ki_edge: policy, recordings.
+What drives one is imported when it is opened. Imports: of ki_edge: files, policy, recordings.
 """
 
 from ki_edge.errors import RobotError

@@ -5,57 +5,21 @@ both use it, so a policy sees at run time exactly the kind of pictures it was tr
 imported when a scene is opened, not with this module.
 """
 
-import contextlib
-import io
-import math
-import os
-import sys
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ki_edge.errors import RobotError
-
 from .base import EpisodeStatus, checked_action
+from .rendering import Camera, Renderer, import_mujoco
+from .simulation import make_environment
 
 STATE_NAMES = ("gripper_x", "gripper_y", "gripper_z", "left_finger", "right_finger")
 ACTION_NAMES = ("x", "y", "z", "gripper")
 PICTURE_SIZE = 96  # pixels, width and height of what the policy sees
 FILM_SIZE = 320  # pixels, width and height of a film frame
-FIELD_OF_VIEW = 45.0  # degrees, vertical
 TRACKING_GAIN = 10.0  # environment action per metre of distance; an action of 1 asks for 5 cm
 PLAN_STEP = 0.1  # m, how far the expert's set-point moves along each axis in one control period
-
-
-@dataclass(frozen=True)
-class Camera:
-    """A free camera: it looks at `look_at` (m, world) from `distance` m; azimuth and elevation in degrees."""
-
-    name: str
-    azimuth: float
-    elevation: float = -22.0
-    distance: float = 0.95
-    look_at: tuple[float, float, float] = (1.33, 0.75, 0.56)
-
-    def project(self, point: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Where a world point [3] (m) appears in a square picture.
-
-        Returns f32 [2]: x to the right and y down, as fractions of the picture in [0, 1]; NaN where it is not in view.
-        """
-        a, e = math.radians(self.azimuth), math.radians(self.elevation)
-        forward = np.array([math.cos(e) * math.cos(a), math.cos(e) * math.sin(a), math.sin(e)])
-        right = np.array([math.sin(a), -math.cos(a), 0.0])
-        up = np.cross(right, forward)
-        offset = point - np.array(self.look_at) + self.distance * forward
-        depth = float(offset @ forward)
-        if depth <= 0.0:
-            return np.full(2, np.nan, np.float32)
-        half = depth * math.tan(math.radians(FIELD_OF_VIEW) / 2)
-        xy = np.array([0.5 + 0.5 * (offset @ right) / half, 0.5 - 0.5 * (offset @ up) / half], np.float32)
-        return xy if bool(np.all((xy >= 0) & (xy <= 1))) else np.full(2, np.nan, np.float32)
-
 
 CAMERAS = (Camera("front_left", azimuth=145.0), Camera("front_right", azimuth=215.0))
 FILM_CAMERA = Camera("film", azimuth=165.0, elevation=-20.0, distance=1.25)
@@ -71,9 +35,11 @@ class FetchScene:
     """
 
     def __init__(self) -> None:
-        self._mujoco, self._env, self.step_limit = _open_env()
-        self._renderer = self._open_renderer(PICTURE_SIZE)
-        self._film: Any = None
+        import_mujoco()  # before the environment does: GL is its own choice then
+        made = make_environment("FetchReach-v4", {})
+        self._env, self.step_limit = made.unwrapped, int((made.spec and made.spec.max_episode_steps) or 50)
+        self._renderer = Renderer(self._env.model, PICTURE_SIZE, PICTURE_SIZE)
+        self._film: Renderer | None = None
         self._closed = False
         self._target_site = self._model.site("target0").id
         self.control_hz = float(round(1.0 / self._env.dt))
@@ -138,7 +104,7 @@ class FetchScene:
 
     def pictures(self) -> dict[str, NDArray[np.uint8]]:
         """What each camera sees now: name -> RGB u8 [96, 96, 3]."""
-        return {camera.name: self._render(self._renderer, camera) for camera in CAMERAS}
+        return {camera.name: self._renderer.picture(self._env.data, camera) for camera in CAMERAS}
 
     def target_points(self) -> NDArray[np.float32]:
         """The target's position in each camera's picture, f32 [2, 2]; see `Camera.project`."""
@@ -147,13 +113,12 @@ class FetchScene:
     def film_frame(self) -> NDArray[np.uint8]:
         """A larger picture from between the two cameras, RGB u8 [320, 320, 3]."""
         if self._film is None:
-            self._film = self._open_renderer(FILM_SIZE)
-        return self._render(self._film, FILM_CAMERA)
+            self._film = Renderer(self._env.model, FILM_SIZE, FILM_SIZE)
+        return self._film.picture(self._env.data, FILM_CAMERA)
 
     def close(self) -> None:
         """Free the renderers and the simulation; a second time does nothing."""
-        renderers, self._renderer, self._film = (self._renderer, self._film), None, None
-        for renderer in renderers:
+        for renderer in (self._renderer, self._film):
             if renderer is not None:
                 renderer.close()
         if not self._closed:
@@ -167,26 +132,6 @@ class FetchScene:
     def _read(self, observation: dict[str, NDArray[np.float64]]) -> None:
         self._gripper = np.array(observation["achieved_goal"], np.float64)
         self._state = observation["observation"][[0, 1, 2, 4, 3]].astype(np.float32)  # it names the right finger first
-
-    def _render(self, renderer: Any, camera: Camera) -> NDArray[np.uint8]:
-        view = self._mujoco.MjvCamera()
-        view.type = self._mujoco.mjtCamera.mjCAMERA_FREE
-        view.azimuth, view.elevation, view.distance = camera.azimuth, camera.elevation, camera.distance
-        view.lookat[:] = camera.look_at
-        renderer.update_scene(self._env.data, view)
-        picture: NDArray[np.uint8] = renderer.render()
-        return picture
-
-    def _open_renderer(self, size: int) -> Any:
-        """A square off-screen renderer. Shadows, reflections and multisampling are off: they cost 60 % of the time."""
-        visual = self._model.vis
-        visual.global_.offwidth = visual.global_.offheight = size
-        visual.global_.fovy = FIELD_OF_VIEW
-        visual.quality.offsamples = visual.quality.shadowsize = 0
-        renderer = _new_renderer(self._mujoco, self._model, size)
-        for flag in (self._mujoco.mjtRndFlag.mjRND_SHADOW, self._mujoco.mjtRndFlag.mjRND_REFLECTION):
-            renderer.scene.flags[flag] = False
-        return renderer
 
 
 MOVED = 1  # beside the seed, of where the target moves
@@ -242,49 +187,3 @@ class GymRobot:
     def close(self) -> None:
         """Free the simulation."""
         self._scene.close()
-
-
-def _open_env() -> tuple[Any, Any, int]:
-    """(mujoco, the unwrapped environment, its time limit in steps)."""
-    os.environ.setdefault("MUJOCO_GL", "egl")
-    try:
-        import mujoco  # loads the GL library that MUJOCO_GL names
-
-        with contextlib.redirect_stderr(io.StringIO()):  # it prints notices about other environments
-            import gymnasium
-            import gymnasium_robotics
-    except ModuleNotFoundError as error:
-        raise RobotError(f"the simulated robot needs {error.name}: pip install 'ki-edge[sim]'") from error
-    except Exception as error:
-        raise _no_gl(error) from error
-    gymnasium.register_envs(gymnasium_robotics)
-    try:
-        env = gymnasium.make("FetchReach-v4", disable_env_checker=True)
-    except Exception as error:  # a MuJoCo that does not fit fails in ways of its own
-        reason = " ".join(str(error).split())
-        raise RobotError(
-            f"FetchReach-v4 cannot be made ({reason}): pip install 'ki-edge[sim]' brings what fits"
-        ) from error
-    limit = env.spec.max_episode_steps if env.spec is not None else None
-    return mujoco, env.unwrapped, int(limit or 50)
-
-
-def _new_renderer(mujoco: Any, model: Any, size: int) -> Any:
-    """A square off-screen renderer; RobotError where the GL library gives none."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # a half-built renderer complains when it is freed
-    try:
-        return mujoco.Renderer(model, size, size)
-    except Exception as error:  # each GL library fails in its own way: ImportError, AttributeError, FatalError, ...
-        failure = _no_gl(error)
-    finally:
-        sys.unraisablehook = hook
-    raise failure
-
-
-def _no_gl(error: Exception) -> RobotError:
-    """What was tried and what to install, in one line."""
-    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return RobotError(
-        f"no picture can be rendered with MUJOCO_GL={os.environ.get('MUJOCO_GL')!r} ({reason}): install a GL library "
-        "(apt install libegl1 libgl1-mesa-dri) and set MUJOCO_GL=egl before mujoco is first imported"
-    )

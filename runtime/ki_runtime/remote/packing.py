@@ -1,0 +1,96 @@
+"""openpi's frames: msgpack in which an array is a map of its bytes, type and shape. Never pickle.
+
+    array     {b"__ndarray__": True, b"data": bytes, b"dtype": "<f4", b"shape": [n, ...]}
+    number    {b"__npgeneric__": True, b"data": 1.5, b"dtype": "<f4"}
+
+What comes in is bounded before anything is made of it: arrays of plain numbers and texts, whose bytes fit their shape.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ki_edge.arguments import array_of
+from ki_edge.errors import ArgumentError, BackendError
+
+MOST_BYTES = 64 << 20  # of a frame that comes in: a chunk of actions is a few kB, a policy's metadata too
+MOST_ENTRIES = 1 << 16  # of a list or a map
+SENT, TAKEN = "biufSU", "biufSU"  # kinds of numpy types
+MOST_AXES = 32
+NEEDS = "a policy on another machine needs {}: pip install 'ki-edge[remote]'"
+
+
+def pack(value: Any) -> bytes:
+    """A frame. ArgumentError for what has no place in one, such as arrays of objects."""
+    try:
+        packed: bytes = _msgpack().packb(value, default=_packed)
+    except ArgumentError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ArgumentError(f"this cannot be sent: {' '.join(str(error).split())[:200]}") from None
+    return packed
+
+
+def unpack(frame: bytes, where: str) -> Any:
+    """What a frame holds; arrays are read-only. BackendError, which begins with `where`, for anything malformed."""
+    if len(frame) > MOST_BYTES:
+        raise BackendError(f"{where} sent a frame of {len(frame)} bytes, at most {MOST_BYTES} are read")
+    msgpack = _msgpack()
+    try:
+        return msgpack.unpackb(
+            frame,
+            object_hook=_unpacked,
+            max_str_len=1 << 20,
+            max_bin_len=MOST_BYTES,
+            max_array_len=MOST_ENTRIES,
+            max_map_len=MOST_ENTRIES,
+            max_ext_len=0,
+        )
+    except Exception as error:  # of msgpack's many kinds, of numpy for types that are none
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
+        raise BackendError(f"{where} sent a frame that is not of openpi's form ({reason})") from None
+
+
+def _packed(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        _check_kind(value.dtype, SENT)
+        return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}
+    array = value if isinstance(value, np.ndarray) else array_of(value, "a part of the observation")
+    _check_kind(array.dtype, SENT)
+    return {b"__ndarray__": True, b"data": array.tobytes(), b"dtype": array.dtype.str, b"shape": array.shape}
+
+
+def _unpacked(found: dict[Any, Any]) -> Any:
+    if b"__ndarray__" in found:
+        shape, data = found[b"shape"], found[b"data"]
+        kind = _kind_of(found)
+        whole = all(type(size) is int and size >= 0 for size in shape)
+        if not whole or len(shape) > MOST_AXES or math.prod(shape) * kind.itemsize != len(data):
+            raise ValueError(f"an array of {kind} {shape!r:.60} in {len(data)} bytes")
+        return np.frombuffer(data, kind).reshape(shape) if data else np.zeros(shape, kind)
+    if b"__npgeneric__" in found:
+        return _kind_of(found).type(found[b"data"])
+    return found
+
+
+def _kind_of(found: dict[Any, Any]) -> np.dtype[Any]:
+    name = found[b"dtype"]
+    kind = np.dtype(name) if isinstance(name, str) else np.dtype(object)
+    _check_kind(kind, TAKEN)
+    return kind
+
+
+def _check_kind(kind: np.dtype[Any], known: str) -> None:
+    if kind.kind not in known or kind.subdtype is not None:
+        raise ArgumentError(f"an array of {kind!s:.60} cannot be sent: expected numbers or text")
+
+
+def _msgpack() -> Any:
+    try:
+        import msgpack
+    except ModuleNotFoundError as error:
+        raise BackendError(NEEDS.format(error.name)) from error
+    return msgpack
