@@ -91,7 +91,7 @@ def opened(config: PreTrainedConfig, path: Path | None) -> tuple:
 def chunk(parts: tuple, golden: np.lib.npyio.NpzFile, **more: object) -> np.ndarray:
     policy, before, after = parts
     policy.reset()
-    with torch.inference_mode():
+    with torch.no_grad():
         return after(policy.predict_action_chunk(before(observation(golden)), **more)).squeeze(0).numpy()
 
 
@@ -128,7 +128,7 @@ def main() -> None:
     policy, before, after = ours
     policy.reset()
     torch.manual_seed(7)
-    with torch.inference_mode():
+    with torch.no_grad():
         selected = [after(policy.select_action(before(observation(golden)))).squeeze(0).numpy() for _ in range(4)]
     left = torch.from_numpy(drawn["ours"][3:])
     steered = {"ours": continued(ours, golden, left, noise), "theirs": continued(theirs, golden, normalised(theirs, left), noise)}
