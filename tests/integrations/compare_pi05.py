@@ -30,7 +30,9 @@ def small(folder: Path) -> None:
         shapes = {name.removeprefix("model."): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
 
     def gemma(prefix: str, width: int) -> modeling_pi05.GemmaConfig:
-        depth = 1 + max(int(name.split("layers.")[1].split(".")[0]) for name in shapes if name.startswith(f"{prefix}layers."))
+        depth = 1 + max(
+            int(name.split("layers.")[1].split(".")[0]) for name in shapes if name.startswith(f"{prefix}layers.")
+        )
         head = shapes[f"{prefix}layers.0.self_attn.k_proj.weight"][0]
         heads = shapes[f"{prefix}layers.0.self_attn.q_proj.weight"][0] // head
         mlp = shapes[f"{prefix}layers.0.mlp.up_proj.weight"][0]
@@ -131,7 +133,10 @@ def main() -> None:
     with torch.no_grad():
         selected = [after(policy.select_action(before(observation(golden)))).squeeze(0).numpy() for _ in range(4)]
     left = torch.from_numpy(drawn["ours"][3:])
-    steered = {"ours": continued(ours, golden, left, noise), "theirs": continued(theirs, golden, normalised(theirs, left), noise)}
+    steered = {
+        "ours": continued(ours, golden, left, noise),
+        "theirs": continued(theirs, golden, normalised(theirs, left), noise),
+    }
     result = {
         "shape": list(found["ours"].shape),
         "same_noise": float(np.abs(found["ours"] - found["theirs"]).max()),

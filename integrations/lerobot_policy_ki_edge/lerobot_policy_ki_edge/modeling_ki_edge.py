@@ -99,9 +99,7 @@ class KiEdgePolicy(PreTrainedPolicy):
         real-time chunking, see `overlapping.joining`. ObservationError and ArgumentError for what does not fit.
         """
         rows = observations_of(batch, self.runtime.contract, self.config.rename)
-        joined = joining(
-            self.runtime, prev_chunk_left_over, inference_delay, execution_horizon, self.config.rtc_config
-        )
+        joined = joining(self.runtime, prev_chunk_left_over, inference_delay, execution_horizon, self.config.rtc_config)
         if joined and len(rows) > 1:
             raise ArgumentError(f"prev_chunk_left_over: real-time chunking takes one robot, the batch has {len(rows)}")
         noises = self._noise(noise, len(rows))

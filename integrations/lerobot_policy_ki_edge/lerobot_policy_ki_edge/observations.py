@@ -47,10 +47,13 @@ def observations_of(
 
 
 def input_features(contract: PolicyContract, rename: Mapping[str, str] | None = None) -> dict[str, PolicyFeature]:
-    """What a policy reads, as LeRobot compares it with what a robot gives: cameras that must be there, and the state."""
+    """What a policy reads: its cameras and the state.
+
+    LeRobot compares the names of the cameras with the robot's, and refuses a robot that lacks some and has others.
+    """
     height, width = contract.image_size
     back = {policy: robot for robot, policy in (rename or {}).items()}
-    cameras = [_camera_key(str(camera.key)) for camera in contract.cameras if camera.key is not None and camera.required]
+    cameras = [_camera_key(camera.key) for camera in contract.cameras if camera.key is not None]
     features = {key: PolicyFeature(FeatureType.VISUAL, (3, height, width)) for key in cameras}
     features[STATE] = PolicyFeature(FeatureType.STATE, (contract.state_dim,))
     return {back.get(key, key): feature for key, feature in features.items()}
