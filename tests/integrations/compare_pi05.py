@@ -2,8 +2,8 @@
 
     compare_pi05.py CHECKPOINT BUNDLE
 
-CHECKPOINT is a small pi05 that LeRobot saved. Its configuration names the released sizes, so that LeRobot's constructors
-are given those of its tensors. Prints one line of JSON: the largest differences, and whether the shapes agree.
+CHECKPOINT is a small pi05 that LeRobot saved. Its configuration names the released sizes, so that LeRobot's
+constructors are given those of its tensors. Prints one line of JSON: the largest differences, and whether the shapes agree.
 """
 
 import dataclasses
