@@ -3,7 +3,7 @@
     compare_pi05.py CHECKPOINT BUNDLE
 
 CHECKPOINT is a small pi05 that LeRobot saved. Its configuration names the released sizes, so that LeRobot's
-constructors are given those of its tensors. Prints one line of JSON: the largest differences, and whether the shapes agree.
+constructors are given those of its tensors. Prints one line of JSON: the largest differences.
 """
 
 import dataclasses

@@ -11,10 +11,12 @@ from ki_edge.errors import ArgumentError, ObservationError, PromptError
 from ki_edge.model import Observation, load_model
 from ki_edge.policy.answers import Answers
 from ki_edge.policy.prompt import PromptTokenizer
-from ki_edge.recordings.episode_file import read_episode
+from ki_edge.recordings.episode_file import RecordedEpisode
+from ki_edge.recordings.episodes import EpisodeView
 from ki_runtime import Policy
 from ki_runtime.policy.decode import Choices
 from ki_runtime.policy.drawing import drawing
+from ki_runtime.robots import open_robot
 
 POINT = "point to the target"
 LENGTH = 12
@@ -23,7 +25,9 @@ LENGTH = 12
 @pytest.fixture(scope="module")
 def words_bundle(fetch_checkpoint, made_once):
     export = (sys.executable, "-m", "ki_export.cli", fetch_checkpoint, "--target", "ort", "--full-vocabulary", "-o")
-    return made_once("words_bundle", lambda path: subprocess.run([*map(str, export), str(path)], check=True, timeout=550))
+    return made_once(
+        "words_bundle", lambda path: subprocess.run([*map(str, export), str(path)], check=True, timeout=550)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +37,7 @@ def policy(words_bundle):
 
 @pytest.fixture(scope="module")
 def observation(fetch_replay):
-    return read_episode(fetch_replay).observation(0)
+    return EpisodeView(RecordedEpisode.open(fetch_replay)).observation(0)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +74,7 @@ def test_the_prompt_of_the_observation_is_asked(policy, observation):
 
 def test_it_points_to_the_target(policy):
     """Within a twentieth of a picture, in scenes that no training saw."""
-    arm = pytest.importorskip("ki_runtime.robots.fetch").FetchReach(prompt=POINT)
+    arm = open_robot("gym:FetchReach-v4", prompt=POINT)
     try:
         for seed in range(1000, 1006):
             arm.reset(seed)
