@@ -24,9 +24,7 @@ Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 LOC_SIDE = 1024
 _LOC = re.compile(r"<loc(\d{4})>")
-_NO_TEXT = re.compile(
-    r"<(pad|bos|eos|unk|mask|s|/s|image|2mass|seg\d+|unused\d+|start_of_turn|end_of_turn)>|\[@BOS@\]"
-)
+_NO_TEXT = re.compile(r"<(pad|bos|eos|unk|mask|s|/s|image|2mass|seg\d+|unused\d+|start_of_turn|end_of_turn)>|\[@BOS@\]")
 
 
 @dataclass(frozen=True, eq=False)

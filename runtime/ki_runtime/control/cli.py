@@ -21,6 +21,8 @@ from .loop import ControlLoop
 from .options import MODES, LoopOptions
 from .recorder import Recorder, check_folder
 from .reporting import Watcher
+from .self_check_file import read_limit, save_limit
+from .subtask import TASK, SubtasksTold, TwoLevels, Writing
 from .telemetry import Episode
 
 MODE_HELP = (
@@ -63,6 +65,11 @@ def _run(options: argparse.Namespace) -> int:
 
     if options.record:
         check_folder(options.record)  # before a large model is loaded, and engines are built
+    if options.self_check_limit is not None:
+        options.self_check_limit = read_limit(options.self_check_limit)
+    if options.self_check_save is not None and options.self_check is None:
+        raise ArgumentError("--self-check-save is of a self-check: say every how many seconds (--self-check)")
+    writing = _writing(options)
     told = {one.name for one in fields(LoopOptions)} - OWN
     loop_options = LoopOptions(**{name: getattr(options, name) for name in told})
     if options.show_limits:
@@ -78,19 +85,25 @@ def _run(options: argparse.Namespace) -> int:
         trust_engines=options.trust_engines,
         say=tell,
     )
+    levels = None if writing is None else TwoLevels(policy, writing)
     with Interrupts() as interrupts, interrupts.held(), ExitStack() as opened:
         robot = open_robot(options.robot, **({} if options.disturb is None else {"disturb": options.disturb}))
         opened.callback(robot.close)
-        loop = ControlLoop(policy, robot, loop_options, interrupts=interrupts)
+        loop = ControlLoop(levels or policy, robot, loop_options, interrupts=interrupts)
         with interrupts.released():
-            prepared = policy.warm_up(prompt=options.prompt, num_steps=options.num_steps)  # before anything moves
+            prepared = policy.warm_up(
+                prompt=options.prompt, num_steps=options.num_steps, fast=loop.self_check is not None
+            )  # before anything moves
+            if levels is not None:
+                levels.warm_up_writing()
         loop.expect(prepared.inference_ms)
         seconds = prepared.milliseconds / 1e3
         tell(f"ki-run: warmed up in {seconds:.1f} s; an inference takes {prepared.inference_ms:.0f} ms")
         if (warning := loop.limits.warning()) is not None:
             tell(f"ki-run: {warning} (--limits FILE)")
         recorder = Recorder(options.record) if options.record else None  # nothing was written before
-        loop.watch(Progress(options.episodes), *([recorder] if recorder else []))
+        told_subtasks = [SubtasksTold()] if levels is not None else []
+        loop.watch(Progress(options.episodes), *told_subtasks, *([recorder] if recorder else []))
         opened.pop_all()  # from here on the loop closes the robot
         status = 0
         try:
@@ -100,10 +113,21 @@ def _run(options: argparse.Namespace) -> int:
             status = 128 + int(getattr(stop, "signum", signal.SIGINT))
         except Exception:
             with suppress(OSError):
-                _print(options, loop, recorder, interrupted=True)
+                _print(options, loop, levels, recorder, interrupted=True)
             raise
-        _print(options, loop, recorder, interrupted=status != 0)
+        _print(options, loop, levels, recorder, interrupted=status != 0)
+        if loop.self_check is not None and options.self_check_save is not None and status == 0:
+            limit = save_limit(options.self_check_save, loop.self_check.disagreements())
+            tell(f"ki-run: a disagreement of {limit:.3g} is the limit that {options.self_check_save} keeps")
     return status
+
+
+def _writing(options: argparse.Namespace) -> Writing | None:
+    if options.subtask_every is not None:
+        return Writing(options.subtask_every, TASK if options.subtask_question is None else options.subtask_question)
+    if options.subtask_question is not None:
+        raise ArgumentError("--subtask-question is of subtasks: say every how many seconds (--subtask-every)")
+    return None
 
 
 def _show_limits(options: argparse.Namespace) -> int:
@@ -121,13 +145,21 @@ def _show_limits(options: argparse.Namespace) -> int:
     return 0
 
 
-def _print(options: argparse.Namespace, loop: ControlLoop, recorder: Recorder | None, *, interrupted: bool) -> None:
+def _print(
+    options: argparse.Namespace,
+    loop: ControlLoop,
+    levels: TwoLevels | None,
+    recorder: Recorder | None,
+    *,
+    interrupted: bool,
+) -> None:
     report = loop.report(interrupted=interrupted)
     if options.json:
         facts = {"bundle": options.bundle, "robot": options.robot, "seed": options.seed, **report.to_json()}
+        facts |= {} if levels is None else {"subtasks": levels.summary()}
         show_json(facts)
         return
-    lines = [*report.lines(), *(recorder.notes if recorder else ())]
+    lines = [*report.lines(), *(levels.lines() if levels else ()), *(recorder.notes if recorder else ())]
     if options.verbose:
         lines.append(f"torch loaded  {'yes' if 'torch' in sys.modules else 'no'}")
     if options.record:
@@ -154,8 +186,21 @@ def _parser() -> Parser:
     add("--verbose", action="store_true", help="also say whether PyTorch was loaded, which a robot does not need")
     _add_loop(parser.add_argument_group("the loop").add_argument)
     _add_safety(parser.add_argument_group("safety, see docs/safety.md").add_argument, defaults)
+    _add_levels(parser.add_argument_group("high-level words, see docs/text.md").add_argument)
+    _add_check(parser.add_argument_group("the self-check, see docs/self-check.md").add_argument)
     _add_engine(parser.add_argument_group("the engine").add_argument)
     return parser
+
+
+def _add_levels(add: Callable[..., object]) -> None:
+    add("--subtask-every", type=float, metavar="S", help="write the next subtask every S seconds, and act on it")
+    add("--subtask-question", metavar="TEXT", help="what is asked for it; {task} is the task; default: the task alone")
+
+
+def _add_check(add: Callable[..., object]) -> None:
+    add("--self-check", type=float, metavar="S", help="compare flow and FAST actions every S seconds, in spare time")
+    add("--self-check-limit", metavar="X|FILE", help="hold where they disagree by more than this")
+    add("--self-check-save", metavar="FILE", help="keep the limit that follows from this run, which was a normal one")
 
 
 def _add_loop(add: Callable[..., object]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +23,7 @@ from .options import LoopOptions
 from .reporting import Reporter, Watcher
 from .schedule import F32, Schedule, Way
 from .seams import SeamLog
+from .self_check import SelfCheck
 from .telemetry import LatencyLog
 from .watchdog import Watchdog
 
@@ -73,12 +73,12 @@ class Parts:
     reporter: Reporter
     interrupts: Interrupts
     stops: Stops
-    say: Callable[[str], object]
     way: Callable[[Request], Way]  # how a chunk is joined to the one before it, in mode rtc
     noise: Callable[[int, int], F32]  # (seed of the episode, number of the inference)
     execute: int
     beside: bool  # inference runs in a thread of its own
     starve_limit: int
+    self_check: SelfCheck | None
     oldest: float  # seconds since its observation, after which nothing of a chunk is sent
     filmers: tuple[Watcher, ...] = ()  # watchers that want pictures of the present episode
     commands: int = 0  # that were sent, and the seconds of the loop's clock that episodes took, also the last one
@@ -112,18 +112,3 @@ class Parts:
         if frame is not None:
             picture, filmers = frame.copy() if self.beside else frame, self.filmers  # the robot may draw over it
             self.reporter.tell(lambda watcher: watcher.filmed(picture) if watcher in filmers else None)
-
-
-def state_scale(stats: Mapping[str, Any] | None, size: int) -> npt.NDArray[np.float64] | None:
-    """The usual range of each number of a state [size], from a policy's statistics; infinite where it hardly moved."""
-    known = None if stats is None else stats.get("state")
-    if known is None:
-        return None
-    if known.q01 is not None and known.q99 is not None:
-        scale = known.q99 - known.q01
-    elif known.std is not None:
-        scale = 4.0 * known.std
-    else:
-        return None
-    wide = np.asarray(scale, np.float64)[:size]
-    return np.where(wide > 0, wide, np.inf) if len(wide) == size else None

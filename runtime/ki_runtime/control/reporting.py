@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ki_runtime.robots.base import Robot
 
 from .schedule import F32
+from .self_check import Checked
 from .telemetry import Episode
 
 MOST = 500  # events that wait for slow watchers; those after them are dropped and counted
@@ -62,6 +63,9 @@ class Watcher:
     def stepped(self, step: Step) -> None:
         """A command was sent."""
 
+    def checked(self, found: Checked) -> None:
+        """The policy's two heads were compared."""
+
     def episode_ended(self, index: int, episode: Episode) -> None:
         """The episode is over."""
 
@@ -72,11 +76,13 @@ class Watcher:
 class Reporter:
     """Tells all watchers, in order. `threaded`: from a thread; what comes too fast for it is dropped and counted."""
 
-    def __init__(self, watchers: Sequence[Watcher], *, threaded: bool) -> None:
-        self._watchers = watchers
+    def __init__(
+        self, watchers: Sequence[Watcher], *, threaded: bool, say: Callable[[str], object] = lambda line: None
+    ) -> None:
+        self._watchers, self._say = watchers, say
         self.dropped = 0
         self._error: BaseException | None = None
-        self._events: deque[Callable[[Watcher], None]] = deque()
+        self._events: deque[Callable[[], object]] = deque()
         self._some = threading.Condition()
         self._over = False
         self._thread = threading.Thread(target=self._work, name="watchers", daemon=True) if threaded else None
@@ -85,9 +91,19 @@ class Reporter:
 
     def tell(self, event: Callable[[Watcher], None], *, must: bool = False) -> None:
         """Tell them soon. What one of them raises is raised here, or by the next call. `must`: never dropped."""
+        self._do(lambda: self._tell_all(event), must)
+
+    def say(self, line: str) -> None:
+        """A line for the user, whose terminal may not take it at once."""
+        self._do(lambda: self._say(line), False)
+
+    def _tell_all(self, event: Callable[[Watcher], None]) -> None:
+        for watcher in self._watchers:
+            event(watcher)
+
+    def _do(self, event: Callable[[], object], must: bool) -> None:
         if self._thread is None:
-            for watcher in self._watchers:
-                event(watcher)
+            event()
             return
         self.check()
         with self._some:
@@ -121,7 +137,6 @@ class Reporter:
                     self._some.wait()
                 event = self._events.popleft()
             try:
-                for watcher in self._watchers:
-                    event(watcher)
+                event()
             except BaseException as error:
                 self._error = self._error or error

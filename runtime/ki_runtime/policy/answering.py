@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,14 @@ class Answering:
         return images[None], camera_mask[None], ids[None], np.ones((1, len(ids)), np.bool_)
 
     def ask(
-        self, inputs: tuple[npt.NDArray[Any], ...], max_tokens: int, temperature: float, seed: int | None, *, locs: bool
+        self,
+        inputs: tuple[npt.NDArray[Any], ...],
+        max_tokens: int,
+        temperature: float,
+        seed: int | None,
+        *,
+        locs: bool,
+        stop: Callable[[], bool] | None,
     ) -> npt.NDArray[np.int64]:
         """The ids of an answer, i64 [n], the end of text and padding behind it among them."""
         images, camera_mask, question, mask = inputs
@@ -54,6 +61,7 @@ class Answering:
             max_tokens=max_tokens,
             temperature=temperature,
             seed=seed,
+            stop=stop,
         )[0]
         return found
 

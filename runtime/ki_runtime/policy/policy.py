@@ -144,11 +144,12 @@ class Policy:
             raise ArgumentError(f"way {wanted!r:.40}: this policy's chunks can be {known}")
         return wanted or self.rtc
 
-    def infer_fast(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+    def infer_fast(self, observation: Mapping[str, Any], *, stop: Callable[[], bool] | None = None) -> dict[str, Any]:
         """Actions decoded from FAST tokens, to compare with the flow's: slower and coarser than `infer`.
 
         {"actions": float64 [H, action_dim] in robot units or None, "tokens": i64 [n] as sampled, "problem": why there
-        are no actions or None, "timing": milliseconds by stage}. ArgumentError for a policy without FAST.
+        are no actions or None, "timing": milliseconds by stage}. `stop`: asked after every token; True ends decoding
+        there. ArgumentError for a policy without FAST.
         """
         contract = self._fast_contract()
         clock = _Stopwatch()
@@ -156,7 +157,7 @@ class Policy:
         clock.lap("preprocess_ms")
         forced = self.tokenizer.action_ids
         limit = contract.room(len(forced))
-        tokens = self.sampler.sample_fast_tokens(*_batch(inputs), max_tokens=limit, forced=forced)[0]
+        tokens = self.sampler.sample_fast_tokens(*_batch(inputs), max_tokens=limit, forced=forced, stop=stop)[0]
         clock.lap("model_ms")
         actions, problem = self._decode(tokens, FastIds(contract.id_offset, contract.size))
         if actions is not None:
@@ -174,12 +175,13 @@ class Policy:
         temperature: float = 0.0,
         seed: int | None = None,
         allow_loc: bool = False,
+        stop: Callable[[], bool] | None = None,
     ) -> dict[str, Any]:
         """What the policy says to the pictures of an observation and a question, in PaliGemma's form.
 
         `prompt`: the question, None: the observation's own prompt; it goes in as it is, without the state. The most
         likely text, or with a `temperature` above 0 a drawn one (`seed` None: another each time). Only text may come;
-        `allow_loc`: also `<loc>` tokens, with which a policy points.
+        `allow_loc`: also `<loc>` tokens, with which a policy points. `stop`: as of `infer_fast`.
         {"text": without `<loc>`, "tokens": i64 [n] before the end, "points": f64 [k, 2], (x, y) from 0 to 1 in the
         square picture that the model sees, "finished": whether the end came within `max_tokens`, "timing": ...}.
         ArgumentError for a bundle without the whole vocabulary (`check_text` tells before), and other arguments;
@@ -189,7 +191,7 @@ class Policy:
         clock = _Stopwatch()
         inputs = self._answering.inputs(observation, prompt)
         clock.lap("preprocess_ms")
-        tokens = self._answering.ask(inputs, max_tokens, temperature, seed, locs=allow_loc)
+        tokens = self._answering.ask(inputs, max_tokens, temperature, seed, locs=allow_loc, stop=stop)
         clock.lap("model_ms")
         found = self._answering.read(tokens)
         clock.lap("postprocess_ms")

@@ -214,12 +214,13 @@ class Sampler:
         max_tokens: int,
         forced: Sequence[int] = (),
         constrained: bool = True,
+        stop: Callable[[], bool] | None = None,
     ) -> Int64:
         """Greedy continuation of the prompt: ids i64 [B, n] of the model's vocabulary, n <= max_tokens.
 
         `forced` ids are fed first and are not returned. A row ends at EOS and is padded with it. `constrained` allows
-        only the FAST ids, "|" and EOS. Inputs as in `sample_actions`; ArgumentError for what does not fit, and for a
-        bundle without the FAST head.
+        only the FAST ids, "|" and EOS. `stop` is asked after each token, and ends all rows there. Inputs as in
+        `sample_actions`; ArgumentError for what does not fit, and for a bundle without the FAST head.
         """
         self._check_fast()
         inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
@@ -227,7 +228,7 @@ class Sampler:
         if not isinstance(constrained, bool | np.bool_):
             raise ArgumentError(f"constrained {constrained!r:.60}: expected True or False")
         constrained = bool(constrained)
-        return self._decode(inputs, lambda: self._choices_of(constrained), max_tokens, forced)
+        return self._decode(inputs, lambda: self._choices_of(constrained), max_tokens, forced, stop)
 
     def sample_text_tokens(
         self,
@@ -241,12 +242,13 @@ class Sampler:
         max_tokens: int,
         temperature: float = 0.0,
         seed: int | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> Int64:
         """A text that continues the prompt: ids i64 [B, n], n <= max_tokens, all of them `allowed`.
 
         A row ends at `eos_id` and is padded with it. The most likely tokens, or with a `temperature` above 0 drawn ones
-        (`seed` None: others each time). Inputs as in `sample_actions`. ArgumentError for what does not fit, and for a
-        bundle without the whole vocabulary.
+        (`seed` None: others each time). `stop` as in `sample_fast_tokens`, inputs as in `sample_actions`. ArgumentError
+        for what does not fit, and for a bundle without the whole vocabulary.
         """
         check_words(self.bundle)
         inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
@@ -255,10 +257,15 @@ class Sampler:
         if ids[0] < 0:
             raise ArgumentError(f"allowed id {ids[0]} is not a token: expected 0 to {self._config.vocab_size - 1}")
         chooser = drawing(Choices.of(self.bundle.manifest.vocabulary.ids, eos_id, ids), temperature, seed)
-        return self._decode(inputs, lambda: chooser, max_tokens, [])
+        return self._decode(inputs, lambda: chooser, max_tokens, [], stop)
 
     def _decode(
-        self, inputs: PrefixInputs, chooser: Callable[[], Chooser], max_tokens: int, forced: Sequence[int]
+        self,
+        inputs: PrefixInputs,
+        chooser: Callable[[], Chooser],
+        max_tokens: int,
+        forced: Sequence[int],
+        stop: Callable[[], bool] | None,
     ) -> Int64:
         self._prove_fast()
 
@@ -267,7 +274,7 @@ class Sampler:
             start = time.perf_counter_ns()
             prefix = self._prefix.run(inputs)
             middle = time.perf_counter_ns()
-            tokens = stage.run(prefix, inputs, choices, max_tokens, forced)
+            tokens = stage.run(prefix, inputs, choices, max_tokens, forced, stop)
             self._times.last = StageTimes(prefix=middle - start, fast=time.perf_counter_ns() - middle)
             return tokens
 

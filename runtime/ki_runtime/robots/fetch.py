@@ -197,6 +197,7 @@ class GymRobot:
 
     name = "gym:FetchReach-v4"
     action_names = ACTION_NAMES
+    simulated = True
 
     def __init__(self, *, prompt: str = "reach the red target", disturb: int | None = None) -> None:
         self._prompt, self._disturb = prompt, disturb
