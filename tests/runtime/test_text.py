@@ -1,8 +1,5 @@
 """Answers in words, on the shipped policy exported with its whole vocabulary."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -20,14 +17,6 @@ from ki_runtime.robots import open_robot
 
 POINT = "point to the target"
 LENGTH = 12
-
-
-@pytest.fixture(scope="module")
-def words_bundle(fetch_checkpoint, made_once):
-    export = (sys.executable, "-m", "ki_export.cli", fetch_checkpoint, "--target", "ort", "--full-vocabulary", "-o")
-    return made_once(
-        "words_bundle", lambda path: subprocess.run([*map(str, export), str(path)], check=True, timeout=550)
-    )
 
 
 @pytest.fixture(scope="module")
