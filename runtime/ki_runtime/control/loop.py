@@ -53,7 +53,8 @@ OLDEST = 1.0  # seconds since its observation after which a chunk is dropped, or
 class Actor(Protocol):
     """What the loop needs of a policy: `Policy`, or any other model behind the same call.
 
-    One for mode rtc has `rtc` ("guided" or "trained"), `max_delay`, and takes `previous`.
+    One for mode rtc has `rtc` ("guided" or "trained"), `max_delay`, and takes `previous`. One may have `reset()`,
+    called where an episode begins, and `when_idle` (`inference.Spare`), called in the thread that infers.
     """
 
     @property
@@ -207,7 +208,8 @@ class ControlLoop:
         shape = (contract.action_horizon, contract.model_action_dim)
         beside = options.mode != "sync" and options.delay is None
         clock: Clock = RealClock() if options.delay is None else SimulatedClock()
-        spare = in_turn([part.when_idle for part in (self.self_check, self._policy) if hasattr(part, "when_idle")])
+        found = (getattr(part, "when_idle", None) for part in (self.self_check, self._policy))
+        spare = in_turn([one for one in found if one is not None])
         inference: Inference = (
             Worker(self._infer, spare) if options.delay is None else LockStep(self._infer, options.delay, spare)
         )
