@@ -13,7 +13,7 @@ from ki_edge.recordings.episodes import EpisodeView
 from ki_runtime import Policy
 from ki_runtime.policy.decode import Choices
 from ki_runtime.policy.drawing import drawing
-from ki_runtime.robots import open_robot
+from ki_runtime.robots.fetch import FetchScene
 
 POINT = "point to the target"
 LENGTH = 12
@@ -63,14 +63,14 @@ def test_the_prompt_of_the_observation_is_asked(policy, observation):
 
 def test_it_points_to_the_target(policy):
     """Within a twentieth of a picture, in scenes that no training saw."""
-    arm = open_robot("gym:FetchReach-v4", prompt=POINT)
+    scene = FetchScene()
     try:
         for seed in range(1000, 1006):
-            arm.reset(seed)
-            found = policy.infer_text(arm.observe(), allow_loc=True)
-            np.testing.assert_allclose(found["points"], arm._scene.target_points(), atol=0.05)
+            scene.reset(seed)
+            found = policy.infer_text({"images": scene.pictures(), "prompt": POINT}, allow_loc=True)
+            np.testing.assert_allclose(found["points"], scene.target_points(), atol=0.05)
     finally:
-        arm.close()
+        scene.close()
 
 
 def test_only_text_comes_however_wildly_it_is_drawn(policy, observation):
