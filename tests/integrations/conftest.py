@@ -1,6 +1,6 @@
 """LeRobot in an environment of its own: it needs another Python and another torch than this project's.
 
-LEROBOT_PYTHON names the interpreter of an environment that has it; else one is made in build/lerobot, which takes 6 GB
+KI_LEROBOT_PYTHON names the interpreter of an environment that has it; else one is made in build/lerobot, which takes 6 GB
 and some minutes, and is kept.
 """
 
@@ -28,7 +28,7 @@ def succeed(*command: object, **options: object) -> None:
 @pytest.fixture(scope="session")
 def lerobot_python() -> Path:
     """An interpreter with LeRobot; skipped where there is neither one nor a Python to make it with."""
-    if given := os.environ.get("LEROBOT_PYTHON"):
+    if given := os.environ.get("KI_LEROBOT_PYTHON"):
         return Path(given)
     home = ROOT / "build" / "lerobot"
     python = home / "bin" / "python"
@@ -36,7 +36,9 @@ def lerobot_python() -> Path:
         pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
         ours = max(map(str, pyenv.glob(f"versions/{VERSION}.*/bin/python")), default=None)
         if (base := ours or shutil.which(f"python{VERSION}")) is None:
-            pytest.skip(f"LeRobot needs Python {VERSION}, which is not here; LEROBOT_PYTHON may name one that has it")
+            pytest.skip(
+                f"LeRobot needs Python {VERSION}, which is not here; KI_LEROBOT_PYTHON may name one that has it"
+            )
         succeed(base, "-m", "venv", "--clear", home)
         succeed(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES)
         (home / ".ready").touch()
@@ -50,7 +52,7 @@ def lerobot_site(lerobot_python: Path, tmp_path_factory: pytest.TempPathFactory)
     into = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target", site)
     sources = tmp_path_factory.mktemp("sources") / "plugin"  # a copy, in which setuptools may build
     shutil.copytree(ROOT / "integrations" / "lerobot_policy_ki_edge", sources)
-    succeed(lerobot_python, *into, "onnxruntime")
+    succeed(lerobot_python, *into, "onnxruntime", "websockets", "msgpack")
     succeed(sys.executable, *into, "--no-build-isolation", sources)
     shutil.copy(HERE / "dummy_robot.py", site / "lerobot_robot_dummy.py")
     (site / "lerobot_robot_dummy-0.0.0.dist-info").mkdir()

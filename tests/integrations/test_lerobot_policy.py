@@ -1,8 +1,10 @@
 """The plugin inside the real LeRobot: its actions, and LeRobot's own command with it."""
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
@@ -28,6 +30,14 @@ def test_actions_are_those_of_lerobots_own_policy(run_lerobot, lerobot_checkpoin
         assert found[name] < 1e-4, found
     assert found["selected"] == 0
     assert found["seam_joined"] < 0.1 * found["seam_plain"]  # which shows that joining does something
+
+
+def test_the_plugins_corners(run_lerobot, lerobot_bundle):
+    script = HERE / "plugin_edges.py"
+    result = run_lerobot(script, lerobot_bundle)
+    assert result.returncode == 0, result.stdout + result.stderr
+    checks = re.findall(r"^def (check_\w+)", script.read_text(), re.M)
+    assert result.stdout.split() == checks and len(checks) > 10
 
 
 @pytest.mark.parametrize("engine", ["sync", "rtc"])
@@ -61,7 +71,8 @@ def test_a_saved_folder_names_the_bundle(run_lerobot, lerobot_bundle, tmp_path):
     [
         ((), "--policy.bundle is missing"),
         (("--policy.bundle=nowhere",), "nowhere"),
-        (("--policy.bundle=ws://host:8000",), "--policy.bundle=ws://host:8000"),
+        (("--policy.bundle=ws://127.0.0.1:1",), "ws://127.0.0.1:1"),
+        (("--policy.bundle={bundle}", "--policy.contract=pi05_droid"), "a bundle has its own"),
         (("--policy.bundle={bundle}", "--policy.n_action_steps=11"), "n_action_steps"),
         (("--policy.bundle={bundle}", "--policy.digest=" + 64 * "0"), "digest"),
     ],
@@ -73,3 +84,25 @@ def test_a_bad_bundle_is_refused_before_the_robot_is_connected(given, message, r
     assert message in result.stderr.splitlines()[-1]
     assert "Connecting robot" not in result.stderr
     assert not commands
+
+
+def test_a_policy_on_another_machine(run_lerobot, tmp_path):
+    """Openpi's protocol: the server tells its contract, or a file does."""
+    pytest.importorskip("ki_runtime.remote")
+    from ki_edge.policy.contract import generic
+
+    from ..runtime.policy_server import PolicyServer
+
+    contract = generic(["front", "wrist"], state_dim=8, action_dim=7, action_horizon=5, image_size=(16, 16))
+    rows = np.arange(35.0, dtype=np.float32).reshape(5, 7)
+    metadata = {"ki_edge": {"contract": contract.to_json()}}
+    server = PolicyServer(lambda number, observation: {"actions": rows}, metadata)
+    try:
+        given = ("--policy.type=ki_edge", f"--policy.bundle={server.uri}", "--duration=1")
+        result, commands = rollout(run_lerobot, tmp_path / "log", *given, "--policy.n_action_steps=5")
+        assert result.returncode == 0, result.stderr
+        assert commands[:5] == [tuple(row) for row in rows.tolist()]
+        refused, _ = rollout(run_lerobot, tmp_path / "other", *given, "--policy.threads=2")
+        assert "the server at" in refused.stderr.splitlines()[-1]
+    finally:
+        server.stop()

@@ -11,7 +11,8 @@ from lerobot.policies.rtc.configuration_rtc import RTCConfig
 class KiEdgeConfig(PreTrainedConfig):
     """A policy that is in a bundle. Shapes, names and statistics come from there.
 
-    bundle            its folder
+    bundle            its folder; or ws://HOST:PORT of a policy server, which draws its own noise
+    contract          of a server that does not tell it, as openpi's: a JSON file, or the name of openpi's configuration
     backend, threads  the engine, as of `ki-run`; "auto": the fastest that can
     digest            run only the bundle with this digest, which its export printed
     num_steps         of denoising; None: the bundle's
@@ -22,6 +23,7 @@ class KiEdgeConfig(PreTrainedConfig):
     """
 
     bundle: str = ""
+    contract: str | None = None
     backend: str = "auto"
     threads: int | None = None
     digest: str | None = None

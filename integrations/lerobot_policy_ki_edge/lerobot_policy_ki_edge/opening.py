@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 from ki_edge.errors import ArgumentError
@@ -42,14 +43,14 @@ class Runtime(Protocol):
 def open_policy(config: KiEdgeConfig) -> Runtime:
     """The policy, with its first inference done, which is slower than the others.
 
-    ArgumentError without a bundle; errors as of `ki_runtime.Policy.load`.
+    ArgumentError without a bundle; errors as of `ki_runtime.Policy.load`, or of `ki_runtime.remote.RemotePolicy`.
     """
     if not config.bundle:
         raise ArgumentError("--policy.bundle is missing: give the folder that ki-export wrote")
     if config.bundle.startswith(REMOTE):
-        raise ArgumentError(
-            f"--policy.bundle={config.bundle}: this version opens bundles on this machine alone; give a folder"
-        )
+        return _warmed(_connect(config), config)
+    if config.contract is not None:
+        raise ArgumentError(f"--policy.contract={config.contract}: a bundle has its own; it is for ws://HOST:PORT")
     from ki_runtime import Policy
 
     policy = Policy.load(
@@ -60,6 +61,27 @@ def open_policy(config: KiEdgeConfig) -> Runtime:
         build=True,
         say=logger.info,
     )
+    return _warmed(policy, config)
+
+
+def _connect(config: KiEdgeConfig) -> Any:
+    """The policy of a server. ArgumentError for options of an engine, which is on the server's side."""
+    if find_spec("ki_runtime.remote") is None:
+        raise ArgumentError(
+            f"--policy.bundle={config.bundle}: this ki_edge opens bundles on this machine: give a folder"
+        )
+    from ki_runtime.remote.policy import RemotePolicy, read_contract
+
+    engine = {"backend": "auto", "threads": None, "digest": None, "num_steps": None}
+    given = [f"--policy.{name}" for name, usual in engine.items() if getattr(config, name) != usual]
+    if given:
+        raise ArgumentError(f"{', '.join(given)}: the server at {config.bundle} decides that; leave it out")
+    contract = None if config.contract is None else read_contract(config.contract)
+    return RemotePolicy(config.bundle, contract, say=logger.info)
+
+
+def _warmed(policy: Any, config: KiEdgeConfig) -> Runtime:
     prepared = policy.warm_up(num_steps=config.num_steps)
     logger.info("%s: warmed up, an inference takes %.0f ms", config.bundle, prepared.inference_ms)
-    return policy
+    opened: Runtime = policy
+    return opened

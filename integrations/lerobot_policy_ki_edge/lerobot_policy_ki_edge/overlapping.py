@@ -26,6 +26,10 @@ def joining(
     """
     if left is None:
         return {}
+    if runtime.rtc is None:
+        raise ArgumentError(
+            "prev_chunk_left_over: this policy cannot continue a chunk: export its checkpoint with --rtc"
+        )
     rows = left.detach().cpu().numpy().astype(np.float64)
     if rows.ndim == 3 and len(rows) == 1:
         rows = rows[0]
