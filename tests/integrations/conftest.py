@@ -1,7 +1,7 @@
 """LeRobot in an environment of its own: it needs another Python and another torch than this project's.
 
-KI_LEROBOT_PYTHON names the interpreter of an environment that has it; else one is made in build/lerobot, which takes 6 GB
-and some minutes, and is kept.
+KI_LEROBOT_PYTHON names the interpreter of an environment that has it; else one is made in build/lerobot, which takes
+6 GB and some minutes, and is kept.
 """
 
 import os

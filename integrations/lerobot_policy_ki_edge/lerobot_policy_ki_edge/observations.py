@@ -77,8 +77,8 @@ def _is_picture(key: str, value: Any) -> bool:
 def _picture(picture: Tensor, contract: PolicyContract) -> np.ndarray:
     """[3, h, w] in the form that the policy's makers resized: LeRobot's floats, or openpi's bytes.
 
-    LeRobot made floats of bytes; where bytes are wanted they are restored by rounding: of float16, cutting decimals off,
-    as openpi does with floats, would make every other pixel darker.
+    LeRobot made floats of bytes; where bytes are wanted they are restored by rounding: of float16, cutting decimals
+    off, as openpi does with floats, would make every other pixel darker.
     """
     array = _numpy(picture)
     if contract.pictures == "uint8" and np.issubdtype(array.dtype, np.floating) and np.isfinite(array).all():
