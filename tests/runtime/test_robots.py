@@ -269,6 +269,20 @@ def test_the_label_is_what_the_expert_does_from_the_picture(demonstrations, scen
     assert np.linalg.norm(scene.gripper - target) <= max(0.03, np.linalg.norm(start - target))
 
 
+def test_a_disturbed_target_moves_elsewhere_by_its_seed():
+    robot, moved = open_robot("gym:FetchReach-v4", disturb=3), []
+    for seed in (0, 1, 2, 1):
+        robot.reset(seed)
+        before = robot._scene.target
+        for step in range(4):
+            robot.act(robot._scene.plan(1)[0])
+            assert np.array_equal(robot._scene.target, before) == (step < 2)
+        moved.append(robot._scene.target - before)
+    robot.close()
+    assert np.array_equal(moved[1], moved[3]) and not np.array_equal(moved[0], moved[1])
+    assert all(np.linalg.norm(by) > 0.01 for by in moved)
+
+
 # --- replay -----------------------------------------------------------------------------------------------------------
 
 

@@ -8,9 +8,11 @@ import pytest
 from ki_edge.errors import ArgumentError, BackendError, RobotError
 from ki_edge.policy.normalize import NormStats
 from ki_runtime.control.cli import main
+from ki_runtime.control.inference import Request
 from ki_runtime.control.loop import ControlLoop
 from ki_runtime.control.options import LoopOptions
 from ki_runtime.control.reporting import Watcher
+from ki_runtime.control.self_check import SelfCheck
 from ki_runtime.control.self_check_file import LEAST, limit_of, read_limit, save_limit
 from ki_runtime.policy.agreement import Agreement, usual_range
 
@@ -133,6 +135,17 @@ def test_a_check_is_given_up_when_the_next_chunk_is_wanted():
     assert policy.checked and not found
     assert report.self_check["given_up"] >= 3 and report.self_check["count"] == 0
     assert report.rate["starved"] <= 3 and report.delay["predicted"]["p95"] <= 2
+
+
+def test_what_an_episode_finds_is_no_doubt_of_the_next():
+    """A check that ends when another episode has begun."""
+    policy = TwoHeads(apart=range(99))
+    check = SelfCheck(policy, 0.0, 0.2)
+    check.reset(1)
+    request = Request(1, 0, 0, 0, {"state": np.zeros(1)}, 0.0, np.zeros((8, 2), np.float32), None, 1, first=False)
+    policy.infer_fast = lambda *_, **__: check.reset(2) or {"actions": np.full((8, 1), 40.0), "problem": None}
+    check.when_idle(request, {"actions": np.zeros((8, 1))}, lambda: False)
+    assert not check.doubtful and not check.take() and check.summary(1.0)["given_up"] == 1
 
 
 def test_a_policy_with_one_head_is_refused():

@@ -66,7 +66,7 @@ class Cycle:
         parts.watchdog.reset()
         parts.guards.reset(None)
         if parts.self_check is not None:
-            parts.self_check.reset()
+            parts.self_check.reset(self._epoch)
         status = parts.robot.status()
         successes = [status.success]
         self._begun = parts.clock.now()

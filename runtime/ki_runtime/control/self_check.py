@@ -54,6 +54,7 @@ class SelfCheck:
             )
         self._agreement = Agreement(getattr(policy, "stats", None) or {}, contract.action_dim)
         self._policy, self._every, self.limit = policy, every, limit
+        self._epoch = 0
         self._last: float | None = None  # observation of the last check that was done
         self._new: deque[Checked] = deque()
         self._found: list[float] = []
@@ -82,9 +83,9 @@ class SelfCheck:
         except KiEdgeError as error:
             actions, problem = None, str(error)
         took = 1e3 * (time.perf_counter() - start)
-        if actions is None and wanted():
+        self._took.append(took)
+        if request.epoch != self._epoch or (actions is None and wanted()):
             self._given_up += 1
-            self._took.append(took)
             return
         self._last = request.observed
         given = request.delay if request.previous is not None else 0  # those continue the chunk before
@@ -94,16 +95,15 @@ class SelfCheck:
         beyond = self.limit is not None and apart > self.limit
         if len(self._found) < MOST:
             self._found.append(apart)
-        self._took.append(took)
         self._beyond += beyond
         self.doubtful = beyond
         self._new.append(Checked(request.number, request.tick, apart, beyond, took, problem))
 
     # ------------------------------------------------------------------ in the control thread
 
-    def reset(self) -> None:
-        """An episode begins."""
-        self.doubtful, self._last = False, None
+    def reset(self, epoch: int) -> None:
+        """An episode begins. What is found of those before it counts no more."""
+        self._epoch, self.doubtful, self._last = epoch, False, None
 
     def take(self) -> list[Checked]:
         """What was found since the last call."""
