@@ -22,7 +22,7 @@ from .options import MODES, LoopOptions
 from .recorder import Recorder, check_folder
 from .reporting import Watcher
 from .self_check_file import read_limit, save_limit
-from .subtask import TASK, SubtasksTold, TwoLevels, Writing
+from .subtask import SubtasksTold, TwoLevels, writing_of
 from .telemetry import Episode
 
 MODE_HELP = (
@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace) -> int:
         options.self_check_limit = read_limit(options.self_check_limit)
     if options.self_check_save is not None and options.self_check is None:
         raise ArgumentError("--self-check-save is of a self-check: say every how many seconds (--self-check)")
-    writing = _writing(options)
+    writing = writing_of(options.subtask_every, options.subtask_question)
     told = {one.name for one in fields(LoopOptions)} - OWN
     loop_options = LoopOptions(**{name: getattr(options, name) for name in told})
     if options.show_limits:
@@ -85,8 +85,8 @@ def _run(options: argparse.Namespace) -> int:
         trust_engines=options.trust_engines,
         say=tell,
     )
-    levels = None if writing is None else TwoLevels(policy, writing)
     with Interrupts() as interrupts, interrupts.held(), ExitStack() as opened:
+        levels = None if writing is None else TwoLevels(policy, writing)
         robot = open_robot(options.robot, **({} if options.disturb is None else {"disturb": options.disturb}))
         opened.callback(robot.close)
         loop = ControlLoop(levels or policy, robot, loop_options, interrupts=interrupts)
@@ -120,14 +120,6 @@ def _run(options: argparse.Namespace) -> int:
             limit = save_limit(options.self_check_save, loop.self_check.disagreements())
             tell(f"ki-run: a disagreement of {limit:.3g} is the limit that {options.self_check_save} keeps")
     return status
-
-
-def _writing(options: argparse.Namespace) -> Writing | None:
-    if options.subtask_every is not None:
-        return Writing(options.subtask_every, TASK if options.subtask_question is None else options.subtask_question)
-    if options.subtask_question is not None:
-        raise ArgumentError("--subtask-question is of subtasks: say every how many seconds (--subtask-every)")
-    return None
 
 
 def _show_limits(options: argparse.Namespace) -> int:

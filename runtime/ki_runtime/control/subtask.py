@@ -49,6 +49,15 @@ class Writing:
             raise ArgumentError(f"subtask question {self.question!r:.40}: expected text, such as {TASK!r}")
 
 
+def writing_of(every: float | None, question: str | None) -> Writing | None:
+    """Of the options of ki-run; None without subtasks. ArgumentError for a question without them."""
+    if every is not None:
+        return Writing(every, TASK if question is None else question)
+    if question is not None:
+        raise ArgumentError("--subtask-question is of subtasks: say every how many seconds (--subtask-every)")
+    return None
+
+
 class TwoLevels:
     """A policy whose prompt is the last subtask that it wrote. All else is the policy's own.
 
