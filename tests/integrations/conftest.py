@@ -47,18 +47,18 @@ def lerobot_python() -> Path:
 
 @pytest.fixture(scope="session")
 def lerobot_site(lerobot_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the plugin as pip installs it, the engine, and a robot that LeRobot finds by its distribution."""
+    """A folder with the plugin as pip installs it, the engine, and a robot and an environment that LeRobot finds."""
     site = tmp_path_factory.mktemp("site")
     into = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--target", site)
     sources = tmp_path_factory.mktemp("sources") / "plugin"  # a copy, in which setuptools may build
     shutil.copytree(ROOT / "integrations" / "lerobot_policy_ki_edge", sources)
     succeed(lerobot_python, *into, "onnxruntime", "websockets", "msgpack")
     succeed(sys.executable, *into, "--no-build-isolation", sources)
-    shutil.copy(HERE / "dummy_robot.py", site / "lerobot_robot_dummy.py")
-    (site / "lerobot_robot_dummy-0.0.0.dist-info").mkdir()
-    (site / "lerobot_robot_dummy-0.0.0.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: lerobot_robot_dummy\nVersion: 0.0.0\n"
-    )
+    for source, name in (("dummy_robot.py", "lerobot_robot_dummy"), ("dummy_env.py", "lerobot_env_dummy")):
+        shutil.copy(HERE / source, site / f"{name}.py")
+        (site / f"{name}-0.0.0.dist-info").mkdir()
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.0.0\n"
+        (site / f"{name}-0.0.0.dist-info" / "METADATA").write_text(metadata)
     return site
 
 

@@ -50,6 +50,16 @@ def test_lerobots_command_runs_to_its_end(engine, run_lerobot, lerobot_bundle, t
     assert len(set(commands)) > 5  # it moves
 
 
+def test_lerobots_evaluation_runs_to_its_end(run_lerobot, lerobot_bundle, tmp_path):
+    """Two environments at once: a batch of two."""
+    given = ("--policy.type=ki_edge", f"--policy.bundle={lerobot_bundle}", "--policy.device=cpu", "--env.type=dummy")
+    asked = ("--eval.n_episodes=2", "--eval.batch_size=2", f"--output_dir={tmp_path / 'evaluation'}")
+    result = run_lerobot("-m", "lerobot.scripts.lerobot_eval", *given, *asked)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "evaluation" / "eval_info.json").read_text())["overall"]
+    assert (found["n_episodes"], found["avg_sum_reward"], found["pc_success"]) == (2, 12.0, 100.0)
+
+
 def test_a_saved_folder_names_the_bundle(run_lerobot, lerobot_bundle, tmp_path):
     folder = tmp_path / "policy"
     assert run_lerobot("-m", "lerobot_policy_ki_edge", lerobot_bundle, folder).returncode == 0
