@@ -110,6 +110,13 @@ def fetch_bundle(fetch_checkpoint: Path, made_once: Callable[[str, Callable[[Pat
 
 
 @pytest.fixture(scope="session")
+def words_bundle(fetch_checkpoint: Path, made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """The shipped policy with all its tokens: it answers in words."""
+    export = (sys.executable, "-m", "ki_export.cli", fetch_checkpoint, "--target", "ort", "--full-vocabulary", "-o")
+    return made_once("words_bundle", lambda path: succeed(*export, path))
+
+
+@pytest.fixture(scope="session")
 def fetch_replay(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """One episode of the scripted expert, recorded from the simulator."""
     script = Path(__file__).parents[1] / "examples" / "fetch" / "demonstrations.py"

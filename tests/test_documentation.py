@@ -57,6 +57,9 @@ def parser_of(program: str) -> argparse.ArgumentParser:
     return parser
 
 
+LEROBOT = ("--policy.path", "--policy.type", "--inference.type", "--rename_map")  # its own, of which pages speak
+
+
 def ours(whole: bool | None = None) -> Iterator[Command]:
     """The commands that this project installs."""
     return (c for c in COMMANDS if c.words[0].startswith("ki-") and whole in (None, c.whole))
@@ -78,7 +81,7 @@ def test_flags_in_sentences_exist() -> None:
     """A flag alone in a sentence or a table is one of some command or script."""
     known = {"--help", *(flag for name in SCRIPTS for flag in parser_of(name)._option_string_actions)}
     known |= {flag for script in ROOT.glob("[be]*/**/*.py") for flag in flags_of_script(script)}
-    known |= {"--version", "--system-site-packages", "--policy.path", "--robot.type"}
+    known |= {"--version", "--system-site-packages", "--robot.type", *LEROBOT, *plugin_flags()}
     for page in PAGES:
         for span in SPAN.findall(prose(page)):
             if span.startswith("--"):
@@ -195,6 +198,13 @@ def flags(words: list[str]) -> list[str]:
     """The flags among a command's words, without values and brackets."""
     stripped = [word.strip("[]").split("=")[0] for word in words]
     return [word for word in stripped if re.fullmatch(r"--[a-z][\w.-]*|-[a-z]", word)]
+
+
+def plugin_flags() -> set[str]:
+    """What the policy in LeRobot takes: the fields of its configuration."""
+    source = ROOT / "integrations/lerobot_policy_ki_edge/lerobot_policy_ki_edge/configuration_ki_edge.py"
+    fields = (node.target for node in ast.walk(ast.parse(source.read_text("utf-8"))) if isinstance(node, ast.AnnAssign))
+    return {f"--policy.{field.id}" for field in fields if isinstance(field, ast.Name)}
 
 
 @cache

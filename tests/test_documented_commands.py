@@ -61,6 +61,7 @@ NOT_RUN = (
     (r"python -m build", "builds the wheel: test_packaging.py does"),
     (r"python benchmarks/(?!boards|gpu\.py --(plan|floor))", "measures for minutes to hours"),
     (r"python (examples/fetch|tests/fuzz)", "takes minutes: test_fetch.py and test_fuzz.py run parts of it"),
+    (r"python -m lerobot_policy_ki_edge", "needs LeRobot: tests/integrations"),
     (r"python examples/my_robot", "test_my_robot.py runs it"),
     (r"ki-train ", "trains for an hour: tests/train"),
     (r"ki-bench ", "measures for minutes: tests/export/test_bench.py"),
@@ -97,13 +98,16 @@ RUN = list({tuple(substituted(command)): command for command in SEEN.values() if
 
 
 @pytest.fixture(scope="module")
-def folder(fetch_bundle: Path, fetch_replay: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(
+    fetch_bundle: Path, words_bundle: Path, fetch_replay: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """Where the commands are run: the project's own folders, and what the pages speak of."""
     place = tmp_path_factory.mktemp("reader")
     for name in ("examples", "tests", "benchmarks"):
         (place / name).symlink_to(ROOT / name)
     for name in ("bundle", "my_bundle", "build/bundle"):
         shutil.copytree(fetch_bundle, place / name)
+    shutil.copytree(words_bundle, place / "words")
     shutil.copy(fetch_replay, place / "recorded_episode.npz")
     robot = f"replay:{place / 'recorded_episode.npz'}"
     assert call(["ki-run", str(fetch_bundle), "--robot", robot, "--record", str(place / "recorded_run")]) == 0

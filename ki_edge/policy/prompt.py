@@ -84,12 +84,7 @@ class PromptTokenizer:
 
     def text(self, prompt: str, state: npt.ArrayLike | None = None) -> str:
         """The text that `encode` turns into tokens ("pi0": its final newline, encoded apart, is included)."""
-        if not isinstance(prompt, str):
-            raise PromptError(f"the prompt must be a str, got {type(prompt).__name__}")
-        if len(prompt) > MAX_CHARACTERS:
-            raise PromptError(f"the prompt has {len(prompt)} characters, at most {MAX_CHARACTERS}: shorten it")
-        if any("\ud800" <= char <= "\udfff" for char in prompt):
-            raise PromptError(f"the prompt {prompt!r:.80} holds halves of characters, which are not text: send Unicode")
+        _check_text(prompt)
         clean = prompt.strip().replace("_", " ")
         clean = clean.lower() if self.format == "ki" else clean.replace("\n", " ")
         if not clean.strip():
@@ -116,6 +111,20 @@ class PromptTokenizer:
             ids = self._encode(text[:-1]) + self._encode("\n")
         else:
             ids = self._encode(text)
+        return self._opened(ids, prompt)
+
+    def encode_question(self, question: str) -> Int32:
+        """Token ids i32 [T] of a question that is answered in words, in PaliGemma's form: bos, the text, a newline.
+
+        The text goes in as it is, without the state. Raises PromptError if it is empty or too long.
+        """
+        _check_text(question)
+        if not question.strip():
+            raise PromptError(f"the question is empty (got {question!r:.80}): say what the policy is to answer")
+        return self._opened(self._encode(question.removesuffix("\n") + "\n"), question)
+
+    def _opened(self, ids: list[int], prompt: str) -> Int32:
+        """The ids behind bos; PromptError if they are too many."""
         count = len(ids) + 1
         if count > self.max_token_len:
             raise PromptError(
@@ -132,6 +141,10 @@ class PromptTokenizer:
             size = f"{array.dtype} {list(array.shape)}"
             raise ArgumentError(f"ids to decode: expected up to {MAX_IDS} of 0..{self.vocab_size - 1}, got {size}")
         return self._words.decode([int(i) for i in array.reshape(-1)])
+
+    def pieces(self) -> dict[int, str]:
+        """The name of every id that is a piece of text; control tokens are not."""
+        return self._words.pieces()
 
     @property
     def action_ids(self) -> tuple[int, ...]:
@@ -153,3 +166,13 @@ class PromptTokenizer:
         if array.ndim != 1 or array.size == 0:
             raise ObservationError(f"the state in the prompt must be of shape [s], got {array.shape}")
         return numbers(array, "state", ObservationError)
+
+
+def _check_text(prompt: str) -> None:
+    """PromptError unless it is text of a bearable length."""
+    if not isinstance(prompt, str):
+        raise PromptError(f"the prompt must be a str, got {type(prompt).__name__}")
+    if len(prompt) > MAX_CHARACTERS:
+        raise PromptError(f"the prompt has {len(prompt)} characters, at most {MAX_CHARACTERS}: shorten it")
+    if any("\ud800" <= char <= "\udfff" for char in prompt):
+        raise PromptError(f"the prompt {prompt!r:.80} holds halves of characters, which are not text: send Unicode")

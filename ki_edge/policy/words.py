@@ -21,7 +21,8 @@ BOS, EOS, PAD = ("<bos>", "<s>"), ("<eos>", "</s>"), ("<pad>",)  # names of the 
 class Words:
     """One tokenizer: `encode` gives the ids of a text alone, without bos and eos, `decode` the text of ids.
 
-    `vocab_size` bounds the ids that text can give. One without a pad token pads with 0: the mask hides it.
+    `vocab_size` bounds the ids that text can give. One without a pad token pads with 0: the mask hides it. `pieces`:
+    the name of every id that is a piece of text, <loc0000> and the like among them; control tokens are not.
     """
 
     encode: Callable[[str], list[int]]
@@ -30,6 +31,7 @@ class Words:
     eos_id: int
     pad_id: int
     vocab_size: int
+    pieces: Callable[[], dict[int, str]]
 
 
 def open_words(model: str | Path | bytes) -> Words:
@@ -80,7 +82,13 @@ def _open_pieces(content: bytes, where: str) -> Words:
             "expected"
         )
     ids = special["bos"], special["eos"], max(model.pad_id(), 0), model.vocab_size()
-    return Words(model.encode, model.decode, *ids)
+
+    def pieces() -> dict[int, str]:
+        absent = (model.is_control, model.is_unknown, model.is_unused)
+        spelled = (i for i in range(model.vocab_size()) if not any(is_(i) for is_ in absent))
+        return {i: model.id_to_piece(i) for i in spelled}
+
+    return Words(model.encode, model.decode, *ids, pieces)
 
 
 def _open_json(content: bytes, where: str) -> Words:
@@ -101,4 +109,5 @@ def _open_json(content: bytes, where: str) -> Words:
         lambda text: list(model.encode(text, add_special_tokens=False).ids),
         lambda found: str(model.decode(found, skip_special_tokens=True)),
         *(bos, eos, pad or 0, max([*spelled, bos, eos]) + 1),
+        lambda: {i: str(model.id_to_token(i)) for i in model.get_vocab(with_added_tokens=True).values()},
     )

@@ -6,7 +6,7 @@ An answer carries what was asked. What an earlier episode asked is dropped when 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
@@ -51,6 +51,17 @@ Spare = Callable[[Request, Mapping[str, Any], Callable[[], bool]], None]  # the 
 
 def nothing(request: Request, result: Mapping[str, Any], wanted: Callable[[], bool]) -> None:
     """What is done in spare time, if nothing is."""
+
+
+def in_turn(spares: Sequence[Spare]) -> Spare:
+    """One after the other, as long as no inference is wanted."""
+
+    def spare(request: Request, result: Mapping[str, Any], wanted: Callable[[], bool]) -> None:
+        for one in spares:
+            if not wanted():
+                one(request, result, wanted)
+
+    return spare
 
 
 class Inference(Protocol):

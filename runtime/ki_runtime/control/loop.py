@@ -32,7 +32,7 @@ from .cycle import DOUBTED, Counts, Cycle
 from .delay import DelayPredictor
 from .fit import actions_to_execute, check_actions, control_rate, given_delay, is_paced, most_delay, way_to_join
 from .guards import Guards
-from .inference import Inference, LockStep, Request, Worker, nothing
+from .inference import Inference, LockStep, Request, Worker, in_turn
 from .interrupts import Interrupts
 from .killswitch import KillSwitch
 from .limit_sources import limits_for
@@ -53,7 +53,8 @@ OLDEST = 1.0  # seconds since its observation after which a chunk is dropped, or
 class Actor(Protocol):
     """What the loop needs of a policy: `Policy`, or any other model behind the same call.
 
-    One for mode rtc has `rtc` ("guided" or "trained"), `max_delay`, and takes `previous`.
+    One for mode rtc has `rtc` ("guided" or "trained"), `max_delay`, and takes `previous`. One may have `reset()`,
+    called where an episode begins, and `when_idle` (`inference.Spare`), called in the thread that infers.
     """
 
     @property
@@ -209,7 +210,8 @@ class ControlLoop:
         shape = (contract.action_horizon, contract.model_action_dim)
         beside = options.mode != "sync" and options.delay is None
         clock: Clock = RealClock() if options.delay is None else SimulatedClock()
-        spare = nothing if self.self_check is None else self.self_check.when_idle
+        found = (getattr(part, "when_idle", None) for part in (self.self_check, self._policy))
+        spare = in_turn([one for one in found if one is not None])
         inference: Inference = (
             Worker(self._infer, spare) if options.delay is None else LockStep(self._infer, options.delay, spare)
         )
@@ -264,6 +266,8 @@ class ControlLoop:
             gc.collect()  # nobody does it within an episode
         robot = self._robot
         robot.reset(seed)
+        if (reset := getattr(self._policy, "reset", None)) is not None:
+            reset()
         parts.reporter.tell(lambda watcher: watcher.episode_started(index, seed, robot), must=True)
         parts.filmers = tuple(watcher for watcher in self._watchers if watcher.films(index))
         parts.observers = any(watcher.observes(index) for watcher in self._watchers)

@@ -121,6 +121,8 @@ class Recorder(Watcher):
             self._timings.setdefault(stage, []).append(milliseconds)
         seen = {str(key): value for key, given in observation.items() if (value := _small(given)) is not None}
         facts = {"step": step, "timing": result["timing"], "actions": _rounded(result["actions"])}
+        if result.get("subtask") is not None:
+            facts["subtask"] = result["subtask"]
         self._write("inference", {**seen, **facts})
 
     def stepped(self, step: Step) -> None:

@@ -1,4 +1,4 @@
-"""Greedy decoding of FAST tokens over the K/V that the prefix graph left.
+"""Decoding of FAST tokens and text over the K/V that the prefix graph left.
 
 The first query is the last prompt token once more, at its own position and with its cached K/V masked out, followed by
 the forced tokens; so the prefix graph needs no logits. Every later query is the token just chosen. The cache holds the
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -50,10 +50,25 @@ class Choices:
 
     def best(self, logits: npt.NDArray[np.float32]) -> Int64:
         """The most likely token of each row, i64 [B], of logits f32 [B, F]; the first one if two are equal."""
+        return np.asarray(self.ids[np.argmax(self.scores(logits), axis=1)])
+
+    def scores(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """The logits f32 [B, n] of these choices. BackendError if they are not finite."""
         logits = logits[:, self.columns]
         if not np.isfinite(logits).all():
             raise BackendError("fast_decode gave logits that are not finite: this precision or backend is unsafe here")
-        return np.asarray(self.ids[np.argmax(logits, axis=1)])
+        return logits
+
+
+class Chooser(Protocol):
+    """What picks the next tokens: `Choices`, or what draws among them."""
+
+    @property
+    def eos_id(self) -> int:
+        """The token that ends a row."""
+
+    def best(self, logits: npt.NDArray[np.float32]) -> Int64:
+        """A token for each row, i64 [B], of logits f32 [B, F]."""
 
 
 class FastStage:
@@ -67,7 +82,7 @@ class FastStage:
         self,
         prefix: Prefix,
         inputs: PrefixInputs,
-        choices: Choices,
+        choices: Chooser,
         max_tokens: int,
         forced: Sequence[int],
         stop: Callable[[], bool] | None = None,
@@ -182,6 +197,16 @@ class _Text:
         self._mask[:, self._filled : self._filled + count] = True
         self._filled += count
         return feed.logits.read()
+
+
+def check_words(bundle: Bundle) -> None:
+    """ArgumentError for a bundle that cannot answer in words, and how one can."""
+    manifest = bundle.manifest
+    if not manifest.has_fast or manifest.vocabulary.count != manifest.config.vocab_size:
+        raise ArgumentError(
+            f"{bundle.path} was exported without the whole vocabulary, so it cannot answer in words: export its "
+            "checkpoint with --full-vocabulary"
+        )
 
 
 def choices_of(bundle: Bundle, constrained: bool) -> Choices:

@@ -17,6 +17,7 @@ from ki_edge.bundle import Bundle
 from ki_edge.commands import tell
 from ki_edge.config import Pi05Config
 from ki_edge.errors import ArgumentError, BundleError
+from ki_edge.policy.answers import Answers
 from ki_edge.policy.chunking import Guiding, PreviousChunk, Way, overlap_of
 from ki_edge.policy.contract import FastContract, PolicyContract
 from ki_edge.policy.fast import FastCodec, FastIds
@@ -24,7 +25,8 @@ from ki_edge.policy.normalize import NormStats, read_norm_stats
 from ki_edge.policy.prompt import PromptTokenizer
 from ki_edge.policy.transforms import InputPipeline, ModelInputs, OutputPipeline, pad_last
 
-from .decode import TOKENIZERS, read_tokenizer
+from .answering import Answering
+from .decode import TOKENIZERS, check_words, read_tokenizer
 from .guard import finite_actions
 from .sampler import WITHOUT_RTC, Sampler
 from .training_range import TrainingRange
@@ -163,6 +165,45 @@ class Policy:
             finite_actions(actions, self.contract.action_names)
         clock.lap("postprocess_ms")
         return {"actions": actions, "tokens": tokens, "problem": problem, "timing": self._timing(clock, "fast")}
+
+    def infer_text(
+        self,
+        observation: Mapping[str, Any],
+        *,
+        prompt: str | None = None,
+        max_tokens: int = 32,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        allow_loc: bool = False,
+        stop: Callable[[], bool] | None = None,
+    ) -> dict[str, Any]:
+        """What the policy says to the pictures of an observation and a question, in PaliGemma's form.
+
+        `prompt`: the question, None: the observation's own prompt; it goes in as it is, without the state. The most
+        likely text, or with a `temperature` above 0 a drawn one (`seed` None: another each time). Only text may come;
+        `allow_loc`: also `<loc>` tokens, with which a policy points. `stop`: as of `infer_fast`.
+        {"text": without `<loc>`, "tokens": i64 [n] before the end, "points": f64 [k, 2], (x, y) from 0 to 1 in the
+        square picture that the model sees, "finished": whether the end came within `max_tokens`, "timing": ...}.
+        ArgumentError for a bundle without the whole vocabulary (`check_text` tells before), and other arguments;
+        ObservationError for pictures that do not fit.
+        """
+        self.check_text()
+        clock = _Stopwatch()
+        inputs = self._answering.inputs(observation, prompt)
+        clock.lap("preprocess_ms")
+        tokens = self._answering.ask(inputs, max_tokens, temperature, seed, locs=allow_loc, stop=stop)
+        clock.lap("model_ms")
+        found = self._answering.read(tokens)
+        clock.lap("postprocess_ms")
+        return {**found, "timing": self._timing(clock, "fast")}
+
+    def check_text(self) -> None:
+        """ArgumentError for a bundle that was exported without the tokens that `infer_text` needs."""
+        check_words(self.sampler.bundle)
+
+    @cached_property
+    def _answering(self) -> Answering:
+        return Answering(self.sampler, self.contract, self.tokenizer, Answers.of(self.contract, self.tokenizer))
 
     def warm_up(self, *, prompt: str | None = None, num_steps: int | None = None, fast: bool = False) -> Prepared:
         """Prepare what the contract makes likely, so that the first `infer` allocates, compiles and records nothing.

@@ -22,10 +22,11 @@ from ki_edge.overlap import Overlap
 from ki_runtime.backends.registry import Backend, Connection, SessionOptions, check_name, connect
 from ki_runtime.backends.session import Bucket, Session
 
-from .decode import Choices, FastStage, check_decoding, choices_of
+from .decode import Choices, Chooser, FastStage, check_decoding, check_words, choices_of
 from .denoise import DenoiseStage, runtime_weights
+from .drawing import drawing
 from .opening import detached, folder_of, sampling_of
-from .prefix import PrefixStage, prepare_inputs, prepare_state
+from .prefix import PrefixInputs, PrefixStage, prepare_inputs, prepare_state
 from .proof import Prover
 from .room import Result, Stage, within_memory
 from .verdict import ACTIONS, FAST
@@ -227,10 +228,49 @@ class Sampler:
         if not isinstance(constrained, bool | np.bool_):
             raise ArgumentError(f"constrained {constrained!r:.60}: expected True or False")
         constrained = bool(constrained)
+        return self._decode(inputs, lambda: self._choices_of(constrained), max_tokens, forced, stop)
+
+    def sample_text_tokens(
+        self,
+        images: npt.ArrayLike,
+        camera_mask: npt.ArrayLike,
+        prompt_tokens: npt.ArrayLike,
+        prompt_mask: npt.ArrayLike,
+        *,
+        allowed: Sequence[int] | Int64,
+        eos_id: int,
+        max_tokens: int,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> Int64:
+        """A text that continues the prompt: ids i64 [B, n], n <= max_tokens, all of them `allowed`.
+
+        A row ends at `eos_id` and is padded with it. The most likely tokens, or with a `temperature` above 0 drawn ones
+        (`seed` None: others each time). `stop` as in `sample_fast_tokens`, inputs as in `sample_actions`. ArgumentError
+        for what does not fit, and for a bundle without the whole vocabulary.
+        """
+        check_words(self.bundle)
+        inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
+        check_decoding(max_tokens, (), self._config.vocab_size)
+        ids = np.unique(np.append(np.asarray(allowed, np.int64), eos_id))
+        if ids[0] < 0:
+            raise ArgumentError(f"allowed id {ids[0]} is not a token: expected 0 to {self._config.vocab_size - 1}")
+        chooser = drawing(Choices.of(self.bundle.manifest.vocabulary.ids, eos_id, ids), temperature, seed)
+        return self._decode(inputs, lambda: chooser, max_tokens, [], stop)
+
+    def _decode(
+        self,
+        inputs: PrefixInputs,
+        chooser: Callable[[], Chooser],
+        max_tokens: int,
+        forced: Sequence[int],
+        stop: Callable[[], bool] | None,
+    ) -> Int64:
         self._prove_fast()
 
         def run() -> Int64:
-            choices, stage = self._choices_of(constrained), self._fast_stage()
+            choices, stage = chooser(), self._fast_stage()
             start = time.perf_counter_ns()
             prefix = self._prefix.run(inputs)
             middle = time.perf_counter_ns()
