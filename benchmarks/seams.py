@@ -73,16 +73,25 @@ class Joining:
 
 
 class Commands(Watcher):
-    """All commands of all episodes, to be put together with those of the other processes."""
+    """All commands of all episodes, to be put together with those of the other processes; and what came of them."""
 
     def __init__(self) -> None:
         self.episodes: list[list[tuple[list[float], int | None]]] = []
+        self.successes: list[list[bool]] = []
 
     def episode_started(self, index: int, seed: int, robot: Any) -> None:
         self.episodes.append([])
+        self.successes.append([])
+        self._robot = robot
 
     def stepped(self, step: Step) -> None:
         self.episodes[-1].append((step.action.tolist(), step.chunk))
+        self.successes[-1].append(bool(self._robot.status().success))
+
+    def reactions(self, disturb: int | None) -> list[int | None]:
+        """Commands of each episode from the one with which the target moved until the new one is reached."""
+        seen = [] if disturb is None else [found[disturb - 1 :] for found in self.successes]
+        return [found.index(True) if True in found else None for found in seen]
 
 
 def run(task: Task) -> dict[str, Any]:
@@ -103,7 +112,13 @@ def run(task: Task) -> dict[str, Any]:
     report = loop.run()
     facts = [{"seed": one.seed, "success": one.success, "reached": one.reached} for one in report.episodes]
     gripper = [bool(flag) for flag in loop.limits.gripper]
-    return {"episodes": facts, "commands": commands.episodes, "gripper": gripper, "mode": report.mode}
+    reactions = commands.reactions(task.disturb)
+    told = {"episodes": facts, "commands": commands.episodes, "gripper": gripper, "mode": report.mode}
+    return {**told, "reactions": reactions}
+
+
+def percentiles(values: list[int]) -> dict[str, float] | None:
+    return {f"p{at}": float(np.percentile(values, at)) for at in (50, 95)} if values else None
 
 
 def gathered(way: Way, delay: int, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -123,14 +138,17 @@ def gathered(way: Way, delay: int, results: list[dict[str, Any]]) -> dict[str, A
         "episodes": len(episodes),
         "success": sum(bool(episode["success"]) for episode in episodes) / len(episodes),
         "reached_p50": float(np.median(reached)) if reached else None,
+        "reaction": percentiles([moved for result in results for moved in result["reactions"] if moved is not None]),
         "seams": log.summary(),
     }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown. Position jumps in millimetres, those of velocity and acceleration in mm a step."""
+    moved = ", then the moved target (p50 / p95)" if any(row["reaction"] for row in rows) else ""
     lines = [
-        "| mode | delay | success | steps to reach (median) | seam position p50 / p95 / max | p95 to p95 inside | "
+        f"| mode | delay | success | steps to reach (median{moved}) | "
+        "seam position p50 / p95 / max | p95 to p95 inside | "
         "seam velocity p95 (inside) | seam acceleration p95 (inside) |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -140,6 +158,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         pairs = [f"{1e3 * seams[k]['p95']:.1f} ({1e3 * inside[k]['p95']:.1f})" for k in ("velocity", "acceleration")]
         jumps = " / ".join(f"{1e3 * position[k]:.1f}" for k in ("p50", "p95", "max"))
         reached = "" if row["reached_p50"] is None else f"{row['reached_p50']:.0f}"
+        if row["reaction"]:
+            reached += f", {row['reaction']['p50']:.0f} / {row['reaction']['p95']:.0f}"
         cells = [row["way"], str(row["delay"]), f"{100 * row['success']:.0f} %", reached, jumps, f"{ratio:.2f}", *pairs]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

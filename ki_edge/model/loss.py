@@ -53,8 +53,8 @@ def compute_loss(
     """Flow loss and, for a KI model given a FAST postfix, its cross-entropy.
 
     actions f32 [B,H,A], or [R*B,H,A] where draws differ; noise f32 [R*B,H,A] and time f32 [R*B] in (0, 1], 1 is noise:
-    R draws for each sample, draw by draw, which share one prefix (the returned flow is [R*B,H,A]). x_t = t * noise + (1 - t) * actions,
-    u_t = noise - actions.
+    R draws for each sample, draw by draw, which share one prefix (the returned flow is [R*B,H,A]).
+    x_t = t * noise + (1 - t) * actions, u_t = noise - actions.
 
     `delay` i64 [R*B], 0 <= delay < H: so many first actions of each draw are given as they are, at time 0, and there is
     nothing to learn from them (arXiv 2512.05964).

@@ -24,7 +24,7 @@ HELP = {
     "fast_weight": "weight of the token losses beside the flow loss",
     "flow_draws": "noise and time draws a frame",
     "rtc_max_delay": "let up to so many first actions of a chunk be given, as a robot that does not wait needs it",
-    "rtc_offset": "how far those lie beside the demonstration's, of normalised actions: a policy must look all the same",
+    "rtc_offset": "how far those lie beside the demonstration's, in normalised actions, so that a policy must look",
     "pointing": "share of a batch that answers where the target is",
     "seed": "of all random numbers",
     "save_every": "steps between checkpoints",

@@ -32,8 +32,9 @@ def shifted(rng: np.random.Generator, actions: F32, delay: I64, spread: float, d
     horizon = actions.shape[1]
     offsets = np.zeros((len(delay), 1, actions.shape[2]), np.float32)
     offsets[..., :dims] = spread * rng.standard_normal((len(delay), 1, dims), np.float32)
-    fades = np.stack(
-        [prefix_weights(d, min(horizon, 2 * d + FADE), horizon, "linear") if d else np.zeros(horizon) for d in delay]
-    )
+    fades = np.zeros((len(delay), horizon, 1), np.float32)
+    for row, given in enumerate(delay):
+        if given:
+            fades[row, :, 0] = prefix_weights(given, min(horizon, 2 * given + FADE), horizon, "linear")
     repeated = np.tile(actions, (len(delay) // len(actions), 1, 1))
-    return np.asarray(repeated + fades[..., None] * offsets, np.float32)
+    return np.asarray(repeated + fades * offsets, np.float32)

@@ -180,6 +180,15 @@ def test_fast_tokens_equal_pytorch(exported, sampler, full_sampler, cameras, len
     assert len(np.unique(free)) > 3
 
 
+def test_decoding_ends_where_it_is_told_to(sampler):
+    """After the token at which it is asked, with what there is."""
+    inputs, asked = random_batch(*CASES[0]), []
+    whole = sampler.sample_fast_tokens(*inputs, max_tokens=12)
+    assert whole.shape[1] > 4
+    part = sampler.sample_fast_tokens(*inputs, max_tokens=12, stop=lambda: asked.append(1) or len(asked) == 3)
+    np.testing.assert_array_equal(part, whole[:, :3])
+
+
 @pytest.mark.parametrize(("cameras", "lengths"), CASES)
 def test_padding_to_buckets_changes_nothing(exported, sampler, full_sampler, monkeypatch, cameras, lengths):
     """What engines of few shapes are given: prompts of 16, 32.. tokens and caches of 64, 128.. places, masked."""
@@ -205,7 +214,7 @@ def test_padding_to_buckets_changes_nothing(exported, sampler, full_sampler, mon
 class Still:
     """A robot whose pictures depend on the step; over after 7 steps."""
 
-    name, control_hz = "still", 10.0
+    name, control_hz, simulated = "still", 10.0, True
 
     def reset(self, seed=None):
         self.random, self.steps, self.actions = np.random.default_rng(seed), 0, []

@@ -9,6 +9,7 @@ import pytest
 
 from ki_edge.errors import ArgumentError, BackendError, RobotError
 from ki_edge.policy.normalize import NormStats
+from ki_runtime.control import cycle
 from ki_runtime.control.interrupts import Stopped
 from ki_runtime.control.loop import ControlLoop
 from ki_runtime.control.options import LoopOptions
@@ -103,6 +104,42 @@ class Hanging(Counting):
         return super().infer(observation, **given)
 
 
+class Stuck(Counting):
+    """Its second inference ends when the test does."""
+
+    def __init__(self):
+        super().__init__()
+        self.free = threading.Event()
+
+    def infer(self, observation, **given):
+        if len(self.asked) == 1:
+            self.free.wait(60.0)
+        return super().infer(observation, **given)
+
+
+def test_a_robot_that_waits_for_a_policy_that_hangs_can_be_stopped(tmp_path):
+    """Mode sync: by the seconds of the run and by the file, not by a signal alone."""
+    policy, robot = Stuck(), Line(steps=10_000)
+    report, _, _ = run(policy, robot, mode="sync", max_seconds=0.7)
+    assert report.interrupted and robot.sent == list(range(4)) and robot.ended == ["safe_stop", "close"]
+    policy.free.set()
+    policy, robot, stop = Stuck(), Line(steps=10_000), tmp_path / "stop"
+    robot.act = lambda action: (Line.act(robot, action), stop.touch() if robot.steps == 4 else None)
+    with pytest.raises(Stopped, match="stop"):
+        run(policy, robot, mode="sync", stop_file=stop)
+    assert robot.sent == list(range(4)) and robot.ended == ["safe_stop", "close"]
+    policy.free.set()
+
+
+def test_a_robot_does_not_wait_for_ever(monkeypatch):
+    monkeypatch.setattr(cycle, "LONGEST", 0.2)
+    policy, robot = Stuck(), Line(steps=10_000)
+    with pytest.raises(RobotError, match=r"an inference has not answered within 0.2 s: line is stopped"):
+        run(policy, robot, mode="sync")
+    assert robot.ended == ["safe_stop", "close"]
+    policy.free.set()
+
+
 def test_inference_runs_in_a_thread_of_its_own():
     policy, robot = Counting(seconds=0.03), Line(steps=60)
     report, robot, steps = run(policy, robot, mode="async", starve_limit=1000)
@@ -179,6 +216,7 @@ def test_own_hold_of_a_robot():
         ({"mode": "async", "delay": 5}, "delay 5: the policy gives 8 actions at once.*at most 4 can be bridged"),
         ({"mode": "sync", "crossfade": 2}, "crossfade 2 blends chunks of mode async; the mode is sync"),
         ({"mode": "async", "paced": False}, "unpaced: mode async computes beside a robot"),
+        ({"mode": "sync", "paced": False}, "unpaced: line does not say that it is simulated"),
         ({"delay": -1}, "delay -1"),
         ({"rate": float("nan")}, "rate nan"),
     ],
@@ -204,9 +242,16 @@ def test_rates():
 
 
 def test_an_inference_too_slow_for_its_chunk():
-    loop = ControlLoop(Counting(), Line(), LoopOptions(mode="async"))
+    said = []
+    loop = ControlLoop(Counting(), Line(), LoopOptions(mode="async"), say=said.append)
+    loop.expect(80.0)
+    assert not said
     loop.expect(100.0)
-    with pytest.raises(ArgumentError, match=r"takes 400 ms, 20 actions at 50 a second, but the policy gives only 8 at"):
+    assert said[0].startswith(
+        "an inference takes 100 ms, 5 actions at 50 a second, and the policy gives only 8 at once"
+    )
+    assert "line will hold now and then" in said[0]
+    with pytest.raises(ArgumentError, match=r"takes 400 ms, 20 actions at 50 a second, and the policy gives only 8 at"):
         loop.expect(400.0)
 
 

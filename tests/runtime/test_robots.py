@@ -258,6 +258,7 @@ def test_demonstrations_have_the_promised_shapes_and_resume(demonstrations, tmp_
 
 
 def test_the_label_is_what_the_expert_does_from_the_picture(demonstrations, scene):
+    scene.reset(seed=3)  # other tests leave the arm where it was never meant to be
     rng = np.random.default_rng(3)
     demonstrations.arrange(scene, rng, fresh=False)
     start, target = scene.state[:3], scene.target
@@ -266,6 +267,20 @@ def test_the_label_is_what_the_expert_does_from_the_picture(demonstrations, scen
     assert np.allclose(frame["actions"][0, :3], start + np.clip(target - start, -PLAN_STEP, PLAN_STEP), atol=1e-5)
     assert np.allclose(frame["actions"][-1, :3], target, atol=1e-5)
     assert np.linalg.norm(scene.gripper - target) <= max(0.03, np.linalg.norm(start - target))
+
+
+def test_a_disturbed_target_moves_elsewhere_by_its_seed():
+    robot, moved = open_robot("gym:FetchReach-v4", disturb=3), []
+    for seed in (0, 1, 2, 1):
+        robot.reset(seed)
+        before = robot._scene.target
+        for step in range(4):
+            robot.act(robot._scene.plan(1)[0])
+            assert np.array_equal(robot._scene.target, before) == (step < 2)
+        moved.append(robot._scene.target - before)
+    robot.close()
+    assert np.array_equal(moved[1], moved[3]) and not np.array_equal(moved[0], moved[1])
+    assert all(np.linalg.norm(by) > 0.01 for by in moved)
 
 
 # --- replay -----------------------------------------------------------------------------------------------------------

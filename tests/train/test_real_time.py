@@ -96,7 +96,7 @@ def test_a_run_from_before_there_was_one_goes_on(train, tmp_path):
     train("run", QUICK)
     path = tmp_path / "run" / "training" / STATE_FILE
     step, facts = read_facts(path)
-    assert [name for name in facts if "rtc" in name] == ["settings.rtc_max_delay"]
+    assert [name for name in facts if "rtc" in name] == ["settings.rtc_max_delay", "settings.rtc_offset"]
     old = {name: value for name, value in facts.items() if "rtc" not in name}
     write_safetensors(load_file(path), path, {"step": str(step), FACTS: json.dumps(old)})
     assert recorded_settings(tmp_path / "run") == QUICK

@@ -23,6 +23,7 @@ from .loop import ControlLoop
 from .options import MODES, LoopOptions
 from .recorder import Recorder, check_folder
 from .rerun_viewer import LIVE, RerunViewer, check_rerun
+from .self_check_file import read_limit, save_limit
 from .terminal import TerminalView
 
 MODE_HELP = (
@@ -47,6 +48,10 @@ def _run(options: argparse.Namespace) -> int:
         check_packages()
     if options.rerun is not None:
         check_rerun(options.rerun)
+    if options.self_check_limit is not None:
+        options.self_check_limit = read_limit(options.self_check_limit)
+    if options.self_check_save is not None and options.self_check is None:
+        raise ArgumentError("--self-check-save is of a self-check: say every how many seconds (--self-check)")
     told = {one.name for one in fields(LoopOptions)} - OWN
     loop_options = LoopOptions(**{name: getattr(options, name) for name in told})
     if options.show_limits:
@@ -68,7 +73,9 @@ def _run(options: argparse.Namespace) -> int:
         view = TerminalView(options.episodes)
         loop = ControlLoop(policy, robot, loop_options, interrupts=interrupts, say=view.say)
         with interrupts.released():
-            prepared = policy.warm_up(prompt=options.prompt, num_steps=options.num_steps)  # before anything moves
+            prepared = policy.warm_up(
+                prompt=options.prompt, num_steps=options.num_steps, fast=loop.self_check is not None
+            )  # before anything moves
         loop.expect(prepared.inference_ms)
         seconds = prepared.milliseconds / 1e3
         tell(f"ki-run: warmed up in {seconds:.1f} s; an inference takes {prepared.inference_ms:.0f} ms")
@@ -92,6 +99,9 @@ def _run(options: argparse.Namespace) -> int:
                 _print(options, loop, recorder, interrupted=True)
             raise
         _print(options, loop, recorder, interrupted=status != 0)
+        if loop.self_check is not None and options.self_check_save is not None and status == 0:
+            limit = save_limit(options.self_check_save, loop.self_check.disagreements())
+            tell(f"ki-run: a disagreement of {limit:.3g} is the limit that {options.self_check_save} keeps")
     return status
 
 
@@ -149,8 +159,15 @@ def _parser() -> Parser:
     add("--verbose", action="store_true", help="also say whether PyTorch was loaded, which a robot does not need")
     _add_loop(parser.add_argument_group("the loop").add_argument)
     _add_safety(parser.add_argument_group("safety, see docs/safety.md").add_argument, defaults)
+    _add_check(parser.add_argument_group("the self-check, see docs/self-check.md").add_argument)
     _add_engine(parser.add_argument_group("the engine").add_argument)
     return parser
+
+
+def _add_check(add: Callable[..., object]) -> None:
+    add("--self-check", type=float, metavar="S", help="compare flow and FAST actions every S seconds, in spare time")
+    add("--self-check-limit", metavar="X|FILE", help="hold where they disagree by more than this")
+    add("--self-check-save", metavar="FILE", help="keep the limit that follows from this run, which was a normal one")
 
 
 def _add_loop(add: Callable[..., object]) -> None:

@@ -3,7 +3,7 @@
     wait for the tick -> take the answer of an inference, if one came -> the action that is due -> guards -> robot.act
     -> status -> observe and ask for the next chunk, if it is time to
 
-Nothing in it waits for an inference, except where the robot shall (mode sync): that is LockStep without a delay.
+Nothing in it waits for an inference, except where the robot shall (mode sync); whatever ends a run is heard then too.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from .reporting import Step
 from .schedule import Chunk, Planned
 
 FIRST = 60.0  # seconds that the first chunk of an episode may take
+LONGEST = 300.0  # seconds that a robot waits for an inference, in mode sync
+DOUBTED = "doubted"  # of a result: the policy's heads disagree, nothing of it may be sent
+PAUSE = 0.02  # seconds between two looks at what may end a run meanwhile
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Cycle:
         self._starved = 0  # ticks in a row
         self._failure: BaseException | None = None  # of the policy: its last good chunk is played to its end
         self._refused: str | None = None  # why the last observation was of no use
+        self._doubt: str | None = None  # why the last chunk was
         self._observe_ms = 0.0
         self._commands = 0  # ticks that had one; those in which the robot waits for its first chunk have none
         self._moved = False  # whether any command was sent
@@ -62,6 +66,8 @@ class Cycle:
         parts.seams.reset()
         parts.watchdog.reset()
         parts.guards.reset(None)
+        if parts.self_check is not None:
+            parts.self_check.reset(self._epoch)
         status = parts.robot.status()
         successes = [status.success]
         self._begun = parts.clock.now()
@@ -96,18 +102,33 @@ class Cycle:
         self._receive()
         if parts.is_old(parts.schedule.observed):
             parts.schedule.drop()
+        self._hear_self_check()
         planned = parts.schedule.take()
         if planned is None and not self._starve():
             return False
         self._send(planned)
         return True
 
+    def _hear_self_check(self) -> None:
+        """What the policy found about itself. In doubt nothing that is planned is sent."""
+        check = self._parts.self_check
+        if check is None:
+            return
+        for found in check.take():
+            self._parts.reporter.tell(lambda watcher, found=found: watcher.checked(found))  # type: ignore[misc]
+        if check.doubtful:
+            self._parts.schedule.drop()
+            self._doubt = check.hold()
+        else:
+            self._doubt = None
+
     def _starve(self) -> bool:
         """Nothing is planned. Whether to hold; raises when it has gone on for too long."""
         parts = self._parts
         if self._failure is not None:
             raise self._failure
-        reason = f" ({self._refused})" if self._refused else ""
+        why = self._refused or self._doubt
+        reason = f" ({why})" if why else ""
         if not self._moved:
             if parts.clock.now() - self._begun > FIRST:
                 raise RobotError(f"the first chunk of actions did not come within {FIRST:g} s{reason}")
@@ -186,7 +207,7 @@ class Cycle:
         refused, self._refused = self._refused, self._look(observation)
         if self._refused is not None:
             if refused is None:
-                parts.say(f"{self._refused}: nothing is computed from it, {parts.robot.name} will hold")
+                parts.reporter.say(f"{self._refused}: nothing is computed from it, {parts.robot.name} will hold")
             return
         # those that will be sent before the next chunk but one is there: what comes later shall not pull
         rest = parts.schedule.rest()[: delay + parts.execute]
@@ -201,8 +222,18 @@ class Cycle:
         self._observe_ms = observe_ms
         with parts.interrupts.released():
             parts.inference.submit(request)
+            if parts.waits:
+                self._wait()
         if parts.waits:
             parts.ticker.restart()
+
+    def _wait(self) -> None:
+        """Until the inference has answered. RobotError if it never does."""
+        parts, begun = self._parts, time.monotonic()
+        while not parts.inference.wait(PAUSE):
+            parts.stops.check()
+            if time.monotonic() - begun > LONGEST:
+                raise RobotError(f"an inference has not answered within {LONGEST:g} s: {parts.robot.name} is stopped")
 
     def _receive(self) -> None:
         """If an inference answered: its chunk is played from the row that is due."""
@@ -228,7 +259,9 @@ class Cycle:
         way = parts.way(request) if request.previous is not None else "plain"
         parts.ways.add(way)
         chunk = Chunk(request.number, actions, request.step, request.observed, way)
-        if parts.is_old(request.observed) or not parts.schedule.hand_over(chunk):
+        if answered.get(DOUBTED):
+            pass
+        elif parts.is_old(request.observed) or not parts.schedule.hand_over(chunk):
             parts.late += 1
         if not request.first:
             parts.delays.add(request.delay, parts.schedule.step - request.step, self._tick - request.tick)

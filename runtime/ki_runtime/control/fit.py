@@ -51,6 +51,11 @@ def is_paced(options: LoopOptions, robot: Robot) -> bool:
     real = getattr(robot, "real_time", True)
     if not real and options.mode != "sync" and options.delay is None:
         raise ArgumentError(f"mode {options.mode}: no time passes for {robot.name} by itself: give a delay (--delay N)")
+    if real and not options.paced and not getattr(robot, "simulated", False):
+        raise ArgumentError(
+            f"unpaced: {robot.name} does not say that it is simulated, and limits per second hold for actions at its "
+            "rate: leave --unpaced out (a simulated robot has `simulated = True`)"
+        )
     return options.paced and real
 
 
@@ -64,14 +69,19 @@ def actions_to_execute(options: LoopOptions, contract: PolicyContract) -> int:
     return execute
 
 
+def most_delay(contract: PolicyContract) -> int:
+    """Actions that an inference may take: a chunk must last through its own and through the next."""
+    return contract.action_horizon // 2
+
+
 def given_delay(options: LoopOptions, contract: PolicyContract) -> int:
     """Actions that an inference takes, where that is given."""
     delay, horizon = options.delay or 0, contract.action_horizon
-    if options.mode != "sync" and 2 * delay > horizon:
+    if options.mode != "sync" and delay > most_delay(contract):
         raise ArgumentError(
             f"delay {delay}: the policy gives {horizon} actions at once, of which {delay} pass during an inference and "
-            f"{delay} more during the next; at most {horizon // 2} can be bridged: use mode sync, or a policy with a "
-            "longer horizon"
+            f"{delay} more during the next; at most {most_delay(contract)} can be bridged: use mode sync, or "
+            "a policy with a longer horizon"
         )
     return delay
 

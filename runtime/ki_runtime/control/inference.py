@@ -1,4 +1,4 @@
-"""Inference beside the control loop: in one worker thread, or in lock-step with the ticks.
+"""Inference beside the control thread, in one worker thread, or in lock-step with the ticks.
 
 An answer carries what was asked. What an earlier episode asked is dropped when it arrives.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,6 +46,11 @@ class Answer:
 
 
 Infer = Callable[[Request], Mapping[str, Any]]
+Spare = Callable[[Request, Mapping[str, Any], Callable[[], bool]], None]  # the last: whether an inference is wanted
+
+
+def nothing(request: Request, result: Mapping[str, Any], wanted: Callable[[], bool]) -> None:
+    """What is done in spare time, if nothing is."""
 
 
 class Inference(Protocol):
@@ -57,6 +62,9 @@ class Inference(Protocol):
 
     def submit(self, request: Request) -> None:
         """Start one; not while busy."""
+
+    def wait(self, seconds: float) -> bool:
+        """Whether an answer comes within so many seconds, or none will come any more."""
 
     def poll(self, tick: int, epoch: int) -> Answer | None:
         """The answer that is there at this tick. Those of other epochs are dropped."""
@@ -71,8 +79,8 @@ class LockStep:
     With a delay of 0 the robot waits for each of them.
     """
 
-    def __init__(self, infer: Infer, delay: int) -> None:
-        self._infer, self._delay = infer, delay
+    def __init__(self, infer: Infer, delay: int, spare: Spare = nothing) -> None:
+        self._infer, self._delay, self._spare = infer, delay, spare
         self._answer: Answer | None = None
 
     @property
@@ -81,9 +89,13 @@ class LockStep:
 
     def submit(self, request: Request) -> None:
         try:
-            self._answer = Answer(request, self._infer(request))
+            self._answer = Answer(request, result := self._infer(request))
+            self._spare(request, result, lambda: False)
         except Exception as error:
             self._answer = Answer(request, None, error)
+
+    def wait(self, seconds: float) -> bool:
+        return True
 
     def poll(self, tick: int, epoch: int) -> Answer | None:
         answer = self._answer
@@ -99,13 +111,17 @@ class LockStep:
 
 
 class Worker:
-    """One thread. `close` leaves an inference that does not end behind, and the thread with it."""
+    """One thread. `close` leaves an inference that does not end behind, and the thread with it.
 
-    def __init__(self, infer: Infer) -> None:
-        self._infer = infer
+    `spare`: called in it after an answer, while no inference is wanted; an error of it is that of the next inference.
+    """
+
+    def __init__(self, infer: Infer, spare: Spare = nothing) -> None:
+        self._infer, self._spare = infer, spare
         self._requests: SimpleQueue[Request | None] = SimpleQueue()
         self._answers: SimpleQueue[Answer] = SimpleQueue()
         self._asked: Request | None = None
+        self._answer: Answer | None = None  # that `wait` took
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
         self._thread.start()
 
@@ -117,10 +133,21 @@ class Worker:
         self._asked = request
         self._requests.put(request)
 
+    def wait(self, seconds: float) -> bool:
+        if self._answer is None:
+            try:
+                self._answer = self._answers.get(timeout=seconds)
+            except Empty:
+                return not self._thread.is_alive()
+        return True
+
     def poll(self, tick: int, epoch: int) -> Answer | None:
         if self._asked is None:
             return None
-        if self._answers.empty():
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            pass
+        elif self._answers.empty():
             if self._thread.is_alive():
                 return None
             dead = BackendError("the thread that infers is dead: no chunk will come any more")
@@ -135,8 +162,17 @@ class Worker:
         self._thread.join(PATIENCE)
 
     def _work(self) -> None:
+        failed: BaseException | None = None
         while (request := self._requests.get()) is not None:
             try:
-                self._answers.put(Answer(request, self._infer(request)))
+                if failed is not None:
+                    raise failed
+                result = self._infer(request)
             except BaseException as error:  # of any kind: the control thread decides
                 self._answers.put(Answer(request, None, error))
+                continue
+            self._answers.put(Answer(request, result))
+            try:
+                self._spare(request, result, lambda: not self._requests.empty())
+            except BaseException as error:
+                failed = error

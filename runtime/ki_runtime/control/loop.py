@@ -22,25 +22,27 @@ import numpy.typing as npt
 from ki_edge.commands import tell
 from ki_edge.errors import ArgumentError, RobotError
 from ki_edge.policy.contract import PolicyContract
+from ki_runtime.policy.agreement import usual_range
 from ki_runtime.policy.guard import Guard
 from ki_runtime.robots.base import Robot
 from ki_runtime.robots.replay import ReplayRobot
 
 from .clock import Clock, RealClock, SimulatedClock, Ticker
-from .cycle import Counts, Cycle
+from .cycle import DOUBTED, Counts, Cycle
 from .delay import DelayPredictor
-from .fit import actions_to_execute, check_actions, control_rate, given_delay, is_paced, way_to_join
+from .fit import actions_to_execute, check_actions, control_rate, given_delay, is_paced, most_delay, way_to_join
 from .guards import Guards
-from .inference import Inference, LockStep, Request, Worker
+from .inference import Inference, LockStep, Request, Worker, nothing
 from .interrupts import Interrupts
 from .killswitch import KillSwitch
 from .limit_sources import limits_for
 from .options import LoopOptions
-from .parts import Parts, Stops, TimeUp, state_scale
+from .parts import Parts, Stops, TimeUp
 from .priority import undisturbed
 from .reporting import Reporter, Watcher
 from .schedule import F32, Schedule, Way
 from .seams import SeamLog
+from .self_check import SelfCheck
 from .telemetry import Episode, LatencyLog, RunReport, percentiles
 from .watchdog import Watchdog
 
@@ -101,6 +103,8 @@ class ControlLoop:
         trip = self._options.trip_after or max(1, round(self._rate))
         self._guards = Guards(self.limits, trip_after=trip, check=getattr(robot, "check", None))
         self._switch = KillSwitch(self._options.stop_file, keys=self._options.stop_keys)
+        every = self._options.self_check
+        self.self_check = None if every is None else SelfCheck(policy, every, self._options.self_check_limit)
         self._latencies, self._episodes = LatencyLog(), list[Episode]()
         self._parts: Parts | None = None
         self._epoch = 0
@@ -110,16 +114,20 @@ class ControlLoop:
     def expect(self, latency_ms: float) -> None:
         """How long an inference takes, as was measured when it was warmed up: what delays are predicted from at first.
 
-        ArgumentError if a chunk is too short for it.
+        ArgumentError if a chunk is too short for it; a word to the user if it is too short to bridge every inference.
         """
         if self._options.mode == "sync" or self._options.delay is not None:
             return
-        guess, horizon = math.ceil(1e-3 * latency_ms * self._rate), self._policy.contract.action_horizon
-        if guess >= horizon:
-            raise ArgumentError(
-                f"an inference takes {latency_ms:.0f} ms, {guess} actions at {self._rate:g} a second, but the policy "
-                f"gives only {horizon} at once: use mode sync, fewer denoising steps, a lower rate or a faster backend"
-            )
+        guess, contract = math.ceil(1e-3 * latency_ms * self._rate), self._policy.contract
+        took = (
+            f"an inference takes {latency_ms:.0f} ms, {guess} actions at {self._rate:g} a second, and the policy gives "
+            f"only {contract.action_horizon} at once"
+        )
+        remedy = "use mode sync, fewer denoising steps, a lower rate or a faster backend"
+        if guess >= contract.action_horizon:
+            raise ArgumentError(f"{took}: {remedy}")
+        if guess > most_delay(contract):
+            self._say(f"{took}: {self._robot.name} will hold now and then; {remedy}")
         self._guess = guess
 
     def watch(self, *watchers: Watcher) -> None:
@@ -186,6 +194,7 @@ class ControlLoop:
             guards={**self._guards.counts, **refused, "tripped": self._guards.tripped},
             dropped=0 if parts is None else parts.reporter.dropped,
             backend=getattr(backend, "name", None),
+            self_check=None if self.self_check is None else self.self_check.summary(seconds),
             interrupted=interrupted or self._cut,
         )
 
@@ -200,10 +209,13 @@ class ControlLoop:
         shape = (contract.action_horizon, contract.model_action_dim)
         beside = options.mode != "sync" and options.delay is None
         clock: Clock = RealClock() if options.delay is None else SimulatedClock()
-        inference: Inference = Worker(self._infer) if beside else LockStep(self._infer, options.delay or 0)
+        spare = nothing if self.self_check is None else self.self_check.when_idle
+        inference: Inference = (
+            Worker(self._infer, spare) if options.delay is None else LockStep(self._infer, options.delay, spare)
+        )
         limit = self._execute if options.mode == "sync" else contract.action_horizon
         starved = options.starve_limit or max(1, math.ceil(STARVED * self._rate))
-        scale = state_scale(getattr(self._policy, "stats", None), contract.state_dim)
+        scale = usual_range(getattr(self._policy, "stats", None) or {}, "state", contract.state_dim)
         gripper = self.limits.gripper
         return Parts(
             robot=robot,
@@ -219,15 +231,15 @@ class ControlLoop:
             watchdog=Watchdog(options.stale_after, scale),
             seams=SeamLog([not apart for apart in gripper]),
             latencies=self._latencies,
-            reporter=Reporter(self._watchers, threaded=beside),
+            reporter=Reporter(self._watchers, threaded=beside, say=self._say),
             interrupts=self._interrupts,
             stops=Stops(self._switch, options.max_seconds),
-            say=self._say,
             way=self._way_of,
             noise=lambda seed, index: episode_noise(seed, index, shape),
             execute=self._execute,
             beside=beside,
             starve_limit=starved,
+            self_check=self.self_check,
             oldest=max(OLDEST, 2.0 * contract.action_horizon / self._rate),
         )
 
@@ -235,7 +247,10 @@ class ControlLoop:
         more: dict[str, Any] = {}
         if request.previous is not None:
             more = {"previous": request.previous, "way": self._way_of(request)}
-        return self._policy.infer(request.observation, noise=request.noise, num_steps=self._options.num_steps, **more)
+        result = self._policy.infer(request.observation, noise=request.noise, num_steps=self._options.num_steps, **more)
+        if self.self_check is not None and self.self_check.before_answering(request, result):
+            return {**result, DOUBTED: True}
+        return result
 
     def _way_of(self, request: Request) -> Way:
         """A policy is not trained for any delay: beyond, its chunks are guided."""

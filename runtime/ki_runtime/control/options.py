@@ -37,6 +37,8 @@ class LoopOptions:
     prompt: str | None = None  # instead of the robot's own
     max_steps: int | None = None  # ticks of an episode; None: until the robot says that it is over
     max_seconds: float | None = None  # of the whole run, then it stops
+    self_check: float | None = None  # seconds between two checks of the policy's heads against each other; None: none
+    self_check_limit: float | None = None  # of their disagreement, beyond which the robot holds; None: only told
     starve_limit: int | None = None  # ticks without a fresh action until the robot is stopped; None: two seconds
     stale_after: float = 0.5  # seconds that a reading may be old
     limits: str | Path | None = None  # a limits.json
@@ -63,11 +65,15 @@ class LoopOptions:
         _number(self.rate, "rate", SLOWEST, FASTEST)
         _number(self.max_seconds, "max_seconds", 0.0, 1e9)
         _number(self.stale_after, "stale_after", 1e-3, 1e9)
+        _number(self.self_check, "self_check", 0.0, 1e9)
+        _number(self.self_check_limit, "self_check_limit", 0.0, 1e9)
         self._check_agreement()
 
     def _check_agreement(self) -> None:
         if self.crossfade and self.mode != "async":
             raise ArgumentError(f"crossfade {self.crossfade} blends chunks of mode async; the mode is {self.mode}")
+        if self.self_check_limit is not None and self.self_check is None:
+            raise ArgumentError("self_check_limit is of a self-check: say every how many seconds (--self-check)")
         if not self.paced and self.mode != "sync" and self.delay is None:
             raise ArgumentError(
                 f"unpaced: mode {self.mode} computes beside a robot that moves at a rate; leave the pace on, or give "

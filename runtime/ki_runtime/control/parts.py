@@ -24,6 +24,7 @@ from .options import LoopOptions
 from .reporting import Reporter, Watcher
 from .schedule import F32, Schedule, Way
 from .seams import SeamLog
+from .self_check import SelfCheck
 from .telemetry import LatencyLog
 from .watchdog import Watchdog
 
@@ -73,12 +74,12 @@ class Parts:
     reporter: Reporter
     interrupts: Interrupts
     stops: Stops
-    say: Callable[[str], object]
     way: Callable[[Request], Way]  # how a chunk is joined to the one before it, in mode rtc
     noise: Callable[[int, int], F32]  # (seed of the episode, number of the inference)
     execute: int
     beside: bool  # inference runs in a thread of its own
     starve_limit: int
+    self_check: SelfCheck | None
     oldest: float  # seconds since its observation, after which nothing of a chunk is sent
     filmers: tuple[Watcher, ...] = ()  # watchers that want pictures of the present episode
     observers: bool = False  # whether one wants an observation at every tick of it
@@ -124,18 +125,3 @@ def _bytes(observation: Mapping[str, Any]) -> int:
     """Of the arrays of an observation."""
     parts = observation.values() if isinstance(observation, Mapping) else ()
     return sum(_bytes(part) if isinstance(part, Mapping) else getattr(part, "nbytes", 0) for part in parts)
-
-
-def state_scale(stats: Mapping[str, Any] | None, size: int) -> npt.NDArray[np.float64] | None:
-    """The usual range of each number of a state [size], from a policy's statistics; infinite where it hardly moved."""
-    known = None if stats is None else stats.get("state")
-    if known is None:
-        return None
-    if known.q01 is not None and known.q99 is not None:
-        scale = known.q99 - known.q01
-    elif known.std is not None:
-        scale = 4.0 * known.std
-    else:
-        return None
-    wide = np.asarray(scale, np.float64)[:size]
-    return np.where(wide > 0, wide, np.inf) if len(wide) == size else None

@@ -15,6 +15,7 @@ from ki_edge.policy.contract import PolicyContract
 from ki_runtime.robots.base import Robot
 
 from .schedule import F32
+from .self_check import Checked
 from .telemetry import Episode
 
 MOST = 500  # events that wait for slow watchers; those after them are dropped and counted
@@ -77,6 +78,9 @@ class Watcher:
     def stepped(self, step: Step) -> None:
         """A command was sent."""
 
+    def checked(self, found: Checked) -> None:
+        """The policy's two heads were compared."""
+
     def episode_ended(self, index: int, episode: Episode) -> None:
         """The episode is over."""
 
@@ -87,11 +91,13 @@ class Watcher:
 class Reporter:
     """Tells all watchers, in order. `threaded`: from a thread; what comes too fast for it is dropped and counted."""
 
-    def __init__(self, watchers: Sequence[Watcher], *, threaded: bool) -> None:
-        self._watchers = watchers
+    def __init__(
+        self, watchers: Sequence[Watcher], *, threaded: bool, say: Callable[[str], object] = lambda line: None
+    ) -> None:
+        self._watchers, self._say = watchers, say
         self.dropped = 0
         self._error: BaseException | None = None
-        self._events: deque[tuple[Callable[[Watcher], None], int]] = deque()
+        self._events: deque[tuple[Callable[[], object], int]] = deque()
         self._bytes = 0  # of pictures that wait
         self._some = threading.Condition()
         self._over = False
@@ -104,9 +110,19 @@ class Reporter:
 
         `must`: never dropped; `size`: bytes of the pictures that the event keeps.
         """
+        self._do(lambda: self._tell_all(event), must, size)
+
+    def say(self, line: str) -> None:
+        """A line for the user, whose terminal may not take it at once."""
+        self._do(lambda: self._say(line), False, 0)
+
+    def _tell_all(self, event: Callable[[Watcher], None]) -> None:
+        for watcher in self._watchers:
+            event(watcher)
+
+    def _do(self, event: Callable[[], object], must: bool, size: int) -> None:
         if self._thread is None:
-            for watcher in self._watchers:
-                event(watcher)
+            event()
             return
         self.check()
         with self._some:
@@ -141,8 +157,7 @@ class Reporter:
                     self._some.wait()
                 event, size = self._events.popleft()
             try:
-                for watcher in self._watchers:
-                    event(watcher)
+                event()
             except BaseException as error:
                 self._error = self._error or error
             event = None  # type: ignore[assignment]  # what it keeps is free before it is no longer counted

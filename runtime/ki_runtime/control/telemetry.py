@@ -72,6 +72,7 @@ class RunReport:
     seams: Mapping[str, Any]
     delay: Mapping[str, Any]
     guards: Mapping[str, Any]
+    self_check: Mapping[str, Any] | None = None
     dropped: int = 0  # events that a slow watcher was not told
     backend: str | None = None
     interrupted: bool = False
@@ -99,7 +100,7 @@ class RunReport:
             "seams": dict(self.seams),
             "delay": dict(self.delay),
             "guards": dict(self.guards),
-            "self_check": None,
+            "self_check": None if self.self_check is None else dict(self.self_check),
             "dropped_events": self.dropped,
             "interrupted": self.interrupted,
             "torch_loaded": "torch" in sys.modules,
@@ -123,6 +124,8 @@ class RunReport:
         found = [f"{kind} {count}" for kind, count in self.guards.items() if kind != "tripped" and count]
         if found:
             out.append(f"guards        {', '.join(found)}{'; tripped' if self.guards.get('tripped') else ''}")
+        if self.self_check is not None:
+            out.append(self._check_line(self.self_check))
         if self.dropped:
             out.append(f"recording     {self.dropped} events dropped: it could not keep up")
         if self.latency:
@@ -131,6 +134,13 @@ class RunReport:
             name = stage.removesuffix("_ms")
             out.append(f"  {name:<12}{x.p50:9.2f}{x.p99:9.2f}{x.max:9.2f}{x.count:8d}")
         return out
+
+    def _check_line(self, check: Mapping[str, Any]) -> str:
+        found, limit = check["disagreement"], check["limit"]
+        apart = "" if found is None else f", disagreement p50 {found['p50']:.3f}, p95 {found['p95']:.3f}"
+        beyond = "" if limit is None else f", {check['beyond']} beyond {limit:.3g}, {check['held']} ticks held"
+        share = "" if check["share_of_time"] is None else f", {100 * check['share_of_time']:.1f} % of the time"
+        return f"self-check    {check['count']} done, {check['given_up']} given up{apart}{beyond}{share}"
 
     def _rate_lines(self) -> list[str]:
         rate, real = self.rate, self.delay["real"]

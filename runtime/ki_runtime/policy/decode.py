@@ -9,7 +9,7 @@ the device; only the logits come to the host. Caches and bindings are kept from 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,9 +64,15 @@ class FastStage:
         self.forget()
 
     def run(
-        self, prefix: Prefix, inputs: PrefixInputs, choices: Choices, max_tokens: int, forced: Sequence[int]
+        self,
+        prefix: Prefix,
+        inputs: PrefixInputs,
+        choices: Choices,
+        max_tokens: int,
+        forced: Sequence[int],
+        stop: Callable[[], bool] | None = None,
     ) -> Int64:
-        """Token ids i64 [B, n], n <= max_tokens; rows end at EOS and are padded with it."""
+        """Token ids i64 [B, n], n <= max_tokens; rows end at EOS and are padded with it, all where `stop` says so."""
         with clean(self):
             # fed: the last prompt token, the forced ones and all sampled ones but the last
             capacity = prefix.mask.shape[1] + len(forced) + max_tokens
@@ -76,7 +82,7 @@ class FastStage:
             opening[:, 1:] = forced
             token = choices.best(text.append(opening))
             chosen, done = [token], token == choices.eos_id
-            while len(chosen) < max_tokens and not done.all():
+            while len(chosen) < max_tokens and not done.all() and not (stop is not None and stop()):
                 token = np.where(done, choices.eos_id, choices.best(text.append(token[:, None].astype(np.int32))))
                 chosen.append(token)
                 done = done | (token == choices.eos_id)

@@ -142,11 +142,12 @@ class Policy:
             raise ArgumentError(f"way {wanted!r:.40}: this policy's chunks can be {known}")
         return wanted or self.rtc
 
-    def infer_fast(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+    def infer_fast(self, observation: Mapping[str, Any], *, stop: Callable[[], bool] | None = None) -> dict[str, Any]:
         """Actions decoded from FAST tokens, to compare with the flow's: slower and coarser than `infer`.
 
         {"actions": float64 [H, action_dim] in robot units or None, "tokens": i64 [n] as sampled, "problem": why there
-        are no actions or None, "timing": milliseconds by stage}. ArgumentError for a policy without FAST.
+        are no actions or None, "timing": milliseconds by stage}. `stop`: asked after every token; True ends decoding
+        there. ArgumentError for a policy without FAST.
         """
         contract = self._fast_contract()
         clock = _Stopwatch()
@@ -154,7 +155,7 @@ class Policy:
         clock.lap("preprocess_ms")
         forced = self.tokenizer.action_ids
         limit = contract.room(len(forced))
-        tokens = self.sampler.sample_fast_tokens(*_batch(inputs), max_tokens=limit, forced=forced)[0]
+        tokens = self.sampler.sample_fast_tokens(*_batch(inputs), max_tokens=limit, forced=forced, stop=stop)[0]
         clock.lap("model_ms")
         actions, problem = self._decode(tokens, FastIds(contract.id_offset, contract.size))
         if actions is not None:

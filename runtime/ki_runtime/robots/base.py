@@ -25,6 +25,7 @@ class Robot(Protocol):
 
     action_names  what each number of an action commands; a policy whose contract names them otherwise is refused
     real_time     False for one that waits for its actions: nothing is paced then
+    simulated     True for one that may be driven faster or slower than its rate (--unpaced)
     fit(contract)     told once which policy will drive it, before the first episode
     measure()         the state [s] as `observe` gives it, without pictures and at once: asked for at every tick
     timestamps()      {"front": seconds, ...} of `time.monotonic`: when the parts of the last observation were read

@@ -189,6 +189,9 @@ class FetchScene:
         return renderer
 
 
+MOVED = 1  # beside the seed, of where the target moves
+
+
 class GymRobot:
     """The simulated robot `gym:FetchReach-v4`. Use it from the thread that opened it (its GL context lives there).
 
@@ -197,6 +200,7 @@ class GymRobot:
 
     name = "gym:FetchReach-v4"
     action_names = ACTION_NAMES
+    simulated = True
 
     def __init__(self, *, prompt: str = "reach the red target", disturb: int | None = None) -> None:
         self._prompt, self._disturb = prompt, disturb
@@ -207,7 +211,8 @@ class GymRobot:
     def reset(self, seed: int | None = None) -> None:
         """Start an episode: initial pose, new target drawn from `seed`."""
         self._scene.reset(seed)
-        self._rng = np.random.default_rng(seed)
+        # not the seed alone: the environment draws its first target so, and the second would be the same
+        self._rng = np.random.default_rng(None if seed is None else [seed, MOVED])
         self._steps = 0
 
     def observe(self) -> dict[str, Any]:
