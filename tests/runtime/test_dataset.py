@@ -193,6 +193,6 @@ def test_without_the_packages_nothing_is_run(tmp_path, monkeypatch):
 
 
 def test_numbers_of_one_dimension(tmp_path):
-    record(tmp_path, Line(steps=6), Counting(), paced=False)
+    record(tmp_path, Line(steps=6), Counting())
     episode = open_recordings(tmp_path).episode(0)
     assert episode.state.shape == episode.actions.shape == (6, 1)

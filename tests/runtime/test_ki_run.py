@@ -191,7 +191,7 @@ def test_an_empty_digest_is_a_wrong_one(run):
 def test_a_robot_is_observed_at_every_tick_where_nothing_is_late_for_it(run, tmp_path, waits, flags, fresh):
     parquet = pytest.importorskip("pyarrow.parquet", reason="pip install 'ki-edge[record]'")
     robot, policy = Filmed(), Plan()
-    robot.real_time, policy.warm_up = not waits, FormulaPolicy().warm_up
+    robot.real_time, robot.simulated, policy.warm_up = not waits, True, FormulaPolicy().warm_up
     assert run("--record", str(tmp_path / "run"), *flags, policy=policy, robot=robot).status == 0
     ages = parquet.read_table(tmp_path / "run/data/chunk-000/file-000.parquet")["ki.picture_age"].to_pylist()
     assert (max(ages) == 0) is fresh
