@@ -1,40 +1,14 @@
-"""An environment with the real LeRobot, and beside it this project, as somebody with an arm of LeRobot has it.
+"""This project beside the real LeRobot in its environment, as somebody with an arm of LeRobot has it."""
 
-KI_LEROBOT_PYTHON names the Python of an environment that has LeRobot already: that is used, and nothing is installed.
-"""
-
-import os
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
-VERSION = "3.12"  # that LeRobot 0.6 needs
-LEROBOT = ("lerobot==0.6.1", "datasets<5", "av<16")
 # What of the base package LeRobot may not have brought; the robot's engine.
 OURS = ("numpy", "sentencepiece>=0.2", "tokenizers>=0.20", "pillow>=10", "tqdm>=4.66", "onnxruntime>=1.20")
 Made = Callable[[str, Callable[[Path], object]], Path]
-
-
-def lerobot_python(made_once: Made) -> Path:
-    """The Python of LeRobot's environment, made once for all tests (some minutes, 6 GB); skips where none is found."""
-    if (given := os.environ.get("KI_LEROBOT_PYTHON")) is not None:
-        return Path(given)
-    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    base = max(map(str, pyenv.glob(f"versions/{VERSION}.*/bin/python")), default=None)
-    base = base or shutil.which(f"python{VERSION}")
-    if base is None:
-        pytest.skip(f"LeRobot 0.6 needs Python {VERSION}: neither python{VERSION} nor one of pyenv's is here")
-
-    def make(place: Path) -> None:
-        run([base, "-m", "venv", place])
-        pip = [place / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        run([*pip, *LEROBOT])
-
-    return made_once("lerobot_environment", make) / "bin" / "python"
 
 
 def beside_lerobot(python: Path, made_once: Made, *sources: Path) -> list[str]:

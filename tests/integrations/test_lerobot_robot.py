@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .lerobot_environment import beside_lerobot, lerobot_python
+from .lerobot_environment import beside_lerobot
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 PLUGIN = Path(__file__).parent / "lerobot_robot_wire"
@@ -23,10 +23,9 @@ MAPPING = {
 
 
 @pytest.fixture
-def drive(made_once, fetch_bundle, tmp_path):
+def drive(made_once, lerobot_python, fetch_bundle, tmp_path):
     """drive(robot={...}, kind=..., **changes of the mapping) -> (the finished ki-run, the calls that the arm got)."""
-    python = lerobot_python(made_once)
-    path = beside_lerobot(python, made_once, PLUGIN)
+    path = beside_lerobot(lerobot_python, made_once, PLUGIN)
 
     def run(robot=None, kind="wire_arm", **changes):
         log = tmp_path / "calls.jsonl"
@@ -37,7 +36,7 @@ def drive(made_once, fetch_bundle, tmp_path):
             **(robot or {}),
         }
         (tmp_path / "arm.json").write_text(json.dumps({**MAPPING, **changes, "robot": fields}))
-        command = [python, "-m", "ki_runtime.control.cli", fetch_bundle, "--robot", f"lerobot:{kind}"]
+        command = [lerobot_python, "-m", "ki_runtime.control.cli", fetch_bundle, "--robot", f"lerobot:{kind}"]
         command += ["--robot-config", tmp_path / "arm.json", "--mode", "async"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
         result = subprocess.run(

@@ -1,5 +1,6 @@
 """A policy that compares its two heads while it drives."""
 
+import json
 import threading
 
 import numpy as np
@@ -11,9 +12,11 @@ from ki_runtime.control.cli import main
 from ki_runtime.control.inference import Request
 from ki_runtime.control.loop import ControlLoop
 from ki_runtime.control.options import LoopOptions
+from ki_runtime.control.recorder import Recorder
 from ki_runtime.control.reporting import Watcher
 from ki_runtime.control.self_check import SelfCheck
 from ki_runtime.control.self_check_file import LEAST, limit_of, read_limit, save_limit
+from ki_runtime.control.terminal import Status
 from ki_runtime.policy.agreement import Agreement, usual_range
 
 from .fake_robot import HZ, Counting, Line, Steps
@@ -146,6 +149,24 @@ def test_what_an_episode_finds_is_no_doubt_of_the_next():
     policy.infer_fast = lambda *_, **__: check.reset(2) or {"actions": np.full((8, 1), 40.0), "problem": None}
     check.when_idle(request, {"actions": np.zeros((8, 1))}, lambda: False)
     assert not check.doubtful and not check.take() and check.summary(1.0)["given_up"] == 1
+
+
+def test_what_it_found_is_recorded_and_shown(tmp_path):
+    """A line of steps.jsonl each, a chart of run.html, a row on the terminal."""
+    status, recorder = Status(1), Recorder(tmp_path / "run", dataset=False)
+    policy = TwoHeads(apart=range(20, 28), error="no chunk in these tokens")
+    options = LoopOptions(mode="async", delay=1, self_check=0.0, self_check_limit=0.2, starve_limit=5)
+    with pytest.raises(RobotError, match="two heads"):
+        ControlLoop(policy, Line(), options, [status, recorder]).run()
+    events = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
+    checks = [event for event in events if event["event"] == "check"]
+    assert [check["disagreement"] for check in checks[:3]] == pytest.approx([0.01] * 3)
+    assert checks[-1]["disagreement"] is None and checks[-1]["beyond"]
+    assert checks[-1]["problem"] == "no chunk in these tokens"
+    page = (tmp_path / "run" / "run.html").read_text()
+    assert "disagreement of the two heads" in page and "no actions in FAST" in page
+    row = dict(status.rows())["self-check"]
+    assert row.startswith("no chunk in these tokens, ") and row.endswith("beyond the limit")
 
 
 def test_a_policy_with_one_head_is_refused():

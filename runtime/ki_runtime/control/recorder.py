@@ -33,6 +33,7 @@ from ki_runtime.robots.replay import ReplayRobot
 from .dataset_recorder import DatasetRecorder
 from .reporting import Step, Watcher
 from .schedule import F32
+from .self_check import Checked
 from .telemetry import Episode
 
 FILM_HZ = 25.0  # of a robot that does not tell its rate
@@ -135,6 +136,11 @@ class Recorder(Watcher):
         self._write("step", facts)
         if self._dataset is not None:
             self._dataset.stepped(step)
+
+    def checked(self, found: Checked) -> None:
+        apart = None if found.problem is not None else round(found.disagreement, 6)
+        facts = {"step": found.tick, "disagreement": apart, "beyond": found.beyond, "problem": found.problem}
+        self._write("check", {**facts, "ms": round(found.milliseconds, 2)})
 
     def episode_ended(self, index: int, episode: Episode) -> None:
         if self._dataset is not None:

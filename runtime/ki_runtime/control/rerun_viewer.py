@@ -28,6 +28,7 @@ from ki_edge.policy.transforms import given_pictures, read_state
 from ki_runtime.robots.base import Robot
 
 from .reporting import Step, Watcher
+from .self_check import Checked
 from .telemetry import Episode
 
 LIVE = "live"
@@ -141,6 +142,13 @@ class RerunViewer(Watcher):
         if step.guards:
             self._say("WARN", f"guards: {', '.join(step.guards)}")
 
+    def checked(self, found: Checked) -> None:
+        self._at(found.tick)
+        if found.problem is None:
+            self._scalar("self_check/disagreement", found.disagreement)
+        if found.beyond or found.problem is not None:
+            self._say("WARN", f"self-check: {found.problem or f'disagreement {found.disagreement:.3f}'}")
+
     def episode_ended(self, index: int, episode: Episode) -> None:
         outcome = {None: "success not known", True: "success", False: "no success"}[episode.success]
         self._say("INFO", f"episode {index} ends: {outcome}, {episode.steps} steps, {episode.seconds:.2f} s")
@@ -195,6 +203,7 @@ class RerunViewer(Watcher):
         right = view.Vertical(
             view.TimeSeriesView(name="chunk", origin="chunk"),
             view.TimeSeriesView(name="latency, ms", origin="latency"),
+            view.TimeSeriesView(name="self-check", origin="self_check"),
             view.TextLogView(name="events", origin="events"),
         )
         return view.Blueprint(view.Horizontal(left, view.Vertical(*actions), right), collapse_panels=True)

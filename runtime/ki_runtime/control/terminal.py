@@ -21,6 +21,7 @@ from ki_edge.policy.contract import PolicyContract
 from ki_runtime.robots.base import Robot
 
 from .reporting import Step, Watcher
+from .self_check import Checked
 from .telemetry import Episode
 
 DRAWN_EVERY, TOLD_EVERY = 0.5, 10.0  # seconds
@@ -40,6 +41,8 @@ class Status(Watcher):
         self._times: deque[float] = deque(maxlen=RECENT)
         self._latency: dict[str, deque[float]] = {}
         self._step: Step | None = None
+        self._check: Checked | None = None
+        self.checks = self.beyond = 0
         self._joined: deque[int] = deque(maxlen=RECENT)  # the rows at which chunks came in
 
     def run_started(self, contract: PolicyContract, rate: float) -> None:
@@ -62,6 +65,11 @@ class Status(Watcher):
             self._joined.append(step.index)
         self._step = step
 
+    def checked(self, found: Checked) -> None:
+        self.checks += 1
+        self.beyond += found.beyond
+        self._check = found
+
     def episode_ended(self, index: int, episode: Episode) -> None:
         self.ended += 1
         if episode.success is not None:
@@ -82,6 +90,10 @@ class Status(Watcher):
         if self._joined:
             rows.append(("delay", f"{np.median(list(self._joined)):g} actions"))
         rows += [(stage, f"{_p(values, 50):.1f} ms, p95 {_p(values, 95):.1f}") for stage, values in self._stages()]
+        if self._check is not None:
+            apart = self._check.problem or f"disagreement {self._check.disagreement:.3f}"
+            beyond = f", {self.beyond} beyond the limit" if self.beyond else ""
+            rows.append(("self-check", f"{apart}, {self.checks} done{beyond}"))
         rows.append(("guards", ", ".join(f"{kind} {count}" for kind, count in sorted(self.guards.items())) or "none"))
         return [(name, printable(value)) for name, value in rows]
 
@@ -130,6 +142,9 @@ class TerminalView(Watcher):
     def stepped(self, step: Step) -> None:
         self.status.stepped(step)
 
+    def checked(self, found: Checked) -> None:
+        self.status.checked(found)
+
     def episode_ended(self, index: int, episode: Episode) -> None:
         self.status.episode_ended(index, episode)
 
@@ -176,7 +191,7 @@ class TerminalView(Watcher):
         return table
 
     def _warns(self, name: str, value: str) -> bool:
-        return (name == "guards" and value != "none") or (name == "rate" and "held" in value)
+        return (name == "guards" and value != "none") or (name == "rate" and "held" in value) or "beyond" in value
 
 
 def _p(values: deque[float], percent: float) -> float:

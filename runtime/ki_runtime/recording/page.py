@@ -227,7 +227,30 @@ def _time_charts(episode: EpisodeLog) -> Iterator[str]:
     for at, (label, values) in enumerate(curves):
         chart = Chart(label, span, [values], height=84)
         chart.curve(ticks, values, BLUE, 1.0)
-        yield chart.to_svg(axis="command" if at == len(curves) - 1 else "")
+        yield chart.to_svg(axis="command" if at == len(curves) - 1 and not episode.checks else "")
+    if episode.checks:
+        yield _check_chart(episode, span)
+
+
+def _check_chart(episode: EpisodeLog, span: tuple[float, float]) -> str:
+    """How far the policy's heads were apart; a dot where that was beyond the limit or FAST said no actions."""
+    found = [(float(check["step"]), check["disagreement"], check["beyond"]) for check in episode.checks]
+    there = np.array([(at, apart) for at, apart, _ in found if apart is not None], np.float64).reshape(-1, 2)
+    chart = Chart("disagreement of the two heads", span, [there[:, 1]], height=84)
+    chart.curve(there[:, 0], there[:, 1], BLUE, 1.0)
+    top = float(there[:, 1].max(initial=0.0))
+    chart.marks(
+        [
+            (
+                at,
+                top if apart is None else apart,
+                "no actions in FAST" if apart is None else f"disagreement {apart:.3f}",
+            )
+            for at, apart, beyond in found
+            if beyond or apart is None
+        ]
+    )
+    return chart.to_svg(axis="command")
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -22,11 +22,12 @@ Float = npt.NDArray[np.float64]
 
 @dataclass(eq=False)
 class EpisodeLog:
-    """One episode. `steps`, `chunks`: its first KEPT events of the log; `end`: the last event, {} if it was stopped."""
+    """One episode. `steps`, `chunks`, `checks`: its first KEPT events of each kind; `end`: {} if it was stopped."""
 
     start: Mapping[str, Any]
     steps: list[Mapping[str, Any]] = field(default_factory=list)
     chunks: list[Mapping[str, Any]] = field(default_factory=list)
+    checks: list[Mapping[str, Any]] = field(default_factory=list)
     end: Mapping[str, Any] = field(default_factory=dict)
     count: int = 0  # of all steps
 
@@ -87,6 +88,9 @@ class RunLog:
             episode.count += 1
             if drawn and len(episode.steps) < KEPT:
                 episode.steps.append(event)
+        elif kind == "check":
+            if drawn and len(episode.checks) < KEPT:
+                episode.checks.append({name: event[name] for name in ("step", "disagreement", "beyond")})
         elif kind == "end":
             episode.end = event
 

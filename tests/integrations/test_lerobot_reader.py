@@ -1,7 +1,4 @@
-"""The real LeRobot reads what a run recorded: in a venv of its own, which `make test-integrations` makes.
-
-KI_EDGE_LEROBOT_PYTHON names the interpreter of one that is there already (LeRobot with its `dataset` extra).
-"""
+"""The real LeRobot reads what a run recorded, in the environment of its own that `conftest.py` finds or makes."""
 
 import json
 import os
@@ -15,11 +12,9 @@ import pytest
 from ki_edge.recordings.collection import open_recordings
 from ki_edge.recordings.episodes import EpisodeView
 
-from .runtime.recorded_runs import STEPS, Cut, Plan, record
-from .test_packaging import interpreter, run
+from ..runtime.recorded_runs import STEPS, Cut, Plan, record
 
 pytestmark = pytest.mark.integration
-LEROBOT = ("lerobot[dataset]==0.6.1", "datasets<5", "av<16")  # needs Python 3.12
 READ = """
 import json, sys
 import numpy as np, torch
@@ -59,21 +54,12 @@ print(json.dumps({k: {n: np.asarray(v).tolist() for n, v in s.items()} for k, s 
 
 
 @pytest.fixture(scope="module")
-def lerobot(tmp_path_factory):
+def lerobot(lerobot_python, tmp_path_factory):
     """lerobot(script, *arguments, input=None) -> the JSON that a script prints in LeRobot's interpreter."""
-    python = os.environ.get("KI_EDGE_LEROBOT_PYTHON")
-    if python is None:
-        base = interpreter("3.12")
-        if base is None:
-            pytest.skip("no Python 3.12 here, which LeRobot 0.6 needs")
-        home = tmp_path_factory.mktemp("lerobot") / "venv"
-        run([base, "-m", "venv", home])
-        run([home / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *LEROBOT])
-        python = str(home / "bin" / "python")
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
     def call(script, *arguments, input=None):
-        command = [python, "-c", script, *map(str, arguments)]
+        command = [str(lerobot_python), "-c", script, *map(str, arguments)]
         environment = {**kept, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path_factory.mktemp("hub"))}
         result = subprocess.run(
             command, capture_output=True, text=True, timeout=550, check=False, env=environment, input=input
@@ -179,7 +165,7 @@ class SlowRobot:
     control_hz = 12.5
 
     def __init__(self):
-        from .runtime.recorded_runs import Filmed
+        from ..runtime.recorded_runs import Filmed
 
         self._robot = Filmed()
 
