@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ki_edge.policy.contract import generic
+
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 HERE = Path(__file__).parent
 ROLLOUT = ("-m", "lerobot.scripts.lerobot_rollout", "--return_to_initial_position=false", "--play_sounds=false")
@@ -98,11 +100,8 @@ def test_a_bad_bundle_is_refused_before_the_robot_is_connected(given, message, r
 
 def test_a_policy_on_another_machine(run_lerobot, tmp_path):
     """Openpi's protocol: the server tells its contract, or a file does."""
-    pytest.importorskip("ki_runtime.remote")
-    from ki_edge.policy.contract import generic
-
-    from ..runtime.policy_server import PolicyServer
-
+    pytest.importorskip("ki_runtime.remote.policy", reason="this version has no client of policy servers")
+    PolicyServer = pytest.importorskip("tests.runtime.policy_server").PolicyServer
     contract = generic(["front", "wrist"], state_dim=8, action_dim=7, action_horizon=5, image_size=(16, 16))
     rows = np.arange(35.0, dtype=np.float32).reshape(5, 7)
     metadata = {"ki_edge": {"contract": contract.to_json()}}
