@@ -28,7 +28,8 @@ from ki_edge.policy.transforms import InputPipeline, ModelInputs, OutputPipeline
 from .answering import Answering
 from .decode import TOKENIZERS, check_words, read_tokenizer
 from .guard import finite_actions
-from .sampler import WITHOUT_RTC, Sampler
+from .sampler import Sampler
+from .sampler_arguments import WITHOUT_RTC
 from .training_range import TrainingRange
 from .warming import Prepared, warm_up
 

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge import flow, graphs
-from ki_edge.arguments import array_of, seed_of
 from ki_edge.bundle import Bundle
 from ki_edge.commands import tell
 from ki_edge.config import Pi05Config
@@ -29,9 +28,9 @@ from .opening import detached, folder_of, sampling_of
 from .prefix import PrefixInputs, PrefixStage, prepare_inputs, prepare_state
 from .proof import Prover
 from .room import Result, Stage, within_memory
+from .sampler_arguments import check_finite, check_overlap, noise_of
 from .verdict import ACTIONS, FAST
 
-WITHOUT_RTC = "was exported without real-time chunking: export its checkpoint with --rtc"
 F32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 
@@ -188,8 +187,8 @@ class Sampler:
         inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
         once = prepare_state(state, inputs.batch, self._config)
         steps = self._steps(num_steps)
-        x = self._noise(noise, seed, inputs.batch)
-        self._check_overlap(overlap, inputs.batch)
+        x = noise_of(noise, seed, inputs.batch, self._config)
+        check_overlap(overlap, inputs.batch, self.bundle)
 
         def run() -> F32:
             start = time.perf_counter_ns()
@@ -201,7 +200,7 @@ class Sampler:
             return actions
 
         actions = self._alone(run)  # arguments were checked before: a wrong call waits for nobody
-        self._check_finite(actions)
+        check_finite(actions, self.bundle.manifest.precision)
         return actions
 
     def sample_fast_tokens(
@@ -305,8 +304,8 @@ class Sampler:
         inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
         once = prepare_state(state, inputs.batch, self._config)
         steps = self._steps(num_steps)
-        x = self._noise(noise, seed, inputs.batch)
-        self._check_overlap(overlap, inputs.batch)
+        x = noise_of(noise, seed, inputs.batch, self._config)
+        check_overlap(overlap, inputs.batch, self.bundle)
 
         def run() -> Trace:
             prefix = self._prefix.run_eagerly(inputs)
@@ -325,41 +324,6 @@ class Sampler:
             except MemoryError as error:
                 self._prefix.forget()
                 raise BackendError(f"the host's memory does not suffice for this call: {error}") from None
-
-    def _noise(self, noise: npt.ArrayLike | None, seed: int | None, batch: int) -> F32:
-        shape = (batch, self._config.action_horizon, self._config.action_dim)
-        if noise is None:
-            return np.random.default_rng(seed_of(seed)).standard_normal(shape, np.float32)
-        if seed is not None:
-            raise ArgumentError("noise and seed were both given: the seed would have no effect, pass one of them")
-        given = array_of(noise, "noise")
-        if given.shape != shape or given.dtype != np.float32:
-            raise ArgumentError(f"noise: expected float32 {list(shape)}, got {given.dtype} {list(given.shape)}")
-        if not np.isfinite(given).all():
-            raise ArgumentError("noise holds NaN or infinity")
-        return given
-
-    def _check_overlap(self, overlap: Overlap | None, batch: int) -> None:
-        if overlap is None:
-            return
-        if not isinstance(overlap, Overlap):
-            raise ArgumentError(f"overlap: expected an Overlap of ki_edge.overlap, got {type(overlap).__name__}")
-        config = self._config
-        if config.rtc == "none":
-            raise ArgumentError(f"{self.bundle.path} {WITHOUT_RTC}")
-        overlap.check(batch, config.action_horizon, config.action_dim)
-        if overlap.committed.any() and config.rtc != "trained":
-            raise ArgumentError(f"{self.bundle.path} is of a policy that was not trained to take committed actions")
-
-    def _check_finite(self, actions: F32) -> None:
-        bad = int((~np.isfinite(actions)).sum())
-        if bad:
-            precision = self.bundle.manifest.precision
-            raise BackendError(
-                f"the denoise graph in {precision} gave {bad} of {actions.size} numbers that are NaN or infinite; "
-                "nothing is sent to the robot. Check the bundle with ki-parity; "
-                f"{precision if precision != 'float32' else 'the backend'} is unsafe for this checkpoint"
-            )
 
     def _steps(self, num_steps: int | None) -> int:
         steps = self._num_steps if num_steps is None else num_steps
