@@ -223,6 +223,9 @@ class Still:
         images = {name: self.random.integers(0, 256, (4, 4, 3), dtype=np.uint8) for name in ("left", "right")}
         return {"images": images, "state": self.random.uniform(0, 1, 2), "prompt": "open the drawer"}
 
+    def frame(self):
+        return None
+
     def close(self):
         pass
 
