@@ -147,3 +147,18 @@ def test_curves_stay_within_their_panels(tmp_path):
     for path in read(tmp_path).all("path"):
         numbers = [float(text) for text in re.findall(r"[ML](-?[\d.]+) ", path["d"])]
         assert all(60 <= number <= 820 for number in numbers)
+
+
+class Feeling(Pictured):
+    """With a sensor that says NaN now and then."""
+
+    def observe(self):
+        return {**super().observe(), "force": np.array([1.0, np.nan]), "torque": np.float32("inf")}
+
+
+def test_a_sensor_that_says_nan_costs_no_page(tmp_path):
+    record(tmp_path / "run", robot=Feeling())
+    assert (tmp_path / "run" / "run.html").is_file()
+    events = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
+    seen = next(event for event in events if event["event"] == "inference")
+    assert seen["force"] == [1.0, None] and "torque" not in seen

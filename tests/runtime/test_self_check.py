@@ -151,6 +151,29 @@ def test_what_an_episode_finds_is_no_doubt_of_the_next():
     assert not check.doubtful and not check.take() and check.summary(1.0)["given_up"] == 1
 
 
+def test_a_check_sees_what_its_chunk_saw():
+    """Also of a robot that uses its memory again, and moves while the check goes on."""
+
+    class Reusing(Line):
+        memory = np.zeros(1, np.float32)
+
+        def observe(self):
+            self.memory[0] = self.steps
+            return {**super().observe(), "state": self.memory}
+
+        def act(self, action):
+            super().act(action)
+            self.memory[0] = self.steps
+
+    class Slow(TwoHeads):
+        def infer_fast(self, observation, *, stop=None):
+            threading.Event().wait(0.05)
+            return super().infer_fast(observation)
+
+    _, _, found, _ = run(Slow(), Reusing(), mode="sync", delay=None)
+    assert found and all(one.disagreement == pytest.approx(0.01) for one in found)
+
+
 def test_what_it_found_is_recorded_and_shown(tmp_path):
     """A line of steps.jsonl each, a chart of run.html, a row on the terminal."""
     status, recorder = Status(1), Recorder(tmp_path / "run", dataset=False)

@@ -3,6 +3,7 @@
 import json
 import threading
 
+import numpy as np
 import pytest
 
 from ki_edge.errors import ArgumentError, BackendError
@@ -125,6 +126,18 @@ def test_a_text_of_an_episode_that_is_over_is_dropped(tokenizer):
     policy.texts = lambda step: levels.reset() or "of the last episode"
     levels.when_idle(request, {}, lambda: False)
     assert levels.subtask is None and levels.summary()["written"] == 0
+
+
+def test_an_inference_that_outlives_its_episode_writes_nothing(tokenizer):
+    """Its picture is of the episode before, also if that was over before the writing began."""
+    policy = Writer(tokenizer)
+    levels = TwoLevels(policy, Writing(0.0))
+    observation = {"prompt": "p", "state": np.array([3.0])}
+    request = type("Request", (), {"observation": observation, "observed": 1.0})()
+    result = levels.infer(observation)
+    levels.reset()
+    levels.when_idle(request, result, lambda: False)
+    assert levels.subtask is None and not policy.questions
 
 
 def test_watchers_see_what_is_acted_on(tokenizer, tmp_path):

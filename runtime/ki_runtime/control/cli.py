@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from ki_edge.commands import run_command, show, show_json, tell
@@ -43,18 +44,18 @@ def _run(options: argparse.Namespace) -> int:
     if options.show_limits:
         return _show_limits(options)
     with opened_policy(options) as policy, Interrupts() as interrupts, interrupts.held(), ExitStack() as opened:
-        levels = None if writing is None else TwoLevels(policy, writing)
+        view = TerminalView(options.episodes)
+        levels = None if writing is None else TwoLevels(policy, writing, say=view.say)
         robot = open_robot(options.robot, **_robot_options(options))
         opened.callback(robot.close)
-        view = TerminalView(options.episodes)
         loop = ControlLoop(levels or policy, robot, loop_options, interrupts=interrupts, say=view.say)
         with interrupts.released():
             _warm_up(options, policy, levels, loop)
+        viewers = [] if options.rerun is None else [RerunViewer(options.rerun)]
         recorder = None
         if options.record:  # nothing was written before
             every = options.record_every_tick or options.delay is not None or not is_paced(loop_options, robot)
             recorder = Recorder(options.record, every_tick=every)
-        viewers = [] if options.rerun is None else [RerunViewer(options.rerun)]
         told_subtasks = [] if levels is None else [SubtasksTold(view.say)]
         loop.watch(view, *told_subtasks, *([recorder] if recorder else []), *viewers)
         opened.pop_all()  # from here on the loop closes the robot
@@ -73,6 +74,10 @@ def _checked(options: argparse.Namespace) -> tuple[LoopOptions, Writing | None]:
         options.self_check_limit = read_limit(options.self_check_limit)
     if options.self_check_save is not None and options.self_check is None:
         raise ArgumentError("--self-check-save is of a self-check: say every how many seconds (--self-check)")
+    if options.self_check_save is not None and not Path(options.self_check_save).absolute().parent.is_dir():
+        raise ArgumentError(f"--self-check-save {options.self_check_save}: its folder does not exist")
+    if options.record_every_tick and not options.record:
+        raise ArgumentError("--record-every-tick is of a recording: say into which folder (--record DIR)")
     writing = writing_of(options.subtask_every, options.subtask_question)
     told = {one.name for one in fields(LoopOptions)} - OWN
     loop_options = LoopOptions(**{name: getattr(options, name) for name in told})

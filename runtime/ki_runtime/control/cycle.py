@@ -56,6 +56,7 @@ class Cycle:
         self._failure: BaseException | None = None  # of the policy: its last good chunk is played to its end
         self._refused: str | None = None  # why the last observation was of no use
         self._doubt: str | None = None  # why the last chunk was
+        self._late: str | None = None  # why it came too late
         self._observe_ms = 0.0
         self._commands = 0  # ticks that had one; those in which the robot waits for its first chunk have none
         self._moved = False  # whether any command was sent
@@ -129,7 +130,7 @@ class Cycle:
         parts = self._parts
         if self._failure is not None:
             raise self._failure
-        why = self._refused or self._doubt
+        why = self._refused or self._doubt or self._late
         reason = f" ({why})" if why else ""
         if not self._moved:
             if parts.clock.now() - self._begun > FIRST:
@@ -222,12 +223,20 @@ class Cycle:
         )  # fmt: skip
         self._asked += 1
         self._observe_ms = observe_ms
+        if parts.waits and parts.goes_on and self._moved:
+            self._stand()
         with parts.interrupts.released():
             parts.inference.submit(request)
             if parts.waits:
                 self._wait()
         if parts.waits:
             parts.ticker.restart()
+
+    def _stand(self) -> None:
+        """Before a wait, where a command is a motion that would go on blindly through it."""
+        still = self._parts.guards.held()
+        if still is not None:
+            self._parts.robot.act(still)
 
     def _wait(self) -> None:
         """Until the inference has answered. RobotError if it never does."""
@@ -263,7 +272,13 @@ class Cycle:
         chunk = Chunk(request.number, actions, request.step, request.observed, way)
         if answered.get(DOUBTED):
             pass
-        elif parts.is_old(request.observed) or not parts.schedule.hand_over(chunk):
+        elif parts.is_old(request.observed):
+            parts.late += 1
+            age = parts.clock.now() - request.observed
+            self._late = f"chunks come {age:.1f} s after their observation, and are dropped after {parts.oldest:.1f} s"
+        elif parts.schedule.hand_over(chunk):
+            self._late = None
+        else:
             parts.late += 1
         if not request.first:
             parts.delays.add(request.delay, parts.schedule.step - request.step, self._tick - request.tick)
@@ -282,7 +297,7 @@ class Cycle:
         if isinstance(observation, Mapping):
             with suppress(ObservationError):  # one thing under two keys: the policy says so, if it minds
                 observation = under_contract_keys(parts.contract, observation)
-        if parts.beside:  # the robot may use its memory again while the worker reads this
+        if parts.reads_on:  # the robot may use its memory again meanwhile
             observation = copy.deepcopy(dict(observation))
         if parts.options.prompt is not None:
             observation = {**observation, "prompt": parts.options.prompt}

@@ -96,6 +96,11 @@ class Guards:
         self._speed[:], self._measured[:] = 0.0, np.nan
         self._row, self._why, self._stopped = 0, "", False
 
+    @property
+    def moves(self) -> bool:
+        """Whether a number of the actions commands a motion, which goes on until another is sent."""
+        return bool(self._motion.any())
+
     def held(self) -> F32 | None:
         """What stands still, for a starved loop: the last command again f32 [a], 0 where it commands a motion.
 

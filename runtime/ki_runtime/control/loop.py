@@ -211,7 +211,8 @@ class ControlLoop:
         beside = options.mode != "sync" and options.delay is None
         clock: Clock = RealClock() if options.delay is None else SimulatedClock()
         found = (getattr(part, "when_idle", None) for part in (self.self_check, self._policy))
-        spare = in_turn([one for one in found if one is not None])
+        idle = [one for one in found if one is not None]
+        spare = in_turn(idle)
         inference: Inference = (
             Worker(self._infer, spare) if options.delay is None else LockStep(self._infer, options.delay, spare)
         )
@@ -240,6 +241,8 @@ class ControlLoop:
             noise=lambda seed, index: episode_noise(seed, index, shape),
             execute=self._execute,
             beside=beside,
+            reads_on=beside or bool(idle),
+            goes_on=self._goes_on(),
             starve_limit=starved,
             self_check=self.self_check,
             oldest=max(OLDEST, 2.0 * contract.action_horizon / self._rate),
@@ -283,11 +286,21 @@ class ControlLoop:
         if counts.failure is not None:  # the episode was over before the last good chunk was
             raise counts.failure
 
+    def _rest(self) -> None:
+        """For a robot without a safe stop of its own: no motion that was commanded goes on, positions stay."""
+        if self._goes_on() and (still := self._guards.held()) is not None:
+            self._robot.act(still)
+
+    def _goes_on(self) -> bool:
+        """Whether a command is a motion that goes on by itself: of no robot whose time only passes with commands."""
+        robot = self._robot
+        waits = getattr(robot, "simulated", False) or not getattr(robot, "real_time", True)
+        return self._guards.moves and not waits
+
     def _close(self, error: BaseException | None) -> None:
         """The robot, then the watchers, each once. The first error comes out, those after it are told."""
         closing: list[Callable[[], None]] = []
-        if hasattr(self._robot, "safe_stop"):
-            closing.append(self._robot.safe_stop)
+        closing.append(getattr(self._robot, "safe_stop", self._rest))
         if self._options.close_robot:
             self._closed = True
             closing.append(self._robot.close)

@@ -78,6 +78,8 @@ class Parts:
     noise: Callable[[int, int], F32]  # (seed of the episode, number of the inference)
     execute: int
     beside: bool  # inference runs in a thread of its own
+    goes_on: bool  # a command is a motion that goes on until another is sent
+    reads_on: bool  # an observation is read by another thread while the robot moves
     starve_limit: int
     self_check: SelfCheck | None
     oldest: float  # seconds since its observation, after which nothing of a chunk is sent
@@ -101,7 +103,10 @@ class Parts:
         return self.options.mode == "sync"
 
     def is_old(self, observed: float | None) -> bool:
-        """Whether nothing that was computed from an observation of this time may be sent any more."""
+        """Whether nothing that was computed from an observation of this time may be sent any more.
+
+        A robot that waits stands still meanwhile: there it is the answer alone that may be too old, not its later rows.
+        """
         return observed is not None and not self.waits and self.clock.now() - observed > self.oldest
 
     def before_next(self, delay: int) -> int:

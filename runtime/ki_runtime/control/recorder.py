@@ -13,6 +13,7 @@ A run that is stopped leaves the same files, up to where it was.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -138,7 +139,7 @@ class Recorder(Watcher):
             self._dataset.stepped(step)
 
     def checked(self, found: Checked) -> None:
-        apart = None if found.problem is not None else round(found.disagreement, 6)
+        apart = round(found.disagreement, 6) if np.isfinite(found.disagreement) else None
         facts = {"step": found.tick, "disagreement": apart, "beyond": found.beyond, "problem": found.problem}
         self._write("check", {**facts, "ms": round(found.milliseconds, 2)})
 
@@ -189,7 +190,14 @@ def _small(given: object) -> object:
         array = np.asarray(given)
     except (TypeError, ValueError):  # a tensor on a device, a ragged list
         return None
-    return array.tolist() if array.ndim < 2 and array.dtype.kind in "biufU" else None
+    if array.ndim > 1 or array.dtype.kind not in "biufU":
+        return None
+    values = array.tolist()
+    if array.dtype.kind != "f":
+        return values
+    if array.ndim:
+        return [value if math.isfinite(value) else None for value in values]  # JSON has no such numbers
+    return values if math.isfinite(values) else None
 
 
 def _rounded(actions: Any) -> Any:

@@ -3,7 +3,7 @@
 A policy with knowledge insulation says its actions twice, by flow matching and in FAST tokens. Where both know what
 they see they agree; what they were never trained for they answer differently. In the spare time of the thread that
 infers, the tokens of an observation are decoded and compared with the chunk that was computed from it. A check that is
-not done when the next inference is asked for is given up: it never makes a chunk late.
+not done when the next inference is asked for is given up, between two steps of it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 The high level reads the pictures and the task, and answers in words: the next subtask. The low level acts on it: its
 prompt is the subtask instead of the task. Until the first one is written it acts on the task, and while one is written
-on the one before. Writing is given up when the next inference is asked for, so that it never makes a chunk late.
+on the one before. Writing is given up, between two steps of it, when the next inference is asked for.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class TwoLevels:
         policy.check_text()
         self._policy, self._writing, self._say = policy, writing, say
         self._lock = Lock()  # a subtask is written in one thread, and an episode begins in another
-        self._epoch = 0
+        self._epoch = self._asked_in = 0  # now, and when the last inference began
         self._last: float | None = None  # observation of the last subtask
         self.subtask: str | None = None
         self._written = self._changes = self._given_up = self._unusable = 0
@@ -88,7 +88,8 @@ class TwoLevels:
 
     def infer(self, observation: Mapping[str, Any], **more: Any) -> dict[str, Any]:
         """As of the policy, prompted by the subtask."""
-        subtask = self.subtask
+        with self._lock:
+            subtask, self._asked_in = self.subtask, self._epoch
         return {**self._policy.infer(_prompted(observation, subtask), **more), "subtask": subtask}
 
     def infer_fast(self, observation: Mapping[str, Any], **more: Any) -> dict[str, Any]:
@@ -113,7 +114,10 @@ class TwoLevels:
     def when_idle(self, request: Request, result: Mapping[str, Any], wanted: Callable[[], bool]) -> None:
         """Write the next subtask, if it is time. `wanted`: whether the thread is, for the next inference."""
         with self._lock:
-            epoch, last = self._epoch, self._last
+            epoch, last = self._asked_in, self._last
+            over = epoch != self._epoch  # an inference of an episode that ended meanwhile: so is its picture
+        if over:
+            return
         if last is not None and request.observed - last < self._writing.every:
             return
         start = time.perf_counter()

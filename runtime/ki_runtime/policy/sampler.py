@@ -218,8 +218,8 @@ class Sampler:
         """Greedy continuation of the prompt: ids i64 [B, n] of the model's vocabulary, n <= max_tokens.
 
         `forced` ids are fed first and are not returned. A row ends at EOS and is padded with it. `constrained` allows
-        only the FAST ids, "|" and EOS. `stop` is asked after each token, and ends all rows there. Inputs as in
-        `sample_actions`; ArgumentError for what does not fit, and for a bundle without the FAST head.
+        only the FAST ids, "|" and EOS. `stop` is asked before each stage and after each token, and ends all rows there.
+        Inputs as in `sample_actions`; ArgumentError for what does not fit, and for a bundle without the FAST head.
         """
         self._check_fast()
         inputs = prepare_inputs(images, camera_mask, prompt_tokens, prompt_mask, self._config)
@@ -270,10 +270,13 @@ class Sampler:
 
         def run() -> Int64:
             choices, stage = chooser(), self._fast_stage()
-            start = time.perf_counter_ns()
-            prefix = self._prefix.run(inputs)
-            middle = time.perf_counter_ns()
-            tokens = stage.run(prefix, inputs, choices, max_tokens, forced, stop)
+            tokens: Int64 = np.empty((inputs.batch, 0), np.int64)
+            start = middle = time.perf_counter_ns()
+            if stop is None or not stop():
+                prefix = self._prefix.run(inputs)
+                middle = time.perf_counter_ns()
+                if stop is None or not stop():
+                    tokens = stage.run(prefix, inputs, choices, max_tokens, forced, stop)
             self._times.last = StageTimes(prefix=middle - start, fast=time.perf_counter_ns() - middle)
             return tokens
 

@@ -78,7 +78,7 @@ class Connection:
                 proxy=None,
             )
             return connected.__enter__()  # `close` is its __exit__
-        except errors.InvalidURI:
+        except (errors.InvalidURI, ValueError):  # a port that is none is a ValueError
             raise ArgumentError(
                 f"{self._uri!r:.200} is no address of a policy server: expected ws://HOST:PORT"
             ) from None
