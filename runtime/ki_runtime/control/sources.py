@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 from ki_edge.commands import tell
@@ -29,6 +30,8 @@ def check_source(options: argparse.Namespace) -> None:
     """ArgumentError unless there is one policy, with options of its own kind. A server's address may also stand in the
     bundle's place.
     """
+    if options.bundle is None and options.rerun is not None and Path(options.rerun).is_dir():
+        raise ArgumentError(f"--rerun took {options.rerun} for its file: write the bundle first, and --rerun last")
     if options.bundle is not None and options.bundle.startswith(SERVERS) and options.policy is None:
         options.bundle, options.policy = None, options.bundle
     if (options.bundle is None) == (options.policy is None):

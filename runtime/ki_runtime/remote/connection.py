@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,16 +20,18 @@ class Lost(BackendError):
 
 
 class Connection:
-    """A connection to `uri`, and the metadata that the server sent first. `key`: as `Authorization: Api-Key KEY`.
+    """A connection to `uri`, and the metadata that the server sent first, both within `patience` seconds. `key`: as
+    `Authorization: Api-Key KEY`.
 
     ArgumentError for an address that is none; Lost where nobody answers; BackendError for a server of another kind.
     """
 
-    def __init__(self, uri: str, key: str | None = None) -> None:
+    def __init__(self, uri: str, key: str | None = None, patience: float = OPENING) -> None:
         self._uri, self._websockets = uri, _websockets()
-        self._socket: Any = self._open(key)
+        until = time.monotonic() + patience
+        self._socket: Any = self._open(key, patience)
         try:
-            metadata = unpack(self._receive(OPENING), uri)
+            metadata = unpack(self._receive(max(0.0, until - time.monotonic())), uri)
         except BaseException:
             self.close()
             raise
@@ -63,7 +66,7 @@ class Connection:
         with contextlib.suppress(Exception):
             self._socket.close()
 
-    def _open(self, key: str | None) -> Any:
+    def _open(self, key: str | None, patience: float) -> Any:
         headers = None if key is None else {"Authorization": f"Api-Key {key}"}
         errors = self._websockets.exceptions
         try:
@@ -72,7 +75,7 @@ class Connection:
                 compression=None,
                 max_size=MOST_BYTES,
                 additional_headers=headers,
-                open_timeout=OPENING,
+                open_timeout=patience,
                 close_timeout=CLOSING,
                 ping_interval=None,  # openpi's server answers none while it infers
                 proxy=None,

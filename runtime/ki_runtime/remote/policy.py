@@ -26,7 +26,7 @@ from ki_edge.policy.presets import PRESETS, find_preset
 from ki_edge.policy.transforms import read_images, read_state
 from ki_runtime.policy.warming import Prepared
 
-from .connection import Connection, Lost
+from .connection import OPENING, Connection, Lost
 from .packing import pack
 
 KEY = "KI_API_KEY"  # variable: the server's key
@@ -34,7 +34,9 @@ FIRST = 600.0  # seconds for the first answers: a server may compile meanwhile
 ANSWER = 30.0  # for any other; the loop stops the robot long before
 ABSENCE = 10.0  # seconds for a server that is gone to come back
 PAUSE = 0.2  # between two looks whether it is back
+LEAST = 0.5  # for a connection, at the end of the absence
 GREY = 128
+OUTDATED = "outdated"  # of a result: its observation is from before the server was away
 SOME_PROMPT = "pick up the object and put it into the box"
 
 
@@ -105,23 +107,24 @@ class RemotePolicy:
         start = time.perf_counter()
         question = pack(outgoing(self.contract, observation))
         packed = time.perf_counter()
-        answer = self._ask(question, patience)
+        answer, outdated = self._ask(question, patience)
         answered = time.perf_counter()
         timing = {"preprocess_ms": 1e3 * (packed - start)}
         timing |= _server_timing(answer, 1e3 * (answered - packed))
         return {
             "actions": _actions(answer, self.contract, self._uri),
+            OUTDATED: outdated,
             "timing": {**timing, "total_ms": 1e3 * (time.perf_counter() - start)},
         }
 
-    def _ask(self, question: bytes, patience: float) -> Mapping[str, Any]:
-        """The answer; of a server that was gone, once it is back."""
+    def _ask(self, question: bytes, patience: float) -> tuple[Mapping[str, Any], bool]:
+        """The answer, and whether it comes from a server that was gone meanwhile, and is back."""
         since: float | None = None
         while True:
             try:
                 if since is not None:
-                    self._reconnect()
-                return self._connection.ask(question, patience)
+                    self._reconnect(self._absence - (time.monotonic() - since))
+                return self._connection.ask(question, patience), since is not None
             except Lost as error:
                 now = time.monotonic()
                 if self._closed.is_set():
@@ -133,11 +136,11 @@ class RemotePolicy:
                     raise BackendError(f"{error}; it did not come back within {self._absence:g} s") from None
                 self._closed.wait(PAUSE)
 
-    def _connect(self) -> Connection:
-        return Connection(self._uri, os.environ.get(KEY) or None)
+    def _connect(self, patience: float = OPENING) -> Connection:
+        return Connection(self._uri, os.environ.get(KEY) or None, patience)
 
-    def _reconnect(self) -> None:
-        self._connection = self._connect()
+    def _reconnect(self, patience: float) -> None:
+        self._connection = self._connect(min(OPENING, max(LEAST, patience)))
         if self._closed.is_set():
             self._connection.close()
         if _told(self._connection.metadata) != self._metadata_contract:
@@ -192,6 +195,11 @@ def _pictures(contract: PolicyContract, observation: Mapping[str, Any]) -> dict[
 def _contract(uri: str, metadata: Mapping[str, Any], given: PolicyContract | None) -> PolicyContract:
     told = _told(metadata)
     if given is not None:
+        if told is not None and PolicyContract.from_json(told) != given:
+            raise ContractError(
+                f"{uri} tells its policy's contract, and --contract gives another one: leave --contract away, or ask "
+                "the server that has the policy it is of"
+            )
         return given
     if told is None:
         raise ContractError(
