@@ -79,7 +79,7 @@ def contract_of(options: argparse.Namespace) -> tuple[PolicyContract, Mapping[st
         policy.close()
         return policy.contract, {}
     from ki_edge.bundle import Bundle
-    from ki_runtime.policy.policy import read_assets
+    from ki_runtime.policy.assets import read_assets
 
     assets = read_assets(Bundle.open(options.bundle))
     return assets.contract, assets.stats
