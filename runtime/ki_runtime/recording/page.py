@@ -234,7 +234,11 @@ def _time_charts(episode: EpisodeLog) -> Iterator[str]:
 
 def _check_chart(episode: EpisodeLog, span: tuple[float, float]) -> str:
     """How far the policy's heads were apart; a dot where that was beyond the limit or FAST said no actions."""
-    found = [(float(check["step"]), check["disagreement"], check["beyond"]) for check in episode.checks]
+    first, last = span  # an observation may lie before the first command
+    found = [
+        (min(max(float(check["step"]), first), last), check["disagreement"], check["beyond"])
+        for check in episode.checks
+    ]
     there = np.array([(at, apart) for at, apart, _ in found if apart is not None], np.float64).reshape(-1, 2)
     chart = Chart("disagreement of the two heads", span, [there[:, 1]], height=84)
     chart.curve(there[:, 0], there[:, 1], BLUE, 1.0)
