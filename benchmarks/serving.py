@@ -123,6 +123,8 @@ def measure(given: argparse.Namespace, uri: str, pid: int, clients: int) -> dict
     asking = subprocess.Popen(load, stdout=subprocess.PIPE, text=True, env=environment)
     looking = subprocess.Popen(look, stdout=subprocess.PIPE, text=True, env=environment)
     answers, health = (json.loads(process.communicate()[0] or "{}") for process in (asking, looking))
+    if asking.returncode or looking.returncode:
+        raise SystemExit(f"nothing was answered at {uri} with {clients} robots")
     return {**answers, "health": health, "mib_before": before, "mib_after": resident(pid)}
 
 
