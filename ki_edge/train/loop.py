@@ -156,7 +156,10 @@ class Trainer:
             if settings.rtc_offset:
                 actions = shifted(rng, actions, delays, settings.rtc_offset, dims)
             delay = torch.from_numpy(delays)
-        losses = self.model.compute_loss(observation, torch.from_numpy(actions), noise=noise, time=times, delay=delay)
+        real = None if examples.real is None else torch.from_numpy(examples.real[rows])
+        losses = self.model.compute_loss(
+            observation, torch.from_numpy(actions), noise=noise, time=times, delay=delay, real=real
+        )
         terms = {"flow": losses.mean_flow(dims)}
         if losses.fast is not None:
             terms["fast"] = losses.fast.mean()
