@@ -11,6 +11,8 @@ from typing import Any
 from ki_edge.commands import Parser, run_command, show
 from ki_edge.config import TINY
 
+from .settings import TrainSettings
+
 PRESETS = {"tiny": TINY}
 HELP = {
     "steps": "optimiser steps",
@@ -34,8 +36,6 @@ HELP = {
 
 def build_parser() -> Parser:
     """The command line; what is not given comes from TrainSettings, or from the run that is resumed."""
-    from .loop import TrainSettings
-
     parser = Parser(prog="ki-train", description="Train a π0.5 policy with knowledge insulation.")
     parser.add_argument("demonstrations", type=Path, help="recorded episodes: a LeRobotDataset, .npz")
     parser.add_argument("-o", "--out", type=Path, required=True, help="checkpoint folder to write, or to go on with")
@@ -65,7 +65,6 @@ def train(arguments: argparse.Namespace) -> int:
     """Run what the command line asks for, with a progress bar."""
     from tqdm import tqdm
 
-    from .loop import TrainSettings
     from .plot import plot_losses
     from .run import open_trainer, recorded_settings
 
@@ -98,7 +97,7 @@ def train(arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ki-train; returns the exit status."""
     arguments = build_parser().parse_args(argv)
-    return run_command("ki-train", lambda: train(arguments), "--resume goes on from the last save")
+    return run_command("ki-train", lambda: train(arguments), "--resume goes on from the last save", needs="train")
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from .centering import CenteredPatches, mean_picture
 from .demonstrations import Demonstrations
 from .fingerprint import BEFORE, Fingerprint, as_json, digest_weights, gather
 from .initialization import from_scratch
-from .loop import STATE_FILE, Trainer, TrainSettings, read_facts
+from .loop import STATE_FILE, Trainer, read_facts
 from .recipe import Examples, Recipe
 from .recorded import Progress, decode_recordings
+from .settings import TrainSettings
 
 CENTER_FRAMES = 2000
 PICTURES = "pictures.npy"  # of recorded episodes, as they were decoded

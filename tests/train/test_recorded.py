@@ -14,9 +14,9 @@ from ki_edge.policy.contract import PolicyContract
 from ki_edge.policy.images import fit_image
 from ki_edge.policy.normalize import read_norm_stats
 from ki_edge.train import cli, recorded
-from ki_edge.train.loop import TrainSettings
 from ki_edge.train.recorded import chunks_of, decode_recordings
 from ki_edge.train.run import PICTURES, open_trainer
+from ki_edge.train.settings import TrainSettings
 from ki_runtime.robots.replay import record_episode
 
 for package in ("pyarrow", "av"):
