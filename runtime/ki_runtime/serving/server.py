@@ -15,6 +15,7 @@ from typing import Any
 from ki_edge.commands import tell
 from ki_edge.errors import BackendError, DeviceError, KiEdgeError
 from ki_runtime.monitoring.events import Handled, Page, Status, Watcher
+from ki_runtime.remote.abilities import OWN
 from ki_runtime.remote.packing import pack
 
 from .client import Client
@@ -23,7 +24,7 @@ from .engine import Engine, LocalEngine
 from .http import Doorkeeper
 from .listening import listen
 from .options import ServerOptions
-from .question import EXTENSION, HEADS
+from .question import NAMES
 from .request import Outcome
 from .waiting import WaitingRoom
 
@@ -75,8 +76,8 @@ class Server:
     def metadata(self) -> dict[str, Any]:
         """What a client is told when it connects."""
         engine = self.engine
-        told = {"largest_batch": engine.largest_batch, "request": list(HEADS), **engine.metadata}
-        return {EXTENSION: {**told, "most_frame_bytes": self.options.most_frame_mib << 20}}
+        told = {"largest_batch": engine.largest_batch, "request": list(NAMES), **engine.metadata}
+        return {OWN: {**told, "most_frame_bytes": self.options.most_frame_mib << 20}}
 
     @property
     def port(self) -> int:
