@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from ki_edge.policy.contract import PolicyContract
 
-# A page of the server's port: (query, headers by lower-case name) -> (HTTP status, content type, body). Of a query and of
+# A page of the server: (query, headers by lower-case name) -> (HTTP status, content type, body). Of a query and of
 # headers that come twice the last one counts. Called in a thread: it may take some milliseconds.
 Page = Callable[[Mapping[str, str], Mapping[str, str]], tuple[int, str, bytes]]
 # What the server sends with every page.
@@ -18,6 +18,7 @@ HEADERS: Mapping[str, str] = {
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
