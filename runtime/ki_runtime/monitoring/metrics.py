@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -17,6 +18,7 @@ SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 FACTS = ("name", "backend", "precision", "horizon", "rate", "version")  # of the policy, that label ki_serve_bundle_info
 LONGEST = 200  # characters of one
+MADE = re.compile(rb"(# \w+ )?\w+_created[ {]")
 
 Memory = Callable[[], "tuple[int, int] | None"]  # -> (free, all) bytes of the device; None where there is none
 
@@ -98,8 +100,9 @@ class Metrics:
         self.registry.register(standing)
 
     def to_text(self) -> tuple[str, bytes]:
-        """(content type, text format)."""
-        return self._client.CONTENT_TYPE_LATEST, self._client.generate_latest(self.registry)
+        """(content type, text format), without the time at which each counter was made: half as many lines."""
+        lines = self._client.generate_latest(self.registry).splitlines(keepends=True)
+        return self._client.CONTENT_TYPE_LATEST, b"".join(line for line in lines if not MADE.match(line))
 
 
 class Standing:

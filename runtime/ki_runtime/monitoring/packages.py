@@ -11,6 +11,7 @@ def prometheus() -> Any:
     """The package. BackendError if it is not installed."""
     try:
         import prometheus_client
+        import prometheus_client.core
     except ImportError:
         raise BackendError("metrics need prometheus-client: pip install 'ki-edge[serve]'") from None
     return prometheus_client

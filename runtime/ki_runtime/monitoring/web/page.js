@@ -60,6 +60,7 @@ function drawClients(found) {
   show("hidden", !found.details.shown);
   show("login", !found.details.shown && found.details.needs_key);
   show("clients", found.details.shown && found.clients.length > 0);
+  show("hint", found.details.shown && found.clients.length > 0 && watched === null);
   if (!found.details.shown) {
     text("hidden", found.details.needs_key ? "Who is connected is shown with the key." : `Clients: ${found.details.why}.`);
     watch(null);
@@ -68,10 +69,10 @@ function drawClients(found) {
   if (found.clients.length === 0) { show("hidden", true); text("hidden", "Nobody is connected."); }
   rows("clients", found.clients.map((client) => {
     const button = document.createElement("button");
-    button.textContent = "pictures";
+    button.textContent = client.address;
     button.setAttribute("aria-pressed", String(watched === client.address));
     button.addEventListener("click", () => watch(watched === client.address ? null : client.address, found.cameras));
-    return [client.address, span(client.connected_s), client.answered, client.refused, ms(client.last_ms), button];
+    return [button, span(client.connected_s), client.answered, client.refused, ms(client.last_ms)];
   }));
 }
 
