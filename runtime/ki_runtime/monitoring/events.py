@@ -30,10 +30,10 @@ class Handled:
 
     `outcome`: "answered", or why not: "observation" (did not fit the contract), "arguments", "frame" (not of the
     protocol), "policy" (the model failed), "busy" (over the bound), "replaced" (by a newer one of the same client),
-    "gone" (its client left before it ran), "late" (it waited longer than its client would have). `stages`: milliseconds
-    by name, as "read", "wait", "preprocess", "model" (or "prefix" and "denoise"), "postprocess", "write"; only those it
-    came to. `reported`: numbers that the client sent along, since its request before: "deadline_misses", and
-    "guards.RULE" for the commands that a rule of its guards changed or held back.
+    "gone" (its client left before it ran), "late" (it waited longer than its client would have), "ending" (the server
+    ends). `stages`: milliseconds by name, as "read", "wait", "preprocess", "model" (or "prefix", "denoise", "fast"),
+    "postprocess", "write"; only those it came to. `reported`: numbers that the client sent along, since its request
+    before: "deadline_misses", and "guards.RULE" for the commands that a rule of its guards changed or held back.
     """
 
     id: str  # as the client got it back

@@ -12,11 +12,11 @@ OUTCOMES = {
     "answered": "answered",
     **dict.fromkeys(("observation", "arguments", "frame"), "refused"),
     "policy": "failed",
-    **dict.fromkeys(("busy", "replaced", "gone", "late"), "dropped"),
+    **dict.fromkeys(("busy", "replaced", "gone", "late", "ending"), "dropped"),
 }
-ERRORS = ("observation", "arguments", "frame", "policy", "busy", "late", OTHER)  # of which the client is told
-DROPPED = ("busy", "replaced", "gone", "late", OTHER)
-STAGES = ("read", "wait", "preprocess", "prefix", "denoise", "model", "postprocess", "write", OTHER)
+ERRORS = ("observation", "arguments", "frame", "policy", "busy", "late", "ending", OTHER)  # of which the client is told
+DROPPED = ("busy", "replaced", "gone", "late", "ending", OTHER)
+STAGES = ("read", "wait", "preprocess", "prefix", "denoise", "fast", "model", "postprocess", "write", OTHER)
 RULES = ("shape", "finite", "measured", "position", "velocity", "acceleration", "step", "gripper", "user", OTHER)
 MISSES, GUARDS = "deadline_misses", "guards."
 LARGEST = 1e6  # that a client may report at once
