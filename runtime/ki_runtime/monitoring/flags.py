@@ -25,7 +25,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--record-limit", type=float, metavar="GB", default=LIMIT / GB,
         help="stop recording when DIR holds so much; default: %(default)g")  # fmt: skip
     add("--show-clients", action="store_true",
-        help="show clients and their pictures to everybody; default: with the key, or on this machine alone")  # fmt: skip
+        help="show clients and their pictures to all; default: with the key, or on this machine alone")  # fmt: skip
     add("--no-page", action="store_true", help="no page at /")
     add("--no-metrics", action="store_true", help="no /metrics")
 

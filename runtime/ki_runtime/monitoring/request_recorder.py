@@ -158,6 +158,10 @@ class RequestRecorder:
         if present is not None and self._is_over(present, request, exchange):
             self._finish(request.client)
             present = None
+        more = sum(other.episode.size() + EPISODE for other in self._open.values()) + request.received
+        if shortage := self._room.shortage(more + (EPISODE if present is None else 0)):
+            self._stop(shortage)
+            return
         if present is None and (present := self._begin(request, exchange)) is None:
             self.unfit += 1
             return
@@ -172,8 +176,6 @@ class RequestRecorder:
             raise
         present.last, present.seen = request.began, time.monotonic()
         self.frames += 1
-        if shortage := self._room.shortage(sum(o.episode.size() + EPISODE for o in self._open.values())):
-            self._stop(shortage)
 
     def _read(self, request: Handled) -> Exchange | None:
         if self._contract is None or request.observation is None or request.answer is None:
@@ -229,7 +231,7 @@ class RequestRecorder:
         said = {"ki.inferences": present.episode.count, "ki.seconds": max(0.0, present.last - present.began)}
         present.writer.commit(present.episode, said | {"ki.dropped": self._missed.pop(client, 0)})
         self.episodes += 1
-        self._room.used += present.episode.published + EPISODE
+        self._room.used += present.episode.published
 
     def _finish_all(self) -> None:
         for client in list(self._open):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 GB = 1_000_000_000
 RESERVE = 256_000_000  # bytes of the disk that are left to others
-EPISODE = 30_000  # bytes that an episode takes beside its own files, about: metadata
+EPISODE = 150_000  # bytes that an episode takes when it is finished beside what it has then, about: its statistics
 
 
 class Room:

@@ -97,7 +97,9 @@ class DatasetWriter:
         with writing(self.folder, RobotError):
             episode.publish()
             write_table(self.folder / layout.TASKS, task_table(self._tasks))
-            write_table(self.folder / layout.EPISODES.format(**layout.place(episode.index)), table)
+            described = self.folder / layout.EPISODES.format(**layout.place(episode.index))
+            write_table(described, table)
+            episode.published += described.stat().st_size
         write_file(self.folder / layout.STATS, json.dumps(_plain(known), indent=1), RobotError)
         total = (self.episodes + 1, self.frames + episode.count, len(self._tasks))
         write_file(self.folder / layout.INFO, json.dumps(self.features.info(*total), indent=4), RobotError)

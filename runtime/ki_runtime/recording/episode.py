@@ -29,7 +29,7 @@ class Episode:
 
     def __init__(self, folder: Path, features: Features, index: int, first: int, serial: int) -> None:
         self.index, self.first, self.count = index, first, 0
-        self.published = 0  # bytes of its files, once they have their names
+        self.published = 0  # bytes of its files, once they have their names, and of its row in meta/episodes
         self.tasks: set[int] = set()
         self._folder, self._features = folder, features
         data, films = self._paths(serial)
