@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,11 +146,11 @@ class Episode:
             self._writer.write_table(pa.table(columns, schema=schema(self._features)))
 
     def _close(self) -> None:
+        """All of them, also where one fails: a file that stays open keeps its room on a full disk."""
         writer, self._writer = self._writer, None
         videos, self._videos = self._videos, {}
-        try:
-            for video in videos.values():
-                video.close()
-        finally:
+        with ExitStack() as files:
             if writer is not None:
-                writer.close()
+                files.callback(writer.close)
+            for video in videos.values():
+                files.callback(video.close)
