@@ -63,6 +63,7 @@ def test_limits_are_shown_without_a_question(server, contract, fetch_replay: Pat
     ("words", "said"),
     [
         ([], "the policy is a BUNDLE or --policy ws://HOST:PORT; neither is given"),
+        (["--rerun", "."], "--rerun took . for its file: write the bundle first, and --rerun last"),
         (["somewhere", "--policy", "URI"], "the policy is a BUNDLE or --policy ws://HOST:PORT; both are given"),
         (["somewhere", "--contract", "pi05_droid"], "--contract is for --policy: a bundle has its contract"),
         (["--policy", "URI", "--backend", "ort"], "--backend is for a bundle: not with --policy, whose server decides"),

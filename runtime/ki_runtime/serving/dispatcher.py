@@ -63,7 +63,7 @@ class Dispatcher:
 
     def _outcome(self, answer: Answer | Exception, batch: int) -> Outcome:
         if not isinstance(answer, Exception):
-            return Outcome("answered", answer, batch=batch)
+            return Outcome("answered", answer, batch=int(answer.get("timing", {}).get("batch", batch)))
         if isinstance(answer, DeviceError):
             self._lost(answer)
         return failed(answer, debug=self._debug, batch=batch)

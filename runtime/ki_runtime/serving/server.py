@@ -15,6 +15,7 @@ from typing import Any
 from ki_edge.commands import tell
 from ki_edge.errors import BackendError, DeviceError, KiEdgeError
 from ki_runtime.monitoring.events import Handled, Page, Status, Watcher
+from ki_runtime.remote.abilities import OWN
 from ki_runtime.remote.packing import pack
 
 from .client import Client
@@ -23,7 +24,7 @@ from .engine import Engine, LocalEngine
 from .http import Doorkeeper
 from .listening import listen
 from .options import ServerOptions
-from .question import EXTENSION, HEADS
+from .question import NAMES
 from .request import Outcome
 from .waiting import WaitingRoom
 
@@ -75,13 +76,13 @@ class Server:
     def metadata(self) -> dict[str, Any]:
         """What a client is told when it connects."""
         engine = self.engine
-        told = {"largest_batch": engine.largest_batch, "request": list(HEADS), **engine.metadata}
-        return {EXTENSION: {**told, "most_frame_bytes": self.options.most_frame_mib << 20}}
+        told = {"largest_batch": engine.largest_batch, "request": list(NAMES), **engine.metadata}
+        return {OWN: {**told, "most_frame_bytes": self.options.most_frame_mib << 20}}
 
     @property
     def port(self) -> int:
         """Where it listens."""
-        return int(self._listener.sockets[0].getsockname()[1])
+        return int(self._listener.port)
 
     @property
     def uri(self) -> str:
@@ -123,16 +124,14 @@ class Server:
         assert self._ended is not None
         await self._ended.wait()
         self._accepting = False
-        self._listener.server.close()  # nobody comes in any more; those who are there stay for their answers
+        self._listener.shut()
         self._room.close(ENDING)
         await self._dispatcher.finish()
         deadline = time.monotonic() + GOODBYE
         await _within(deadline, *(client.finish() for client in tuple(self._clients)))
-        self._listener.close()
-        await _within(deadline, self._listener.wait_closed())
-        for client in tuple(self._clients):
-            client.abort()
-        await _within(time.monotonic() + 0.1, self._listener.wait_closed())
+        await _within(deadline, self._listener.close())
+        self._listener.abort()
+        await asyncio.sleep(0)
         self.engine.close()
         await asyncio.gather(*(asyncio.to_thread(watcher.close) for watcher in self._watchers), return_exceptions=True)
 
@@ -152,7 +151,7 @@ class Server:
             return False, "not reloaded: " + ("it is being loaded already" if self._reloading else "nothing to load")
         self._reloading = True
         try:
-            engine = await asyncio.to_thread(self._load)
+            engine = await _beside(self._load)
             if (told := _differences(self.engine, engine)) is not None:
                 engine.close()
                 raise BackendError(f"its contract has another {told}: clients know the old one, start a server for it")
@@ -248,6 +247,27 @@ def _differences(old: Engine, new: Engine) -> str | None:
     before, after = old.contract.to_json(), new.contract.to_json()
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     return ", ".join(names) or None
+
+
+async def _beside(load: Callable[[], Engine]) -> Engine:
+    """What `load` gives, in a thread of its own: a server that ends does not wait for a model to be loaded."""
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[Engine] = loop.create_future()
+
+    def settle(settled: Callable[[Any], None], value: Any) -> None:
+        if not found.done():
+            settled(value)
+
+    def work() -> None:
+        try:
+            settled, value = found.set_result, load()
+        except Exception as error:
+            settled, value = found.set_exception, error  # type: ignore[assignment]
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(settle, settled, value)
+
+    threading.Thread(target=work, name="reload", daemon=True).start()
+    return await found
 
 
 async def _within(deadline: float, *tasks: Any) -> None:
