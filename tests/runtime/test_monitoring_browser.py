@@ -61,6 +61,7 @@ def test_the_page(tmp_path):
         assert abs(drawn - level(3)) < 3
         robots.remove(ROBOT)  # the page follows
         tab.wait("document.querySelectorAll('#clients tbody tr').length === 1")
+        tab.wait("document.querySelector('#pictures').childElementCount === 0")
         assert not tab.errors, tab.errors
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,12 @@ class _Second:
     batches: int = 0  # sum of the batch sizes of the answered
     totals: list[float] = field(default_factory=list)  # ms
     waits: list[float] = field(default_factory=list)  # ms
+    drawn: tuple[float | None, float | None] = (None, None)  # (p50, max) of `totals`, once it is over
+
+    def close(self) -> None:
+        found = sorted(self.totals)
+        middle = (found[(len(found) - 1) // 2] + found[len(found) // 2]) / 2
+        self.drawn = (round(middle, 2), round(found[-1], 2))
 
 
 class Recent:
@@ -56,6 +62,8 @@ class Recent:
     def _answered(self, request: Handled) -> None:
         at = int(self._clock())
         if not self._seconds or self._seconds[-1].at != at:
+            if self._seconds:
+                self._seconds[-1].close()
             self._seconds.append(_Second(at))
         second = self._seconds[-1]
         second.answered += 1
@@ -71,10 +79,12 @@ class Recent:
         """
         with self._lock:
             now = int(self._clock())
-            seconds = {s.at: _Second(s.at, s.answered, s.batches, s.totals[:], s.waits[:]) for s in self._seconds}
+            if self._seconds and self._seconds[-1].at < now:
+                self._seconds[-1].close()
+            seconds = {second.at: (second.answered, *second.drawn) for second in self._seconds}
+            near = [replace(s, totals=s.totals[:], waits=s.waits[:]) for s in self._seconds if now - NOW <= s.at <= now]
             counts, error = dict(self._counts), self._error
-        span = range(now - SECONDS, now)  # the present second is not over
-        near = [seconds[at] for at in range(now - NOW, now + 1) if at in seconds]
+        span = [seconds.get(at, (0, None, None)) for at in range(now - SECONDS, now)]  # the present second is not over
         answered = sum(s.answered for s in near)
         return {
             "latency": _percentiles([value for s in near for value in s.totals]),
@@ -82,9 +92,9 @@ class Recent:
             "batch": round(sum(s.batches for s in near) / answered, 2) if answered else None,
             "per_second": round(sum(s.answered for s in near if s.at < now) / NOW, 1),
             "history": {
-                "p50": [_percentiles(seconds[at].totals)["p50"] if at in seconds else None for at in span],
-                "max": [_percentiles(seconds[at].totals)["max"] if at in seconds else None for at in span],
-                "answered": [seconds[at].answered if at in seconds else 0 for at in span],
+                "p50": [middle for _, middle, _ in span],
+                "max": [most for _, _, most in span],
+                "answered": [count for count, _, _ in span],
             },
             "counts": counts,
             "last_error": None if error is None else {"ago": round(self._clock() - error[0], 1), "line": error[1]},

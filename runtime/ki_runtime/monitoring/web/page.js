@@ -66,6 +66,7 @@ function drawClients(found) {
     watch(null);
     return;
   }
+  if (watched !== null && !found.clients.some((client) => client.address === watched)) watch(null);
   if (found.clients.length === 0) { show("hidden", true); text("hidden", "Nobody is connected."); }
   rows("clients", found.clients.map((client) => {
     const button = document.createElement("button");
