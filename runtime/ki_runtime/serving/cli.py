@@ -11,11 +11,12 @@ from typing import Any
 
 from ki_edge.commands import run_command, tell
 from ki_edge.errors import ArgumentError
+from ki_runtime.monitoring.flags import open_monitor
 
 from .flags import build_parser
 from .listening import read_key, tls
 from .loading import ServedBundle
-from .options import ServerOptions
+from .options import LOOPBACK, ServerOptions
 from .server import Server
 
 
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     server_options = _options(options)
+    loopback = server_options.host in LOOPBACK
+    monitor = open_monitor(options, key=server_options.api_key, loopback=loopback, say=_say)
     bundle = ServedBundle(
         options.bundle,
         options.backend,
@@ -35,10 +38,15 @@ def _serve(options: argparse.Namespace) -> int:
         trust_engines=options.trust_engines,
         prompt=options.prompt,
         largest_batch=server_options.largest_batch,
-        say=lambda line: tell(f"ki-serve: {line}"),
+        say=_say,
     )
-    server = Server(bundle.open(), server_options, load=bundle.again)
+    server = Server(bundle.open(), server_options, watchers=[monitor], load=bundle.again)
+    server.pages.update(monitor.pages(server.status))
     return asyncio.run(_run(server))
+
+
+def _say(line: str) -> None:
+    tell(f"ki-serve: {line}")
 
 
 async def _run(server: Server) -> int:
