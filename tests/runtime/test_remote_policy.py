@@ -9,7 +9,8 @@ import pytest
 from ki_edge.errors import ArgumentError, BackendError, ContractError, ObservationError
 from ki_edge.policy import contract as contracts
 from ki_edge.policy.images import fit_image
-from ki_runtime.remote.policy import RemotePolicy, read_contract
+from ki_runtime.remote.abilities import read_contract
+from ki_runtime.remote.policy import RemotePolicy
 
 from .policy_server import CONTRACT, PICTURE, ROWS, SEEN, PolicyServer, rows
 

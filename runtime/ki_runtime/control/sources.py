@@ -20,7 +20,6 @@ OF_BUNDLES: Mapping[str, Any] = {
     "verify": False,
     "digest": None,
     "trust_engines": False,
-    "num_steps": None,
     "self_check": None,
 }
 SERVERS = ("ws://", "wss://")
@@ -44,8 +43,6 @@ def check_source(options: argparse.Namespace) -> None:
     for name, usual in OF_BUNDLES.items():
         if getattr(options, name) != usual:
             raise ArgumentError(f"--{name.replace('_', '-')} is for a bundle: not with --policy, whose server decides")
-    if options.mode == "rtc":
-        raise ArgumentError("mode rtc: openpi's protocol does not tell a server what is executed meanwhile: use async")
 
 
 @contextmanager
@@ -86,7 +83,8 @@ def contract_of(options: argparse.Namespace) -> tuple[PolicyContract, Mapping[st
 
 
 def _connect(options: argparse.Namespace) -> Any:
-    from ki_runtime.remote.policy import RemotePolicy, read_contract
+    from ki_runtime.remote.abilities import read_contract
+    from ki_runtime.remote.policy import RemotePolicy
 
     contract = None if options.contract is None else read_contract(options.contract)
     return RemotePolicy(options.policy, contract, say=tell)

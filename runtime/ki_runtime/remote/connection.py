@@ -9,10 +9,12 @@ from typing import Any
 
 from ki_edge.errors import ArgumentError, BackendError
 
+from .abilities import OWN
 from .packing import MOST_BYTES, NEEDS, unpack
 
 OPENING = 10.0  # seconds for a connection and for the server's first frame
 CLOSING = 1.0
+PASSING = ("busy: ", "ending: ", "late: ")  # what ki-serve says that may be otherwise a moment later
 
 
 class Lost(BackendError):
@@ -28,6 +30,7 @@ class Connection:
 
     def __init__(self, uri: str, key: str | None = None, patience: float = OPENING) -> None:
         self._uri, self._websockets = uri, _websockets()
+        self.metadata: Mapping[str, Any] = {}
         until = time.monotonic() + patience
         self._socket: Any = self._open(key, patience)
         try:
@@ -38,7 +41,7 @@ class Connection:
         if not isinstance(metadata, Mapping):
             self.close()
             raise BackendError(f"{uri} sent {type(metadata).__name__} first, expected a map: is it a policy server?")
-        self.metadata: Mapping[str, Any] = metadata
+        self.metadata = metadata
 
     def ask(self, question: bytes, patience: float) -> Mapping[str, Any]:
         """The answer to one question.
@@ -131,6 +134,8 @@ class Connection:
     def _refuse_text(self, frame: object) -> None:
         if isinstance(frame, str):
             lines = [line.strip() for line in frame.splitlines() if line.strip()] or ["no reason given"]
+            if OWN in self.metadata and lines[-1].startswith(PASSING):
+                raise Lost(f"{self._uri} cannot answer now ({lines[-1][:300]})")
             raise BackendError(f"{self._uri} failed: {lines[-1][:300]}")  # the last line of a traceback is the error
 
 

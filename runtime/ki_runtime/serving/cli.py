@@ -1,0 +1,106 @@
+"""ki-serve: a policy for robots that have no computer of their own for it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ki_edge.commands import run_command, tell
+from ki_edge.errors import ArgumentError
+from ki_runtime.monitoring.flags import open_monitor
+
+from .flags import build_parser
+from .listening import read_key, tls
+from .loading import ServedBundle
+from .options import LOOPBACK, ServerOptions
+from .server import Server
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 after SIGTERM; 2 for an error, which is one line on stderr; 130 for Ctrl-C."""
+    options = build_parser().parse_args(arguments)
+    return run_command("ki-serve", lambda: _serve(options), "nothing was served")
+
+
+def _serve(options: argparse.Namespace) -> int:
+    server_options = _options(options)
+    loopback = server_options.host in LOOPBACK
+    monitor = open_monitor(options, key=server_options.api_key, loopback=loopback, say=_say)
+    bundle = ServedBundle(
+        options.bundle,
+        options.backend,
+        threads=options.threads,
+        verify=options.verify,
+        trust_engines=options.trust_engines,
+        prompt=options.prompt,
+        largest_batch=server_options.largest_batch,
+        say=_say,
+    )
+    server = Server(bundle.open(), server_options, watchers=[monitor], load=bundle.again)
+    server.pages.update(monitor.pages(server.status))
+    return asyncio.run(_run(server))
+
+
+def _say(line: str) -> None:
+    tell(f"ki-serve: {line}")
+
+
+async def _run(server: Server) -> int:
+    loop, stopped_by = asyncio.get_running_loop(), []
+
+    def stop(signum: int) -> None:
+        stopped_by.append(signum)
+        (server.stop if len(stopped_by) == 1 else server.abort)()  # the second time without waiting for what runs
+
+    reloads: set[Any] = set()
+
+    def reload() -> None:
+        task = loop.create_task(server.reload())
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    await server.open()
+    if server.options.exposed:
+        lacks = [] if server.options.api_key is not None else ["key (--api-key-file): anybody can ask it"]
+        lacks += [] if server.options.certificate is not None else ["TLS (--cert, --key): key and pictures can be read"]
+        tell(
+            f"ki-serve: warning: other machines reach {server.options.host}, and there is no {', and no '.join(lacks)}"
+        )
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop, signum)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        loop.add_signal_handler(signal.SIGHUP, reload)
+    tell(f"ki-serve: {server.engine.metadata['name']} answers at {server.uri}")
+    await server.ended()
+    if server.failure is not None:
+        raise server.failure
+    return 128 + signal.SIGINT if signal.SIGINT in stopped_by else 0
+
+
+def _options(options: argparse.Namespace) -> ServerOptions:
+    """All that can be refused before a large model is loaded."""
+    if (options.cert is None) != (options.key is None):
+        raise ArgumentError("TLS needs --cert FILE and --key FILE, both")
+    found = ServerOptions(
+        host=options.host,
+        port=options.port,
+        api_key=None if options.api_key_file is None else read_key(options.api_key_file),
+        certificate=options.cert,
+        private_key=options.key,
+        most_clients=options.max_clients,
+        most_waiting=options.max_waiting,
+        longest_wait=options.max_wait,
+        largest_batch=options.max_batch,
+        most_frame_mib=options.max_frame,
+        debug=options.debug,
+    )
+    tls(found)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
