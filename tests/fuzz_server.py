@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgpack
@@ -81,10 +82,11 @@ class Served:
     def memory(self):
         return sizes(f"/proc/{self.process.pid}/status").get("VmRSS", 0)
 
+    @contextmanager
     def connect(self):
-        socket_ = connect(f"ws://127.0.0.1:{self.port}", compression=None, max_size=None, open_timeout=LIMIT)
-        socket_.recv(timeout=LIMIT)
-        return socket_
+        with connect(f"ws://127.0.0.1:{self.port}", compression=None, max_size=None, open_timeout=LIMIT) as connection:
+            connection.recv(timeout=LIMIT)
+            yield connection
 
     def check(self):
         """A sound question is answered as ever, and so is the health check."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from .fuzz_server import GROWTH, run
 
-CASES = 250
+CASES = 120
 
 
 def test_whatever_is_sent_the_server_goes_on(fetch_bundle: Path) -> None:
