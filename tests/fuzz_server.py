@@ -60,9 +60,10 @@ REQUEST = (
 class Served:
     """ki-serve with a bundle, as a process of its own; `sound`: a question, and `wanted` what it is answered."""
 
-    def __init__(self, bundle, folder):
+    def __init__(self, bundle, folder, *flags, port=0):
         self.log = Path(folder) / "log"
-        command = [sys.executable, "-m", "ki_runtime.serving.cli", str(bundle), "--port", "0", "--backend", "ort"]
+        command = [sys.executable, "-m", "ki_runtime.serving.cli", str(bundle), "--port", str(port), "--backend", "ort"]
+        command += map(str, flags)
         with self.log.open("wb") as words:
             self.process = subprocess.Popen(command, stderr=words, stdout=words)
         self.port = self._listens()
@@ -71,12 +72,16 @@ class Served:
         self.wanted = None
 
     def _listens(self):
+        return int(self.says(r"answers at ws://127\.0\.0\.1:(\d+)")[1])
+
+    def says(self, pattern):
+        """Wait for a line of the server's that matches; SystemExit if it ends without."""
         until = time.monotonic() + 300
         while time.monotonic() < until and self.process.poll() is None:
-            if (place := re.search(r"ws://127\.0\.0\.1:(\d+)", self.log.read_text("utf-8"))) is not None:
-                return int(place[1])
+            if (found := re.search(pattern, self.log.read_text("utf-8"))) is not None:
+                return found
             time.sleep(0.1)
-        raise SystemExit(f"ki-serve does not listen: {self.log.read_text('utf-8')}")
+        raise SystemExit(f"ki-serve did not say {pattern}: {self.log.read_text('utf-8')}")
 
     @property
     def memory(self):
