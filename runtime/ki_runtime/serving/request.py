@@ -32,6 +32,9 @@ class Outcome:
     batch: int = 0
 
 
+ENDING = Outcome("ending", line="the server ends: connect again later, or to another one")
+
+
 @dataclass(eq=False)
 class Request:
     """`asked` None: its frame could not be read. Times are those of time.monotonic()."""

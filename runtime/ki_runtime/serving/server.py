@@ -25,12 +25,11 @@ from .http import Doorkeeper
 from .listening import listen
 from .options import ServerOptions
 from .question import NAMES
-from .request import Outcome
+from .request import ENDING
 from .waiting import WaitingRoom
 
 GOODBYE = 0.8  # seconds for the last answers to be taken, and connections to be closed
 EXTRA_CONNECTIONS = 64  # beside those of clients: health checks, pages, connections that say nothing
-ENDING = Outcome("ending", line="the server ends: connect again later, or to another one")
 
 
 class Server:
@@ -136,11 +135,19 @@ class Server:
         await asyncio.gather(*(asyncio.to_thread(watcher.close) for watcher in self._watchers), return_exceptions=True)
 
     def stop(self) -> None:
-        """End it, from any thread. A second time: without waiting for what runs."""
-        loop, ended = self._loop, self._ended
-        if loop is not None and ended is not None:
+        """End it, from any thread: what runs is answered, what waits is told."""
+        if self._ended is not None:
+            self._in_loop(self._ended.set)
+
+    def abort(self) -> None:
+        """End it, from any thread, without waiting for what runs."""
+        self.stop()
+        self._in_loop(self._dispatcher.cancel)
+
+    def _in_loop(self, call: Callable[[], object]) -> None:
+        if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # it has ended
-                loop.call_soon_threadsafe(self._dispatcher.cancel if ended.is_set() else ended.set)
+                self._loop.call_soon_threadsafe(call)
 
     async def reload(self) -> tuple[bool, str]:
         """Load the bundle again, prove it, and let it answer from then on: whether it does, and a line about it.
