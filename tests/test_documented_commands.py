@@ -74,6 +74,7 @@ NOT_RUN = (
     (r".*--rerun", "needs rerun-sdk, 0.5 GB: tests/runtime/test_rerun.py, test_rerun_venv.py"),
     (r".*--robot lerobot:", "needs LeRobot: tests/integrations/test_lerobot_robot.py"),
     (r".*--robot openpi:", "needs an environment of openpi: tests/runtime/test_openpi_robot.py"),
+    (r"python examples/grafana", "needs a Prometheus: tests/runtime/test_dashboard.py"),
     (r"ki-serve ", "serves until it is stopped: tests/runtime/test_monitoring_server.py"),
     (r".*--policy ws:", "needs a server: tests/runtime/test_ki_run_policy.py"),
     (r".*--self-check-(save|limit)", "needs a run of many checks: tests/runtime/test_self_check.py"),
