@@ -70,12 +70,14 @@ def draw(panels: Sequence[tuple[Mapping[str, Any], list[Curve]]], picture: Path,
                 place.plot(at, [scale * value for value in values], linewidth=1.2, label=name)
         place.set_title(panel["title"] + (f", {unit}" if unit else ""), fontsize=9, loc="left")
         place.set_xlim(-minutes, 0)
-        place.set_ylim(bottom=0)
+        place.set_ylim(0, 1.3 * max(place.get_ylim()[1], 1e-9) if place.lines else 1)
         place.tick_params(labelsize=7)
         place.grid(alpha=0.25)
         place.spines[["top", "right"]].set_visible(False)
         if place.lines:
-            place.legend(fontsize=6.5, frameon=False, loc="upper left")
+            place.legend(fontsize=6.5, frameon=False, loc="upper left", ncols=3)
+        else:
+            place.text(-minutes / 2, 0.5, "none", fontsize=8, ha="center", color="grey")
     for place in axes[len(panels) :]:
         place.set_axis_off()
     picture.parent.mkdir(parents=True, exist_ok=True)
