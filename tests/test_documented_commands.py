@@ -77,6 +77,7 @@ NOT_RUN = (
     (r"python examples/grafana", "needs a Prometheus: tests/runtime/test_dashboard.py"),
     (r"ki-serve ", "serves until it is stopped: tests/runtime/test_monitoring_server.py"),
     (r".*--policy ws:", "needs a server: tests/runtime/test_ki_run_policy.py"),
+    (r"ki-serve ", "serves until a signal: tests/runtime/test_ki_serve.py"),
     (r".*--self-check-(save|limit)", "needs a run of many checks: tests/runtime/test_self_check.py"),
     (r".*--backend trt", "needs a GPU: tests/runtime/test_on_gpu.py"),
     (r".*(\[| \.\.\.)", "is no command but its form"),

@@ -27,7 +27,7 @@ class _Moved(argparse.Action):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0; 1 if the bundle differs from the model (nothing is left); 2 for any other error."""
     options = _parser().parse_args(arguments)
-    return run_command(NAME, lambda: _export(options))
+    return run_command(NAME, lambda: _export(options), needs="export")
 
 
 def _say(line: str) -> None:
