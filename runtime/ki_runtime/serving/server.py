@@ -29,6 +29,7 @@ from .request import ENDING
 from .waiting import WaitingRoom
 
 GOODBYE = 0.8  # seconds for the last answers to be taken, and connections to be closed
+TOLD = ("rtc", "max_delay", "heads")  # of the metadata, what a client relies on besides the contract
 EXTRA_CONNECTIONS = 64  # beside those of clients: health checks, pages, connections that say nothing
 
 
@@ -161,7 +162,7 @@ class Server:
             engine = await _beside(self._load)
             if (told := _differences(self.engine, engine)) is not None:
                 engine.close()
-                raise BackendError(f"its contract has another {told}: clients know the old one, start a server for it")
+                raise BackendError(f"it has another {told}, and clients know the old one: start a server for it")
         except Exception as error:
             name = "" if isinstance(error, KiEdgeError) else f"{type(error).__name__}: "
             line = f"not reloaded, the policy that was there goes on: {name}{' '.join(str(error).split())[:1000]}"
@@ -253,9 +254,10 @@ class Server:
 
 
 def _differences(old: Engine, new: Engine) -> str | None:
-    """The fields in which two contracts differ; None if in none."""
+    """In what two policies differ that clients were told when they connected; None if in nothing."""
     before, after = old.contract.to_json(), new.contract.to_json()
-    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    names = [f"contract ({name})" for name in {**before, **after} if before.get(name) != after.get(name)]
+    names += [name for name in TOLD if old.metadata.get(name) != new.metadata.get(name)]
     return ", ".join(names) or None
 
 
