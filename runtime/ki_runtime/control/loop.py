@@ -54,8 +54,8 @@ class Actor(Protocol):
     """What the loop needs of a policy: `Policy`, or any other model behind the same call.
 
     One for mode rtc has `rtc` ("guided" or "trained"), `max_delay`, and takes `previous`. One may have `reset()`,
-    called where an episode begins, `when_idle` (`inference.Spare`), called in the thread that infers, and `report`, told
-    before each inference what the loop counted so far: {"deadline_misses": ticks without an action, "guards.RULE": ...}.
+    called where an episode begins, `when_idle` (`inference.Spare`), called in the thread that infers, and `report`,
+    told before each inference what was counted so far: {"deadline_misses": ticks without an action, "guards.RULE": n}.
     """
 
     @property
