@@ -11,7 +11,9 @@ import pytest
 
 from ki_edge.recordings.collection import open_recordings
 from ki_edge.recordings.episodes import EpisodeView
+from ki_runtime.monitoring.request_recorder import RequestRecorder
 
+from ..runtime.monitored import CONTRACT, POLICY, answer, answered, level
 from ..runtime.recorded_runs import STEPS, Cut, Plan, record
 
 pytestmark = pytest.mark.integration
@@ -68,6 +70,26 @@ def lerobot(lerobot_python, tmp_path_factory):
         return json.loads(result.stdout.splitlines()[-1])
 
     return call
+
+
+def test_lerobot_reads_the_requests_that_a_server_recorded(lerobot, tmp_path):
+    """Of clients that took turns: the episode that began first is the second of the dataset."""
+    made = RequestRecorder(tmp_path, reserve=0)
+    made.loaded(CONTRACT, POLICY)
+    for number in range(5):
+        made.handled(answered(number))
+        made.handled(answered(number + 50, "[::1]:2"))
+    made.left("[::1]:2", "closed")
+    made.close()
+    (folder,) = tmp_path.iterdir()
+    found = lerobot(READ, folder)[str(folder)]
+    assert found["episodes"] == 2 and found["fps"] == 10 and found["sizes"]["observation.images.front"] == [3, 48, 64]
+    numbers = [*range(50, 55), *range(5)]
+    for at, (number, row, levels) in enumerate(zip(numbers, found["rows"], found["levels"], strict=True)):
+        assert (row["index"], row["episode_index"], row["frame_index"]) == (at, at // 5, at % 5)
+        assert row["observation.state"] == [number, 0.5, -1.0] and row["action"] == [number, -number]
+        assert row["ki.answer"] == answer(number)["actions"].ravel().tolist() and row["task"] == "count"
+        assert all(abs(value - level(number)) < 3 for value in levels.values())
 
 
 def test_lerobot_reads_what_a_run_recorded(lerobot, tmp_path):

@@ -19,6 +19,8 @@ from .loading import ServedBundle
 from .options import LOOPBACK, ServerOptions
 from .server import Server
 
+SWITCH = 1e-3  # seconds until the policy's thread lets the event loop go on, where it computes in Python
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 after SIGTERM; 2 for an error, which is one line on stderr; 130 for Ctrl-C."""
@@ -27,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    sys.setswitchinterval(SWITCH)
     server_options = _options(options)
     loopback = server_options.host in LOOPBACK
     monitor = open_monitor(options, key=server_options.api_key, loopback=loopback, say=_say)
