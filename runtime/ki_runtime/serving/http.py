@@ -1,0 +1,137 @@
+"""Plain HTTP on the server's port: whether it is well, the pages of who watches it, and who may come in.
+
+websockets before 17 reads GET alone. `POST /reload` is therefore turned into GET while its first bytes come in, and
+only that one: GET /reload, which a browser may send by itself, is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from collections.abc import Awaitable, Callable, Mapping
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from ki_runtime.monitoring.events import HEADERS, Page
+
+SCHEME = "Api-Key "
+POST, GET = b"POST /reload ", b"GET /reload "
+PLAIN = "text/plain; charset=utf-8"
+MOST_FIELDS = 32
+
+
+class Doorkeeper:
+    """Answers every request for something else than a websocket, and lets clients with the right key in.
+
+    `accepting`: whether there is a policy that answers; `full`: whether there are as many clients as may be;
+    `reload`: loads the bundle again, None where that is not possible; gives a line, raises KiEdgeError.
+    """
+
+    def __init__(
+        self,
+        key: str | None,
+        pages: Mapping[str, Page],
+        *,
+        accepting: Callable[[], bool],
+        full: Callable[[], bool],
+        reload: Callable[[], Awaitable[tuple[bool, str]]] | None,
+    ) -> None:
+        self._key, self._pages = key, pages
+        self._accepting, self._full, self._reload = accepting, full, reload
+
+    async def answer(self, connection: Any, request: Any) -> Any:
+        """An HTTP response, or None: go on with the websocket."""
+        target = urlsplit(request.path)
+        if "websocket" in request.headers.get("Upgrade", "").lower():
+            return self._let_in(request)
+        if target.path == "/healthz":
+            well = self._accepting()
+            return _response(200 if well else 503, PLAIN, b"OK\n" if well else b"not serving\n")
+        if target.path == "/reload":
+            return await self._reloaded(request, bool(getattr(connection, "posted", False)))
+        page = self._pages.get(target.path)
+        if page is None:
+            return _text(404, "nothing is here: a policy server answers on its websocket, and /healthz")
+        fields = dict(parse_qsl(target.query, keep_blank_values=True, max_num_fields=MOST_FIELDS))
+        headers = {name.lower(): value for name, value in request.headers.raw_items()}
+        status, kind, body = await asyncio.to_thread(page, fields, headers)
+        return _response(status, kind, body)
+
+    def knows(self, request: Any) -> bool:
+        """Whether a request has the key. The time that this takes tells nothing of it."""
+        if self._key is None:
+            return True
+        given = request.headers.get_all("Authorization")
+        sent = given[0] if len(given) == 1 else ""
+        return hmac.compare_digest(sent.encode("utf-8", "replace"), f"{SCHEME}{self._key}".encode())
+
+    def _let_in(self, request: Any) -> Any:
+        if not self.knows(request):
+            return _text(401, "this server wants its key: Authorization: Api-Key KEY", {"WWW-Authenticate": "Api-Key"})
+        if not self._accepting():
+            return _text(503, "the server ends, or has no policy yet")
+        if self._full():
+            return _text(503, "as many clients are connected as may be (--max-clients)")
+        return None
+
+    async def _reloaded(self, request: Any, posted: bool) -> Any:
+        if not posted:
+            return _text(405, "POST it", {"Allow": "POST"})
+        if self._reload is None:
+            return _text(404, "this server cannot load its policy again")
+        if self._key is None:
+            return _text(403, "only a server with a key (--api-key-file) takes this over the network; or send SIGHUP")
+        if not self.knows(request):
+            return _text(401, "this server wants its key: Authorization: Api-Key KEY", {"WWW-Authenticate": "Api-Key"})
+        loaded, line = await self._reload()
+        return _text(200 if loaded else 409, line)
+
+
+def connection_class(full: Callable[[], bool]) -> type:
+    """What websockets makes of a TCP connection. `full`: whether there are more of them than may be."""
+    from websockets.asyncio.server import ServerConnection
+
+    class Door(ServerConnection):
+        posted = False
+        _begun: bytes | None = b""
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            if full():
+                self.transport.abort()
+
+        def data_received(self, data: bytes) -> None:
+            if self._begun is not None:
+                data = self._begun + data
+                if len(data) < len(POST) and POST.startswith(data):
+                    self._begun = data
+                    return
+                self._begun = None
+                if data.startswith(POST):
+                    self.posted, data = True, GET + data[len(POST) :]
+            super().data_received(data)
+
+    return Door
+
+
+def _text(status: int, line: str, more: Mapping[str, str] | None = None) -> Any:
+    return _response(status, PLAIN, f"{line}\n".encode(), more)
+
+
+def _response(status: int, kind: str, body: bytes, more: Mapping[str, str] | None = None) -> Any:
+    from websockets.datastructures import Headers
+    from websockets.http11 import Response
+
+    headers = Headers()
+    for name, value in {
+        "Date": formatdate(usegmt=True),
+        "Connection": "close",
+        "Content-Length": str(len(body)),
+        "Content-Type": kind,
+        **HEADERS,
+        **(more or {}),
+    }.items():
+        headers[name] = value
+    return Response(status, HTTPStatus(status).phrase, headers, body)
