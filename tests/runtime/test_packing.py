@@ -1,5 +1,7 @@
 """openpi's frames: what is packed comes back, and no frame from outside does more than be refused."""
 
+import tracemalloc
+
 import msgpack
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays_of
 
 from ki_edge.errors import ArgumentError, BackendError
-from ki_runtime.remote import packing
+from ki_runtime.remote.measuring import check_size
 from ki_runtime.remote.packing import pack, unpack
 
 from .policy_server import arrays, plain
@@ -96,10 +98,71 @@ def test_malformed_frames_are_refused_in_one_line(frame):
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
-def test_a_frame_that_is_too_large_is_not_read(monkeypatch):
-    monkeypatch.setattr(packing, "MOST_BYTES", 10)
+def test_a_frame_that_is_too_large_is_not_read():
     with pytest.raises(BackendError, match="sent a frame of 11 bytes, at most 10 are read"):
-        unpack(b"x" * 11, "server")
+        unpack(b"x" * 11, "server", most=10)
+
+
+def inside(value, times):
+    """A value in so many lists."""
+    for _ in range(times):
+        value = [value]
+    return value
+
+
+BOMBS = {
+    "a text of no length, a billion times": entry(dtype="|S0", shape=[1_000_000_000], data=b""),
+    "as many of the other kind": entry(dtype="<U0", shape=[1 << 30, 1 << 3], data=b""),
+    "bytes of a billion zeros": msgpack.packb({b"__npgeneric__": True, b"data": 1_000_000_000, b"dtype": "|S1"}),
+    "an array as a number": msgpack.packb({b"__npgeneric__": True, b"data": [0.0] * 9, b"dtype": "<f4"}),
+    "a million small values": msgpack.packb([[0] * 1000] * 1000),
+    "as many empty maps": msgpack.packb([[{}] * 1000] * 1000),
+    "as many keys": msgpack.packb({str(key): None for key in range(20_000)}),
+    "17 lists in each other": msgpack.packb(inside(1, 17)),
+    "a text of two million": msgpack.packb("x" * (2 << 20)),
+}
+
+
+@pytest.mark.parametrize("frame", BOMBS.values(), ids=BOMBS)
+def test_small_frames_that_would_be_large_are_refused_before_anything_is_made(frame):
+    tracemalloc.start()
+    try:
+        with pytest.raises(BackendError, match="not of openpi's form"):
+            unpack(frame, "server")
+        assert tracemalloc.get_traced_memory()[1] < len(frame) + (1 << 20)
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_just_within_the_bounds_is_taken():
+    assert unpack(msgpack.packb(inside(1, 16)), "server") == inside(1, 16)
+    many = [[0] * 1000] * 32
+    assert unpack(msgpack.packb(many), "server") == many
+    assert unpack(entry(dtype="|S0", shape=[3], data=b""), "server").shape == (3,)
+
+
+@given(frame=st.one_of(st.binary(max_size=60), VALUES.map(pack)), cut=st.integers(0, 60))
+@settings(max_examples=500, deadline=None)
+def test_a_frame_is_measured_as_msgpack_reads_it(frame, cut):
+    """Where one comes to its end, the other does too."""
+
+    def extension(code, content):
+        raise ValueError("of no other program")
+
+    for one in (frame, frame[:cut]):
+        try:
+            msgpack.unpackb(one, strict_map_key=False, raw=True, ext_hook=extension)
+            whole = True
+        except TypeError:  # a map as the key of a map: its length was read nevertheless
+            continue
+        except Exception:
+            whole = False
+        try:
+            check_size(one)
+            measured = True
+        except ValueError:
+            measured = False
+        assert measured == whole
 
 
 @given(frame=st.binary(max_size=60), at=st.integers(0, 200), byte=st.integers(0, 255))

@@ -8,13 +8,16 @@ only with the numbers of the state in it.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ki_edge import graphs
 from ki_edge.policy.contract import PolicyContract
+from ki_edge.policy.keys import under_contract_keys
 from ki_edge.policy.prompt import PromptTokenizer
 from ki_edge.policy.transforms import state_of_prompt
 from ki_runtime.backends.session import Bucket
@@ -98,6 +101,16 @@ def prompt_lengths(tokens: list[npt.NDArray[np.int32]], bucket: Bucket, longest:
     margin = 0 if sure else bucket.step
     counts = range(max(1, least - margin), min(most + margin, longest) + 1)
     return tuple(sorted({min(bucket.fit(count), longest) for count in counts}, reverse=True))
+
+
+def blank_observation(contract: PolicyContract, prompt: str | None = None) -> Mapping[str, Any]:
+    """An observation of this contract in which nothing is to be seen: grey pictures, a state of zeros."""
+    height, width = contract.image_size
+    picture = np.full((height, width, 3), GREY, np.uint8)
+    pictures = {f"observation.images.{camera.key}": picture for camera in contract.cameras if camera.key is not None}
+    state = np.zeros(contract.state_dim, np.float32)
+    said = prompt or contract.default_prompt or SOME_PROMPT
+    return under_contract_keys(contract, {**pictures, "observation.state": state, "prompt": said})
 
 
 def _inputs(

@@ -16,10 +16,12 @@ import numpy as np
 from ki_edge.arguments import array_of
 from ki_edge.errors import ArgumentError, BackendError
 
+from .measuring import MOST_TEXT, check_size
+
 MOST_BYTES = 64 << 20  # of a frame that comes in: a chunk of actions is a few kB, a policy's metadata too
-MOST_ENTRIES = 1 << 16  # of a list or a map
 SENT, TAKEN = "biufSU", "biufSU"  # kinds of numpy types
 MOST_AXES = 32
+MOST_EMPTY = 1 << 16  # texts of no length in an array, for which numpy takes room nevertheless
 NEEDS = "a policy on another machine needs {}: pip install 'ki-edge[remote]'"
 
 
@@ -34,20 +36,18 @@ def pack(value: Any) -> bytes:
     return packed
 
 
-def unpack(frame: bytes, where: str) -> Any:
-    """What a frame holds; arrays are read-only. BackendError, which begins with `where`, for anything malformed."""
-    if len(frame) > MOST_BYTES:
-        raise BackendError(f"{where} sent a frame of {len(frame)} bytes, at most {MOST_BYTES} are read")
+def unpack(frame: bytes, where: str, most: int = MOST_BYTES) -> Any:
+    """What a frame of at most `most` bytes holds; arrays are read-only views of its bytes.
+
+    BackendError, which begins with `where`, for anything malformed.
+    """
+    if len(frame) > most:
+        raise BackendError(f"{where} sent a frame of {len(frame)} bytes, at most {most} are read")
     msgpack = _msgpack()
     try:
+        check_size(frame)
         return msgpack.unpackb(
-            frame,
-            object_hook=_unpacked,
-            max_str_len=1 << 20,
-            max_bin_len=MOST_BYTES,
-            max_array_len=MOST_ENTRIES,
-            max_map_len=MOST_ENTRIES,
-            max_ext_len=0,
+            frame, object_hook=_unpacked, max_str_len=MOST_TEXT, max_bin_len=len(frame), max_ext_len=0
         )
     except Exception as error:  # of msgpack's many kinds, of numpy for types that are none
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
@@ -67,12 +67,16 @@ def _unpacked(found: dict[Any, Any]) -> Any:
     if b"__ndarray__" in found:
         shape, data = found[b"shape"], found[b"data"]
         kind = _kind_of(found)
-        whole = all(type(size) is int and size >= 0 for size in shape)
-        if not whole or len(shape) > MOST_AXES or math.prod(shape) * kind.itemsize != len(data):
+        whole = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+        fits = whole and len(shape) <= MOST_AXES and math.prod(shape) * kind.itemsize == len(data)
+        if not fits or not isinstance(data, bytes) or (not kind.itemsize and math.prod(shape) > MOST_EMPTY):
             raise ValueError(f"an array of {kind} {shape!r:.60} in {len(data)} bytes")
         return np.frombuffer(data, kind).reshape(shape) if data else np.zeros(shape, kind)
     if b"__npgeneric__" in found:
-        return _kind_of(found).type(found[b"data"])
+        kind, value = _kind_of(found), found[b"data"]
+        if not isinstance(value, str if kind.kind == "U" else bytes if kind.kind == "S" else int | float):
+            raise ValueError(f"a {kind} that is a {type(value).__name__}")  # bytes(n) would be n bytes
+        return kind.type(value)
     return found
 
 

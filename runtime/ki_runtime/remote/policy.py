@@ -24,7 +24,7 @@ from ki_edge.policy.images import METHODS
 from ki_edge.policy.keys import FLAT_ROBOTS, under_contract_keys
 from ki_edge.policy.presets import PRESETS, find_preset
 from ki_edge.policy.transforms import read_images, read_state
-from ki_runtime.policy.warming import Prepared
+from ki_runtime.policy.warming import Prepared, blank_observation
 
 from .connection import Connection, Lost
 from .packing import pack
@@ -34,8 +34,6 @@ FIRST = 600.0  # seconds for the first answers: a server may compile meanwhile
 ANSWER = 30.0  # for any other; the loop stops the robot long before
 ABSENCE = 10.0  # seconds for a server that is gone to come back
 PAUSE = 0.2  # between two looks whether it is back
-GREY = 128
-SOME_PROMPT = "pick up the object and put it into the box"
 
 
 class RemotePolicy:
@@ -86,7 +84,7 @@ class RemotePolicy:
         compile; the second tells how long an inference takes, with its way there and back.
         """
         start = time.perf_counter()
-        observation = _blank(self.contract, prompt)
+        observation = blank_observation(self.contract, prompt)
         self._infer(observation, num_steps, FIRST)
         begun = time.perf_counter()
         self._infer(observation, num_steps, FIRST)
@@ -227,13 +225,3 @@ def _server_timing(answer: Mapping[str, Any], whole: float) -> dict[str, float]:
     if isinstance(found, int | float | np.number) and np.isfinite(found) and 0 <= found <= whole:
         return {"server_ms": float(found), "network_ms": whole - float(found)}
     return {"network_ms": whole}
-
-
-def _blank(contract: PolicyContract, prompt: str | None) -> Mapping[str, Any]:
-    """An observation of this contract in which nothing is to be seen."""
-    height, width = contract.image_size
-    picture = np.full((height, width, 3), GREY, np.uint8)
-    pictures = {f"observation.images.{camera.key}": picture for camera in contract.cameras if camera.key is not None}
-    state = np.zeros(contract.state_dim, np.float32)
-    said = prompt or contract.default_prompt or SOME_PROMPT
-    return under_contract_keys(contract, {**pictures, "observation.state": state, "prompt": said})

@@ -99,7 +99,7 @@ class Client:
         try:
             if isinstance(frame, str):
                 raise BackendError("a text frame came, expected a binary one of msgpack")
-            content = unpack(frame, "the client")
+            content = unpack(frame, "the client", most=len(frame))  # the socket has its bound
         except KiEdgeError as error:
             request.settle(failed(error, debug=self._limits.debug, kind="frame"))
             return request
