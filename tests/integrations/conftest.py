@@ -1,7 +1,7 @@
 """Packages that this project's environment cannot or need not have, in environments of their own in build/, kept.
 
 LeRobot needs another Python and another torch: 6 GB and some minutes, unless KI_LEROBOT_PYTHON names an interpreter of
-an environment that has it. Triton's client is of 150 MB.
+an environment that has it. Triton's client takes 150 MB, Ray 650 MB.
 """
 
 import os
@@ -60,6 +60,13 @@ def environment(name: str, *packages: str) -> Path:
 def triton_python() -> Path:
     """An interpreter with Triton's client, which has the protobuf of its configurations."""
     return environment("triton", "tritonclient[grpc]>=2.50")
+
+
+@pytest.fixture(scope="session")
+def ray_python() -> Path:
+    """An interpreter with Ray Serve, an engine, and what a server needs: 650 MB."""
+    base = ("numpy", "sentencepiece", "tokenizers", "pillow", "tqdm", "onnxruntime")
+    return environment("ray", "ray[serve]>=2.60", *base, "websockets>=15", "msgpack", "prometheus-client")
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from .engine import LocalEngine
 from .flags import build_parser
 from .listening import read_key
 from .options import ServerOptions
+from .ray_options import ray_options
 from .server import Server
 
 
@@ -27,8 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     server_options = _options(options)
-    engine = _load(options, server_options)
-    server = Server(engine, server_options, load=lambda: _load(options, server_options))
+    replicas = ray_options(options, server_options.largest_batch)
+    if replicas is None:
+        server = Server(_load(options, server_options), server_options, load=lambda: _load(options, server_options))
+    else:
+        from .ray_engine import RayEngine
+
+        engine = RayEngine(options.bundle, replicas)
+        server = Server(engine, server_options, load=engine.reloaded)
     return asyncio.run(_run(server))
 
 

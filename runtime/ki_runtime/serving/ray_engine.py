@@ -1,0 +1,247 @@
+"""A policy in many processes of a Ray cluster, behind the engine that the server knows.
+
+The websocket stays here: the server's queue is fair and forgets what is too old, and Ray Serve hands each question to
+a replica that is free. Several servers may stand before the same application.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ki_edge.bundle import Bundle
+from ki_edge.commands import tell
+from ki_edge.errors import BackendError
+from ki_edge.policy.contract import PolicyContract
+from ki_runtime.policy.policy import Policy, read_assets
+
+from .engine import Answer
+from .question import Question
+from .ray_options import RayOptions
+from .ray_replica import Replica
+
+DEPLOYMENT = "policy"
+STORE = 100 << 20  # bytes of Ray's object store in a cluster of this machine alone: questions pass through it
+START = 600.0  # seconds for replicas to load, prove and warm up
+ANSWER = 60.0  # for a question
+POLL = 0.2
+TRIES = 2  # a question whose replica dies is asked once again
+
+
+class RayEngine:
+    """Errors: BackendError without Ray, and where no replica starts, with the reason; BundleError for a bad bundle."""
+
+    def __init__(self, bundle: str | Path, options: RayOptions, say: Callable[[str], object] = tell) -> None:
+        self._path, self._options, self._say = Path(bundle).resolve(), options, say
+        opened = Bundle.open(self._path, say=say)
+        self.contract: PolicyContract = read_assets(opened).contract
+        self.largest_batch = options.largest_batch if hasattr(Policy, "infer_many") else 1
+        self.at_once = options.most
+        self._digest = opened.digest
+        self._cluster = _connect(options, say)
+        self._cluster.current = self
+        try:
+            self._handle = self._started()
+            self.metadata: Mapping[str, Any] = self._described()
+        except BaseException:
+            self.close()
+            raise
+
+    async def answer(self, questions: Sequence[Question]) -> Sequence[Answer | Exception]:
+        """Errors of the policy come back as values; a question whose replica dies is asked of another, once."""
+        died = ""
+        for _ in range(TRIES):
+            try:
+                return await asyncio.wait_for(self._handle.answer.remote(list(questions)), ANSWER)
+            except (TimeoutError, asyncio.TimeoutError):
+                raise BackendError(f"no replica answered within {ANSWER:g} s") from None
+            except Exception as error:
+                if not _is_death(error):
+                    raise BackendError(f"Ray: {_line(error)}") from None
+                died = type(error).__name__
+        raise BackendError(f"the replica that computed it died ({died}), and so did the next one: ask again")
+
+    def reloaded(self) -> RayEngine:
+        """An engine of the bundle that lies there now, once every replica has it: one after the other, each started and
+        proven before one of the old ones ends. BackendError if they do not start; then the old ones go on.
+        """
+        if self.metadata["declared"]:
+            raise BackendError(
+                f"the application {self._options.application} was deployed by a configuration: change its argument "
+                "'bundle' or 'digest' there, and deploy it again"
+            )
+        opened = Bundle.open(self._path, say=self._say)
+        contract = read_assets(opened).contract
+        if contract != self.contract:
+            raise BackendError("its contract is another one: clients know the old one, start a server for it")
+        name = self._options.application
+        self._deploy(opened.digest)
+        _wait(self._cluster.serve, name, START)
+        new = object.__new__(RayEngine)
+        new.__dict__.update(self.__dict__, _digest=opened.digest)
+        new.metadata = new._described()
+        self._cluster.current = new
+        return new
+
+    def close(self) -> None:
+        """End the cluster if it was started here. In any other one the replicas stay, for other servers."""
+        if self._cluster.owned and self._cluster.current is self:  # else an engine after this one uses it
+            self._cluster.serve.delete(self._options.application, _blocking=False)
+            self._cluster.ray.shutdown()
+
+    def _started(self) -> Any:
+        """Ray Serve's handle of the application, whose replicas run."""
+        serve, name = self._cluster.serve, self._options.application
+        found = _state(serve, name)
+        if found is None or found[0] != "RUNNING":
+            self._deploy(self._digest)
+            _wait(serve, name, START)
+            return serve.get_app_handle(name)
+        handle = serve.get_app_handle(name)
+        digest = handle.describe.remote().result(timeout_s=ANSWER)["digest"]
+        if digest != self._digest:
+            raise BackendError(
+                f"the application {name} of this cluster serves another bundle ({digest[:12]}) "
+                f"than {self._path} ({self._digest[:12]}): give another --ray-app, or reload its server"
+            )
+        self._say(f"the application {name} runs already: its replicas are used")
+        return handle
+
+    def _deploy(self, digest: str) -> None:
+        """Tell Ray Serve what is wanted; it starts and stops replicas by itself, every one with the version of now."""
+        serve, options = self._cluster.serve, self._options
+        actor = {"num_cpus": options.threads, "num_gpus": _gpus(self._cluster.ray, options)}
+        application = deployment(serve, ray_actor_options=actor, **_scaling(options)).bind(
+            str(self._path),
+            digest,
+            backend=options.backend,
+            threads=options.threads,
+            prompt=options.prompt,
+            trust_engines=options.trust_engines,
+        )
+        target = serve.RunTarget(application, name=options.application, route_prefix=None)
+        serve.run_many([target], wait_for_applications_running=False)
+
+    def _described(self) -> Mapping[str, Any]:
+        told = self._handle.describe.remote().result(timeout_s=ANSWER)
+        return {**told, "name": self._path.name, "replicas": [self._options.least, self._options.most]}
+
+
+def deployment(serve: Any, **more: Any) -> Any:
+    """Ray Serve's deployment of `Replica`: a replica computes one batch at a time, and a new version starts one more
+    replica and proves it before one of the old version ends.
+    """
+    return serve.deployment(
+        Replica,
+        name=DEPLOYMENT,
+        max_ongoing_requests=1,
+        max_surge_percent=1,  # of any number of replicas that is one more, since it is rounded up
+        max_constructor_retry_count=2,
+        health_check_period_s=2,
+        graceful_shutdown_wait_loop_s=0.5,
+        **more,
+    )
+
+
+def application(arguments: Mapping[str, Any]) -> Any:
+    """The application of a configuration file of Ray Serve (`import_path`): `args` are those of `Replica`."""
+    from ray import serve
+
+    return deployment(serve).bind(**{**arguments, "declared": True})
+
+
+def _scaling(options: RayOptions) -> dict[str, Any]:
+    if options.least == options.most:
+        return {"num_replicas": options.most}
+    bounds = {"min_replicas": options.least, "max_replicas": options.most, "initial_replicas": options.least}
+    return {"autoscaling_config": {**bounds, "target_ongoing_requests": 1, "upscale_delay_s": 2}}
+
+
+@dataclass
+class _Cluster:
+    """`owned`: it was started here, for this machine alone; `current`: the engine that uses it."""
+
+    ray: Any
+    serve: Any
+    owned: bool
+    current: RayEngine | None = None
+
+
+def _connect(options: RayOptions, say: Callable[[str], object]) -> _Cluster:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+        from ray import serve
+    except ImportError as error:
+        raise BackendError(f"--ray needs Ray ({error}): pip install 'ki-edge[ray]'") from None
+    quiet = {"log_to_driver": False, "configure_logging": False}
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what a robot or an operator should know is told here
+    owned = False
+    try:
+        ray.init("auto", **quiet)
+    except ConnectionError:
+        cpus = max(os.cpu_count() or 1, options.threads * (options.most + 1))  # one more while versions change
+        ray.init("local", num_cpus=cpus, object_store_memory=STORE, include_dashboard=False, **quiet)
+        owned = True
+    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
+    say(f"Ray {ray.__version__}: {'a cluster of this machine alone' if owned else 'the cluster that runs'}")
+    return _Cluster(ray, serve, owned)
+
+
+def _gpus(ray: Any, options: RayOptions) -> float:
+    if options.gpus is not None:
+        return options.gpus
+    return 1.0 if options.backend != "ort" and ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+
+
+def _state(serve: Any, name: str) -> tuple[str, str] | None:
+    """(status of an application, why); None where there is none."""
+    found = serve.status().applications.get(name)
+    if found is None:
+        return None
+    told = [found.message, *(one.message for one in found.deployments.values())]
+    return found.status.value, " ".join(filter(None, told))
+
+
+def _wait(serve: Any, name: str, seconds: float) -> None:
+    """Until every replica of the application is of the version that was deployed last. BackendError if that fails."""
+    deadline = time.monotonic() + seconds
+    while True:
+        status, why = _state(serve, name) or ("DEPLOYING", "")
+        if status == "RUNNING":
+            return
+        if status in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise BackendError(f"Ray Serve: {name} is {status}: {_reason(why)}")
+        if time.monotonic() > deadline:
+            raise BackendError(
+                f"the replicas of {name} have not started within {seconds:g} s: has the cluster room for one more of "
+                f"them? {_reason(why)}"
+            )
+        time.sleep(POLL)
+
+
+def _reason(told: str) -> str:
+    """The error at the end of a traceback that Ray Serve tells, or all of it."""
+    errors = re.findall(r"(?:ki_edge\.errors\.)(\w+: [^\n]+)", told)
+    return errors[-1] if errors else _line(told)
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split())[:500]
+
+
+def _is_death(error: Exception) -> bool:
+    """Whether a replica was lost, and another may answer."""
+    from ray.exceptions import RayActorError
+    from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+
+    return isinstance(error, RayActorError | ReplicaUnavailableError) and not isinstance(
+        error, DeploymentUnavailableError
+    )

@@ -1,0 +1,133 @@
+"""ki-serve --ray on a Ray cluster of this machine: two replicas in two processes, killed and replaced."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from websockets.sync.client import connect
+
+from ki_edge.bundle import Bundle
+from ki_runtime.remote.packing import pack, unpack
+
+from .ray_server import Served, descendants, expected, observation, robots, until
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def bundle(fetch_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(fetch_bundle, tmp_path_factory.mktemp("ray") / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def wanted(fetch_bundle: Path) -> list[np.ndarray]:
+    return expected(fetch_bundle)
+
+
+@pytest.fixture(scope="module")
+def served(ray_python: Path, bundle: Path) -> Iterator[Served]:
+    server = Served(ray_python, bundle, "--replicas", 2)
+    yield server
+    server.close()
+
+
+def publish(bundle: Path, spoil: bool = False) -> str:
+    """Another bundle in its place, at once, as ki-export --force does it: the same policy, another digest."""
+    new = Path(shutil.copytree(bundle, bundle.with_name("new")))
+    manifest = json.loads((new / "manifest.json").read_text())
+    manifest["provenance"]["origin"] = f"export {os.urandom(4).hex()}"
+    (new / "manifest.json").write_text(json.dumps(manifest))
+    if spoil:
+        weights = bytearray((new / "weights.safetensors").read_bytes())
+        weights[len(weights) // 2 :] = bytes(len(weights) - len(weights) // 2)
+        (new / "weights.safetensors").write_bytes(weights)
+        for proof in new.glob("proof-*.json"):
+            proof.unlink()
+    old = bundle.with_name("old")
+    bundle.rename(old)
+    new.rename(bundle)
+    shutil.rmtree(old)
+    return Bundle.open(bundle).digest
+
+
+def replaced(served: Served, killed: int) -> bool:
+    return killed not in (now := served.replicas()) and len(now) == 2
+
+
+def told(uri: str) -> dict[str, object]:
+    with connect(uri, max_size=None) as connection:
+        found: dict[str, object] = unpack(connection.recv(), "server")["ki_edge"]
+        return found
+
+
+def test_two_replicas_answer(served: Served, wanted: list[np.ndarray]) -> None:
+    """The policy's answers, from two processes; what is wrong with a question comes back as its one line."""
+    assert len(served.replicas()) == 2
+    assert served.process.pid not in served.replicas() and told(served.uri)["replicas"] == [2, 2]
+    with robots(served.uri, wanted, 4) as asking:
+        asking.more(10)
+    assert not asking.wrong
+    with connect(served.uri, max_size=None) as connection:
+        connection.recv()
+        connection.send(pack({**observation(), "state": np.zeros(3)}))
+        assert "state of the observation has shape (3,)" in str(connection.recv())
+
+
+def test_a_killed_replica_costs_nobody_an_answer(served: Served, wanted: list[np.ndarray]) -> None:
+    """Both are killed, one after the other, each while it computes: every robot goes on with the right answers."""
+    with robots(served.uri, wanted, 4) as asking:
+        for _ in range(2):
+            asking.more(5)
+            before = served.replicas()
+            os.kill(min(before), signal.SIGKILL)
+            asking.more(10)
+            until("another in its place", partial(replaced, served, min(before)))
+            asking.more(5)
+    assert not asking.wrong
+
+
+def test_a_reload_replaces_every_replica_without_a_gap(served: Served, bundle: Path, wanted: list[np.ndarray]) -> None:
+    before = served.replicas()
+    digest = publish(bundle)
+    with robots(served.uri, wanted, 3) as asking:
+        asking.more(3)
+        said, answered = len(served.lines), sum(asking.answers)
+        os.kill(served.process.pid, signal.SIGHUP)
+        served.wait_for("ki-serve: reloaded: bundle answers", said)
+        meanwhile = sum(asking.answers) - answered
+        asking.more(3)
+    assert not asking.wrong and meanwhile > 0
+    assert told(served.uri)["digest"] == digest
+    until("the old ones end", lambda: len(served.replicas()) == 2)
+    assert not served.replicas() & before
+
+
+def test_a_bad_bundle_is_refused_and_the_old_one_stays(served: Served, bundle: Path, wanted: list[np.ndarray]) -> None:
+    before, digest = served.replicas(), told(served.uri)["digest"]
+    kept = Path(shutil.copytree(bundle, bundle.with_name("kept")))
+    publish(bundle, spoil=True)
+    with robots(served.uri, wanted, 3) as asking:
+        asking.more(3)
+        said = len(served.lines)
+        os.kill(served.process.pid, signal.SIGHUP)
+        line = served.wait_for("ki-serve: not reloaded, the policy that was there goes on: (.*)", said)[1]
+        asking.more(5)
+    assert not asking.wrong
+    assert "BackendError" in line or "not finite" in line or "witness" in line, line
+    assert told(served.uri)["digest"] == digest and before <= served.replicas()
+    shutil.rmtree(bundle)
+    kept.rename(bundle)
+
+
+def test_it_ends_with_its_replicas(ray_python: Path, bundle: Path) -> None:
+    server = Served(ray_python, bundle)
+    started = [pid for pid, _ in descendants(server.process.pid)]
+    assert len(server.replicas()) == 1 and len(started) > 3
+    assert server.close() == 0, "".join(server.lines)
+    until("its processes end", lambda: not any(Path(f"/proc/{pid}").exists() for pid in started))
