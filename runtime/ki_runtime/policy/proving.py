@@ -1,4 +1,4 @@
-"""The witness run because somebody asks for it: `ki-parity BUNDLE --backend NAME`."""
+"""The witness run because somebody asks for it: `ki-parity BUNDLE --backend NAME`, or a server that loads it again."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from ki_edge import graphs
 from ki_edge.bundle import Bundle
-from ki_edge.bundle.witness import read_witness
+from ki_edge.bundle.witness import has_witness, read_witness
 from ki_edge.errors import BackendError
 from ki_runtime.backends.registry import SessionOptions, connect
 
-from .proof import Prover
+from .proof import Prover, refusal
 from .sampler import Sampler
 from .verdict import ACTIONS, FAST, Verdict
 
@@ -36,3 +36,16 @@ def repeat_proof(bundle: Bundle, backend: str, say: Callable[[str], object]) -> 
         else:
             found.append(prover.repeat(FAST, sampler))
     return found
+
+
+def prove_opened(sampler: Sampler, say: Callable[[str], object]) -> Verdict | None:
+    """The proof of a sampler's actions whatever was written down before; None for a bundle without a witness.
+
+    BackendError with the figures if it does not reproduce it.
+    """
+    if sampler.backend is None or not has_witness(sampler.bundle.manifest):
+        return None
+    verdict = Prover(sampler.bundle, sampler.backend, SessionOptions(say=say)).repeat(ACTIONS, sampler)
+    if not verdict.passed:
+        raise BackendError(refusal(sampler.backend.name, verdict, sampler.bundle))
+    return verdict

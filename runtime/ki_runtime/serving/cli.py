@@ -12,11 +12,11 @@ from typing import Any
 from ki_edge.commands import run_command, tell
 from ki_edge.errors import ArgumentError
 
-from .engine import LocalEngine
 from .flags import build_parser
-from .listening import read_key
+from .listening import read_key, tls
+from .loading import ServedBundle
 from .options import ServerOptions
-from .ray_options import ray_options
+from .ray_options import RayOptions, ray_options
 from .server import Server
 
 
@@ -29,14 +29,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _serve(options: argparse.Namespace) -> int:
     server_options = _options(options)
     replicas = ray_options(options, server_options.largest_batch)
-    if replicas is None:
-        server = Server(_load(options, server_options), server_options, load=lambda: _load(options, server_options))
-    else:
-        from .ray_engine import RayEngine
-
-        engine = RayEngine(options.bundle, replicas)
-        server = Server(engine, server_options, load=engine.reloaded)
+    server = _here(options, server_options) if replicas is None else _on_ray(options, server_options, replicas)
     return asyncio.run(_run(server))
+
+
+def _here(options: argparse.Namespace, server_options: ServerOptions) -> Server:
+    """The policy in a thread of this process."""
+    bundle = ServedBundle(
+        options.bundle,
+        options.backend,
+        threads=options.threads,
+        verify=options.verify,
+        trust_engines=options.trust_engines,
+        prompt=options.prompt,
+        largest_batch=server_options.largest_batch,
+        say=lambda line: tell(f"ki-serve: {line}"),
+    )
+    return Server(bundle.open(), server_options, load=bundle.again)
+
+
+def _on_ray(options: argparse.Namespace, server_options: ServerOptions, replicas: RayOptions) -> Server:
+    """The policy in replicas of a Ray cluster."""
+    from .ray_engine import RayEngine
+
+    engine = RayEngine(options.bundle, replicas, lambda line: tell(f"ki-serve: {line}"))
+    return Server(engine, server_options, load=engine.reloaded)
 
 
 async def _run(server: Server) -> int:
@@ -54,6 +71,12 @@ async def _run(server: Server) -> int:
         task.add_done_callback(reloads.discard)
 
     await server.open()
+    if server.options.exposed:
+        lacks = [] if server.options.api_key is not None else ["key (--api-key-file): anybody can ask it"]
+        lacks += [] if server.options.certificate is not None else ["TLS (--cert, --key): key and pictures can be read"]
+        tell(
+            f"ki-serve: warning: other machines reach {server.options.host}, and there is no {', and no '.join(lacks)}"
+        )
     for signum in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(signum, stop, signum)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
@@ -69,7 +92,7 @@ def _options(options: argparse.Namespace) -> ServerOptions:
     """All that can be refused before a large model is loaded."""
     if (options.cert is None) != (options.key is None):
         raise ArgumentError("TLS needs --cert FILE and --key FILE, both")
-    return ServerOptions(
+    found = ServerOptions(
         host=options.host,
         port=options.port,
         api_key=None if options.api_key_file is None else read_key(options.api_key_file),
@@ -82,26 +105,8 @@ def _options(options: argparse.Namespace) -> ServerOptions:
         most_frame_mib=options.max_frame,
         debug=options.debug,
     )
-
-
-def _load(options: argparse.Namespace, server_options: ServerOptions) -> LocalEngine:
-    """The bundle, proven and warmed up."""
-    from ki_runtime.policy.policy import Policy
-
-    policy = Policy.load(
-        options.bundle,
-        options.backend,
-        threads=options.threads,
-        verify=options.verify,
-        build=True,
-        trust_engines=options.trust_engines,
-        say=tell,
-    )
-    prepared = policy.warm_up(prompt=options.prompt)
-    tell(
-        f"ki-serve: warmed up in {prepared.milliseconds / 1e3:.1f} s; an inference takes {prepared.inference_ms:.0f} ms"
-    )
-    return LocalEngine(policy, largest_batch=server_options.largest_batch)
+    tls(found)
+    return found
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class Client:
         self.address = address_of(connection)
         self.since = time.monotonic()
         self._answers: asyncio.Queue[Request | None] = asyncio.Queue()
-        self._free = asyncio.Semaphore(UNANSWERED)
+        self._free, self._open = asyncio.Semaphore(UNANSWERED), 0
         self.answered = self.refused = 0
         self.last_ms: float | None = None
         self._stopped = False
@@ -70,10 +70,6 @@ class Client:
         while not self._answers.empty() or self._free._value < UNANSWERED:
             await asyncio.sleep(0.005)
 
-    def abort(self) -> None:
-        """Be gone."""
-        self._connection.transport.abort()
-
     async def _read(self) -> str:
         from websockets.exceptions import ConnectionClosed
 
@@ -82,6 +78,7 @@ class Client:
                 await self._free.acquire()
                 frame = await received(self._connection)
                 request = self._request(frame)
+                self._open += 1
                 self._answers.put_nowait(request)
                 if request.asked is not None:
                     self._room.put(self, request)
@@ -129,6 +126,7 @@ class Client:
                         with suppress(Exception):
                             await self._connection.send(f"{outcome.kind}: {outcome.line}")
             self._free.release()
+            self._open -= 1
             self._tell(request, outcome, sent, answer, began)
 
     def _tell(

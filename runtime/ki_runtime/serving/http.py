@@ -54,7 +54,10 @@ class Doorkeeper:
         page = self._pages.get(target.path)
         if page is None:
             return _text(404, "nothing is here: a policy server answers on its websocket, and /healthz")
-        fields = dict(parse_qsl(target.query, keep_blank_values=True, max_num_fields=MOST_FIELDS))
+        try:
+            fields = dict(parse_qsl(target.query, keep_blank_values=True, max_num_fields=MOST_FIELDS))
+        except ValueError:
+            return _text(400, f"more than {MOST_FIELDS} fields")
         headers = {name.lower(): value for name, value in request.headers.raw_items()}
         status, kind, body = await asyncio.to_thread(page, fields, headers)
         return _response(status, kind, body)
@@ -89,8 +92,10 @@ class Doorkeeper:
         return _text(200 if loaded else 409, line)
 
 
-def connection_class(full: Callable[[], bool]) -> type:
-    """What websockets makes of a TCP connection. `full`: whether there are more of them than may be."""
+def connection_class(opened: set[Any], most: int, patience: float) -> type:
+    """What websockets makes of a TCP connection. `opened`: all that are open now, at most `most`, further ones end at
+    once; `patience`: seconds for the first request to be there.
+    """
     from websockets.asyncio.server import ServerConnection
 
     class Door(ServerConnection):
@@ -99,8 +104,15 @@ def connection_class(full: Callable[[], bool]) -> type:
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
-            if full():
+            opened.add(self)
+            self._late = self.loop.call_later(patience, self._end_if_silent)
+            if len(opened) > most:
                 self.transport.abort()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            opened.discard(self)
+            self._late.cancel()
+            super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
             if self._begun is not None:
@@ -112,6 +124,10 @@ def connection_class(full: Callable[[], bool]) -> type:
                 if data.startswith(POST):
                     self.posted, data = True, GET + data[len(POST) :]
             super().data_received(data)
+
+        def _end_if_silent(self) -> None:
+            if self.request is None:
+                self.transport.abort()
 
     return Door
 

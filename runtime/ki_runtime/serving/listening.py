@@ -14,45 +14,68 @@ from .http import Doorkeeper, connection_class
 from .options import ServerOptions
 
 OPENING = 5.0  # seconds for the first request of a connection, or for TLS
-CLOSING = 0.5  # for a goodbye
+CLOSING = 5.0  # for a goodbye, and for a page to be taken
 PING, PONG = 10.0, 20.0  # a connection whose other end is gone is noticed
 SHORTEST_KEY, LONGEST_KEY = 8, 1024
 NEEDS = "ki-serve needs {}: pip install 'ki-edge[serve]'"
 
 
-async def listen(serve: Callable[[Any], Awaitable[None]], options: ServerOptions, door: Doorkeeper, most: int) -> Any:
-    """A listening server of websockets. ArgumentError for an address or certificate that cannot be used."""
+class Listener:
+    """A socket that clients come in by. `port`: where it listens."""
+
+    def __init__(self, server: Any, opened: set[Any]) -> None:
+        self._server, self.opened = server, opened
+        self.port = int(server.sockets[0].getsockname()[1])
+
+    def shut(self) -> None:
+        """Nobody comes in any more; who is there stays."""
+        self._server.server.close()
+
+    async def close(self) -> None:
+        """Say goodbye to everybody, and wait until they have gone."""
+        self._server.close()
+        await self._server.wait_closed()
+
+    def abort(self) -> None:
+        """Whoever is still there is there no longer."""
+        for connection in tuple(self.opened):
+            connection.transport.abort()
+
+
+async def listen(
+    serve: Callable[[Any], Awaitable[None]], options: ServerOptions, door: Doorkeeper, most: int
+) -> Listener:
+    """Listen for at most `most` connections. ArgumentError for an address or certificate that cannot be used."""
     try:
         from websockets.asyncio import server
     except ModuleNotFoundError as error:
         raise BackendError(NEEDS.format(error.name)) from error
-    listener: Any = None
-
-    def full() -> bool:
-        return listener is not None and len(listener.handler_tasks) > most
-
+    opened: set[Any] = set()
+    encrypted = tls(options)
+    more: dict[str, Any] = {} if encrypted is None else {"ssl_handshake_timeout": OPENING}
     try:
         listener = await server.serve(
             serve,
             options.host,
             options.port,
-            ssl=tls(options),
+            ssl=encrypted,
             origins=[None],  # no browser: any web page could ask a server on this machine
             compression=None,
             process_request=door.answer,
             server_header=None,
-            open_timeout=OPENING,
+            open_timeout=None,  # the first request has a bound of its own; what is asked may take longer, as a reload
             close_timeout=CLOSING,
             ping_interval=PING,
             ping_timeout=PONG,
             max_size=options.most_frame_mib << 20,
             max_queue=2,
-            create_connection=connection_class(full),
+            create_connection=connection_class(opened, most, OPENING),
             logger=_logger(),
+            **more,
         )
     except (OSError, OverflowError, UnicodeError) as error:
         raise ArgumentError(f"cannot listen on {options.host}:{options.port}: {error}") from None
-    return listener
+    return Listener(listener, opened)
 
 
 def tls(options: ServerOptions) -> ssl.SSLContext | None:

@@ -81,7 +81,7 @@ class Server:
     @property
     def port(self) -> int:
         """Where it listens."""
-        return int(self._listener.sockets[0].getsockname()[1])
+        return int(self._listener.port)
 
     @property
     def uri(self) -> str:
@@ -123,16 +123,14 @@ class Server:
         assert self._ended is not None
         await self._ended.wait()
         self._accepting = False
-        self._listener.server.close()  # nobody comes in any more; those who are there stay for their answers
+        self._listener.shut()
         self._room.close(ENDING)
         await self._dispatcher.finish()
         deadline = time.monotonic() + GOODBYE
         await _within(deadline, *(client.finish() for client in tuple(self._clients)))
-        self._listener.close()
-        await _within(deadline, self._listener.wait_closed())
-        for client in tuple(self._clients):
-            client.abort()
-        await _within(time.monotonic() + 0.1, self._listener.wait_closed())
+        await _within(deadline, self._listener.close())
+        self._listener.abort()
+        await asyncio.sleep(0)
         self.engine.close()
         await asyncio.gather(*(asyncio.to_thread(watcher.close) for watcher in self._watchers), return_exceptions=True)
 
@@ -152,7 +150,7 @@ class Server:
             return False, "not reloaded: " + ("it is being loaded already" if self._reloading else "nothing to load")
         self._reloading = True
         try:
-            engine = await asyncio.to_thread(self._load)
+            engine = await _beside(self._load)
             if (told := _differences(self.engine, engine)) is not None:
                 engine.close()
                 raise BackendError(f"its contract has another {told}: clients know the old one, start a server for it")
@@ -248,6 +246,27 @@ def _differences(old: Engine, new: Engine) -> str | None:
     before, after = old.contract.to_json(), new.contract.to_json()
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     return ", ".join(names) or None
+
+
+async def _beside(load: Callable[[], Engine]) -> Engine:
+    """What `load` gives, in a thread of its own: a server that ends does not wait for a model to be loaded."""
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[Engine] = loop.create_future()
+
+    def settle(settled: Callable[[Any], None], value: Any) -> None:
+        if not found.done():
+            settled(value)
+
+    def work() -> None:
+        try:
+            settled, value = found.set_result, load()
+        except Exception as error:
+            settled, value = found.set_exception, error  # type: ignore[assignment]
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(settle, settled, value)
+
+    threading.Thread(target=work, name="reload", daemon=True).start()
+    return await found
 
 
 async def _within(deadline: float, *tasks: Any) -> None:
