@@ -42,8 +42,8 @@ DIRECTIONS: dict[str, str] = {
     ),
     "ki_runtime.monitoring": "ki_edge.policy",
     "ki_runtime.serving": (
-        "ki_edge ki_edge.bundle ki_edge.files ki_edge.policy ki_runtime.backends ki_runtime.monitoring ki_runtime.policy "
-        "ki_runtime.remote"
+        "ki_edge ki_edge.bundle ki_edge.files ki_edge.policy ki_runtime.backends ki_runtime.monitoring "
+        "ki_runtime.policy ki_runtime.remote"
     ),
     "ki_runtime.trt": "ki_edge ki_edge.bundle ki_edge.files ki_edge.policy ki_runtime.backends ki_runtime.gpu",
     "ki_runtime.doctor": (

@@ -22,23 +22,25 @@ REPLICA = "ServeReplica"
 PATIENCE = 240.0  # seconds for anything to happen: a shared machine may take long
 
 
-def environment() -> dict[str, str]:
-    """Of a process in which Ray finds this checkout and no cluster but its own."""
+def environment(alone: bool = True) -> dict[str, str]:
+    """Of a process in which Ray finds this checkout, and if it is to be `alone` no cluster but its own."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "runtime")))
-    return {**kept, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    own = {"RAY_ADDRESS": "local"} if alone else {}
+    return {**kept, **own, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 class Served:
     """A server that runs, with what it said on stderr."""
 
-    def __init__(self, python: Path, bundle: Path, *arguments: object) -> None:
+    def __init__(self, python: Path, bundle: Path, *arguments: object, alone: bool = True) -> None:
         command = [python, "-m", "ki_runtime.serving.cli", bundle, "--ray", "--port", 0, "--backend", "ort", *arguments]
         self.process = subprocess.Popen(
-            [*map(str, command)], stderr=subprocess.PIPE, text=True, env=environment(), cwd=bundle.parent
+            [*map(str, command)], stderr=subprocess.PIPE, text=True, env=environment(alone), cwd=bundle.parent
         )
         self.lines: list[str] = []
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         self.uri = self.wait_for(r"answers at (ws://\S+)")[1]
 
     def _read(self) -> None:
@@ -65,10 +67,15 @@ class Served:
         """End it with SIGTERM; its exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
+        try:
             return self.process.wait(60)
-        self.process.kill()
-        return self.process.wait()
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+        finally:
+            self._reader.join(60)
+            assert self.process.stderr is not None
+            self.process.stderr.close()
 
 
 def descendants(root: int) -> list[tuple[int, str]]:

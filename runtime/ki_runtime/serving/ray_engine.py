@@ -20,7 +20,7 @@ from ki_edge.bundle import Bundle
 from ki_edge.commands import tell
 from ki_edge.errors import BackendError
 from ki_edge.policy.contract import PolicyContract
-from ki_runtime.policy.policy import Policy, read_assets
+from ki_runtime.policy.policy import read_assets
 
 from .engine import Answer
 from .question import Question
@@ -42,7 +42,6 @@ class RayEngine:
         self._path, self._options, self._say = Path(bundle).resolve(), options, say
         opened = Bundle.open(self._path, say=say)
         self.contract: PolicyContract = read_assets(opened).contract
-        self.largest_batch = options.largest_batch if hasattr(Policy, "infer_many") else 1
         self.at_once = options.most
         self._digest = opened.digest
         self._cluster = _connect(options, say)
@@ -50,6 +49,7 @@ class RayEngine:
         try:
             self._handle = self._started()
             self.metadata: Mapping[str, Any] = self._described()
+            self.largest_batch: int = self.metadata["largest_batch"]
         except BaseException:
             self.close()
             raise
@@ -82,11 +82,12 @@ class RayEngine:
         if contract != self.contract:
             raise BackendError("its contract is another one: clients know the old one, start a server for it")
         name = self._options.application
-        self._deploy(opened.digest)
+        self._deploy(opened.digest, again=True)
         _wait(self._cluster.serve, name, START)
         new = object.__new__(RayEngine)
         new.__dict__.update(self.__dict__, _digest=opened.digest)
         new.metadata = new._described()
+        new.largest_batch = new.metadata["largest_batch"]
         self._cluster.current = new
         return new
 
@@ -114,7 +115,7 @@ class RayEngine:
         self._say(f"the application {name} runs already: its replicas are used")
         return handle
 
-    def _deploy(self, digest: str) -> None:
+    def _deploy(self, digest: str, *, again: bool = False) -> None:
         """Tell Ray Serve what is wanted; it starts and stops replicas by itself, every one with the version of now."""
         serve, options = self._cluster.serve, self._options
         actor = {"num_cpus": options.threads, "num_gpus": _gpus(self._cluster.ray, options)}
@@ -125,6 +126,8 @@ class RayEngine:
             threads=options.threads,
             prompt=options.prompt,
             trust_engines=options.trust_engines,
+            largest_batch=options.largest_batch,
+            again=again,
         )
         target = serve.RunTarget(application, name=options.application, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)
@@ -185,7 +188,9 @@ def _connect(options: RayOptions, say: Callable[[str], object]) -> _Cluster:
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what a robot or an operator should know is told here
     owned = False
     try:
-        ray.init("auto", **quiet)
+        if os.environ.get("RAY_ADDRESS") == "local":
+            raise ConnectionError
+        ray.init("auto", **quiet)  # of RAY_ADDRESS, or the one that runs on this machine
     except ConnectionError:
         cpus = max(os.cpu_count() or 1, options.threads * (options.most + 1))  # one more while versions change
         ray.init("local", num_cpus=cpus, object_store_memory=STORE, include_dashboard=False, **quiet)

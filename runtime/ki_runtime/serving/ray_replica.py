@@ -10,7 +10,8 @@ from ki_edge.bundle import Bundle
 from ki_edge.commands import tell
 from ki_edge.errors import BackendError, BundleError, DeviceError, KiEdgeError
 
-from .engine import Answer, answered, described
+from .engine import Answer, answered
+from .loading import ServedBundle
 from .question import Question
 
 DEVICE_LOST = 3  # exit status
@@ -19,7 +20,8 @@ DEVICE_LOST = 3  # exit status
 class Replica:
     """Opens, proves and warms up the bundle at `bundle`, which must be the one of this `digest` (None: any).
 
-    `declared`: its application was deployed by a configuration file. What is wrong ends its start, with the reason.
+    `again`: it replaces one that is served, so its hashes and its witness are checked first; `declared`: its
+    application was deployed by a configuration file. What is wrong ends its start, with the reason.
     """
 
     def __init__(
@@ -31,20 +33,30 @@ class Replica:
         threads: int | None = None,
         prompt: str | None = None,
         trust_engines: bool = False,
+        largest_batch: int = 1,
+        again: bool = False,
         declared: bool = False,
     ) -> None:
-        from ki_runtime.policy.policy import Policy
-
-        opened = Bundle.open(bundle)
-        found = opened.digest
+        found = Bundle.open(bundle).digest
         if digest is not None and found != digest:
             raise BundleError(
                 f"{bundle} is another bundle now (its digest is {found[:12]}) than the one that is served "
                 f"({digest[:12]}): reload the server"
             )
-        self._policy = Policy.load(opened, backend, threads=threads, build=True, trust_engines=trust_engines, say=tell)
-        self._policy.warm_up(prompt=prompt)
-        self._facts = {**described(self._policy), "digest": found, "declared": declared}
+        served = ServedBundle(
+            bundle,
+            backend,
+            threads=threads,
+            prompt=prompt,
+            trust_engines=trust_engines,
+            largest_batch=largest_batch,
+            say=tell,
+        )
+        engine = served.again() if again else served.open()
+        self._policy = engine.policy
+        self._facts = {
+            **engine.metadata, "largest_batch": engine.largest_batch, "digest": found, "declared": declared
+        }  # fmt: skip
 
     def describe(self) -> Mapping[str, Any]:
         """The engine's metadata; besides "digest" of the bundle, "declared" and "pid"."""
