@@ -25,8 +25,8 @@ from ki_edge.policy.fast import FastCodec
 from ki_edge.policy.normalize import read_norm_stats
 from ki_edge.recordings.collection import open_recordings
 from ki_edge.recordings.episodes import EpisodeView
+from ki_runtime.policy.assets import read_assets
 from ki_runtime.policy.denoise import runtime_weights
-from ki_runtime.policy.policy import read_assets
 
 HEADS = (
     "manifest.json",

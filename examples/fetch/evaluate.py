@@ -26,7 +26,8 @@ def open_policy(path: Path) -> Any:
     A float16 or bfloat16 bundle is computed in exactly these types, as a GPU would: ONNX Runtime's CPU widens them.
     """
     if (path / MANIFEST).is_file():
-        from ki_runtime.policy.policy import Policy, read_assets
+        from ki_runtime.policy.assets import read_assets
+        from ki_runtime.policy.policy import Policy
 
         bundle = Bundle.open(path)
         if bundle.manifest.precision in ("float16", "bfloat16"):

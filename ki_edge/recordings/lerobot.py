@@ -14,6 +14,7 @@ from .episode_file import MAX_BYTES, MAX_PROMPT, Pictures, RecordedEpisode, valu
 from .lerobot_index import Index, Located, read_index, regular
 from .lerobot_layout import ACTION, CAMERAS, STATE
 from .lerobot_video import StoredPictures, VideoPictures
+from .parquet import read_portions
 
 MOST_STEPS = 10_000_000
 
@@ -62,18 +63,17 @@ class LeRobotRecordings:
 def _columns(where: str, located: Located, stored: list[str]) -> dict[str, Any]:
     """The columns of an episode that are read, as arrow arrays, in the order of its frames."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     path = regular(located.data)
     wanted = [STATE, ACTION, "timestamp", "frame_index", *stored]
     if located.length > MOST_STEPS:
         raise DatasetError(f"{where}: {located.length} frames, at most {MOST_STEPS} are read")
     try:
-        with pq.ParquetFile(path) as file:
-            for group in range(file.metadata.num_row_groups):
-                if (size := file.metadata.row_group(group).total_byte_size) > MAX_BYTES:
-                    raise DatasetError(f"{path}: {size} bytes in a row group, at most {MAX_BYTES} are read")
-        table = pq.read_table(path, columns=wanted, filters=[("episode_index", "=", located.index)])
+        portions = read_portions(path, ["episode_index", *wanted], MAX_BYTES, only=located.index)
+        own = [pa.Table.from_batches([batch]).filter(_of(located.index)) for batch in portions]
+        if not own:
+            raise DatasetError(f"{path}: no frame of episode {located.index}")
+        table = pa.concat_tables(own)
         if table.num_rows != located.length:
             raise DatasetError(f"{path}: {table.num_rows} frames of episode {located.index}, expected {located.length}")
         table = table.sort_by("frame_index").combine_chunks()
@@ -82,6 +82,12 @@ def _columns(where: str, located: Located, stored: list[str]) -> dict[str, Any]:
         if isinstance(error, DatasetError):
             raise
         raise DatasetError(f"{path} cannot be read: {' '.join(str(error).split())[:300]}") from None
+
+
+def _of(episode: int) -> Any:
+    import pyarrow.compute as pc
+
+    return pc.field("episode_index") == episode
 
 
 def _vectors(where: str, name: str, column: Any) -> npt.NDArray[np.float32]:

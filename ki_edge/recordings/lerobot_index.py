@@ -15,6 +15,7 @@ from ki_edge.errors import DatasetError
 from ki_edge.files.reading import parse_json, read_file, read_object
 
 from .lerobot_layout import CURE, INFO, PACKAGES, VERSION, inside
+from .parquet import read_portions
 
 OLDER = "v2.1"
 MOST_EPISODES = 1_000_000
@@ -94,22 +95,19 @@ def regular(path: Path) -> Path:
 def _episodes(folder: Path, info: Mapping[str, Any], videos: list[str]) -> Iterator[Located]:
     """v3.0: every row of meta/episodes/; what info.json counts is not trusted."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     wanted = ["episode_index", "length", "tasks", "data/chunk_index", "data/file_index"]
     for key in videos:
         wanted += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
-    files = sorted((folder / "meta" / "episodes").glob("*/*.parquet"))
     count = 0
-    for path in files:
+    for path in sorted((folder / "meta" / "episodes").glob("*/*.parquet")):
         try:
-            with pq.ParquetFile(regular(path)) as file:
-                count += file.metadata.num_rows
+            for batch in read_portions(regular(path), wanted, MOST_BYTES):
+                count += batch.num_rows
                 if count > MOST_EPISODES:
                     raise DatasetError(f"{folder}: more than {MOST_EPISODES} episodes")
-                rows = file.read(columns=wanted).to_pylist()
-            for row in rows:
-                yield _located(folder, info, row, {key: _numbers(row, f"videos/{key}/") for key in videos})
+                for row in batch.to_pylist():
+                    yield _located(folder, info, row, {key: _numbers(row, f"videos/{key}/") for key in videos})
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, DatasetError):
                 raise

@@ -14,7 +14,7 @@ from ki_export.parity import cli as parity_cli
 from ki_export.parity.reference import ReferencePolicy
 from ki_export.policies import PolicyRequest
 from ki_runtime import Policy, Sampler
-from ki_runtime.policy.policy import read_assets
+from ki_runtime.policy.assets import read_assets
 
 # folder of the golden policy -> the flags that it needs, the method of its maker
 POLICIES = {

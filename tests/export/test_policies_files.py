@@ -16,7 +16,7 @@ from ki_export.options import ExportOptions
 from ki_export.parity.reference import ReferencePolicy
 from ki_export.policies import PolicyRequest, describe_policy
 from ki_export.source.opening import CheckpointRef
-from ki_runtime.policy.policy import read_assets
+from ki_runtime.policy.assets import read_assets
 
 from .complete import read_policy
 

@@ -14,8 +14,9 @@ from websockets.sync.server import serve
 
 from ki_edge.errors import BackendError
 from ki_runtime import ControlLoop, LoopOptions, Policy
+from ki_runtime.remote.observation import outgoing
 from ki_runtime.remote.packing import pack, unpack
-from ki_runtime.remote.policy import RemotePolicy, outgoing
+from ki_runtime.remote.policy import RemotePolicy
 from ki_runtime.robots import open_robot
 
 

@@ -51,7 +51,8 @@ class BatchPolicy(HeldPolicy):
         answers = []
         for request in requests:
             try:
-                answers.append(self.infer(**request))
+                given = {name: value for name, value in vars(request).items() if value is not None}
+                answers.append(self.infer(**given))
             except Exception as error:
                 answers.append(error)
         return answers

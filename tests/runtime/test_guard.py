@@ -123,7 +123,8 @@ def test_the_policy_itself_refuses_actions_beyond_float32(fake_policy_parts):
 def fake_policy_parts(make_bundle, fake_sampler, tokenizer_model):
     """(Policy whose statistics map ordinary model actions beyond float32, an observation)."""
     from ki_edge.policy.prompt import PromptTokenizer
-    from ki_runtime.policy.policy import Policy, PolicyAssets
+    from ki_runtime.policy.assets import PolicyAssets
+    from ki_runtime.policy.policy import Policy
 
     contract = generic(["cam"], state_dim=2, action_dim=2, action_horizon=5, model_action_dim=6, image_size=(4, 4))
     near, wide = (NormStats(q01=np.zeros(2), q99=np.ones(2)) for _ in range(2))

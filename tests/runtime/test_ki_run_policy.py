@@ -63,20 +63,21 @@ def test_limits_are_shown_without_a_question(server, contract, fetch_replay: Pat
     ("words", "said"),
     [
         ([], "the policy is a BUNDLE or --policy ws://HOST:PORT; neither is given"),
+        (["--rerun", "."], "--rerun took . for its file: write the bundle first, and --rerun last"),
         (["somewhere", "--policy", "URI"], "the policy is a BUNDLE or --policy ws://HOST:PORT; both are given"),
         (["somewhere", "--contract", "pi05_droid"], "--contract is for --policy: a bundle has its contract"),
         (["--policy", "URI", "--backend", "ort"], "--backend is for a bundle: not with --policy, whose server decides"),
-        (["--policy", "URI", "--num-steps", "3"], "--num-steps is for a bundle"),
+        (["--policy", "URI", "--contract", "FILE", "--num-steps", "3"], "num_steps 3: the server at ws://"),
         (["--policy", "URI", "--self-check", "2"], "--self-check is for a bundle"),
-        (["--policy", "URI", "--mode", "rtc"], "mode rtc: openpi's protocol does not tell a server"),
+        (["--policy", "URI", "--contract", "FILE", "--mode", "rtc"], "openpi's protocol does not tell ws://"),
         (["--policy", "URI"], "does not tell its policy's contract, as a server of openpi does not: give --contract"),
         (["--policy", "URI", "--contract", "nope"], "--contract nope: neither a file nor one of droid"),
         (["--policy", "URI", "--contract", "pi05_droid"], "needs the cameras observation/exterior_image_1_left"),
         (["--policy", "robot:80", "--contract", "pi05_droid"], "'robot:80' is no address of a policy server"),
     ],
 )
-def test_what_is_refused_before_anything_moves(server, fetch_replay: Path, capsys, words, said):
-    words = [server.uri if word == "URI" else word for word in words]
+def test_what_is_refused_before_anything_moves(server, contract, fetch_replay: Path, capsys, words, said):
+    words = [{"URI": server.uri, "FILE": str(contract)}.get(word, word) for word in words]
     assert cli.main([*words, "--robot", f"replay:{fetch_replay}"]) == 2
     captured = capsys.readouterr()
     assert said in captured.err.splitlines()[-1] and captured.out == ""

@@ -98,6 +98,7 @@ def test_holding_and_coming_to_rest():
     assert device.sent[-1] == {"a.pos": 3.0, "b.pos": 4.0, "base.vel": 0.0}
     arm.safe_stop()
     assert device.sent[-1] == {"a.pos": 1.0, "b.pos": 2.0, "base.vel": 0.0}  # where the joints are
+    assert device.sent[-2] == {"a.pos": 3.0, "b.pos": 4.0, "base.vel": 0.0}  # no velocity waits for the cameras
     device.fails = True
     arm.safe_stop()
     assert device.sent[-1] == {"a.pos": 1.0, "b.pos": 2.0, "base.vel": 0.0}  # as it was sent last

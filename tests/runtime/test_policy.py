@@ -10,7 +10,8 @@ from ki_edge.policy.normalize import NormStats, read_norm_stats, write_norm_stat
 from ki_edge.policy.prompt import PromptTokenizer
 from ki_edge.policy.transforms import InputPipeline, OutputPipeline
 from ki_runtime.policy import policy as policy_module
-from ki_runtime.policy.policy import Policy, read_assets
+from ki_runtime.policy.assets import read_assets
+from ki_runtime.policy.policy import Policy
 
 from .conftest import CONFIG, EOS
 

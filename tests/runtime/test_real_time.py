@@ -11,7 +11,8 @@ from ki_edge.overlap import Overlap, guidance_weights, prefix_weights
 from ki_edge.policy.chunking import Guiding, PreviousChunk, overlap_of
 from ki_edge.policy.contract import Camera, generic
 from ki_edge.policy.normalize import NormStats, write_norm_stats
-from ki_runtime.policy.policy import Policy, read_assets
+from ki_runtime.policy.assets import read_assets
+from ki_runtime.policy.policy import Policy
 
 from .conftest import CONFIG
 

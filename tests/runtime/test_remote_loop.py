@@ -79,3 +79,24 @@ def test_a_wrong_answer_stops_the_robot_after_the_last_good_chunk(served, mode, 
         ControlLoop(policy, robot, LoopOptions(mode=mode)).run()
     assert [what for kind, what in robot.log if kind == "act"] == ROWS[: 3 if mode == "sync" else 5].tolist()
     assert robot.stops == 1 and robot.closed == 1
+
+
+def test_a_robot_that_waits_is_not_sent_what_was_computed_from_before_the_server_was_away(served):
+    """The first answer after the server's return is of the question that it was asked before: it is asked anew."""
+    asked = []
+
+    def answers(number, observation):
+        asked.append(int(observation["state"][0]))
+        if number == 1:
+            connection_lost.set()
+            return None  # hangs up
+        return rows(number, observation)
+
+    connection_lost = threading.Event()
+    policy, _ = served(answers)
+    robot = Camera()
+    robot.status = lambda: CountingRobot.status(robot).__class__(robot.steps >= 9, None, robot.steps)
+    report = ControlLoop(policy, robot, LoopOptions(mode="sync", execute=3)).run()
+    assert connection_lost.is_set()
+    assert asked[:4] == [0, 3, 3, 4]  # lost, asked again and dropped, a tick of holding, asked anew
+    assert report.rate["late_chunks"] == 1

@@ -1,6 +1,7 @@
 """A policy behind a real websocket server: what is sent, what comes back, and a server that fails in every way."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import pytest
 from ki_edge.errors import ArgumentError, BackendError, ContractError, ObservationError
 from ki_edge.policy import contract as contracts
 from ki_edge.policy.images import fit_image
-from ki_runtime.remote.policy import RemotePolicy, read_contract
+from ki_runtime.remote.abilities import read_contract
+from ki_runtime.remote.policy import RemotePolicy
 
 from .policy_server import CONTRACT, PICTURE, ROWS, SEEN, PolicyServer, rows
 
@@ -84,6 +86,9 @@ def test_the_contract_comes_from_the_server_or_must_be_given(served, tmp_path):
         served(contract=None, metadata={"policy": "pi05"})
     with pytest.raises(ContractError, match="unknown key surprise"):
         served(contract=None, metadata={"ki_edge": {"contract": {"surprise": 1}}})
+    with pytest.raises(ContractError, match="tells its policy's contract, and --contract gives another one"):
+        served(contract=replace(CONTRACT, control_hz=7.0), metadata={"ki_edge": {"contract": CONTRACT.to_json()}})
+    served(contract=CONTRACT, metadata={"ki_edge": {"contract": CONTRACT.to_json()}})
     CONTRACT.save(tmp_path / "contract.json")
     assert read_contract(str(tmp_path / "contract.json")) == CONTRACT
     assert read_contract("pi05_droid").action_horizon == 15

@@ -1,5 +1,7 @@
 """What --rerun logs, asked of rerun's own reader."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -80,6 +82,19 @@ def test_what_is_refused(tmp_path, monkeypatch):
         with pytest.raises(RobotError, match=message):
             check_rerun(str(target))
     check_rerun("rerun+http://127.0.0.1:9876/proxy")
+
+
+def test_the_window_is_found_beside_the_interpreter(tmp_path, monkeypatch):
+    pytest.importorskip("rerun", reason=HERE)
+    for folder in ("bin", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr("sys.executable", str(tmp_path / "bin" / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path / "elsewhere"))
+    with pytest.raises(RobotError, match="no program 'rerun' beside this Python or on PATH"):
+        check_rerun(rerun_viewer.LIVE)
+    (tmp_path / "bin" / "rerun").touch(0o755)
+    check_rerun(rerun_viewer.LIVE)
+    assert os.environ["PATH"] == str(tmp_path / "elsewhere")
 
 
 def test_without_rerun_one_line_before_anything_is_loaded(monkeypatch, capsys):

@@ -237,6 +237,7 @@ def test_the_limit_of_normal_runs(tmp_path):
         (["--self-check-limit", "0.1"], "self_check_limit is of a self-check: say every how many seconds"),
         (["--self-check", "1", "--self-check-limit", "much"], "expected a number, or a file that --self-check-save"),
         (["--self-check-save", "x.json"], "--self-check-save is of a self-check"),
+        (["--self-check", "1", "--self-check-save", "x.json", "--max-seconds", "49"], "this run has 49 at most"),
         (["--self-check", "-1"], "self_check -1.0: expected a number from 0"),
     ],
 )

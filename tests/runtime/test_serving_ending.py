@@ -36,14 +36,15 @@ def test_what_runs_is_answered_and_what_waits_is_told():
     assert watching.events[-1] == ("closed", "") and len(policy.calls) == 1
 
 
-def test_a_second_stop_waits_for_no_inference():
+def test_an_abort_waits_for_no_inference():
     policy = HeldPolicy(held=True)
     with serving(policy) as server, connected(server) as socket:
         send(socket, seen(1))
         policy.wait()
         server.stop()
         wait_until(lambda: not server.status().accepting)
-        server.stop()
+        server.abort()
+        assert take(socket) == "ending: the server ends: connect again later, or to another one"
         server._thread.join(60)
         assert not server._thread.is_alive()
         policy.go.set()

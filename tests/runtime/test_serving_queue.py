@@ -139,8 +139,8 @@ def test_what_waits_runs_in_one_batch_where_it_asks_the_same(stack):
         answer = take(one)
         assert answer["actions"][0, 0] == 10 + number
         assert answer["ki_edge"]["batch"] == {2: 1, 4: 1, 5: 1}.get(number, 3)
-    assert [[int(one["observation"]["state"][0]) for one in batch] for batch in policy.batches] == [[10, 11, 13]]
-    assert policy.batches[0][2]["seed"] == 4
+    assert [[int(one.observation["state"][0]) for one in batch] for batch in policy.batches] == [[10, 11, 13]]
+    assert policy.batches[0][2].seed == 4
     assert sorted(request.batch for request in watching.wait(7)) == [1, 1, 1, 1, 3, 3, 3]
 
 

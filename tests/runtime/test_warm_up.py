@@ -6,7 +6,8 @@ import pytest
 from ki_edge.errors import ArgumentError, BackendError, PromptError
 from ki_edge.policy.contract import Camera, FastContract, generic
 from ki_runtime.backends.session import Bucket
-from ki_runtime.policy.policy import Policy, read_assets
+from ki_runtime.policy.assets import read_assets
+from ki_runtime.policy.policy import Policy
 from ki_runtime.policy.warming import likely_cameras, prompt_lengths
 
 from .conftest import CONFIG, FAST_COUNT, FAST_FIRST

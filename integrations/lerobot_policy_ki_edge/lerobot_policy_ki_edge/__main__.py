@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ki_edge.bundle import Bundle
 from ki_edge.errors import ArgumentError, KiEdgeError
-from ki_runtime.policy.policy import read_assets
+from ki_runtime.policy.assets import read_assets
 
 from .configuration_ki_edge import KiEdgeConfig
 from .observations import input_features, output_features

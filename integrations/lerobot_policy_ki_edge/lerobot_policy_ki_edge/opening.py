@@ -70,7 +70,8 @@ def _connect(config: KiEdgeConfig) -> Any:
         raise ArgumentError(
             f"--policy.bundle={config.bundle}: this ki_edge opens bundles on this machine: give a folder"
         )
-    from ki_runtime.remote.policy import RemotePolicy, read_contract
+    from ki_runtime.remote.abilities import read_contract
+    from ki_runtime.remote.policy import RemotePolicy
 
     engine = {"backend": "auto", "threads": None, "digest": None, "num_steps": None}
     given = [f"--policy.{name}" for name, usual in engine.items() if getattr(config, name) != usual]

@@ -25,7 +25,7 @@ from .loop import ControlLoop
 from .options import LoopOptions
 from .recorder import Recorder, check_folder
 from .rerun_viewer import RerunViewer, check_rerun
-from .self_check_file import read_limit, save_limit
+from .self_check_file import check_enough, read_limit, save_limit
 from .sources import check_source, contract_of, opened_policy
 from .subtask import SubtasksTold, TwoLevels, Writing, writing_of
 from .terminal import TerminalView
@@ -76,6 +76,8 @@ def _checked(options: argparse.Namespace) -> tuple[LoopOptions, Writing | None]:
         raise ArgumentError("--self-check-save is of a self-check: say every how many seconds (--self-check)")
     if options.self_check_save is not None and not Path(options.self_check_save).absolute().parent.is_dir():
         raise ArgumentError(f"--self-check-save {options.self_check_save}: its folder does not exist")
+    if options.self_check_save is not None and options.max_seconds is not None:
+        check_enough(options.max_seconds / options.self_check)
     if options.record_every_tick and not options.record:
         raise ArgumentError("--record-every-tick is of a recording: say into which folder (--record DIR)")
     writing = writing_of(options.subtask_every, options.subtask_question)

@@ -22,6 +22,7 @@ from ki_edge.errors import BackendError, ObservationError, RobotError
 from ki_edge.policy.chunking import PreviousChunk
 from ki_edge.policy.keys import under_contract_keys
 from ki_edge.policy.transforms import read_state
+from ki_runtime.remote.policy import OUTDATED
 from ki_runtime.robots.base import EpisodeStatus
 
 from .inference import Request
@@ -272,16 +273,23 @@ class Cycle:
         chunk = Chunk(request.number, actions, request.step, request.observed, way)
         if answered.get(DOUBTED):
             pass
-        elif parts.is_old(request.observed):
+        elif parts.is_old(request.observed) or answered.get(OUTDATED):
             parts.late += 1
-            age = parts.clock.now() - request.observed
-            self._late = f"chunks come {age:.1f} s after their observation, and are dropped after {parts.oldest:.1f} s"
+            self._tell_late(parts.clock.now() - request.observed)
         elif parts.schedule.hand_over(chunk):
             self._late = None
         else:
             parts.late += 1
         if not request.first:
             parts.delays.add(request.delay, parts.schedule.step - request.step, self._tick - request.tick)
+
+    def _tell_late(self, age: float) -> None:
+        late, oldest = self._late, self._parts.oldest
+        self._late = f"a chunk came {age:.1f} s after its observation and was dropped, as all after {oldest:.1f} s"
+        if self._parts.waits:
+            self._late = f"a chunk came {age:.1f} s after its observation, from a server that was away, and was dropped"
+        if late is None:
+            self._parts.reporter.say(f"{self._late}: {self._parts.robot.name} will hold")
 
     # ------------------------------------------------------------------ what the robot tells
 

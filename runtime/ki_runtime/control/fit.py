@@ -94,9 +94,10 @@ def way_to_join(options: LoopOptions, policy: Any) -> Way:
         return "plain"
     way, most = getattr(policy, "rtc", None), getattr(policy, "max_delay", None)
     if way is None:
-        raise ArgumentError(
+        of_bundles = (
             "this bundle was exported without real-time chunking: export it again with --rtc, or use mode async"
         )
+        raise ArgumentError(f"mode rtc: {why}" if (why := getattr(policy, "without_rtc", None)) else of_bundles)
     if most is not None and (options.delay or 0) > most:
         raise ArgumentError(
             f"delay {options.delay}: this policy was trained for delays of at most {most} actions: use mode async"

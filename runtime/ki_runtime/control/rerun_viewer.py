@@ -13,7 +13,11 @@ Timelines: `command` counts the commands of the whole run, `run` is the loop's c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,6 +49,8 @@ def check_rerun(target: str) -> None:
         raise RobotError(
             "--rerun needs rerun-sdk (0.5 GB): pip install 'ki-edge[rerun]'; --record makes a page without"
         )
+    if target == LIVE and not _has_viewer():
+        raise RobotError(f"--rerun: no program 'rerun' beside this Python or on PATH; --rerun FILE{SUFFIX} needs none")
     if target == LIVE or target.startswith("rerun+http"):
         return
     path = Path(target)
@@ -58,6 +64,25 @@ def check_rerun(target: str) -> None:
         raise RobotError(f"--rerun {target}: no folder {path.parent}")
 
 
+@contextmanager
+def _beside_python() -> Iterator[None]:
+    """Programs that pip puts beside the interpreter are found too, whether or not its environment is active."""
+    before = os.environ.get("PATH")
+    os.environ["PATH"] = os.pathsep.join(filter(None, [str(Path(sys.executable).parent), before]))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PATH"]
+        else:
+            os.environ["PATH"] = before
+
+
+def _has_viewer() -> bool:
+    with _beside_python():
+        return shutil.which("rerun") is not None
+
+
 class RerunViewer(Watcher):
     """Logs a run. `target` as of `check_rerun`, which is called here too; RobotError if no viewer can be started."""
 
@@ -69,7 +94,8 @@ class RerunViewer(Watcher):
         self._recording = rerun.RecordingStream("ki_edge")
         try:
             if target == LIVE:
-                self._recording.spawn()
+                with _beside_python():
+                    self._recording.spawn()
             elif target.endswith(SUFFIX):
                 self._recording.save(target)
             else:

@@ -21,11 +21,7 @@ MOST_BYTES = 1 << 16
 def limit_of(found: Sequence[float]) -> dict[str, Any]:
     """What a file says of disagreements that were found in normal runs. ArgumentError for too few of them."""
     values = np.asarray(found, np.float64)
-    if values.size < LEAST:
-        raise ArgumentError(
-            f"a limit of the self-check is made of at least {LEAST} checks, this run has {values.size}: run more "
-            "episodes, or check more often"
-        )
+    check_enough(values.size)
     finite = values[np.isfinite(values)]
     if finite.size < 0.98 * values.size:
         raise ArgumentError(
@@ -40,6 +36,15 @@ def limit_of(found: Sequence[float]) -> dict[str, Any]:
         "checks": int(values.size),
         "disagreement": {name: round(float(value), 6) for name, value in facts.items()},
     }
+
+
+def check_enough(checks: float) -> None:
+    """ArgumentError if so many checks, or the most that a run can have, are too few for a limit."""
+    if checks < LEAST:
+        raise ArgumentError(
+            f"a limit of the self-check is made of at least {LEAST} checks, this run has {int(checks)} at most: run "
+            "longer, or check more often"
+        )
 
 
 def save_limit(path: str | Path, found: Sequence[float]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 from ki_edge.commands import tell
@@ -19,7 +20,6 @@ OF_BUNDLES: Mapping[str, Any] = {
     "verify": False,
     "digest": None,
     "trust_engines": False,
-    "num_steps": None,
     "self_check": None,
 }
 SERVERS = ("ws://", "wss://")
@@ -29,6 +29,8 @@ def check_source(options: argparse.Namespace) -> None:
     """ArgumentError unless there is one policy, with options of its own kind. A server's address may also stand in the
     bundle's place.
     """
+    if options.bundle is None and options.rerun is not None and Path(options.rerun).is_dir():
+        raise ArgumentError(f"--rerun took {options.rerun} for its file: write the bundle first, and --rerun last")
     if options.bundle is not None and options.bundle.startswith(SERVERS) and options.policy is None:
         options.bundle, options.policy = None, options.bundle
     if (options.bundle is None) == (options.policy is None):
@@ -41,8 +43,6 @@ def check_source(options: argparse.Namespace) -> None:
     for name, usual in OF_BUNDLES.items():
         if getattr(options, name) != usual:
             raise ArgumentError(f"--{name.replace('_', '-')} is for a bundle: not with --policy, whose server decides")
-    if options.mode == "rtc":
-        raise ArgumentError("mode rtc: openpi's protocol does not tell a server what is executed meanwhile: use async")
 
 
 @contextmanager
@@ -76,14 +76,15 @@ def contract_of(options: argparse.Namespace) -> tuple[PolicyContract, Mapping[st
         policy.close()
         return policy.contract, {}
     from ki_edge.bundle import Bundle
-    from ki_runtime.policy.policy import read_assets
+    from ki_runtime.policy.assets import read_assets
 
     assets = read_assets(Bundle.open(options.bundle))
     return assets.contract, assets.stats
 
 
 def _connect(options: argparse.Namespace) -> Any:
-    from ki_runtime.remote.policy import RemotePolicy, read_contract
+    from ki_runtime.remote.abilities import read_contract
+    from ki_runtime.remote.policy import RemotePolicy
 
     contract = None if options.contract is None else read_contract(options.contract)
     return RemotePolicy(options.policy, contract, say=tell)

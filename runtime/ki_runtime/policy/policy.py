@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,36 +14,24 @@ import numpy.typing as npt
 from ki_edge.arguments import array_of
 from ki_edge.bundle import Bundle
 from ki_edge.commands import tell
-from ki_edge.config import Pi05Config
-from ki_edge.errors import ArgumentError, BundleError
+from ki_edge.errors import ArgumentError, BundleError, KiEdgeError
 from ki_edge.policy.answers import Answers
 from ki_edge.policy.chunking import Guiding, PreviousChunk, Way, overlap_of
-from ki_edge.policy.contract import FastContract, PolicyContract
+from ki_edge.policy.contract import FastContract
 from ki_edge.policy.fast import FastCodec, FastIds
-from ki_edge.policy.normalize import NormStats, read_norm_stats
-from ki_edge.policy.prompt import PromptTokenizer
-from ki_edge.policy.transforms import InputPipeline, ModelInputs, OutputPipeline, pad_last
+from ki_edge.policy.transforms import InputPipeline, ModelInputs, OutputPipeline
 
 from .answering import Answering
-from .decode import TOKENIZERS, check_words, read_tokenizer
+from .assets import PolicyAssets, read_assets
+from .decode import check_words
 from .guard import finite_actions
+from .rows import Question, Row, run_rows
 from .sampler import Sampler
-from .sampler_arguments import WITHOUT_RTC
+from .sampler_arguments import WITHOUT_RTC, noise_of
 from .training_range import TrainingRange
 from .warming import Prepared, warm_up
 
-NORM_STATS = "assets/norm_stats.json"
 Float64 = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, eq=False)
-class PolicyAssets:
-    """What a policy needs besides its model."""
-
-    contract: PolicyContract
-    tokenizer: PromptTokenizer
-    stats: Mapping[str, NormStats]  # "state", "actions"; empty without normalisation
-    fast_folder: Path | None  # of the FAST codec, read at the first use
 
 
 class Policy:
@@ -104,25 +91,75 @@ class Policy:
         ObservationError for an observation that does not fit the contract, ArgumentError for other arguments,
         BackendError if an action is not finite in float32.
         """
-        chosen = None if previous is None else self._way(way)
+        row = self._row(Question(observation, noise, seed, num_steps, previous, way, guiding))
         clock = _Stopwatch()
-        inputs = self._read(observation)
+        actions = run_rows(self.sampler, [row])[0]
+        clock.lap("model_ms")
+        return self._answer(row, actions, clock)
+
+    def infer_many(self, questions: Sequence[Question]) -> list[dict[str, Any] | KiEdgeError]:
+        """Answers to several questions, as of `infer` each, or the error that it would have raised.
+
+        Those of one kind (`Row.kind`) run as one batch: an answer differs from that of a question alone by float32
+        rounding, 1e-5 at most in the model's space. Where a batch fails its questions are asked one by one. The time of
+        the model is the batch's, "batch" how many were in it.
+        """
+        found: list[dict[str, Any] | KiEdgeError] = [ArgumentError("not asked")] * len(questions)
+        kinds: dict[Hashable, list[tuple[int, Row]]] = {}
+        for place, question in enumerate(questions):
+            try:
+                row = self._row(question)
+            except KiEdgeError as error:
+                found[place] = error
+            else:
+                kinds.setdefault(row.kind, []).append((place, row))
+        for together in kinds.values():
+            for (place, _), answer in zip(together, self._answers([row for _, row in together]), strict=True):
+                found[place] = answer
+        return found
+
+    def _answers(self, rows: Sequence[Row]) -> list[dict[str, Any] | KiEdgeError]:
+        """Of rows of one kind."""
+        clock = _Stopwatch()
+        try:
+            actions = run_rows(self.sampler, rows)
+        except KiEdgeError as error:
+            return [error] if len(rows) == 1 else [answer for row in rows for answer in self._answers([row])]
+        clock.lap("model_ms")
+        answers: list[dict[str, Any] | KiEdgeError] = []
+        for row, own in zip(rows, actions, strict=True):
+            try:
+                answer = self._answer(row, own, clock.copy())
+                answer["timing"]["batch"] = len(rows)
+                answers.append(answer)
+            except KiEdgeError as error:
+                answers.append(error)
+        return answers
+
+    def _row(self, question: Question) -> Row:
+        """A question, ready for the model. ObservationError, ArgumentError."""
+        clock = _Stopwatch()
+        previous = question.previous
+        way = None if previous is None else self._way(question.way)
+        inputs = self._read(question.observation)
         overlap = None
-        if previous is not None and chosen is not None:
+        if previous is not None and way is not None:
             stats, raw = self._outputs.stats, inputs.raw_state
-            overlap = overlap_of(previous, self.contract, stats, raw, way=chosen, guiding=guiding)
-        clock.lap("preprocess_ms")
+            overlap = overlap_of(previous, self.contract, stats, raw, way=way, guiding=question.guiding)
+        noise = question.noise
         if noise is not None:
             noise = array_of(noise, "noise")
             noise = noise[None] if noise.ndim == 2 else noise
-        state = _state(inputs, self.sampler.config)
-        actions = self.sampler.sample_actions(
-            *_batch(inputs), state=state, noise=noise, seed=seed, num_steps=num_steps, overlap=overlap
-        )[0]
-        clock.lap("model_ms")
-        robot_actions = self._outputs(actions, inputs.raw_state)
+        drawn = noise_of(noise, question.seed, 1, self.sampler.config)
+        clock.lap("preprocess_ms")
+        return Row(inputs, drawn, question.num_steps, overlap, clock.laps["preprocess_ms"])
+
+    def _answer(self, row: Row, actions: npt.NDArray[np.float32], clock: _Stopwatch) -> dict[str, Any]:
+        """What a row's actions are for the robot. BackendError if one is not finite in float32."""
+        robot_actions = self._outputs(actions, row.inputs.raw_state)
         finite_actions(robot_actions, self.contract.action_names)
         clock.lap("postprocess_ms")
+        clock.laps["preprocess_ms"] = row.preprocess_ms
         return {"actions": robot_actions, "timing": self._timing(clock, "denoise")}
 
     @property
@@ -266,62 +303,10 @@ class Policy:
         }
 
 
-def read_assets(bundle: Bundle) -> PolicyAssets:
-    """Contract, tokenizer and statistics of a bundle; BundleError names what is missing or contradicts the model."""
-    manifest = bundle.manifest
-    contract = None if manifest.contract is None else PolicyContract.from_json(manifest.contract)
-    wanted = {"contract": contract is not None, "tokenizer": any(name in manifest.files for name in TOKENIZERS)}
-    if contract is None or contract.needs_stats:
-        wanted["norm_stats"] = NORM_STATS in manifest.files
-    missing = [name for name, there in wanted.items() if not there]
-    if missing or contract is None:
-        raise BundleError(
-            f"{bundle.path} holds a model, not a policy: it has no {', no '.join(missing)}. "
-            "Open it as a Sampler, or export it again with them"
-        )
-    _check_contract(bundle, contract)
-    fast = contract.fast
-    has_codec = fast is not None and f"assets/{fast.folder}/tokenizer.json" in manifest.files
-    return PolicyAssets(
-        contract,
-        read_tokenizer(bundle, contract),
-        read_norm_stats(bundle.file(NORM_STATS)) if "norm_stats" in wanted else {},
-        bundle.path / "assets" / fast.folder if fast is not None and has_codec else None,
-    )
-
-
-def _check_contract(bundle: Bundle, contract: PolicyContract) -> None:
-    config = bundle.manifest.config
-    size = config.vision.image_size
-    pairs = {
-        "model_action_dim": (contract.model_action_dim, config.action_dim),
-        "action_horizon": (contract.action_horizon, config.action_horizon),
-        "image_size": (contract.image_size, (size, size)),
-        f"pictures ({contract.resize})": (contract.pictures, config.pictures),
-    }
-    for name, (said, is_) in pairs.items():
-        if said != is_:
-            raise BundleError(f"{bundle.path}: the contract's {name} is {said}, the model's {is_}: export it again")
-    if config.rtc == "trained" and contract.rtc_max_delay is None:
-        raise BundleError(
-            f"{bundle.path}: the model's rtc is trained, and the contract has no rtc_max_delay: export it again"
-        )
-    if config.has_state and contract.state_dim > config.state_size:
-        raise BundleError(
-            f"{bundle.path}: the contract's state has {contract.state_dim} numbers, the model takes at most "
-            f"{config.state_size}: export it again"
-        )
-
-
 def _batch(inputs: ModelInputs) -> tuple[npt.NDArray[Any], ...]:
     """The four prefix inputs with a batch axis of one."""
     mask = np.ones(inputs.prompt_tokens.shape, np.bool_)
     return inputs.images[None], inputs.camera_mask[None], inputs.prompt_tokens[None], mask[None]
-
-
-def _state(inputs: ModelInputs, config: Pi05Config) -> npt.NDArray[np.float32] | None:
-    """The state as a tensor f32 [1, Z] for a π0; a π0.5 has it in its prompt."""
-    return pad_last(inputs.state, config.state_size).astype(np.float32)[None] if config.has_state else None
 
 
 class _Stopwatch:
@@ -330,6 +315,12 @@ class _Stopwatch:
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
         self._last = time.perf_counter_ns()
+
+    def copy(self) -> _Stopwatch:
+        """Goes on from here by itself."""
+        other = _Stopwatch()
+        other.laps = dict(self.laps)
+        return other
 
     def lap(self, name: str) -> None:
         now = time.perf_counter_ns()

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from ki_edge.errors import ArgumentError, BackendError
 
+from .abilities import OWN
 from .packing import MOST_BYTES, NEEDS, unpack
 
 OPENING = 10.0  # seconds for a connection and for the server's first frame
 CLOSING = 1.0
+PASSING = ("busy: ", "ending: ", "late: ")  # what ki-serve says that may be otherwise a moment later
 
 
 class Lost(BackendError):
@@ -19,23 +22,26 @@ class Lost(BackendError):
 
 
 class Connection:
-    """A connection to `uri`, and the metadata that the server sent first. `key`: as `Authorization: Api-Key KEY`.
+    """A connection to `uri`, and the metadata that the server sent first, both within `patience` seconds. `key`: as
+    `Authorization: Api-Key KEY`.
 
     ArgumentError for an address that is none; Lost where nobody answers; BackendError for a server of another kind.
     """
 
-    def __init__(self, uri: str, key: str | None = None) -> None:
+    def __init__(self, uri: str, key: str | None = None, patience: float = OPENING) -> None:
         self._uri, self._websockets = uri, _websockets()
-        self._socket: Any = self._open(key)
+        self.metadata: Mapping[str, Any] = {}
+        until = time.monotonic() + patience
+        self._socket: Any = self._open(key, patience)
         try:
-            metadata = unpack(self._receive(OPENING), uri)
+            metadata = unpack(self._receive(max(0.0, until - time.monotonic())), uri)
         except BaseException:
             self.close()
             raise
         if not isinstance(metadata, Mapping):
             self.close()
             raise BackendError(f"{uri} sent {type(metadata).__name__} first, expected a map: is it a policy server?")
-        self.metadata: Mapping[str, Any] = metadata
+        self.metadata = metadata
 
     def ask(self, question: bytes, patience: float) -> Mapping[str, Any]:
         """The answer to one question.
@@ -63,7 +69,7 @@ class Connection:
         with contextlib.suppress(Exception):
             self._socket.close()
 
-    def _open(self, key: str | None) -> Any:
+    def _open(self, key: str | None, patience: float) -> Any:
         headers = None if key is None else {"Authorization": f"Api-Key {key}"}
         errors = self._websockets.exceptions
         try:
@@ -72,7 +78,7 @@ class Connection:
                 compression=None,
                 max_size=MOST_BYTES,
                 additional_headers=headers,
-                open_timeout=OPENING,
+                open_timeout=patience,
                 close_timeout=CLOSING,
                 ping_interval=None,  # openpi's server answers none while it infers
                 proxy=None,
@@ -128,6 +134,8 @@ class Connection:
     def _refuse_text(self, frame: object) -> None:
         if isinstance(frame, str):
             lines = [line.strip() for line in frame.splitlines() if line.strip()] or ["no reason given"]
+            if OWN in self.metadata and lines[-1].startswith(PASSING):
+                raise Lost(f"{self._uri} cannot answer now ({lines[-1][:300]})")
             raise BackendError(f"{self._uri} failed: {lines[-1][:300]}")  # the last line of a traceback is the error
 
 

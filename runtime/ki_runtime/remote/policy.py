@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,15 +17,14 @@ import numpy.typing as npt
 
 from ki_edge.arguments import array_of
 from ki_edge.commands import tell
-from ki_edge.errors import ArgumentError, BackendError, ContractError
+from ki_edge.errors import ArgumentError, BackendError
+from ki_edge.policy.chunking import Guiding, PreviousChunk, Way
 from ki_edge.policy.contract import PolicyContract
-from ki_edge.policy.images import METHODS
-from ki_edge.policy.keys import FLAT_ROBOTS, under_contract_keys
-from ki_edge.policy.presets import PRESETS, find_preset
-from ki_edge.policy.transforms import read_images, read_state
 from ki_runtime.policy.warming import Prepared, blank_observation
 
-from .connection import Connection, Lost
+from .abilities import OWN, Abilities, contract_of, rtc_asked
+from .connection import OPENING, Connection, Lost
+from .observation import outgoing
 from .packing import pack
 
 KEY = "KI_API_KEY"  # variable: the server's key
@@ -34,6 +32,8 @@ FIRST = 600.0  # seconds for the first answers: a server may compile meanwhile
 ANSWER = 30.0  # for any other; the loop stops the robot long before
 ABSENCE = 10.0  # seconds for a server that is gone to come back
 PAUSE = 0.2  # between two looks whether it is back
+LEAST = 0.5  # for a connection, at the end of the absence
+OUTDATED = "outdated"  # of a result: its observation is from before the server was away
 
 
 class RemotePolicy:
@@ -43,9 +43,6 @@ class RemotePolicy:
     waited for, for `absence` seconds, and asked again: robot and loop hold meanwhile. Anything else that is wrong with
     an answer ends the run as an error of the policy does. Errors: `Connection`'s; ContractError without a contract.
     """
-
-    rtc = None  # openpi's protocol has no place for the previous chunk
-    max_delay = None
 
     def __init__(
         self,
@@ -62,64 +59,115 @@ class RemotePolicy:
         self._closed = threading.Event()
         self._connection = self._connect()
         try:
-            self.contract = _contract(uri, self._connection.metadata, contract)
+            self._abilities = Abilities.of(self._connection.metadata)
+            self.contract = contract_of(uri, self._abilities.contract, contract)
         except BaseException:
             self.close()
             raise
-        self._metadata_contract = _told(self._connection.metadata)
+        self._begins = False
+
+    @property
+    def rtc(self) -> Way | None:
+        """How the server continues a previous chunk; None: it does not, as openpi's protocol has no place for one."""
+        return self._abilities.rtc
+
+    @property
+    def max_delay(self) -> int | None:
+        """As of `Policy`."""
+        return self._abilities.max_delay
+
+    @property
+    def without_rtc(self) -> str:
+        """Why not, where it does not."""
+        if self._abilities.extended:
+            return f"the bundle of {self._uri} was exported without real-time chunking: use mode async"
+        return f"openpi's protocol does not tell {self._uri} what is executed meanwhile: use ki-serve, or mode async"
+
+    def reset(self) -> None:
+        """An episode begins: the next question says so."""
+        self._begins = True
 
     def infer(
-        self, observation: Mapping[str, Any], *, noise: npt.ArrayLike | None = None, num_steps: int | None = None
+        self,
+        observation: Mapping[str, Any],
+        *,
+        noise: npt.ArrayLike | None = None,
+        seed: int | None = None,
+        num_steps: int | None = None,
+        previous: PreviousChunk | None = None,
+        way: Way | None = None,
+        guiding: Guiding | None = None,
     ) -> dict[str, Any]:
-        """{"actions": float64 [H, action_dim] in robot units, "timing": milliseconds}.
+        """{"actions": float64 [H, action_dim] in robot units, "timing": milliseconds}; arguments as of `Policy.infer`.
 
-        The server draws its own noise: `noise` does not reach it, and a run cannot be repeated from its seed.
+        A server of openpi draws its own noise: `noise` and `seed` do not reach it, and a run cannot be repeated.
         ObservationError for an observation that does not fit the contract; BackendError for answers as above, and of
-        another shape than the contract's; ArgumentError for `num_steps`, which the server decides.
+        another shape than the contract's; ArgumentError for `num_steps` and `previous`, of which it knows nothing.
         """
-        return self._infer(observation, num_steps, self._answer)
+        asked: dict[str, Any] = {"noise": noise, "seed": seed, "num_steps": num_steps}
+        if previous is not None:
+            if self.rtc is None:
+                raise ArgumentError(self.without_rtc)
+            asked["rtc"] = rtc_asked(previous, way, guiding)
+        return self._infer(observation, asked, self._answer)
 
     def warm_up(self, *, prompt: str | None = None, num_steps: int | None = None, fast: bool = False) -> Prepared:
         """Ask twice about grey pictures and a state of zeros: the first answer may take long, since a server may
         compile; the second tells how long an inference takes, with its way there and back.
         """
         start = time.perf_counter()
-        observation = blank_observation(self.contract, prompt)
-        self._infer(observation, num_steps, FIRST)
+        observation, asked = blank_observation(self.contract, prompt), {"num_steps": num_steps}
+        self._infer(observation, asked, FIRST)
         begun = time.perf_counter()
-        self._infer(observation, num_steps, FIRST)
+        self._infer(observation, asked, FIRST)
         now = time.perf_counter()
         cameras = sum(camera.key is not None for camera in self.contract.cameras)
-        return Prepared((cameras,), (), self.contract.num_steps, False, 1e3 * (now - start), 1e3 * (now - begun))
+        steps = num_steps or self.contract.num_steps
+        return Prepared((cameras,), (), steps, False, 1e3 * (now - start), 1e3 * (now - begun))
 
     def close(self) -> None:
         """End the connection; a question that waits for its answer ends with an error."""
         self._closed.set()
         self._connection.close()
 
-    def _infer(self, observation: Mapping[str, Any], num_steps: int | None, patience: float) -> dict[str, Any]:
-        if num_steps is not None:
-            raise ArgumentError(f"num_steps {num_steps}: the server at {self._uri} decides how many steps it takes")
+    def _infer(self, observation: Mapping[str, Any], asked: Mapping[str, Any], patience: float) -> dict[str, Any]:
         start = time.perf_counter()
-        question = pack(outgoing(self.contract, observation))
+        content = outgoing(self.contract, observation)
+        if extension := self._extension(asked, patience):
+            content[OWN] = extension
+        question = pack(content)
         packed = time.perf_counter()
-        answer = self._ask(question, patience)
+        answer, outdated = self._ask(question, patience)
+        self._begins = False
         answered = time.perf_counter()
         timing = {"preprocess_ms": 1e3 * (packed - start)}
         timing |= _server_timing(answer, 1e3 * (answered - packed))
         return {
             "actions": _actions(answer, self.contract, self._uri),
+            OUTDATED: outdated,
             "timing": {**timing, "total_ms": 1e3 * (time.perf_counter() - start)},
         }
 
-    def _ask(self, question: bytes, patience: float) -> Mapping[str, Any]:
-        """The answer; of a server that was gone, once it is back."""
+    def _extension(self, asked: Mapping[str, Any], patience: float) -> dict[str, Any]:
+        """What goes out beside the observation; nothing to a server of openpi."""
+        if not self._abilities.extended:
+            if (steps := asked.get("num_steps")) is not None:
+                raise ArgumentError(f"num_steps {steps}: the server at {self._uri} decides how many steps it takes")
+            return {}
+        told = {name: value for name, value in asked.items() if value is not None}
+        if "noise" in told:
+            noise = array_of(told["noise"], "noise")
+            told["noise"] = noise[0] if noise.ndim == 3 and len(noise) == 1 else noise
+        return told | {"patience_ms": 1e3 * patience} | ({"begins": True} if self._begins else {})
+
+    def _ask(self, question: bytes, patience: float) -> tuple[Mapping[str, Any], bool]:
+        """The answer, and whether it comes from a server that was gone meanwhile, and is back."""
         since: float | None = None
         while True:
             try:
                 if since is not None:
-                    self._reconnect()
-                return self._connection.ask(question, patience)
+                    self._reconnect(self._absence - (time.monotonic() - since))
+                return self._connection.ask(question, patience), since is not None
             except Lost as error:
                 now = time.monotonic()
                 if self._closed.is_set():
@@ -131,78 +179,16 @@ class RemotePolicy:
                     raise BackendError(f"{error}; it did not come back within {self._absence:g} s") from None
                 self._closed.wait(PAUSE)
 
-    def _connect(self) -> Connection:
-        return Connection(self._uri, os.environ.get(KEY) or None)
+    def _connect(self, patience: float = OPENING) -> Connection:
+        return Connection(self._uri, os.environ.get(KEY) or None, patience)
 
-    def _reconnect(self) -> None:
-        self._connection = self._connect()
+    def _reconnect(self, patience: float) -> None:
+        self._connection = self._connect(min(OPENING, max(LEAST, patience)))
         if self._closed.is_set():
             self._connection.close()
-        if _told(self._connection.metadata) != self._metadata_contract:
+        if Abilities.of(self._connection.metadata) != self._abilities:
             self._connection.close()
             raise BackendError(f"{self._uri} is back with another policy: start the run again")
-
-
-def read_contract(given: str) -> PolicyContract:
-    """The contract that `given` names: a JSON file, or the name of one of openpi's training configurations.
-
-    ArgumentError for what is neither; ContractError.
-    """
-    preset = find_preset(given)
-    if preset is not None:
-        if preset.horizon is None:
-            raise ArgumentError(
-                f"--contract {given}: its public configurations differ in their horizon, {preset.horizons}: name one"
-            )
-        return preset.contract()
-    if not Path(given).is_file():
-        raise ArgumentError(f"--contract {given:.200}: neither a file nor one of {', '.join(PRESETS)}")
-    return PolicyContract.load(given)
-
-
-def outgoing(contract: PolicyContract, observation: Mapping[str, Any]) -> dict[str, Any]:
-    """An observation as it is sent: the contract's keys, pictures as uint8 arrays, already of the model's size where
-    the policy's makers resized bytes. ObservationError if it does not fit the contract.
-    """
-    found = dict(under_contract_keys(contract, observation))
-    read_state(contract, found)
-    pictures = _pictures(contract, found)
-    if contract.robot in FLAT_ROBOTS:
-        return {**{key: value for key, value in found.items() if "image" not in key}, **pictures}
-    if contract.robot == "aloha":  # whose server expects the colours first
-        pictures = {key: np.ascontiguousarray(picture.transpose(2, 0, 1)) for key, picture in pictures.items()}
-    return {**found, "images": pictures}
-
-
-def _pictures(contract: PolicyContract, observation: Mapping[str, Any]) -> dict[str, npt.NDArray[Any]]:
-    """Pictures [h, w, 3] by the contract's key, of the cameras that are there."""
-    images, there = read_images(contract, observation)
-    given = observation if contract.robot in FLAT_ROBOTS else observation["images"]
-    sized = METHODS[contract.resize].pictures == "uint8"
-    found = {}
-    for camera, image, present in zip(contract.cameras, images, there, strict=True):
-        if camera.key is not None and present:
-            raw = image if sized else array_of(given[camera.key], f"camera {camera.key}")
-            found[camera.key] = raw.transpose(1, 2, 0) if raw.shape[0] == 3 and not sized else raw
-    return found
-
-
-def _contract(uri: str, metadata: Mapping[str, Any], given: PolicyContract | None) -> PolicyContract:
-    told = _told(metadata)
-    if given is not None:
-        return given
-    if told is None:
-        raise ContractError(
-            f"{uri} does not tell its policy's contract, as a server of openpi does not: give --contract FILE, or the "
-            "name of openpi's training configuration, such as pi05_droid"
-        )
-    return PolicyContract.from_json(told)
-
-
-def _told(metadata: Mapping[str, Any]) -> Any:
-    """The contract that a server's metadata has."""
-    own = metadata.get("ki_edge")
-    return own.get("contract") if isinstance(own, Mapping) else None
 
 
 def _actions(answer: Mapping[str, Any], contract: PolicyContract, uri: str) -> npt.NDArray[np.float64]:

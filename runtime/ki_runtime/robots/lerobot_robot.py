@@ -115,6 +115,8 @@ class LerobotRobot:
         """
         if self.sent is None:
             return
+        if any(map(_is_velocity, (*self._mapped.actions, *self._mapped.fixed))):
+            self.hold()  # before the cameras are asked, which may take their time
         try:
             seen = self._ask("get_observation")
         except RobotError:  # of a camera that is gone: the arm is to come to rest all the same

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ki_edge.errors import BackendError
+from ki_runtime.policy.rows import Question
 from ki_runtime.policy.warming import blank_observation
 
 ROUNDS = 2  # of which the faster counts: the first one of a size allocates and compiles
@@ -50,7 +51,7 @@ def _milliseconds(policy: Any, observation: Any, count: int) -> float:
     took = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        answers = policy.infer_many([{"observation": observation, "seed": number} for number in range(count)])
+        answers = policy.infer_many([Question(observation, seed=number) for number in range(count)])
         took.append(1e3 * (time.perf_counter() - start))
         for answer in answers:
             if isinstance(answer, Exception):

@@ -61,7 +61,7 @@ async def _run(server: Server) -> int:
 
     def stop(signum: int) -> None:
         stopped_by.append(signum)
-        server.stop()
+        (server.stop if len(stopped_by) == 1 else server.abort)()  # the second time without waiting for what runs
 
     reloads: set[Any] = set()
 

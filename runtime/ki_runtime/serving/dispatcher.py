@@ -9,7 +9,7 @@ from collections.abc import Callable
 from ki_edge.errors import DeviceError
 
 from .engine import Answer, Engine
-from .request import Outcome, Request, failed
+from .request import ENDING, Outcome, Request, failed
 from .waiting import WaitingRoom
 
 
@@ -54,6 +54,10 @@ class Dispatcher:
             answers = list(await engine.answer([request.asked.question for request in requests if request.asked]))
             if len(answers) != len(requests):
                 raise RuntimeError(f"the engine gave {len(answers)} answers to {len(requests)} questions")
+        except asyncio.CancelledError:
+            for request in requests:
+                request.settle(ENDING)
+            raise
         except Exception as error:
             answers = [error] * len(requests)
         took = 1e3 * (time.monotonic() - started)
@@ -63,7 +67,7 @@ class Dispatcher:
 
     def _outcome(self, answer: Answer | Exception, batch: int) -> Outcome:
         if not isinstance(answer, Exception):
-            return Outcome("answered", answer, batch=batch)
+            return Outcome("answered", answer, batch=int(answer.get("timing", {}).get("batch", batch)))
         if isinstance(answer, DeviceError):
             self._lost(answer)
         return failed(answer, debug=self._debug, batch=batch)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from ki_edge.errors import ArgumentError, BackendError
 from ki_edge.policy.contract import PolicyContract
+from ki_runtime.policy import rows
 from ki_runtime.policy.proof import own_version
 
 from .question import Question
@@ -73,7 +74,8 @@ class LocalEngine:
 def answered(policy: Any, questions: Sequence[Question]) -> list[Answer | Exception]:
     """Each question by one call, or all of them in one batch."""
     if len(questions) > 1 and hasattr(policy, "infer_many"):
-        return list(policy.infer_many([{"observation": each.observation, **each.arguments} for each in questions]))
+        with suppress(Exception):  # an error of nobody's intent is that of one of them: it is found alone
+            return list(policy.infer_many([rows.Question(one.observation, **one.arguments) for one in questions]))
     return [_one(policy, question) for question in questions]
 
 

@@ -25,18 +25,18 @@ import numpy as np
 from ki_edge.arguments import array_of, count, numbers
 from ki_edge.errors import ArgumentError, ObservationError
 from ki_edge.policy.chunking import MOST_ROWS, Guiding, PreviousChunk
+from ki_runtime.remote.abilities import OWN, WAYS
 
-EXTENSION = "ki_edge"
 HEADS = ("flow", "fast", "text")
 MOST_ID, MOST_REPORTED, MOST_NAME = 64, 32, 64
 MOST_TOKENS = 256
-WAYS = ("guided", "trained")
 OF_HEADS = {
     "flow": ("seed", "noise", "num_steps", "rtc"),
     "fast": (),
     "text": ("seed", "max_tokens", "temperature", "allow_loc"),
 }
 OF_ALL = ("id", "head", "prompt", "patience_ms", "begins", "reported")
+NAMES = (*OF_ALL, *dict.fromkeys(name for names in OF_HEADS.values() for name in names))  # of all of them
 OF_RTC = ("actions", "valid", "delay", "way", "maximum", "schedule", "end")
 
 
@@ -72,14 +72,14 @@ def read_question(content: Any, most_steps: int) -> Asked:
     """What an unpacked frame asks. ObservationError for one that is no map, ArgumentError for the rest."""
     if not isinstance(content, Mapping):
         raise ObservationError(f"an observation is a map, got {type(content).__name__}")
-    extra = content.get(EXTENSION, {})
+    extra = content.get(OWN, {})
     if not isinstance(extra, Mapping):
-        raise ArgumentError(f"{EXTENSION}: expected a map, got {type(extra).__name__}")
+        raise ArgumentError(f"{OWN}: expected a map, got {type(extra).__name__}")
     head = extra.get("head", "flow")
     if head not in HEADS:
-        raise ArgumentError(f"{EXTENSION}/head {head!r:.40}: expected one of {', '.join(HEADS)}")
-    _check_names(extra, (*OF_ALL, *OF_HEADS[head]), EXTENSION, f" of head {head}")
-    observation = {key: value for key, value in content.items() if key != EXTENSION}
+        raise ArgumentError(f"{OWN}/head {head!r:.40}: expected one of {', '.join(HEADS)}")
+    _check_names(extra, (*OF_ALL, *OF_HEADS[head]), OWN, f" of head {head}")
+    observation = {key: value for key, value in content.items() if key != OWN}
     arguments = {name: READERS[name](extra[name]) for name in OF_HEADS[head] if name in READERS and name in extra}
     if "num_steps" in extra:
         arguments["num_steps"] = count(extra["num_steps"], "num_steps", most_steps)
@@ -88,7 +88,7 @@ def read_question(content: Any, most_steps: int) -> Asked:
     if "prompt" in extra:
         prompt = extra["prompt"]
         if not isinstance(prompt, str):
-            raise ArgumentError(f"{EXTENSION}/prompt: expected text, got {type(prompt).__name__}")
+            raise ArgumentError(f"{OWN}/prompt: expected text, got {type(prompt).__name__}")
         if head == "text":
             arguments["prompt"] = prompt
         else:
@@ -105,10 +105,10 @@ def read_question(content: Any, most_steps: int) -> Asked:
 
 def _rtc(given: Any) -> dict[str, Any]:
     if not isinstance(given, Mapping):
-        raise ArgumentError(f"{EXTENSION}/rtc: expected a map, got {type(given).__name__}")
-    _check_names(given, OF_RTC, f"{EXTENSION}/rtc")
+        raise ArgumentError(f"{OWN}/rtc: expected a map, got {type(given).__name__}")
+    _check_names(given, OF_RTC, f"{OWN}/rtc")
     if "actions" not in given or "delay" not in given:
-        raise ArgumentError(f"{EXTENSION}/rtc: expected the actions and the delay of the previous chunk")
+        raise ArgumentError(f"{OWN}/rtc: expected the actions and the delay of the previous chunk")
     actions = numbers(given["actions"], "rtc actions")
     if "valid" in given and actions.ndim == 2:
         actions = actions[: count(given["valid"], "rtc valid", len(actions))]
@@ -143,7 +143,7 @@ def _id(given: Any) -> str:
     if given is None:
         return uuid.uuid4().hex[:12]
     if not isinstance(given, str) or not 0 < len(given) <= MOST_ID or not given.isprintable():
-        raise ArgumentError(f"{EXTENSION}/id: expected a printable text of at most {MOST_ID} characters")
+        raise ArgumentError(f"{OWN}/id: expected a printable text of at most {MOST_ID} characters")
     return given
 
 

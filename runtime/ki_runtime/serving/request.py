@@ -12,9 +12,10 @@ from typing import Any
 from ki_edge.commands import printable
 from ki_edge.errors import ArgumentError, ObservationError
 from ki_runtime.monitoring.events import Handled
+from ki_runtime.remote.abilities import OWN
 from ki_runtime.remote.packing import pack
 
-from .question import EXTENSION, Asked
+from .question import Asked
 
 MOST_LINE = 1000  # characters of an error that goes to a client
 STAGES = ("preprocess", "prefix", "denoise", "fast", "postprocess")
@@ -29,6 +30,9 @@ class Outcome:
     line: str | None = None
     trace: str = ""
     batch: int = 0
+
+
+ENDING = Outcome("ending", line="the server ends: connect again later, or to another one")
 
 
 @dataclass(eq=False)
@@ -60,13 +64,13 @@ class Request:
         if outcome.answer is None:
             line = f"{outcome.kind}: {outcome.line}"
             return (f"{outcome.trace}{line}" if outcome.trace else line), None
-        timing = {name: float(value) for name, value in outcome.answer.get("timing", {}).items()}
+        timing = {name: float(value) for name, value in outcome.answer.get("timing", {}).items() if name != "batch"}
         waited = 0.0 if self.started is None else 1e3 * (self.started - self.began)
         content = {
             **{name: _plain(name, value) for name, value in outcome.answer.items() if name != "timing"},
             "policy_timing": {"infer_ms": timing.get("total_ms", 0.0), **timing},
             "server_timing": {"infer_ms": self.stages.get("run", 0.0), "wait_ms": waited},
-            EXTENSION: {"id": self.id, "batch": outcome.batch},
+            OWN: {"id": self.id, "batch": outcome.batch},
         }
         if self.previous_ms is not None:
             content["server_timing"]["prev_total_ms"] = self.previous_ms

@@ -15,6 +15,7 @@ from typing import Any
 from ki_edge.commands import tell
 from ki_edge.errors import BackendError, DeviceError, KiEdgeError
 from ki_runtime.monitoring.events import Handled, Page, Status, Watcher
+from ki_runtime.remote.abilities import OWN
 from ki_runtime.remote.packing import pack
 
 from .client import Client
@@ -23,13 +24,12 @@ from .engine import Engine, LocalEngine
 from .http import Doorkeeper
 from .listening import listen
 from .options import ServerOptions
-from .question import EXTENSION, HEADS
-from .request import Outcome
+from .question import NAMES
+from .request import ENDING
 from .waiting import WaitingRoom
 
 GOODBYE = 0.8  # seconds for the last answers to be taken, and connections to be closed
 EXTRA_CONNECTIONS = 64  # beside those of clients: health checks, pages, connections that say nothing
-ENDING = Outcome("ending", line="the server ends: connect again later, or to another one")
 
 
 class Server:
@@ -75,8 +75,8 @@ class Server:
     def metadata(self) -> dict[str, Any]:
         """What a client is told when it connects."""
         engine = self.engine
-        told = {"largest_batch": engine.largest_batch, "request": list(HEADS), **engine.metadata}
-        return {EXTENSION: {**told, "most_frame_bytes": self.options.most_frame_mib << 20}}
+        told = {"largest_batch": engine.largest_batch, "request": list(NAMES), **engine.metadata}
+        return {OWN: {**told, "most_frame_bytes": self.options.most_frame_mib << 20}}
 
     @property
     def port(self) -> int:
@@ -135,11 +135,19 @@ class Server:
         await asyncio.gather(*(asyncio.to_thread(watcher.close) for watcher in self._watchers), return_exceptions=True)
 
     def stop(self) -> None:
-        """End it, from any thread. A second time: without waiting for what runs."""
-        loop, ended = self._loop, self._ended
-        if loop is not None and ended is not None:
+        """End it, from any thread: what runs is answered, what waits is told."""
+        if self._ended is not None:
+            self._in_loop(self._ended.set)
+
+    def abort(self) -> None:
+        """End it, from any thread, without waiting for what runs."""
+        self.stop()
+        self._in_loop(self._dispatcher.cancel)
+
+    def _in_loop(self, call: Callable[[], object]) -> None:
+        if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # it has ended
-                loop.call_soon_threadsafe(self._dispatcher.cancel if ended.is_set() else ended.set)
+                self._loop.call_soon_threadsafe(call)
 
     async def reload(self) -> tuple[bool, str]:
         """Load the bundle again, prove it, and let it answer from then on: whether it does, and a line about it.
