@@ -101,7 +101,7 @@ def test_the_repository_has_files_of_its_own(repository, fetch_bundle):
 
 def test_the_policy_takes_what_its_contract_says(repository, parse):
     config = parse((repository / "ki_policy" / "config.pbtxt").read_text("ascii"))
-    assert (config.backend, config.max_batch_size) == ("python", 8)
+    assert (config.backend, config.max_batch_size, config.HasField("dynamic_batching")) == ("python", 8, True)
     assert types(config.input) == [
         ("images/front_left", "TYPE_UINT8", [-1, -1, 3]),
         ("images/front_right", "TYPE_UINT8", [-1, -1, 3]),
@@ -146,7 +146,9 @@ def test_precision_says_where_a_model_runs(fetch_bundle, tmp_path, parse):
         (bundle / "manifest.json").write_text(json.dumps({**manifest, "precision": precision}))
         write_repository(bundle, tmp_path / f"{precision}-models")
         for path in (tmp_path / f"{precision}-models").glob("*/config.pbtxt"):
-            assert parse(path.read_text()).instance_group[0].kind == kind, path
+            config = parse(path.read_text())
+            assert config.instance_group[0].kind == kind, path
+            assert config.HasField("dynamic_batching") == (config.backend == "python" and precision != "int8")
 
 
 def test_engines_become_plans(fetch_bundle, tmp_path, parse):

@@ -115,3 +115,20 @@ def test_an_instance_sees_the_gpu_that_triton_gives_it(loaded, monkeypatch, seen
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
     loaded("GPU", device).finalize()
     assert os.environ["CUDA_VISIBLE_DEVICES"] == left
+
+
+def test_requests_that_wait_run_as_one_batch_on_a_gpu(loaded, fetch_bundle, monkeypatch):
+    """Triton hands over what waits; answers differ from those of a request alone by rounding. One wrong stays alone."""
+    runs = []
+    many = Policy.infer_many
+    monkeypatch.setattr(Policy, "infer_many", lambda self, asked: runs.append(len(asked)) or many(self, asked))
+    model, policy = loaded("GPU"), Policy.load(fetch_bundle, "ort")
+    rows, tensors = observed(4)
+    each = [{**{name: value[i : i + 1] for name, value in tensors.items()}, "seed": np.int64([[i]])} for i in range(4)]
+    each[2]["state"] = np.full((1, 5), np.nan, np.float32)
+    responses = model.execute([Request(given) for given in each])
+    assert runs == [4]
+    for i in (0, 1, 3):
+        found = responses[i].output_tensors()[0].as_numpy()[0]
+        assert np.abs(found - policy.infer(rows[i], seed=i)["actions"]).max() < 1e-5
+    assert "NaN or infinity" in responses[2].error().message()

@@ -16,7 +16,8 @@ from websockets.sync.client import connect
 from ki_edge.bundle import Bundle
 from ki_runtime.remote.packing import pack, unpack
 
-from .ray_server import Served, descendants, expected, observation, robots, until
+from .conftest import succeed
+from .ray_server import ROOT, Served, descendants, environment, expected, observation, robots, until
 
 pytestmark = pytest.mark.integration
 
@@ -70,6 +71,12 @@ def told(uri: str) -> dict[str, object]:
     with connect(uri, max_size=None) as connection:
         found: dict[str, object] = unpack(connection.recv(), "server")["ki_edge"]
         return found
+
+
+def test_the_examples_are_what_ray_takes(ray_python: Path) -> None:
+    """Its own schemas read examples/ray: the cluster of `ray up`, and what Ray Serve deploys, alone and for KubeRay."""
+    command = [ray_python, Path(__file__).with_name("check_ray_examples.py"), ROOT / "examples" / "ray"]
+    succeed(*command, env=environment())
 
 
 def test_two_replicas_answer(served: Served, wanted: list[np.ndarray]) -> None:

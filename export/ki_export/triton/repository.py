@@ -21,7 +21,7 @@ from ki_edge.commands import tell
 from ki_edge.errors import ArgumentError, ExportError
 from ki_edge.files.publishing import publishing
 from ki_edge.files.writing import write_file
-from ki_runtime.policy.policy import read_assets
+from ki_runtime.policy.assets import read_assets
 from ki_runtime.trt.engines import FOLDER
 
 from .configuration import Kind, ModelConfig
@@ -57,9 +57,10 @@ def write_repository(bundle: str | Path, repository: str | Path, target: str = "
         inner = folder / POLICY / VERSION / "bundle"
         _copy_bundle(opened, inner, engines=bool(plans))
         models = [_write_graph(opened, name, folder, target, plans.get(name, {})) for name in graphs]
+        kind = _kind(opened, target)
         inputs, outputs = policy_tensors(contract)
         config = ModelConfig(
-            POLICY, "python", _kind(opened, target), inputs, outputs, most=MOST,
+            POLICY, "python", kind, inputs, outputs, most=MOST, batching=kind != "KIND_CPU",
             parameters={"contract": json.dumps(contract.to_json())},
         )  # fmt: skip
         write_file(folder / POLICY / "config.pbtxt", config.text(), ExportError)

@@ -20,7 +20,7 @@ from ki_edge.bundle import Bundle
 from ki_edge.commands import tell
 from ki_edge.errors import BackendError
 from ki_edge.policy.contract import PolicyContract
-from ki_runtime.policy.policy import read_assets
+from ki_runtime.policy.assets import read_assets
 
 from .engine import Answer
 from .question import Question
