@@ -136,6 +136,10 @@ def test_a_bad_bundle_is_refused_and_the_old_one_stays(served: Served, bundle: P
     assert told(served.uri)["digest"] == digest and before <= served.replicas()
     shutil.rmtree(bundle)
     kept.rename(bundle)
+    said = len(served.lines)
+    os.kill(served.process.pid, signal.SIGHUP)  # a good one is taken again
+    served.wait_for("ki-serve: reloaded: bundle answers", said)
+    until("the old ones end", lambda: len(served.replicas()) == 2)
 
 
 def test_another_server_stands_before_the_same_replicas(

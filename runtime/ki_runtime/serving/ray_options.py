@@ -80,7 +80,7 @@ def ray_options(given: argparse.Namespace, largest_batch: int) -> RayOptions | N
     return RayOptions(
         least=least,
         most=most,
-        threads=given.threads or 1,
+        threads=1 if given.threads is None else given.threads,
         gpus=given.ray_gpus,
         backend=given.backend,
         prompt=given.prompt,
