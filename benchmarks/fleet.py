@@ -94,7 +94,7 @@ def arrivals(robots: int, requests: int, kind: str, seed: int = 1) -> np.ndarray
 
 
 def p99(engine: Engine, robots: int, servers: int, requests: int, kind: str, largest: int = 1) -> float:
-    """Seconds, with the network. Of few regular robots luck decides: what nine of ten draws of their beginnings keep."""
+    """Seconds, with the network. Of few regular robots luck decides: what nine of ten draws of beginnings keep."""
     draws = DRAWS if kind == "periodic" and robots < FEW else 1
     found = []
     for seed in range(1, draws + 1):

@@ -123,6 +123,11 @@ def show_json(value: Any) -> None:
     _write_out(json.dumps(value, indent=1).replace("\x7f", "\\u007f") + "\n")
 
 
+def show_json_line(value: Any) -> None:
+    """A JSON value on one line of stdout, all of it ASCII, of any length; errors as of `show`."""
+    _write_out(json.dumps(value, default=str).replace("\x7f", "\\u007f") + "\n")
+
+
 def _write_out(text: str) -> None:
     stream = sys.stdout
     if stream is None:  # it was closed before the start

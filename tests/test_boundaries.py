@@ -40,7 +40,7 @@ DIRECTIONS: dict[str, str] = {
         "ki_edge ki_edge.bundle ki_edge.files ki_edge.policy ki_runtime.backends ki_runtime.policy "
         "ki_runtime.recording ki_runtime.remote ki_runtime.robots"
     ),
-    "ki_runtime.monitoring": "ki_edge.policy",
+    "ki_runtime.monitoring": "ki_edge ki_edge.files ki_edge.policy ki_runtime.recording",
     "ki_runtime.serving": (
         "ki_edge ki_edge.bundle ki_edge.files ki_edge.policy ki_runtime.backends ki_runtime.monitoring "
         "ki_runtime.policy ki_runtime.remote"

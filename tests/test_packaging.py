@@ -49,6 +49,7 @@ def test_wheel_holds_the_three_packages(wheel: Path) -> None:
         ("runtime/ki_runtime", "ki_runtime"),
     ):
         files = [*(ROOT / source).rglob("*.py"), ROOT / source / "py.typed", *(ROOT / source).rglob("mappings/*.json")]
+        files += (ROOT / source).rglob("web/*")
         expected |= {f"{package}/{path.relative_to(ROOT / source).as_posix()}" for path in files}
     assert {name for name in names if ".dist-info/" not in name} == expected
 

@@ -69,7 +69,10 @@ def test_limits_are_shown_without_a_question(server, contract, fetch_replay: Pat
         (["--policy", "URI", "--backend", "ort"], "--backend is for a bundle: not with --policy, whose server decides"),
         (["--policy", "URI", "--contract", "FILE", "--num-steps", "3"], "num_steps 3: the server at ws://"),
         (["--policy", "URI", "--self-check", "2"], "--self-check is for a bundle"),
-        (["--policy", "URI", "--contract", "FILE", "--mode", "rtc"], "openpi's protocol does not tell ws://"),
+        (
+            ["--policy", "URI", "--contract", "FILE", "--mode", "rtc", "--delay", "2"],
+            "openpi's protocol does not tell ws://",
+        ),
         (["--policy", "URI"], "does not tell its policy's contract, as a server of openpi does not: give --contract"),
         (["--policy", "URI", "--contract", "nope"], "--contract nope: neither a file nor one of droid"),
         (["--policy", "URI", "--contract", "pi05_droid"], "needs the cameras observation/exterior_image_1_left"),

@@ -48,6 +48,11 @@ class Cuda:
                 cls._process = cls(runtime)
             return cls._process
 
+    @classmethod
+    def in_use(cls) -> Cuda | None:
+        """What `load` has given somebody in this process; None before."""
+        return cls._process
+
     def call(self, function: str, *arguments: Any) -> Any:
         """The result of a runtime function (a tuple if there are several).
 

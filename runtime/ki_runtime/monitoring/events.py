@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from ki_edge.policy.contract import PolicyContract
 
-# A page of the server's port: (query, headers by lower-case name) -> (HTTP status, content type, body). Of a query and of
+# A page of the server: (query, headers by lower-case name) -> (HTTP status, content type, body). Of a query and of
 # headers that come twice the last one counts. Called in a thread: it may take some milliseconds.
 Page = Callable[[Mapping[str, str], Mapping[str, str]], tuple[int, str, bytes]]
 # What the server sends with every page.
@@ -18,6 +18,7 @@ HEADERS: Mapping[str, str] = {
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
@@ -29,10 +30,10 @@ class Handled:
 
     `outcome`: "answered", or why not: "observation" (did not fit the contract), "arguments", "frame" (not of the
     protocol), "policy" (the model failed), "busy" (over the bound), "replaced" (by a newer one of the same client),
-    "gone" (its client left before it ran), "late" (it waited longer than its client would have). `stages`: milliseconds
-    by name, as "read", "wait", "preprocess", "model" (or "prefix" and "denoise"), "postprocess", "write"; only those it
-    came to. `reported`: numbers that the client sent along, since its request before: "deadline_misses", and
-    "guards.RULE" for the commands that a rule of its guards changed or held back.
+    "gone" (its client left before it ran), "late" (it waited longer than its client would have), "ending" (the server
+    ends). `stages`: milliseconds by name, as "read", "wait", "preprocess", "model" (or "prefix", "denoise", "fast"),
+    "postprocess", "write"; only those it came to. `reported`: numbers that the client sent along, since its request
+    before: "deadline_misses", and "guards.RULE" for the commands that a rule of its guards changed or held back.
     """
 
     id: str  # as the client got it back

@@ -32,7 +32,8 @@ def check_packages() -> None:
 class DatasetWriter:
     """A dataset in `folder`, which has none yet. RobotError names the file that cannot be written.
 
-    After `begin` come frames, then `finish` or `discard`. An episode without frames leaves nothing.
+    After `begin` come frames, then `finish` or `discard`. An episode without frames leaves nothing. Where several
+    episodes are written at the same time each is `open`ed, told its frames by `append`, and `commit`ted.
     """
 
     def __init__(self, folder: Path, features: Features) -> None:
@@ -42,37 +43,51 @@ class DatasetWriter:
         self._tasks: dict[str, int] = {}
         self._stats: dict[str, Stats] | None = None  # of all episodes so far
         self._episode: Episode | None = None
+        self._opened = 0
 
     def begin(self) -> None:
         """Start an episode; one that was not finished is discarded."""
         self.discard()
-        self._episode = Episode(self.folder, self.features, self.episodes, self.frames)
+        self._episode = self.open()
 
     def add(self, frame: Frame) -> None:
         """Append a frame to the present episode."""
         assert self._episode is not None
-        task = self._tasks.setdefault(frame.task, len(self._tasks))
-        self._episode.add(frame, task)
+        self.append(self._episode, frame)
 
     def finish(self, outcome: Mapping[str, Any]) -> None:
         """Commit the present episode. `outcome`: the values of `tables.OUTCOME`, None where one is not known."""
         episode, self._episode = self._episode, None
-        if episode is None or not episode.count:
-            if episode is not None:
-                episode.discard()
-            return
-        try:
-            stats = episode.finish()
-            self._publish(episode, stats, outcome)
-        except BaseException:
-            episode.discard()
-            raise
+        if episode is not None:
+            self.commit(episode, outcome)
 
     def discard(self) -> None:
         """Remove what there is of an unfinished episode."""
         episode, self._episode = self._episode, None
         if episode is not None:
             episode.discard()
+
+    def open(self) -> Episode:
+        """An episode beside others: its place in the dataset is that in the order of `commit`."""
+        self._opened += 1
+        return Episode(self.folder, self.features, self.episodes, self.frames, self._opened - 1)
+
+    def append(self, episode: Episode, frame: Frame) -> None:
+        """Append a frame to an episode that is open."""
+        episode.add(frame, self._tasks.setdefault(frame.task, len(self._tasks)))
+
+    def commit(self, episode: Episode, outcome: Mapping[str, Any]) -> None:
+        """As `finish`. If it fails, nothing is left of the episode."""
+        if not episode.count:
+            episode.discard()
+            return
+        try:
+            stats = episode.finish()
+            episode.move(self.episodes, self.frames)
+            self._publish(episode, stats, outcome)
+        except BaseException:
+            episode.discard()
+            raise
 
     def _publish(self, episode: Episode, stats: dict[str, Stats], outcome: Mapping[str, Any]) -> None:
         tasks = [task for task, at in self._tasks.items() if at in episode.tasks]
@@ -82,7 +97,9 @@ class DatasetWriter:
         with writing(self.folder, RobotError):
             episode.publish()
             write_table(self.folder / layout.TASKS, task_table(self._tasks))
-            write_table(self.folder / layout.EPISODES.format(**layout.place(episode.index)), table)
+            described = self.folder / layout.EPISODES.format(**layout.place(episode.index))
+            write_table(described, table)
+            episode.published += described.stat().st_size
         write_file(self.folder / layout.STATS, json.dumps(_plain(known), indent=1), RobotError)
         total = (self.episodes + 1, self.frames + episode.count, len(self._tasks))
         write_file(self.folder / layout.INFO, json.dumps(self.features.info(*total), indent=4), RobotError)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,24 @@ from .statistics import PictureStats, Stats, column_stats
 from .tables import hidden, schema, sync
 from .video import Video
 
-ROWS = 1000  # that are kept in memory
+ROWS, ROWS_BYTES = 1000, 1 << 20  # that are kept in memory, whichever is reached first
 
 
 class Episode:
-    """Written under hidden names until `publish`. RobotError names the file that cannot be written."""
+    """Written under hidden names until `publish`. RobotError names the file that cannot be written.
 
-    def __init__(self, folder: Path, features: Features, index: int, first: int) -> None:
+    `serial` tells the hidden files of episodes that are open at once apart. `index`, of the episode, and `first`, of
+    its first frame in the dataset, are what they will be unless another one is finished before: see `move`.
+    """
+
+    def __init__(self, folder: Path, features: Features, index: int, first: int, serial: int) -> None:
         self.index, self.first, self.count = index, first, 0
+        self.published = 0  # bytes of its files, once they have their names, and of its row in meta/episodes
         self.tasks: set[int] = set()
-        self._features = features
-        place = layout.place(index)
-        self._data = folder / layout.DATA.format(**place)
-        self._films = {
-            name: folder / layout.VIDEO.format(video_key=key, **place)
-            for name, key in zip(features.cameras, features.video_keys, strict=True)
-        }
+        self._folder, self._features = folder, features
+        data, films = self._paths(serial)
+        self._data, self._films = hidden(data), {name: hidden(path) for name, path in films.items()}
+        self._row_bytes = 0
         self._rows: list[dict[str, Any]] = []
         self._writer: Any = None
         self._videos: dict[str, Video] = {}
@@ -53,10 +55,37 @@ class Episode:
             for name, video in self._videos.items():
                 video.add(frame.pictures[name])
                 self._pictures[name].add(frame.pictures[name])
-            self._rows.append(self._features.values(frame) | counted)
+            values = self._features.values(frame)
+            self._rows.append(values | counted)
             self.count += 1
-            if len(self._rows) >= ROWS:
+            self._row_bytes = sum(np.asarray(value).nbytes for value in values.values()) + 64  # 64: of those counted
+            if len(self._rows) >= ROWS or len(self._rows) * self._row_bytes >= ROWS_BYTES:
                 self._flush()
+
+    def size(self) -> int:
+        """Bytes on the disk, and of the rows that are still to be written."""
+        size = len(self._rows) * self._row_bytes
+        for path in (*self._films.values(), self._data):
+            with suppress(OSError):
+                size += path.stat().st_size
+        return size
+
+    def move(self, index: int, first: int) -> None:
+        """Give a finished episode, not yet published, another place in the dataset."""
+        if (index, first) == (self.index, self.first):
+            return
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        with writing(self._data, RobotError):
+            table = pq.read_table(self._data)
+            for name, values in (
+                ("episode_index", np.full(self.count, index)),
+                ("index", np.arange(first, first + self.count)),
+            ):
+                table = table.set_column(table.schema.get_field_index(name), name, pa.array(values, pa.int64()))
+            pq.write_table(table, self._data)
+        self.index, self.first = index, first
 
     def finish(self) -> dict[str, Stats]:
         """Complete the files under their hidden names; the statistics of all columns and cameras."""
@@ -67,7 +96,7 @@ class Episode:
             self._close()
             stats = {}
             for name, (_, shape, _) in self._features.columns().items():  # a column at a time: hours have many rows
-                column = pq.read_table(hidden(self._data), columns=[name])[name].combine_chunks()
+                column = pq.read_table(self._data, columns=[name])[name].combine_chunks()
                 flat = column.flatten() if shape != (1,) else column
                 stats[name] = column_stats(flat.to_numpy(zero_copy_only=False).reshape(self.count, -1))
         keys = zip(self._pictures.values(), self._features.video_keys, strict=True)
@@ -75,25 +104,35 @@ class Episode:
 
     def publish(self) -> None:
         """Give the files their names, that of the numbers last."""
-        for path in (*self._films.values(), self._data):
-            sync(hidden(path))
-            hidden(path).replace(path)
+        data, films = self._paths(self.index)
+        for written, path in (*((self._films[name], films[name]) for name in films), (self._data, data)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sync(written)
+            written.replace(path)
+            self.published += path.stat().st_size
 
     def discard(self) -> None:
         with suppress(OSError, ValueError):
             self._close()
         for path in (*self._films.values(), self._data):
             with suppress(OSError):
-                hidden(path).unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+
+    def _paths(self, number: int) -> tuple[Path, dict[str, Path]]:
+        """Of the numbers, and of each camera's film, of the `number`-th episode."""
+        place = layout.place(number)
+        keys = zip(self._features.cameras, self._features.video_keys, strict=True)
+        films = {name: self._folder / layout.VIDEO.format(video_key=key, **place) for name, key in keys}
+        return self._folder / layout.DATA.format(**place), films
 
     def _open(self) -> None:
         import pyarrow.parquet as pq
 
         for path in (self._data, *self._films.values()):
             path.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = pq.ParquetWriter(hidden(self._data), schema(self._features))
+        self._writer = pq.ParquetWriter(self._data, schema(self._features))
         for name, path in self._films.items():
-            self._videos[name] = Video(hidden(path), self._features.fps, *self._features.cameras[name])
+            self._videos[name] = Video(path, self._features.fps, *self._features.cameras[name])
 
     def _flush(self) -> None:
         import pyarrow as pa
@@ -107,11 +146,11 @@ class Episode:
             self._writer.write_table(pa.table(columns, schema=schema(self._features)))
 
     def _close(self) -> None:
+        """All of them, also where one fails: a file that stays open keeps its room on a full disk."""
         writer, self._writer = self._writer, None
         videos, self._videos = self._videos, {}
-        try:
-            for video in videos.values():
-                video.close()
-        finally:
+        with ExitStack() as files:
             if writer is not None:
-                writer.close()
+                files.callback(writer.close)
+            for video in videos.values():
+                files.callback(video.close)

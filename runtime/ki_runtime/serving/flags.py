@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from ki_edge.commands import Parser
 from ki_runtime.backends.registry import NAMES
+from ki_runtime.monitoring.flags import add_flags
 
 from .options import ServerOptions
 from .ray_options import add_ray
@@ -44,4 +45,5 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-frame", type=int, default=DEFAULTS["most_frame_mib"], metavar="MIB",
         help="largest frame of a client; default: %(default)s")  # fmt: skip
     add("--debug", action="store_true", help="send errors with their traceback")
+    add_flags(parser)
     return parser
