@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from boards import markdown
+from front import front_ms
 from queueing import least_servers, percentile, periodic, poisson, simulate, varying
 
 from ki_edge.config import PI05
@@ -199,21 +200,6 @@ def network_rows(robots: list[int]) -> list[list[str]]:
     return rows
 
 
-def unpack_ms(seconds: float = 2.0) -> float:
-    """What the event loop spends on a raw frame here, at the median."""
-    from ki_runtime.remote.packing import pack, unpack
-
-    random = np.random.default_rng(0)
-    pictures = {str(i): random.integers(0, 256, (SIDE, SIDE, 3), np.uint8) for i in range(PICTURES)}
-    frame = pack({"images": pictures, "state": np.zeros(8, np.float32), "prompt": "pick up the red cube"})
-    took, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        unpack(frame, "a client")
-        took.append(time.perf_counter() - start)
-    return 1e3 * float(np.median(took))
-
-
 def plot(engine: Engine, path: Path, requests: int) -> None:
     """p99 over the share of the GPUs' time in use, for queues of several sizes, and for regular robots."""
     import matplotlib
@@ -262,7 +248,7 @@ def main() -> int:
         times = "  ".join(f"{1e3 * p99(cards[0], 10, n, given.requests, kind):.0f}" for n in (1, 2))
         print(f"10 robots, {kind}: p99 {times} ms with 1 and 2 of {cards[0].name}")
     print("\n".join(phase_lines(cards[0], 10)))
-    print(f"unpacking a raw frame here: {unpack_ms():.2f} ms")
+    print(f"ki-serve's own work on a request with raw pictures: {front_ms():.2f} ms of a core here")
     return 0
 
 
