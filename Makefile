@@ -22,6 +22,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found: install Python 3.10 to 3.13, or say PYTHON=..."; exit 2; }
 	@./examples/fetch/install_gl.sh
+	@echo "setting up $(VENV): some minutes, 3 GB"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[export,jax,hub,bench,train,ort,rtx,sim,record,view,remote,serve,dev]'
 	@$(BIN)/python -m compileall -q -j 0 -x '/tests?/|/transformers/models/' $(VENV)/lib >/dev/null || true

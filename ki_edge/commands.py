@@ -62,11 +62,14 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def run_command(name: str, command: Callable[[], int], interrupted: str = "nothing was published") -> int:
+def run_command(
+    name: str, command: Callable[[], int], interrupted: str = "nothing was published", *, needs: str | None = None
+) -> int:
     """Run a command; its exit status is 0, 1 for a ParityError, 2 for any other error, 128 + n if signal n stopped it.
 
     Standard output that nobody reads any more ends it quietly, as SIGPIPE would. An error that nobody raised on purpose
-    is one line too; with KI_TRACEBACK=1 every error is told with its traceback.
+    is one line too; with KI_TRACEBACK=1 every error is told with its traceback. `needs`: the extra of this project that
+    has what the command imports.
     """
     try:
         status = command()
@@ -89,6 +92,9 @@ def run_command(name: str, command: Callable[[], int], interrupted: str = "nothi
         return 2
     except Exception as error:
         _trace()
+        if needs is not None and isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("ki_"):
+            tell(f"{name}: error: the package {error.name} is not installed: pip install 'ki-edge[{needs}]'")
+            return 2
         tell(
             f"{name}: error: {type(error).__name__}: {_one_line(error)}; this should have been a clear message: "
             f"please report it with what {TRACEBACK}=1 {name} ... prints"

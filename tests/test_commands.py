@@ -194,3 +194,27 @@ def test_every_command_tells_its_version_and_explains_itself(
             main([flag])
         assert left.value.code == 0
         assert re.match(said, capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "package", "extra"),
+    [
+        ("ki_edge.train.cli", ["somewhere", "-o", "out"], "torch", "train"),
+        ("ki_export.cli", ["somewhere", "-o", "out"], "onnx_ir", "export"),
+    ],
+)
+def test_the_extra_of_a_command_is_named(tmp_path, module, arguments, package, extra):
+    """As on a robot, whose wheel has the command but not what it needs; its help is there all the same."""
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text(f"raise ModuleNotFoundError('No module', name={package!r})")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+
+    def run(*given):
+        command = [sys.executable, "-m", module, *given]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+    refused = run(*arguments)
+    last = refused.stderr.strip().splitlines()[-1]
+    assert refused.returncode == 2 and "Traceback" not in refused.stderr
+    assert last.endswith(f"error: the package {package} is not installed: pip install 'ki-edge[{extra}]'")
+    assert run("--help").returncode == 0

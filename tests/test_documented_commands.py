@@ -52,6 +52,7 @@ INSTEAD = (
     ("--robot NAME", "--robot replay:recorded_episode.npz"),
     ("replay:build/run", "replay:recorded_run"),
     ("--calibrate build/run", "--calibrate recorded_run"),
+    ("build/requests/20261126-111520", "recorded_run"),
     ("--robot my_robot:MyArm", "--robot examples.my_robot:MyArm"),
     (" --revision 3f1c2a9", ""),  # of a repository, which a folder stands in for
     ("ki-parity BUNDLE --outputs", "ki-parity build/openpi_a --outputs"),  # recorded of this model
@@ -73,7 +74,10 @@ NOT_RUN = (
     (r".*--rerun", "needs rerun-sdk, 0.5 GB: tests/runtime/test_rerun.py, test_rerun_venv.py"),
     (r".*--robot lerobot:", "needs LeRobot: tests/integrations/test_lerobot_robot.py"),
     (r".*--robot openpi:", "needs an environment of openpi: tests/runtime/test_openpi_robot.py"),
+    (r"python examples/grafana", "needs a Prometheus: tests/runtime/test_dashboard.py"),
+    (r"ki-serve ", "serves until it is stopped: tests/runtime/test_monitoring_server.py"),
     (r".*--policy ws:", "needs a server: tests/runtime/test_ki_run_policy.py"),
+    (r"ki-serve ", "serves until a signal: tests/runtime/test_ki_serve.py"),
     (r".*--self-check-(save|limit)", "needs a run of many checks: tests/runtime/test_self_check.py"),
     (r".*--backend trt", "needs a GPU: tests/runtime/test_on_gpu.py"),
     (r"ki-serve .*--ray", "needs Ray: tests/integrations/test_ray.py"),

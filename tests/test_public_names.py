@@ -22,6 +22,7 @@ NAMES = {
         "BuildOptions ControlLoop EpisodeStatus KiEdgeError LoopOptions Policy Recorder Robot RobotError Sampler "
         "Step Watcher build_bundle episode_noise open_robot"
     ),
+    "ki_runtime.serving": "Engine LocalEngine Question Server ServerOptions",
 }
 
 

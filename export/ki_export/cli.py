@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.triton is not None:
         return run_command(NAME, lambda: _write_repository(options, parser))
-    return run_command(NAME, lambda: _export(options))
+    return run_command(NAME, lambda: _export(options), needs="export")
 
 
 def _say(line: str) -> None:

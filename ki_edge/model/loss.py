@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Losses:
     """Unreduced: `flow` (v_t - u_t)^2 [B,H,A]; `fast` mean cross-entropy over each sample's postfix [B], or None.
 
-    `free` bool [B,H]: the actions to learn from; the flow of the others, which were given, is 0.
+    `free` bool [B,H]: the actions to learn from; the flow of the others, which were given or are not real, is 0.
     """
 
     flow: Tensor
@@ -38,7 +38,7 @@ class Losses:
 
     def mean_flow(self, action_dim: int) -> Tensor:
         """Mean of the flow loss over free actions and their first `action_dim` numbers."""
-        return self.flow[..., :action_dim].sum() / (self.free.sum() * action_dim)
+        return self.flow[..., :action_dim].sum() / (self.free.sum().clamp(min=1) * action_dim)
 
 
 def compute_loss(
@@ -49,6 +49,7 @@ def compute_loss(
     noise: Tensor,
     time: Tensor,
     delay: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> Losses:
     """Flow loss and, for a KI model given a FAST postfix, its cross-entropy.
 
@@ -57,7 +58,8 @@ def compute_loss(
     x_t = t * noise + (1 - t) * actions, u_t = noise - actions.
 
     `delay` i64 [R*B], 0 <= delay < H: so many first actions of each draw are given as they are, at time 0, and there is
-    nothing to learn from them (arXiv 2512.05964).
+    nothing to learn from them (arXiv 2512.05964). `real` bool [B,H]: the actions that were recorded; from the others,
+    which hold the last one past an episode's end, nothing is learnt either.
     """
     observation.check(model.config)
     _check_shapes(model, observation, actions, noise, time)
@@ -82,8 +84,8 @@ def compute_loss(
     if settled is not None:
         x_t = torch.where(settled.mask, actions, x_t)
     v_t = model.velocity(x_t, model.modulation(time), prefix, mask, committed=settled)
-    flow = (v_t - u_t).square().masked_fill(committed[..., None], 0.0)
-    return Losses(flow=flow, fast=fast, free=~committed)
+    free = ~committed if real is None else ~committed & _checked(real, committed, len(observation.images))
+    return Losses(flow=(v_t - u_t).square().masked_fill(~free[..., None], 0.0), fast=fast, free=free)
 
 
 def joint_backbone(model: Pi05, observation: Observation) -> tuple[Tensor, list[KeysValues], Tensor]:
@@ -140,6 +142,13 @@ def _committed(model: Pi05, noise: Tensor, delay: Tensor | None) -> tuple[Tensor
         raise ArgumentError(f"delay: {int(delay.min())} to {int(delay.max())}, expected 0 to {horizon - 1}")
     mask = torch.arange(horizon, device=noise.device) < delay[:, None]
     return mask, Committed(mask[..., None], model.modulation(torch.zeros(1, device=noise.device)))
+
+
+def _checked(real: Tensor, committed: Tensor, batch: int) -> Tensor:
+    """Which actions of each draw were recorded, bool [R*B,H]."""
+    if real.dtype != torch.bool or tuple(real.shape) != (batch, committed.shape[1]):
+        raise ArgumentError(f"real: {real.dtype} {list(real.shape)}, expected torch.bool {[batch, committed.shape[1]]}")
+    return real.repeat(len(committed) // batch, 1)
 
 
 def _check_shapes(model: Pi05, observation: Observation, actions: Tensor, noise: Tensor, time: Tensor) -> None:

@@ -72,9 +72,10 @@ class Pi05(PiModel):
         noise: Tensor,
         time: Tensor,
         delay: Tensor | None = None,
+        real: Tensor | None = None,
     ) -> Losses:
         """See `ki_edge.model.loss.compute_loss`."""
-        return loss.compute_loss(self, observation, actions, noise=noise, time=time, delay=delay)
+        return loss.compute_loss(self, observation, actions, noise=noise, time=time, delay=delay, real=real)
 
     def token_loss(self, observation: Observation) -> Tensor:
         """Mean cross-entropy of each sample's postfix [B], without actions: the co-training loss of other tasks."""

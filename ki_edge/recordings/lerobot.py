@@ -34,6 +34,21 @@ class LeRobotRecordings:
     def __len__(self) -> int:
         return len(self._index.episodes)
 
+    @property
+    def fps(self) -> float:
+        """Frames a second."""
+        return self._index.fps
+
+    @property
+    def state_names(self) -> list[str] | None:
+        """What the numbers of a state are, where the dataset says it."""
+        return _names(self._index.features[STATE].get("names"))
+
+    @property
+    def action_names(self) -> list[str] | None:
+        """What the numbers of an action are, where the dataset says it."""
+        return _names(self._index.features[ACTION].get("names"))
+
     def episode(self, number: int) -> RecordedEpisode:
         """The `number`-th episode, from 0. DatasetError if its files are missing, damaged or too large."""
         index, located = self._index, self._index.episodes[number]
@@ -58,6 +73,15 @@ class LeRobotRecordings:
         sizes = [f"{name} {list(pictures.shape)}" for name, pictures in cameras.items()]
         contents = ", ".join([*sizes, *(f"{name} float32{list(array.shape)}" for name, array in numbers.items())])
         return RecordedEpisode(where, cameras, numbers[STATE], numbers[ACTION], located.task, contents)
+
+
+def _names(given: Any) -> list[str] | None:
+    """A list of texts, which LeRobot's older writers put into an object with one entry."""
+    if isinstance(given, dict) and len(given) == 1:
+        given = next(iter(given.values()))
+    if not isinstance(given, list) or not given or not all(isinstance(name, str) and name for name in given):
+        return None
+    return given if len(set(given)) == len(given) else None
 
 
 def _columns(where: str, located: Located, stored: list[str]) -> dict[str, Any]:

@@ -68,6 +68,8 @@ def read_index(folder: Path) -> Index:
         raise DatasetError(f"{folder} is a LeRobotDataset; reading it needs {' and '.join(missing)}: {CURE}")
     info = read_object(folder / INFO, DatasetError)
     version, fps, features = info.get("codebase_version"), info.get("fps"), info.get("features")
+    if version is None:
+        raise DatasetError(f"{folder / INFO} has no codebase_version: it describes no LeRobotDataset")
     if version not in (VERSION, OLDER):
         raise DatasetError(f"{folder}: a LeRobotDataset of version {version!r:.40}; {VERSION} and {OLDER} are read")
     if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps <= 10_000:

@@ -1,1 +1,4 @@
-"""Training with knowledge insulation (ki-train), in PyTorch. Imports: checkpoints, files, model, policy."""
+"""Training with knowledge insulation (ki-train), in PyTorch.
+
+Imports: checkpoints, files, model, policy, recordings.
+"""

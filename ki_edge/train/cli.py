@@ -11,6 +11,8 @@ from typing import Any
 from ki_edge.commands import Parser, run_command, show
 from ki_edge.config import TINY
 
+from .settings import TrainSettings
+
 PRESETS = {"tiny": TINY}
 HELP = {
     "steps": "optimiser steps",
@@ -34,15 +36,14 @@ HELP = {
 
 def build_parser() -> Parser:
     """The command line; what is not given comes from TrainSettings, or from the run that is resumed."""
-    from .loop import TrainSettings
-
     parser = Parser(prog="ki-train", description="Train a π0.5 policy with knowledge insulation.")
-    parser.add_argument("demonstrations", type=Path, help="folder of recorded demonstrations")
+    parser.add_argument("demonstrations", type=Path, help="recorded episodes: a LeRobotDataset, .npz")
     parser.add_argument("-o", "--out", type=Path, required=True, help="checkpoint folder to write, or to go on with")
     parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny", help="widths and depths of the model")
     parser.add_argument(
         "--init", type=Path, metavar="CHECKPOINT", help="start from these weights instead of random ones"
     )
+    parser.add_argument("--horizon", type=int, help="actions of a chunk (the preset's)")
     parser.add_argument("--resume", action="store_true", help="go on where the run in OUT stopped, with its settings")
     parser.add_argument("--fresh", action="store_true", help="start over although OUT holds a run")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
@@ -64,7 +65,6 @@ def train(arguments: argparse.Namespace) -> int:
     """Run what the command line asks for, with a progress bar."""
     from tqdm import tqdm
 
-    from .loop import TrainSettings
     from .plot import plot_losses
     from .run import open_trainer, recorded_settings
 
@@ -73,11 +73,17 @@ def train(arguments: argparse.Namespace) -> int:
     given |= {name: False for name, off in switches.items() if off}
     config, out = PRESETS[arguments.preset], arguments.out
     settings = replace(recorded_settings(out) if arguments.resume else TrainSettings(), **given)
-    trainer = open_trainer(
-        arguments.demonstrations, out, config, settings,
-        init=arguments.init,
-        resume=arguments.resume, fresh=arguments.fresh, threads=arguments.threads,
-    )  # fmt: skip
+    with tqdm(unit="frame", desc="pictures", leave=False, disable=None, delay=1.0) as bar:
+
+        def decoded(done: int, of: int) -> None:
+            bar.total = of
+            bar.update(done - bar.n)
+
+        trainer = open_trainer(
+            arguments.demonstrations, out, config, settings,
+            init=arguments.init, horizon=arguments.horizon, progress=decoded,
+            resume=arguments.resume, fresh=arguments.fresh, threads=arguments.threads,
+        )  # fmt: skip
     with tqdm(total=trainer.settings.steps, initial=trainer.step, unit="step", smoothing=0.05) as bar:
         for record in trainer.run():
             bar.update(int(record["step"]) - bar.n)
@@ -91,7 +97,7 @@ def train(arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ki-train; returns the exit status."""
     arguments = build_parser().parse_args(argv)
-    return run_command("ki-train", lambda: train(arguments), "--resume goes on from the last save")
+    return run_command("ki-train", lambda: train(arguments), "--resume goes on from the last save", needs="train")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ points.npy     f32 [F,N,2], optional: where the task's target is in each picture
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from ki_edge.errors import DatasetError
 from ki_edge.files.reading import read_object
 
 VERSION = 1
+FILES = ("images.npy", "state.npy", "actions.npy", "prompt.npy", "points.npy")
+ROWS = 4096  # that are hashed at once
 MAX_META = 4_000_000
 
 
@@ -36,6 +39,7 @@ class Demonstrations:
     actions: npt.NDArray[np.float32]
     prompt: npt.NDArray[np.int32]
     points: npt.NDArray[np.float32] | None
+    real: npt.NDArray[np.bool_] | None = None  # [F,H]: actions that were recorded, not held past an end; None: all
 
     @classmethod
     def open(cls, path: str | Path) -> Demonstrations:
@@ -66,9 +70,45 @@ class Demonstrations:
         return len(self.state)
 
     @property
+    def each_action(self) -> npt.NDArray[np.float32]:
+        """Recorded actions f32 [*,a], for statistics: of overlapping chunks the first ones."""
+        return self.actions.reshape(-1, self.actions.shape[-1]) if self.real is None else self.actions[:, 0]
+
+    def digests(self) -> dict[str, str | None]:
+        """sha256 of what the arrays hold, by file name."""
+        if (self.path / "meta.json").is_file():
+            return {name: digest_file(self.path / name) for name in FILES}
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "images": self.images,
+            "state": self.state,
+            "actions": self.actions,
+            "prompt": self.prompt,
+        }
+        return {f"{name}.npy": digest_array(array) for name, array in arrays.items()}
+
+    @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the recorded pictures."""
         return int(self.images.shape[2]), int(self.images.shape[3])
+
+
+def digest_file(path: Path) -> str | None:
+    """Hexadecimal sha256; None without the file."""
+    if not path.exists():
+        return None
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def digest_array(array: npt.NDArray[Any]) -> str:
+    """Hexadecimal sha256 of type, shape and contents."""
+    digest = hashlib.sha256(f"{array.dtype.str} {array.shape}".encode())
+    for first in range(0, len(array), ROWS):
+        digest.update(np.ascontiguousarray(array[first : first + ROWS]).tobytes())
+    return digest.hexdigest()
 
 
 def _read_meta(path: Path) -> dict[str, Any]:

@@ -13,11 +13,10 @@ from torch import Tensor
 from ki_edge.config import Pi05Config
 from ki_edge.errors import ArgumentError
 
-from .demonstrations import Demonstrations
+from .demonstrations import FILES, Demonstrations
 
 FREE = frozenset({"settings.save_every", "settings.log_every"})  # change nothing that is computed
 BEFORE = {"settings.rtc_max_delay": 0, "settings.rtc_offset": 0.0}  # of runs from before there was such a setting
-FILES = ("images.npy", "state.npy", "actions.npy", "prompt.npy", "points.npy")
 META = ("cameras", "state_names", "action_names", "horizon", "frames", "prompts", "control_hz")
 INIT = "init"
 SHOWN = 4
@@ -31,7 +30,7 @@ def gather(
     found: dict[str, Any] = {f"settings.{name}": value for name, value in settings.items()}
     found |= _flat("model", config.to_dict())
     found |= {f"demonstrations.{name}": data.meta.get(name) for name in META}
-    found |= {f"demonstrations.{name}": digest_file(data.path / name) for name in FILES}
+    found |= {f"demonstrations.{name}": digest for name, digest in data.digests().items()}
     return {**found, **(init or {})}
 
 
@@ -55,17 +54,6 @@ def check_same(recorded: Fingerprint, now: Fingerprint, where: Path) -> None:
 def as_json(facts: Fingerprint) -> Fingerprint:
     """Fingerprint as they are read back: tuples become lists."""
     return dict(json.loads(json.dumps(facts)))
-
-
-def digest_file(path: Path) -> str | None:
-    """sha256 of a file; None if there is none."""
-    if not path.exists():
-        return None
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def digest_weights(state: Mapping[str, Tensor]) -> Fingerprint:

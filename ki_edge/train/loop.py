@@ -6,10 +6,8 @@ All randomness of step n comes from (seed, n), so a resumed run takes the same s
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
@@ -19,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ki_edge.errors import ArgumentError, CheckpointError, DatasetError
+from ki_edge.errors import CheckpointError, DatasetError
 from ki_edge.files.reading import parse_json
 from ki_edge.files.safetensors_index import SafetensorsIndex
 from ki_edge.model import Observation, Pi05
@@ -29,56 +27,10 @@ from .centering import CenteredPatches
 from .delays import draw_delays, shifted
 from .fingerprint import Fingerprint, check_same
 from .recipe import Examples, Recipe, Tokens
+from .settings import TrainSettings
 
 STATE_FILE, LOG_FILE = "state.safetensors", "log.jsonl"
 FACTS = "run"  # of the state file's metadata
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """What `ki-train` can be told. Times are drawn from Beta(1.5, 1) * 0.999 + 0.001, as openpi does."""
-
-    steps: int = 20_000
-    batch: int = 32
-    learning_rate: float = 1e-3
-    warmup: int = 300
-    final_rate: float = 0.02  # of the learning rate, at the last step
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    ema: float = 0.998
-    fast_weight: float = 1.0
-    flow_draws: int = 4  # noise and time draws for each sample: the prefix is shared, so they are cheap
-    pointing: float = 0.25  # share of each batch that answers "where is the target?" instead
-    rtc_max_delay: int = 0  # the most first actions that are given; how many is drawn, uniformly from 0 on
-    rtc_offset: float = 0.0  # standard deviation of how far they lie beside the demonstration's, normalised
-    knowledge_insulation: bool = True
-    bfloat16: bool = True  # matrix products in bfloat16; weights, norms, softmax and optimiser stay float32
-    seed: int = 0
-    save_every: int = 500
-    log_every: int = 20
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch", "flow_draws", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(f"{name} {getattr(self, name)}: expected at least 1")
-        if self.seed < 0:
-            raise ArgumentError(f"seed {self.seed}: expected 0 or more")
-        if self.rtc_max_delay < 0:
-            raise ArgumentError(f"rtc_max_delay {self.rtc_max_delay}: expected 0 or more")
-        if not 0.0 <= self.rtc_offset < math.inf or (self.rtc_offset and not self.rtc_max_delay):
-            raise ArgumentError(f"rtc_offset {self.rtc_offset}: expected 0 or more, above 0 only with rtc_max_delay")
-        if not (self.learning_rate > 0 and self.clip > 0 and self.warmup >= 0):
-            raise ArgumentError("learning_rate and clip must be positive, warmup 0 or more")
-        if not 0.0 <= self.pointing < 1.0 or not 0.0 <= self.ema < 1.0:
-            raise ArgumentError(f"pointing {self.pointing} and ema {self.ema}: expected 0 <= value < 1")
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step: linear warmup, then a cosine down to `final_rate`."""
-        warm = min(1.0, (step + 1) / max(1, self.warmup))
-        done = min(1.0, max(0, step - self.warmup) / max(1, self.steps - self.warmup))
-        return (
-            self.learning_rate * warm * (self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * done)))
-        )
 
 
 class Trainer:
@@ -156,7 +108,10 @@ class Trainer:
             if settings.rtc_offset:
                 actions = shifted(rng, actions, delays, settings.rtc_offset, dims)
             delay = torch.from_numpy(delays)
-        losses = self.model.compute_loss(observation, torch.from_numpy(actions), noise=noise, time=times, delay=delay)
+        real = None if examples.real is None else torch.from_numpy(examples.real[rows])
+        losses = self.model.compute_loss(
+            observation, torch.from_numpy(actions), noise=noise, time=times, delay=delay, real=real
+        )
         terms = {"flow": losses.mean_flow(dims)}
         if losses.fast is not None:
             terms["fast"] = losses.fast.mean()

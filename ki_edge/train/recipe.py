@@ -58,7 +58,7 @@ class Recipe:
                 f"rtc_max_delay {rtc_max_delay}: the demonstrations' chunks have {horizon} actions, at least one of "
                 "which must be left to learn"
             )
-        stats = {"state": compute_stats(data.state), "actions": compute_stats(data.actions.reshape(-1, action_dim))}
+        stats = {"state": compute_stats(data.state), "actions": compute_stats(data.each_action)}
         chunks = normalize(data.actions, stats["actions"], "quantile")
         codec = FastCodec.fit(chunks, vocab_size=fast_vocabulary, margin=8)
         words = train_tokenizer([*data.meta["prompts"], POINTING_PROMPT])
@@ -156,6 +156,7 @@ class Examples:
     pointing_prompt: Tokens  # one row
     pointing: Tokens  # [F,...]: <loc y><loc x> of each camera, <eos>
     pointable: npt.NDArray[np.int64]  # indices of frames whose target is in every picture
+    real: npt.NDArray[np.bool_] | None = None  # [F,H]: actions to learn from; None: all
 
     @classmethod
     def encode(cls, data: Demonstrations, recipe: Recipe) -> Examples:
@@ -169,7 +170,7 @@ class Examples:
         padded = np.zeros((*actions.shape[:2], contract.model_action_dim), np.float32)
         padded[..., : contract.action_dim] = actions
         ask, answers, pointable = _pointing(data, recipe)
-        return cls(data.images, padded, Tokens.pack(prompts), Tokens.pack(fast), ask, answers, pointable)
+        return cls(data.images, padded, Tokens.pack(prompts), Tokens.pack(fast), ask, answers, pointable, data.real)
 
 
 def _pointing(data: Demonstrations, recipe: Recipe) -> tuple[Tokens, Tokens, npt.NDArray[np.int64]]:

@@ -8,19 +8,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ki_edge.arguments import count
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.config import Pi05Config
 from ki_edge.errors import ArgumentError, CheckpointError
 from ki_edge.model import load_model
+from ki_edge.overlap import MAX_HORIZON
 
 from .centering import CenteredPatches, mean_picture
 from .demonstrations import Demonstrations
 from .fingerprint import BEFORE, Fingerprint, as_json, digest_weights, gather
 from .initialization import from_scratch
-from .loop import STATE_FILE, Trainer, TrainSettings, read_facts
+from .loop import STATE_FILE, Trainer, read_facts
 from .recipe import Examples, Recipe
+from .recorded import Progress, decode_recordings
+from .settings import TrainSettings
 
 CENTER_FRAMES = 2000
+PICTURES = "pictures.npy"  # of recorded episodes, as they were decoded
 NOTHING = "{out} holds no training run to resume: leave --resume out to start one"
 
 
@@ -34,9 +39,13 @@ def open_trainer(
     resume: bool = False,
     fresh: bool = False,
     threads: int = 0,
+    horizon: int | None = None,
+    progress: Progress = lambda done, of: None,
 ) -> Trainer:
     """A Trainer ready to run. Everything that is fitted to the data is fitted again on resume: it is deterministic.
 
+    `demonstrations`: recorded episodes (`recorded.py`), in chunks of `horizon` actions, None: the model's; their
+    pictures are decoded into `out`. Or a folder of `demonstrations.py`, which has its own horizon.
     `init`: checkpoint folder whose weights the run starts from; without one they are random.
     ArgumentError if `out` holds a run and neither `resume` nor `fresh` was asked for, nothing to resume, or a run with
     other settings, another model or other demonstrations (save_every and log_every may change).
@@ -53,7 +62,7 @@ def open_trainer(
         raise ArgumentError(NOTHING.format(out=out))
     if threads:
         torch.set_num_threads(threads)
-    data = Demonstrations.open(demonstrations)
+    data = _open_data(Path(demonstrations), out, config, horizon, progress)
     recipe = Recipe.fit(data, config, rtc_max_delay=settings.rtc_max_delay)
     model = from_scratch(recipe.config, seed=settings.seed, knowledge_insulation=settings.knowledge_insulation)
     center = mean_picture(torch.from_numpy(np.array(data.images[:CENTER_FRAMES])))
@@ -71,6 +80,18 @@ def open_trainer(
         for stale in (trainer.log_path, out / "training" / STATE_FILE):
             stale.unlink(missing_ok=True)
     return trainer
+
+
+def _open_data(path: Path, out: Path, config: Pi05Config, horizon: int | None, progress: Progress) -> Demonstrations:
+    if (path / "meta.json").is_file():
+        data = Demonstrations.open(path)
+        if horizon not in (None, data.meta["horizon"]):
+            raise ArgumentError(f"horizon {horizon}: the chunks in {path} have {data.meta['horizon']} actions")
+        return data
+    size = config.vision.image_size
+    steps = count(config.action_horizon if horizon is None else horizon, "horizon", MAX_HORIZON)
+    place = out / "training" / PICTURES
+    return decode_recordings(path, place, horizon=steps, size=(size, size), progress=progress)
 
 
 def recorded_settings(out: str | Path) -> TrainSettings:

@@ -159,3 +159,16 @@ def test_another_server_stands_before_the_same_replicas(
     with robots(served.uri, wanted, 2) as asking:
         asking.more(3)
     assert served.replicas() == before
+
+
+def test_replicas_come_with_the_work(ray_python: Path, bundle: Path, wanted: list[np.ndarray]) -> None:
+    """One replica is there at the start, and two once four robots ask without end."""
+    server = Served(ray_python, bundle, "--autoscale", "1:2", "--ray-app", "scaled")
+    try:
+        assert len(server.replicas()) == 1 and told(server.uri)["replicas"] == [1, 2]
+        with robots(server.uri, wanted, 4) as asking:
+            until("a second replica", lambda: len(server.replicas()) == 2)
+            asking.more(5)
+        assert not asking.wrong
+    finally:
+        assert server.close() == 0, "".join(server.lines)

@@ -5,6 +5,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from urllib.parse import quote
@@ -143,12 +144,44 @@ def test_prometheus_itself_answers_every_query(tmp_path):
                     for number in range(5):
                         monitor.handled(answered(number, reported={"deadline_misses": 1, "guards.velocity": 2}))
                     time.sleep(0.3)
+                drawn = draw(f"http://127.0.0.1:{port}", tmp_path / "board.png", "--minutes", "1")
+                assert drawn.returncode == 0, drawn.stderr
                 for title, query in QUERIES:
                     given = query.replace("$instance", ".*").replace("$__rate_interval", "1m")
                     found = result(ask, given)
                     assert title == "alert" or found, f"{title}: {given} has no data"
             finally:
                 process.terminate()
+
+
+def draw(*words):
+    command = [sys.executable, FOLDER / "draw.py", *words]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_panels_are_drawn_from_what_prometheus_has(tmp_path):
+    """Its reply as one recorded from Prometheus 2.42, with the present time in it."""
+    asked = []
+
+    def reply(query, headers):
+        asked.append(query["query"])
+        values = [[time.time() - 20 + at, str(at) if at else "NaN"] for at in range(20)]
+        found = [{"metric": {"outcome": "answered", "stage": "model"}, "values": values}]
+        told = {"status": "success", "data": {"resultType": "matrix", "result": found}}
+        return 200, "application/json", json.dumps(told).encode()
+
+    with hosted({"/api/v1/query_range": reply}) as address:
+        done = draw(address, tmp_path / "below" / "board.png", "--minutes", "5", "--instance", "robot7:.*")
+    panels = [panel for panel in BOARD["panels"] if panel["type"] == "timeseries"]
+    queries = [target["expr"] for panel in panels for target in panel["targets"]]
+    assert done.returncode == 0 and f"{len(panels)} panels, {len(queries)} curves" in done.stdout
+    assert len(asked) == len(queries) and all("$" not in query and 'instance=~"robot7:.*"' in query for query in asked)
+    assert (tmp_path / "below" / "board.png").read_bytes()[:4] == b"\x89PNG"
+    for pages in ({}, {"/api/v1/query_range": lambda query, headers: (200, "text/html", b"<html>")}):
+        with hosted(pages) as address:
+            done = draw(address, tmp_path / "none.png")
+        assert done.returncode == 2 and done.stderr.startswith(f"draw.py: error: {address}: ")
+        assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "none.png").exists()
 
 
 def result(ask, query):

@@ -29,6 +29,7 @@ def run(monkeypatch, capsys):
             return policy or FormulaPolicy()
 
         monkeypatch.setattr("ki_runtime.policy.policy.Policy.load", load)
+        monkeypatch.setattr(cli, "check_known", lambda *_: None)
         monkeypatch.setattr(cli, "open_robot", lambda name: robot or CountingRobot())
         status = cli.main(["some/bundle", "--robot", "gym:FetchReach-v4", *arguments])
         out, err = capsys.readouterr()

@@ -24,6 +24,7 @@ def refused(monkeypatch, capsys, tmp_path):
     """refused(*arguments) -> what ki-run says."""
     robot = Told()
     monkeypatch.setattr("ki_runtime.policy.policy.Policy.load", lambda *_, **__: FormulaPolicy())
+    monkeypatch.setattr(cli, "check_known", lambda *_: None)
     monkeypatch.setattr(cli, "open_robot", lambda spec, **_: robot)
 
     def run(*arguments):
@@ -78,3 +79,18 @@ def test_rates_that_disagree(refused, monkeypatch):
 def test_a_stop_file_that_is_there_already(refused, tmp_path):
     (tmp_path / "stop").touch()
     assert "which stops the run, exists already: remove it first" in refused("--stop-file", tmp_path / "stop")
+
+
+@pytest.mark.parametrize(
+    ("robot", "message"),
+    [
+        ("gym:FetchReech-v4", "no such environment is known; did you mean gym:FetchReach-v4?"),
+        ("my-arm", "unknown robot 'my-arm': expected gym:ID"),
+        ("no_such_module:Arm", "there is no module no_such_module"),
+    ],
+)
+def test_a_robot_that_nobody_knows_is_told_before_a_model_is_loaded(monkeypatch, capsys, robot, message):
+    monkeypatch.setattr("ki_runtime.policy.policy.Policy.load", lambda *_, **__: pytest.fail("loaded"))
+    assert cli.main(["bundle", "--robot", robot]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

@@ -178,7 +178,7 @@ class TestShown:
         file = written(tmp_path, {"limits": {**WHOLE, "y": {"position": None}}})
         assert limit_lines(limits_for(policy(), stats(), None, file)) == [
             "limits of the action, in the robot's units",
-            "         position   velocity /s  acceleration /s^2  step  measured by",
+            "         position   velocity /s  acceleration /s^2  step  measured by  remarks",
             "x        -1 to 1.5  2            10.5               0.25  state 4",
             "y        none       none         none               none  none",
             "gripper  0 to none  none         none               none  none         gripper",

@@ -118,6 +118,9 @@ def test_memory_of_process_and_device(monkeypatch):
     assert found["process_resident_memory_bytes",] > 1e6 and found["process_cpu_seconds_total",] > 0
     assert found["ki_serve_gpu_memory_bytes", "free"] == 3 << 30
 
+    cpu = Told(Monitor(memory=lambda: (1, 2)), lambda: status(policy={**POLICY, "device": "CPU"}))
+    assert not [key for key in cpu.samples() if "gpu" in key[0]]
+
     def lost():
         raise DeviceError("the device is lost")
 

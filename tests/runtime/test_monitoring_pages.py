@@ -133,6 +133,7 @@ def test_pictures_that_are_kept_are_bounded(monkeypatch):
         made.handled(answered(client, f"10.0.0.{client}:1", received=30_000))
     there = [client for client in range(50) if picture(made, client=f"10.0.0.{client}:1")[0] == 200]
     assert there == [47, 48, 49]
+    assert not monitor(loopback=False)._pictures._seen  # nobody may see them
     made.handled(answered(0, "10.0.0.49:1", received=100_001))
     assert picture(made, client="10.0.0.49:1")[0] == 404
 

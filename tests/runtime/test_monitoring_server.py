@@ -14,12 +14,15 @@ from websockets.sync.client import connect
 
 from ki_edge.policy.contract import PolicyContract
 from ki_edge.recordings.collection import open_recordings
+from ki_runtime.monitoring.flags import open_monitor
 from ki_runtime.monitoring.monitor import Monitor
 from ki_runtime.monitoring.request_recorder import RequestRecorder
 from ki_runtime.remote.packing import pack, unpack
 from ki_runtime.serving import Server, ServerOptions
+from ki_runtime.serving.cli import main
+from ki_runtime.serving.flags import build_parser
 
-from .monitored import get
+from .monitored import get, status
 from .serving_parts import HeldPolicy, ask, connected, seen, send, take, wait_until
 
 parser = pytest.importorskip("prometheus_client.parser", reason="pip install 'ki-edge[serve]'")
@@ -146,6 +149,40 @@ def test_a_disk_that_fills_up_costs_the_recording_only(tmp_path, largest_file):
         assert answer["actions"][0, 0] == 4.0 and "stopped: cannot write" in facts(address)["recording"]
         assert metrics(address)["ki_serve_recording",] == 0
     assert len(said) == 1 and len(open_recordings(next(tmp_path.iterdir()))) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--record", "{file}"], "cannot write {file}: "),
+        (["--record", "{file}/below"], "cannot write {file}/below: "),
+        (["--record-limit", "0"], "--record-limit 0: expected GB"),
+        (["--record-limit", "nan"], "--record-limit nan: expected GB"),
+        (["--record-limit", "-3"], "--record-limit -3: expected GB"),
+    ],
+)
+def test_what_cannot_be_recorded_is_said_before_anything_is_loaded(tmp_path, capsys, words, line):
+    file = tmp_path / "file"
+    file.write_text("x")
+    assert main(["no_such_bundle", *(word.format(file=file) for word in words)]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"ki-serve: error: {line.format(file=file)}") and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("words", "paths"),
+    [
+        ([], {"/metrics", "/", "/page.css", "/page.js", "/icon.svg", "/status.json", "/picture"}),
+        (["--no-page"], {"/metrics"}),
+        (["--no-page", "--no-metrics"], set()),
+        (["--log-json", "--show-clients", "--no-page"], {"/metrics"}),
+    ],
+)
+def test_options_choose_the_pages(words, paths):
+    options = build_parser().parse_args(["bundle", *words])
+    monitor = open_monitor(options, key=None, loopback=False, say=[].append)
+    assert set(monitor.pages(status)) == paths
+    monitor.close()
 
 
 KEY = "a-key-of-some-length"

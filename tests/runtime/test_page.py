@@ -67,7 +67,7 @@ def test_the_page_holds_the_run(tmp_path):
     assert "3 episodes, 2 of 3 successful at their end; 27 commands at 20 a second." in found.words
     assert "by rule: position 6" in found.words and f"at seams {3 * 2}" in found.words
     assert len(found.all("details")) == 3 and len(found.all("svg")) == 3 * (2 + 3)
-    assert len(found.all("circle")) == 3 * 2 * 2  # two commands of each episode, in both panels
+    assert len(found.all("circle")) == 3 * 2  # two commands of each episode, in the panel of the number they changed
     assert "command 8: position" in found.words and " grip " in found.words
     sources = [one["src"] for one in (*found.all("video"), *found.all("img"))]
     assert len(sources) == 3 and all(source.startswith("data:") for source in sources)
@@ -162,3 +162,11 @@ def test_a_sensor_that_says_nan_costs_no_page(tmp_path):
     events = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
     seen = next(event for event in events if event["event"] == "inference")
     assert seen["force"] == [1.0, None] and "torque" not in seen
+
+
+def test_dots_stand_where_the_guards_changed_a_number():
+    from ki_runtime.recording.page import _changed
+
+    assert _changed({"action": [1.0, 2.0, 3.0], "planned": [1.0, 2.5, 3.000001]}) == {1}
+    assert _changed({"action": [1.0, 2.0], "planned": [1.0, 2.0]}) == {0, 1}  # a rule was broken, nothing was clamped
+    assert _changed({"action": [1.0, 2.0], "planned": None}) == {0, 1}

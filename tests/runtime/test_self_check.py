@@ -219,7 +219,7 @@ def test_the_limit_of_normal_runs(tmp_path):
     assert limit_of(found)["limit"] == pytest.approx(1.25 * 0.99)
     assert save_limit(tmp_path / "limit.json", found) == read_limit(str(tmp_path / "limit.json"))
     assert read_limit("0.25") == 0.25
-    with pytest.raises(ArgumentError, match=f"at least {LEAST} checks, this run has 3"):
+    with pytest.raises(ArgumentError, match=f"at least {LEAST} checks, this run has room for 3"):
         limit_of([0.1] * 3)
     with pytest.raises(ArgumentError, match="20 of 100 checks of this run found no actions"):
         limit_of([0.1] * 80 + [float("inf")] * 20)
@@ -237,7 +237,7 @@ def test_the_limit_of_normal_runs(tmp_path):
         (["--self-check-limit", "0.1"], "self_check_limit is of a self-check: say every how many seconds"),
         (["--self-check", "1", "--self-check-limit", "much"], "expected a number, or a file that --self-check-save"),
         (["--self-check-save", "x.json"], "--self-check-save is of a self-check"),
-        (["--self-check", "1", "--self-check-save", "x.json", "--max-seconds", "49"], "this run has 49 at most"),
+        (["--self-check", "1", "--self-check-save", "x.json", "--max-seconds", "49"], "this run has room for 49"),
         (["--self-check", "-1"], "self_check -1.0: expected a number from 0"),
     ],
 )

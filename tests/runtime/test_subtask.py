@@ -170,6 +170,7 @@ def test_a_policy_without_words_is_refused(fetch_bundle):
 
 
 def test_ki_run_refuses_it_before_the_robot_is_opened(fetch_bundle, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "check_known", lambda *_: None)
     monkeypatch.setattr(cli, "open_robot", lambda *_, **__: pytest.fail("the robot was opened"))
     given = [str(fetch_bundle), "--robot", "gym:FetchReach-v4"]
     for more, message in (

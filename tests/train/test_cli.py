@@ -63,7 +63,7 @@ def test_wrong_arguments(pictures, tmp_path, capsys, arguments, message):
 
 def test_wrong_demonstrations(demonstrations, tmp_path, capsys):
     assert ki_train(tmp_path / "none", "-o", tmp_path / "out") == 2
-    assert "expected a folder of recorded demonstrations" in capsys.readouterr().err
+    assert "none: no such file or folder; expected an episode (.npz)" in capsys.readouterr().err
     assert ki_train(demonstrations, "-o", tmp_path / "out") == 2
     assert "pictures of (8, 8), the model takes 96 x 96" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -112,7 +112,7 @@ def test_the_command_itself(tmp_path):
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr.startswith("ki-train: error: no ")
+    assert result.stderr.startswith(f"ki-train: error: {tmp_path}")
     assert result.stderr.count("\n") == 1
 
 

@@ -14,8 +14,8 @@ from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import ArgumentError, CheckpointError, DatasetError
 from ki_edge.model import Observation, load_model
 from ki_edge.train.centering import CenteredPatches
-from ki_edge.train.loop import TrainSettings
 from ki_edge.train.run import open_trainer
+from ki_edge.train.settings import TrainSettings
 
 QUICK = TrainSettings(steps=6, batch=8, warmup=2, save_every=3, log_every=1, flow_draws=2)
 

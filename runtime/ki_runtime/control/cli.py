@@ -15,7 +15,9 @@ from ki_edge.commands import run_command, show, show_json, tell
 from ki_edge.errors import ArgumentError
 from ki_runtime.recording.dataset import check_packages
 from ki_runtime.robots import open_robot
+from ki_runtime.robots.opening import check_known
 
+from .blame import blamed
 from .fit import is_paced
 from .flags import build_parser
 from .interrupts import Interrupts
@@ -65,6 +67,7 @@ def _run(options: argparse.Namespace) -> int:
 def _checked(options: argparse.Namespace) -> tuple[LoopOptions, Writing | None]:
     """All that can be refused before a large model is loaded, and engines are built."""
     check_source(options)
+    check_known(options.robot, options.robot_config)
     if options.record:
         check_folder(options.record)
         check_packages()
@@ -108,10 +111,11 @@ def _drive(options: argparse.Namespace, loop: ControlLoop, levels: TwoLevels | N
     except KeyboardInterrupt as stop:
         tell(f"ki-run: {stop or 'interrupted'}")
         status = 128 + int(getattr(stop, "signum", signal.SIGINT))
-    except Exception:
-        with suppress(OSError):
-            _print(options, loop, levels, recorder, interrupted=True)
-        raise
+    except Exception as error:
+        if loop.commands:
+            with suppress(OSError):
+                _print(options, loop, levels, recorder, interrupted=True)
+        raise blamed(error, loop.robot) from error
     _print(options, loop, levels, recorder, interrupted=status != 0)
     if loop.self_check is not None and options.self_check_save is not None and status == 0:
         limit = save_limit(options.self_check_save, loop.self_check.disagreements())

@@ -16,7 +16,7 @@ def limit_lines(limits: Limits) -> list[str]:
     if any(index is not None for index in limits.measured):
         columns.append(["measured by", *(NONE if at is None else f"state {at}" for at in limits.measured)])
     if any(limits.motion) or any(limits.gripper):
-        columns.append(["", *_remarks(limits)])
+        columns.append(["remarks", *_remarks(limits)])
     widths = [max(map(len, column)) for column in columns]
     rows = zip(
         *([text.ljust(width) for text in column] for column, width in zip(columns, widths, strict=True)), strict=True

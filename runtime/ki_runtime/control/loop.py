@@ -112,6 +112,16 @@ class ControlLoop:
         self._closed = self._cut = False
         self._priority: str | None = None  # of the control thread
 
+    @property
+    def robot(self) -> Robot:
+        """The robot that is driven."""
+        return self._robot
+
+    @property
+    def commands(self) -> int:
+        """How many were sent so far."""
+        return 0 if self._parts is None else self._parts.commands
+
     def expect(self, latency_ms: float) -> None:
         """How long an inference takes, as was measured when it was warmed up: what delays are predicted from at first.
 

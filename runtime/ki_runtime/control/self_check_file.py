@@ -42,8 +42,8 @@ def check_enough(checks: float) -> None:
     """ArgumentError if so many checks, or the most that a run can have, are too few for a limit."""
     if checks < LEAST:
         raise ArgumentError(
-            f"a limit of the self-check is made of at least {LEAST} checks, this run has {int(checks)} at most: run "
-            "longer, or check more often"
+            f"a limit of the self-check is made of at least {LEAST} checks, this run has room for {int(checks)}: "
+            "run longer, or check more often"
         )
 
 
@@ -64,6 +64,10 @@ def read_limit(given: str) -> float:
                 f"self-check limit {given!r:.200}: expected a number, or a file that --self-check-save wrote"
             ) from None
         limit = read_object(Path(given), ArgumentError, MOST_BYTES).get("limit")
+        if limit is None:
+            raise ArgumentError(
+                f"{given:.200} holds no limit of a self-check: expected a file that --self-check-save wrote"
+            ) from None
     if not isinstance(limit, int | float) or isinstance(limit, bool) or not 0.0 < limit < 1e9:
         raise ArgumentError(f"self-check limit {limit!r:.60} of {given!r:.200}: expected a number above 0")
     return float(limit)

@@ -23,6 +23,11 @@ class Access:
     def needs_key(self) -> bool:
         return self._key is not None
 
+    @property
+    def possible(self) -> bool:
+        """Whether anybody at all may see it."""
+        return self._key is not None or self._open or self._loopback
+
     def allows(self, headers: Mapping[str, str]) -> bool:
         """Whether these headers, names in lower case, may see it."""
         if self._key is not None:

@@ -142,13 +142,15 @@ class Standing:
             yield gauge(name, words, read())
         for name, (words, read) in self._counts.items():
             yield core.CounterMetricFamily(f"ki_serve_{name}", words, value=read())
-        if (found := self._device()) is not None:
+        if (found := self._device(status)) is not None:
             memory = core.GaugeMetricFamily("ki_serve_gpu_memory_bytes", "Of the first device.", labels=["kind"])
             memory.add_metric(["free"], found[0])
             memory.add_metric(["total"], found[1])
             yield memory
 
-    def _device(self) -> tuple[int, int] | None:
+    def _device(self, status: Status) -> tuple[int, int] | None:
+        if status.policy.get("device") == "CPU":  # looking for a GPU may have loaded CUDA: leave it at that
+            return None
         with suppress(BackendError):  # a device that is lost is told by the requests that fail
             return self._memory()
         return None

@@ -68,8 +68,9 @@ class Monitor:
             self._safely(self._metrics.handled, request)
         if self._recent is not None:
             self._safely(self._recent.handled, request)
-        if self._pictures is not None and request.observation is not None and request.outcome == "answered":
-            self._safely(self._pictures.keep, request.client, request.observation, request.received)
+        observation = request.observation if self._access.possible and request.outcome == "answered" else None
+        if self._pictures is not None and observation is not None:
+            self._safely(self._pictures.keep, request.client, observation, request.received)
         for watcher in self._writers():
             self._safely(watcher.handled, request)
 

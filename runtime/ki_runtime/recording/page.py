@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ __all__ = ["LOG", "PAGE", "to_html", "write_page"]
 PAGE = "run.html"
 EMBEDDED = 8_000_000  # bytes of films that are put into the page; others are shown from their files
 CHUNKS = 60  # predicted chunks that are drawn of an episode
+SAME = 1e-5  # of a number: a file rounds
 OUTCOME = ("episode", "seed", "commands", "inferences", "seconds", "success", "at any time")
 TYPES = {".mp4": "video/mp4", ".gif": "image/gif"}
 STYLE = """
@@ -102,7 +104,8 @@ def _summary(log: RunLog) -> str:
     at = f" at {rate:g} a second" if isinstance(rate, int | float) else ""
     stopped = sum(not episode.end for episode in log.episodes)
     cut = f"; {stopped} stopped before its end" if stopped else ""
-    return f"{len(log.episodes)} episodes{success}; {sum(e.count for e in log.episodes)} commands{at}{cut}."
+    count = f"{len(log.episodes)} episode{'s' * (len(log.episodes) != 1)}"
+    return f"{count}{success}; {sum(e.count for e in log.episodes)} commands{at}{cut}."
 
 
 def _latencies(log: RunLog) -> Iterator[Sequence[str]]:
@@ -195,7 +198,7 @@ def _action_charts(episode: EpisodeLog) -> Iterator[str]:
         for x, rows in chunks:
             chart.curve(x, rows[:, dim], ORANGE, 0.8, dashed=True)
         chart.curve(ticks, actions[:, dim], BLUE)
-        chart.marks([(ticks[at], actions[at, dim], _words(step)) for at, step in guarded])
+        chart.marks([(ticks[at], actions[at, dim], _words(step)) for at, step in guarded if dim in _changed(step)])
         yield chart.to_svg(axis="command" if dim == actions.shape[1] - 1 else "")
 
 
@@ -209,6 +212,14 @@ def _chunk(chunk: Mapping[str, object], played: float | None, span: tuple[float,
     ticks = np.arange(len(rows), dtype=np.float64) + float(str(chunk["step"]) if played is None else played)
     there = (span[0] <= ticks) & (ticks <= span[1])
     return ticks[there], rows[there]
+
+
+def _changed(step: Mapping[str, Any]) -> set[int]:
+    """The numbers of a command that the guards changed; all, where none was or nothing else was planned."""
+    sent, planned = np.array(step["action"], np.float64), step.get("planned")
+    apart = np.zeros(len(sent)) if planned is None else np.abs(sent - np.array(planned, np.float64))
+    found = np.flatnonzero(apart > SAME * np.maximum(1.0, np.abs(sent)))
+    return set((found if len(found) else np.arange(len(sent))).tolist())
 
 
 def _words(step: Mapping[str, object]) -> str:
@@ -234,7 +245,11 @@ def _time_charts(episode: EpisodeLog) -> Iterator[str]:
 
 def _check_chart(episode: EpisodeLog, span: tuple[float, float]) -> str:
     """How far the policy's heads were apart; a dot where that was beyond the limit or FAST said no actions."""
-    found = [(float(check["step"]), check["disagreement"], check["beyond"]) for check in episode.checks]
+    first, last = span  # an observation may lie before the first command
+    found = [
+        (min(max(float(check["step"]), first), last), check["disagreement"], check["beyond"])
+        for check in episode.checks
+    ]
     there = np.array([(at, apart) for at, apart, _ in found if apart is not None], np.float64).reshape(-1, 2)
     chart = Chart("disagreement of the two heads", span, [there[:, 1]], height=84)
     chart.curve(there[:, 0], there[:, 1], BLUE, 1.0)

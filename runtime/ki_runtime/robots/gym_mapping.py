@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib.resources import files
 from typing import Any
 
@@ -126,6 +127,8 @@ def shipped(name: str) -> GymMapping:
     known = shipped_mappings()
     if name not in known:
         have = ", ".join(["FetchReach-v4", *sorted(known)])
+        if near := get_close_matches(name, ["FetchReach-v4", *known], 1, 0.85):
+            raise RobotError(f"robot 'gym:{name[:80]}': no such environment is known; did you mean gym:{near[0]}?")
         raise RobotError(
             f"robot 'gym:{name[:80]}' needs --robot-config FILE, which says what of the environment is state, camera "
             f"and action (docs/robots.md); without one there is {have}"

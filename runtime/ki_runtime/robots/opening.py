@@ -50,6 +50,17 @@ def open_robot(spec: str, *, config: Config | str | os.PathLike[str] | None = No
     return robot  # type: ignore[no-any-return]
 
 
+def check_known(spec: str, config: object = None) -> None:
+    """RobotError for a name that `open_robot` cannot know, before anything else is opened. Modules are imported."""
+    kind, _, rest = spec.partition(":")
+    if kind == "gym" and rest and config is None and rest != "FetchReach-v4":
+        from .gym_mapping import shipped
+
+        shipped(rest)
+    if kind not in BUILT_IN:
+        _find_class(spec, kind, rest)
+
+
 def known_robots() -> str:
     """What `open_robot` takes here, in one line."""
     kinds = [f"{kind}:{rest}" for kind, (rest, _) in BUILT_IN.items()]
@@ -59,17 +70,22 @@ def known_robots() -> str:
 
 
 def _open_class(spec: str, name: str, rest: str, options: Config) -> Any:
+    found, argument = _find_class(spec, name, rest)
+    return construct(found, (argument,) if argument else (), options, f"robot {spec!r:.80}")
+
+
+def _find_class(spec: str, name: str, rest: str) -> tuple[Any, str]:
+    """A robot's class and the argument that follows its name."""
     points = offered().get(name)
     if points is not None:
-        return construct(load_offered(name, points), (rest,) if rest else (), options, f"robot {spec!r}")
+        return load_offered(name, points), rest
     attribute, _, argument = rest.partition(":")
     if not name or not attribute:
         raise RobotError(f"unknown robot {spec!r:.80}: expected {known_robots()}")
     try:
-        found = load_class(name, attribute, f"robot {spec!r:.80}")
+        return load_class(name, attribute, f"robot {spec!r:.80}"), argument
     except NoModule as error:
         raise RobotError(f"{error}; there is {known_robots()}") from None
-    return construct(found, (argument,) if argument else (), options, f"robot {spec!r:.80}")
 
 
 def _open_gym(rest: str, config: Config, options: Config) -> Any:

@@ -21,6 +21,8 @@ from .options import LOOPBACK, ServerOptions
 from .ray_options import RayOptions, ray_options
 from .server import Server
 
+SWITCH = 1e-3  # seconds until the policy's thread lets the event loop go on, where it computes in Python
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 after SIGTERM; 2 for an error, which is one line on stderr; 130 for Ctrl-C."""
@@ -29,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    sys.setswitchinterval(SWITCH)
     server_options = _options(options)
     replicas = ray_options(options, server_options.largest_batch)
     loopback = server_options.host in LOOPBACK

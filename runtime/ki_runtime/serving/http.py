@@ -1,13 +1,14 @@
 """Plain HTTP on the server's port: whether it is well, the pages of who watches it, and who may come in.
 
-websockets before 17 reads GET alone. `POST /reload` is therefore turned into GET while its first bytes come in, and
-only that one: GET /reload, which a browser may send by itself, is refused.
+websockets before 17 reads GET alone, without a word about a body. `POST /reload` is therefore turned into GET while its
+head comes in, and only that one: GET /reload, which a browser may send by itself, is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from email.utils import formatdate
 from http import HTTPStatus
@@ -18,6 +19,8 @@ from ki_runtime.monitoring.events import HEADERS, Page
 
 SCHEME = "Api-Key "
 POST, GET = b"POST /reload ", b"GET /reload "
+NO_BODY = re.compile(rb"(?im)^content-length:[ \t]*0[ \t]*\r\n")  # which may be said of a POST
+MOST_HEAD = 1 << 14  # bytes of its head
 PLAIN = "text/plain; charset=utf-8"
 MOST_FIELDS = 32
 
@@ -117,12 +120,12 @@ def connection_class(opened: set[Any], most: int, patience: float) -> type:
         def data_received(self, data: bytes) -> None:
             if self._begun is not None:
                 data = self._begun + data
-                if len(data) < len(POST) and POST.startswith(data):
+                if POST.startswith(data[: len(POST)]) and b"\r\n\r\n" not in data and len(data) < MOST_HEAD:
                     self._begun = data
                     return
                 self._begun = None
                 if data.startswith(POST):
-                    self.posted, data = True, GET + data[len(POST) :]
+                    self.posted, data = True, GET + NO_BODY.sub(b"", data[len(POST) :], count=1)
             super().data_received(data)
 
         def _end_if_silent(self) -> None:

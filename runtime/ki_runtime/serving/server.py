@@ -214,6 +214,9 @@ class Server:
         self.close()
 
     async def _serve(self, connection: Any) -> None:
+        if len(self._clients) >= self.options.most_clients:  # those who came in at the same moment
+            await connection.close(1013, "as many clients are connected as may be (--max-clients)")
+            return
         client = Client(connection, self._room, self.options, self._over)
         self._clients.add(client)
         self._each(lambda watcher: watcher.connected(client.address))
