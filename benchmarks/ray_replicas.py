@@ -1,10 +1,10 @@
 """Answers a second of a policy in replicas on Ray, against one thread of this process.
 
-    python benchmarks/ray_replicas.py BUNDLE --replicas 1,2 --steps 10,100 --rounds 3
+    python benchmarks/ray_replicas.py BUNDLE --replicas 1,2 --steps 10,100
 
 Needs ki-edge[ray]. One engine after the other in every round, each with as many questions at once as it has replicas;
-of each the best round counts, since other programs may run. With more denoising steps an inference is longer, as those
-of large policies are. Every replica computes on one CPU thread.
+of each the best round counts, and its median is told, since other programs may run. With more denoising steps an
+inference is longer, as those of large policies are. Every replica computes on one CPU thread.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 from boards import markdown
 
 from ki_runtime import Policy
 from ki_runtime.serving import LocalEngine, Question
-from ki_runtime.serving.ray_engine import RayEngine
+from ki_runtime.serving.ray_engine import STORE, RayEngine
 from ki_runtime.serving.ray_options import RayOptions
 
 
@@ -58,29 +59,32 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--replicas", default="1,2")
     parser.add_argument("--steps", default="10,100")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=1.5)
     given = parser.parse_args()
     replicas = [int(word) for word in given.replicas.split(",")]
     policy = Policy.load(given.bundle, "ort", threads=1)
     policy.warm_up()
-    best: dict[tuple[str, int], tuple[float, float, float]] = {}
-    for _ in range(given.rounds):
-        for count in (0, *replicas):
-            name = f"{count} replica{'s' if count > 1 else ''} on Ray" if count else "one thread, without Ray"
-            options = RayOptions(least=max(1, count), most=max(1, count), backend="ort", application=f"bench-{count}")
-            engine: Any = RayEngine(given.bundle, options) if count else LocalEngine(policy)
-            for steps in map(int, given.steps.split(",")):
-                asking = question(policy, steps)
-                asyncio.run(asked(engine, max(1, count), asking, 1.0))
-                found = asyncio.run(asked(engine, max(1, count), asking, given.seconds))
-                best[name, steps] = max(best.get((name, steps), found), found)
-            engine.close()
-    rows = [
-        [name, steps, f"{rate:.1f}", f"{took:.1f}", f"{inside:.1f}"]
-        for (name, steps), (rate, took, inside) in sorted(best.items(), key=lambda item: (item[0][1], item[1][0]))
-    ]
-    head = ["", "denoising steps", "answers a second", "median ms", "of them in the policy"]
+    ray.init("local", num_cpus=1 + sum(replicas), object_store_memory=STORE, include_dashboard=False)
+    engines: dict[int, Any] = {0: LocalEngine(policy)}
+    for count in replicas:
+        options = RayOptions(least=count, most=count, backend="ort", application=f"of-{count}")
+        engines[count] = RayEngine(given.bundle, options)
+    asking = {steps: question(policy, steps) for steps in map(int, given.steps.split(","))}
+    found: dict[tuple[int, int], list[tuple[float, float, float]]] = {}
+    for turn in range(given.rounds + 1):
+        for steps in asking:
+            for count, engine in engines.items():
+                one = asyncio.run(asked(engine, max(1, count), asking[steps], given.seconds))
+                if turn:  # the first one warms up
+                    found.setdefault((steps, count), []).append(one)
+    rows = []
+    for (steps, count), rounds in sorted(found.items()):
+        name = f"{count} replica{'s' if count > 1 else ''} on Ray" if count else "one thread, without Ray"
+        rate, took, inside = max(rounds)
+        middle = f"{np.median([one[0] for one in rounds]):.1f}"
+        rows.append([name, steps, f"{rate:.1f}", middle, f"{took:.1f}", f"{inside:.1f}"])
+    head = ["", "denoising steps", "answers a second", "median round", "median ms", "of them in the policy"]
     print("\n".join(markdown(head, [[str(cell) for cell in row] for row in rows])))
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}")
     return 0

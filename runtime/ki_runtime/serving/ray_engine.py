@@ -184,20 +184,30 @@ def _connect(options: RayOptions, say: Callable[[str], object]) -> _Cluster:
         from ray import serve
     except ImportError as error:
         raise BackendError(f"--ray needs Ray ({error}): pip install 'ki-edge[ray]'") from None
-    quiet = {"log_to_driver": False, "configure_logging": False}
     logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what a robot or an operator should know is told here
     owned = False
-    try:
-        if os.environ.get("RAY_ADDRESS") == "local":
-            raise ConnectionError
-        ray.init("auto", **quiet)  # of RAY_ADDRESS, or the one that runs on this machine
-    except ConnectionError:
-        cpus = max(os.cpu_count() or 1, options.threads * (options.most + 1))  # one more while versions change
-        ray.init("local", num_cpus=cpus, object_store_memory=STORE, include_dashboard=False, **quiet)
-        owned = True
+    if not ray.is_initialized():  # a program may have connected already
+        owned = _join_or_start(ray, options)
     serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
     say(f"Ray {ray.__version__}: {'a cluster of this machine alone' if owned else 'the cluster that runs'}")
     return _Cluster(ray, serve, owned)
+
+
+def _join_or_start(ray: Any, options: RayOptions) -> bool:
+    """Whether a cluster was started, for this machine alone; else the one of RAY_ADDRESS or of this machine is used."""
+    quiet = {"log_to_driver": False, "configure_logging": False}
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    if address != "local":
+        try:
+            ray.init(address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            if address != "auto":
+                raise BackendError(f"RAY_ADDRESS {address}: no cluster of Ray answers there ({_line(error)})") from None
+        else:
+            return False
+    cpus = max(os.cpu_count() or 1, options.threads * (options.most + 1))  # one more while versions change
+    ray.init("local", num_cpus=cpus, object_store_memory=STORE, include_dashboard=False, **quiet)
+    return True
 
 
 def _gpus(ray: Any, options: RayOptions) -> float:
