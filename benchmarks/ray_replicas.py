@@ -22,7 +22,8 @@ from boards import markdown
 
 from ki_runtime import Policy
 from ki_runtime.serving import LocalEngine, Question
-from ki_runtime.serving.ray_engine import STORE, RayEngine
+from ki_runtime.serving.ray_cluster import STORE
+from ki_runtime.serving.ray_engine import RayEngine
 from ki_runtime.serving.ray_options import RayOptions
 
 

@@ -6,6 +6,7 @@ On a cluster: tests/integrations/test_ray.py.
 import builtins
 import os
 import pickle
+import socket
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +18,7 @@ from ki_runtime import Policy
 from ki_runtime.serving import Question, ray_replica
 from ki_runtime.serving.cli import main
 from ki_runtime.serving.flags import build_parser
+from ki_runtime.serving.ray_cluster import running_cluster
 from ki_runtime.serving.ray_options import RayOptions, ray_options
 from ki_runtime.serving.ray_replica import Replica
 
@@ -77,6 +79,30 @@ def test_without_ray_it_says_what_to_install(fetch_bundle, monkeypatch, capsys):
     assert main([str(fetch_bundle), "--ray", "--port", "0"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines == ["ki-serve: error: --ray needs Ray (No module named 'ray'): pip install 'ki-edge[ray]'"]
+
+
+def test_a_cluster_that_is_gone_is_not_waited_for(tmp_path, monkeypatch):
+    """Ray's note of one stays where its server was killed; an address that was given must answer."""
+    note = tmp_path / "ray" / "ray_current_cluster"
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert running_cluster() is None
+    note.parent.mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        note.write_text(address)
+        assert running_cluster() == address
+        monkeypatch.setenv("RAY_ADDRESS", "local")
+        assert running_cluster() is None
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert running_cluster() == address
+    for odd in (address, "ray://127.0.0.1:1", "nowhere", "127.0.0.1:99999999", ":1"):
+        monkeypatch.setenv("RAY_ADDRESS", odd)
+        with pytest.raises(BackendError, match="nothing answers there; expected HOST:PORT"):
+            running_cluster()
+        monkeypatch.delenv("RAY_ADDRESS")
+        note.write_text(odd)
+        assert running_cluster() is None
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,7 @@ a replica that is free. Several servers may stand before the same application.
 from __future__ import annotations
 
 import asyncio
-import logging
-import os
-import re
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +19,13 @@ from ki_runtime.policy.assets import read_assets
 
 from .engine import Answer
 from .question import Question
+from .ray_cluster import connect, gpus, line, state_of, wait
 from .ray_options import RayOptions
 from .ray_replica import Replica
 
 DEPLOYMENT = "policy"
-STORE = 100 << 20  # bytes of Ray's object store in a cluster of this machine alone: questions pass through it
 START = 600.0  # seconds for replicas to load, prove and warm up
 ANSWER = 60.0  # for a question
-POLL = 0.2
 TRIES = 2  # a question whose replica dies is asked once again
 
 
@@ -44,7 +38,7 @@ class RayEngine:
         self.contract: PolicyContract = read_assets(opened).contract
         self.at_once = options.most
         self._digest = opened.digest
-        self._cluster = _connect(options, say)
+        self._cluster = connect(options, say)
         self._cluster.current = self
         try:
             self._handle = self._started()
@@ -64,7 +58,7 @@ class RayEngine:
                 raise BackendError(f"no replica answered within {ANSWER:g} s") from None
             except Exception as error:
                 if not _is_death(error):
-                    raise BackendError(f"Ray: {_line(error)}") from None
+                    raise BackendError(f"Ray: {line(error)}") from None
                 died = type(error).__name__
         raise BackendError(f"the replica that computed it died ({died}), and so did the next one: ask again")
 
@@ -83,7 +77,7 @@ class RayEngine:
             raise BackendError("its contract is another one: clients know the old one, start a server for it")
         name = self._options.application
         self._deploy(opened.digest, again=True)
-        _wait(self._cluster.serve, name, START)
+        wait(self._cluster.serve, name, START)
         new = object.__new__(RayEngine)
         new.__dict__.update(self.__dict__, _digest=opened.digest)
         new.metadata = new._described()
@@ -100,10 +94,10 @@ class RayEngine:
     def _started(self) -> Any:
         """Ray Serve's handle of the application, whose replicas run."""
         serve, name = self._cluster.serve, self._options.application
-        found = _state(serve, name)
+        found = state_of(serve, name)
         if found is None or found[0] != "RUNNING":
             self._deploy(self._digest)
-            _wait(serve, name, START)
+            wait(serve, name, START)
             return serve.get_app_handle(name)
         handle = serve.get_app_handle(name)
         digest = handle.describe.remote().result(timeout_s=ANSWER)["digest"]
@@ -118,7 +112,7 @@ class RayEngine:
     def _deploy(self, digest: str, *, again: bool = False) -> None:
         """Tell Ray Serve what is wanted; it starts and stops replicas by itself, every one with the version of now."""
         serve, options = self._cluster.serve, self._options
-        actor = {"num_cpus": options.threads, "num_gpus": _gpus(self._cluster.ray, options)}
+        actor = {"num_cpus": options.threads, "num_gpus": gpus(self._cluster.ray, options)}
         application = deployment(serve, ray_actor_options=actor, **_scaling(options)).bind(
             str(self._path),
             digest,
@@ -165,91 +159,6 @@ def _scaling(options: RayOptions) -> dict[str, Any]:
         return {"num_replicas": options.most}
     bounds = {"min_replicas": options.least, "max_replicas": options.most, "initial_replicas": options.least}
     return {"autoscaling_config": {**bounds, "target_ongoing_requests": 1, "upscale_delay_s": 2}}
-
-
-@dataclass
-class _Cluster:
-    """`owned`: it was started here, for this machine alone; `current`: the engine that uses it."""
-
-    ray: Any
-    serve: Any
-    owned: bool
-    current: RayEngine | None = None
-
-
-def _connect(options: RayOptions, say: Callable[[str], object]) -> _Cluster:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-        from ray import serve
-    except ImportError as error:
-        raise BackendError(f"--ray needs Ray ({error}): pip install 'ki-edge[ray]'") from None
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)  # what a robot or an operator should know is told here
-    owned = False
-    if not ray.is_initialized():  # a program may have connected already
-        owned = _join_or_start(ray, options)
-    serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING"})
-    say(f"Ray {ray.__version__}: {'a cluster of this machine alone' if owned else 'the cluster that runs'}")
-    return _Cluster(ray, serve, owned)
-
-
-def _join_or_start(ray: Any, options: RayOptions) -> bool:
-    """Whether a cluster was started, for this machine alone; else the one of RAY_ADDRESS or of this machine is used."""
-    quiet = {"log_to_driver": False, "configure_logging": False}
-    address = os.environ.get("RAY_ADDRESS", "auto")
-    if address != "local":
-        try:
-            ray.init(address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            if address != "auto":
-                raise BackendError(f"RAY_ADDRESS {address}: no cluster of Ray answers there ({_line(error)})") from None
-        else:
-            return False
-    cpus = max(os.cpu_count() or 1, options.threads * (options.most + 1))  # one more while versions change
-    ray.init("local", num_cpus=cpus, object_store_memory=STORE, include_dashboard=False, **quiet)
-    return True
-
-
-def _gpus(ray: Any, options: RayOptions) -> float:
-    if options.gpus is not None:
-        return options.gpus
-    return 1.0 if options.backend != "ort" and ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
-
-
-def _state(serve: Any, name: str) -> tuple[str, str] | None:
-    """(status of an application, why); None where there is none."""
-    found = serve.status().applications.get(name)
-    if found is None:
-        return None
-    told = [found.message, *(one.message for one in found.deployments.values())]
-    return found.status.value, " ".join(filter(None, told))
-
-
-def _wait(serve: Any, name: str, seconds: float) -> None:
-    """Until every replica of the application is of the version that was deployed last. BackendError if that fails."""
-    deadline = time.monotonic() + seconds
-    while True:
-        status, why = _state(serve, name) or ("DEPLOYING", "")
-        if status == "RUNNING":
-            return
-        if status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise BackendError(f"Ray Serve: {name} is {status}: {_reason(why)}")
-        if time.monotonic() > deadline:
-            raise BackendError(
-                f"the replicas of {name} have not started within {seconds:g} s: has the cluster room for one more of "
-                f"them? {_reason(why)}"
-            )
-        time.sleep(POLL)
-
-
-def _reason(told: str) -> str:
-    """The error at the end of a traceback that Ray Serve tells, or all of it."""
-    errors = re.findall(r"(?:ki_edge\.errors\.)(\w+: [^\n]+)", told)
-    return errors[-1] if errors else _line(told)
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())[:500]
 
 
 def _is_death(error: Exception) -> bool:
