@@ -1,7 +1,7 @@
 # make demo    sets everything up, exports the Fetch policy, proves it equal to PyTorch, moves the simulated arm
 # make test    sets everything up and runs all checks
 # make test-elsewhere   the same tests as a stranger's machine may run them: another user, random order, read-only home
-# make test-integrations   the wheel on other Pythons, the real LeRobot, openpi-client and rerun, in environments of their own (10 GB)
+# make test-integrations   the wheel on other Pythons, the real LeRobot, openpi-client, rerun, Ray and Triton's client, in environments of their own (11 GB)
 # make lint    style and types only
 # make train-demo   demonstrations and training of the Fetch policy (about an hour and a half on two cores)
 

@@ -42,8 +42,8 @@ DIRECTIONS: dict[str, str] = {
     ),
     "ki_runtime.monitoring": "ki_edge ki_edge.files ki_edge.policy ki_runtime.recording",
     "ki_runtime.serving": (
-        "ki_edge ki_edge.files ki_edge.policy ki_runtime.backends ki_runtime.monitoring ki_runtime.policy "
-        "ki_runtime.remote"
+        "ki_edge ki_edge.bundle ki_edge.files ki_edge.policy ki_runtime.backends ki_runtime.monitoring "
+        "ki_runtime.policy ki_runtime.remote"
     ),
     "ki_runtime.trt": "ki_edge ki_edge.bundle ki_edge.files ki_edge.policy ki_runtime.backends ki_runtime.gpu",
     "ki_runtime.doctor": (
@@ -78,10 +78,13 @@ DIRECTIONS: dict[str, str] = {
         "ki_edge.policy ki_edge.recordings ki_runtime.backends ki_runtime.policy ki_export.arithmetic "
         "ki_export.policies ki_export.precision ki_export.source ki_export.weights"
     ),
+    "ki_export.triton": (
+        "ki_edge ki_edge.bundle ki_edge.files ki_edge.policy ki_runtime ki_runtime.policy ki_runtime.trt"
+    ),
     "ki_export": (
         "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.files ki_runtime.gpu "
         "ki_runtime.trt ki_export.graphs ki_export.parity ki_export.passes ki_export.policies "
-        "ki_export.precision ki_export.source ki_export.weights"
+        "ki_export.precision ki_export.source ki_export.triton ki_export.weights"
     ),
 }
 BLOCKED = (

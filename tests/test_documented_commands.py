@@ -80,6 +80,7 @@ NOT_RUN = (
     (r"ki-serve ", "serves until a signal: tests/runtime/test_ki_serve.py"),
     (r".*--self-check-(save|limit)", "needs a run of many checks: tests/runtime/test_self_check.py"),
     (r".*--backend trt", "needs a GPU: tests/runtime/test_on_gpu.py"),
+    (r"ki-serve .*--ray", "needs Ray: tests/integrations/test_ray.py"),
     (r".*(\[| \.\.\.)", "is no command but its form"),
 )
 WHOLE = "ki-export tests/data/openpi_a -o build/openpi_a --target ort --model-only"  # an export that is run to its end

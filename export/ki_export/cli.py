@@ -14,6 +14,7 @@ from ki_edge.errors import ArgumentError
 from ki_export.source.cli import add_checkpoint, named, request
 
 NAME = "ki-export"
+OF_TRITON = {"checkpoint", "triton", "target"}  # what --triton takes
 MOVED = {"--inspect": "ki-inspect CHECKPOINT", "--build": "ki-build BUNDLE"}  # what they are now
 
 
@@ -26,7 +27,10 @@ class _Moved(argparse.Action):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0; 1 if the bundle differs from the model (nothing is left); 2 for any other error."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.triton is not None:
+        return run_command(NAME, lambda: _write_repository(options, parser))
     return run_command(NAME, lambda: _export(options), needs="export")
 
 
@@ -84,6 +88,25 @@ def _export(arguments: argparse.Namespace) -> int:
         _build_engines(arguments)
     for line in next_lines(bundle, target, built=built, ahead=ahead):
         _say(line)
+    return 0
+
+
+def _write_repository(arguments: argparse.Namespace, parser: Parser) -> int:
+    given = vars(arguments)
+    others = [name for name in given if name not in OF_TRITON and given[name] != parser.get_default(name)]
+    if others:
+        names = ", ".join("-o" if name == "output" else f"--{name.replace('_', '-')}" for name in others)
+        raise ArgumentError(
+            f"--triton writes a model repository for a bundle that is there, and takes no {names}: export first, then "
+            "ki-export --triton DIR BUNDLE"
+        )
+    from .triton import write_repository
+
+    models = write_repository(arguments.checkpoint, arguments.triton, arguments.target, _say)
+    _say(f"model repository in {arguments.triton}: {', '.join(models)}")
+    _say(
+        f"next: tritonserver --model-repository={arguments.triton} --model-control-mode=explicit --load-model=ki_policy"
+    )
     return 0
 
 
@@ -176,6 +199,13 @@ def _parser() -> Parser:
         "--compute-capability",
         metavar="X.Y,...",
         help="trt-rtx: also compile the engines here and now for these GPUs, such as 8.6,12.0",
+    )
+    add(
+        "--triton",
+        type=Path,
+        metavar="DIR",
+        help="write a model repository of Triton Inference Server for a bundle, given in the place of CHECKPOINT: its "
+        "graphs on ONNX Runtime, with --target trt its engines on TensorRT, and the whole policy as a Python model",
     )
     add("--attention", default="decomposed", help="decomposed, or fused: one operator of TensorRT 10.14 (%(default)s)")
     add_checkpoint(parser)

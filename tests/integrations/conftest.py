@@ -1,7 +1,7 @@
-"""LeRobot in an environment of its own: it needs another Python and another torch than this project's.
+"""Packages that this project's environment cannot or need not have, in environments of their own in build/, kept.
 
-KI_LEROBOT_PYTHON names the interpreter of an environment that has it; else one is made in build/lerobot, which takes
-6 GB and some minutes, and is kept.
+LeRobot needs another Python and another torch: 6 GB and some minutes, unless KI_LEROBOT_PYTHON names an interpreter of
+an environment that has it. Triton's client takes 150 MB, Ray 650 MB.
 """
 
 import os
@@ -43,6 +43,30 @@ def lerobot_python() -> Path:
         succeed(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PACKAGES)
         (home / ".ready").touch()
     return python
+
+
+def environment(name: str, *packages: str) -> Path:
+    """The interpreter of an environment build/NAME of this Python with some packages, made once."""
+    home = ROOT / "build" / name
+    python = home / "bin" / "python"
+    if not (home / ".ready").exists():
+        succeed(sys.executable, "-m", "venv", "--clear", home)
+        succeed(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages)
+        (home / ".ready").touch()
+    return python
+
+
+@pytest.fixture(scope="session")
+def triton_python() -> Path:
+    """An interpreter with Triton's client, which has the protobuf of its configurations."""
+    return environment("triton", "tritonclient[grpc]>=2.50")
+
+
+@pytest.fixture(scope="session")
+def ray_python() -> Path:
+    """An interpreter with Ray Serve, an engine, and what a server needs: 650 MB."""
+    base = ("numpy", "sentencepiece", "tokenizers", "pillow", "tqdm", "onnxruntime")
+    return environment("ray", "ray[serve]>=2.60", *base, "websockets>=15", "msgpack", "prometheus-client")
 
 
 @pytest.fixture(scope="session")

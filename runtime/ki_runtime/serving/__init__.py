@@ -3,7 +3,7 @@
     from ki_runtime.serving import Server
     with Server(Policy.load("bundle"), ServerOptions(port=8000)) as server: ...  # or server.run(), until a signal
 
-Imports: backends, monitoring, policy, remote; of ki_edge: files, policy.
+Imports: backends, monitoring, policy, remote; of ki_edge: bundle, files, policy.
 """
 
 from typing import TYPE_CHECKING

@@ -6,17 +6,19 @@ import argparse
 import asyncio
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ki_edge.commands import run_command, tell
 from ki_edge.errors import ArgumentError
 from ki_runtime.monitoring.flags import open_monitor
 
+from .engine import Engine
 from .flags import build_parser
 from .listening import read_key, tls
 from .loading import ServedBundle
 from .options import LOOPBACK, ServerOptions
+from .ray_options import RayOptions, ray_options
 from .server import Server
 
 SWITCH = 1e-3  # seconds until the policy's thread lets the event loop go on, where it computes in Python
@@ -31,8 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _serve(options: argparse.Namespace) -> int:
     sys.setswitchinterval(SWITCH)
     server_options = _options(options)
+    replicas = ray_options(options, server_options.largest_batch)
     loopback = server_options.host in LOOPBACK
     monitor = open_monitor(options, key=server_options.api_key, loopback=loopback, say=_say)
+    engine, load = _here(options, server_options) if replicas is None else _on_ray(options, replicas)
+    server = Server(engine, server_options, watchers=[monitor], load=load)
+    server.pages.update(monitor.pages(server.status))
+    return asyncio.run(_run(server))
+
+
+def _here(options: argparse.Namespace, server_options: ServerOptions) -> tuple[Engine, Callable[[], Engine]]:
+    """The policy in a thread of this process, and what a reload calls."""
     bundle = ServedBundle(
         options.bundle,
         options.backend,
@@ -43,9 +54,15 @@ def _serve(options: argparse.Namespace) -> int:
         largest_batch=server_options.largest_batch,
         say=_say,
     )
-    server = Server(bundle.open(), server_options, watchers=[monitor], load=bundle.again)
-    server.pages.update(monitor.pages(server.status))
-    return asyncio.run(_run(server))
+    return bundle.open(), bundle.again
+
+
+def _on_ray(options: argparse.Namespace, replicas: RayOptions) -> tuple[Engine, Callable[[], Engine]]:
+    """The policy in replicas of a Ray cluster, and what a reload calls."""
+    from .ray_engine import RayEngine
+
+    engine = RayEngine(options.bundle, replicas, _say)
+    return engine, engine.reloaded
 
 
 def _say(line: str) -> None:

@@ -10,6 +10,7 @@ from ki_runtime.backends.registry import NAMES
 from ki_runtime.monitoring.flags import add_flags
 
 from .options import ServerOptions
+from .ray_options import add_ray
 
 DEFAULTS = {one.name: one.default for one in fields(ServerOptions)}
 
@@ -32,6 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--prompt", metavar="TEXT", help="what robots will be told: prompts of its length are prepared")
     add("--trust-engines", action="store_true", help="also load engines for the lean runtime that were not built here")
     add("--verify", action="store_true", help="check the bundle's hashes before serving")
+    add_ray(parser)
     add = parser.add_argument_group("bounds").add_argument
     add("--max-clients", type=int, default=DEFAULTS["most_clients"], metavar="N", help="default: %(default)s")
     add("--max-waiting", type=int, default=DEFAULTS["most_waiting"], metavar="N",
