@@ -93,6 +93,16 @@ def wait_until(is_so):
         time.sleep(0.002)
 
 
+def in_line(server, wanted):
+    """Until the observations that wait are these, in this order."""
+    room = server._room._requests
+
+    def found():
+        return [int(request.asked.question.observation["state"][0]) for request in list(room.values())]
+
+    wait_until(lambda: found() == wanted)
+
+
 @contextmanager
 def serving(policy, watching=None, load=None, **options):
     said = []

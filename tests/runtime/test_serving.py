@@ -14,7 +14,7 @@ from ki_runtime.remote.packing import pack
 from ki_runtime.serving import LocalEngine, ServerOptions
 
 from .policy_server import CONTRACT
-from .serving_parts import HeldPolicy, Watching, ask, connected, seen, send, serving, take, wait_until
+from .serving_parts import HeldPolicy, Watching, ask, connected, in_line, seen, send, serving, take, wait_until
 
 
 def test_metadata_comes_first_and_one_answer_for_each_question():
@@ -120,7 +120,7 @@ def test_answers_come_in_the_order_of_the_questions():
         policy.wait()
         for content in (seen(2.0), b"\xc1", seen(3.0)):
             send(socket, content)
-        wait_until(lambda: server.status().waiting == 1)
+        in_line(server, [3])
         policy.go.set()
         found = [take(socket) for _ in range(4)]
     assert found[0]["actions"][0, 0] == 1.0 and found[3]["actions"][0, 0] == 3.0

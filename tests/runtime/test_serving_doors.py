@@ -101,7 +101,20 @@ def test_more_clients_than_may_are_told():
             assert ask(again, seen(2.0))["actions"][0, 0] == 2
 
 
-def test_connections_that_say_nothing_are_few_and_end(monkeypatch):
+def test_connections_that_say_nothing_are_few(monkeypatch):
+    monkeypatch.setattr(listening, "OPENING", 600.0)
+    with serving(HeldPolicy(), most_clients=1) as server, contextlib.ExitStack() as opened:
+        silent = [opened.enter_context(raw(server)) for _ in range(100)]
+        assert all(ended(tcp) for tcp in silent[65:])  # the bound: 64 beside the clients
+        wait_until(lambda: len(server._listener.opened) == 65)
+        for tcp in silent:
+            tcp.close()
+        wait_until(lambda: not server._listener.opened)
+        with connected(server) as socket_:
+            assert ask(socket_, seen(1.0))["actions"][0, 0] == 1
+
+
+def test_connections_that_say_nothing_end(monkeypatch):
     monkeypatch.setattr(listening, "OPENING", 0.3)
     with serving(HeldPolicy(), most_clients=1) as server, contextlib.ExitStack() as opened:
         silent = [opened.enter_context(raw(server)) for _ in range(150)]
@@ -138,6 +151,7 @@ def frame(payload, opcode=2, fin=True, length=None):
 
 def test_a_frame_of_many_parts_is_one_and_one_that_does_not_end_is_cut(monkeypatch):
     monkeypatch.setattr(client, "FRAME_SECONDS", 0.5)
+    monkeypatch.setattr(listening, "PING", 600.0)
     watching, whole = Watching(), pack(seen(3.0))
     with serving(HeldPolicy(), watching) as server:
         with connected(server) as socket_:
@@ -176,6 +190,7 @@ def test_a_frame_that_is_too_large_ends_its_connection_before_it_is_read():
 
 def test_a_client_that_takes_no_answer_is_cut(monkeypatch):
     monkeypatch.setattr(client, "WRITE_SECONDS", 0.3)
+    monkeypatch.setattr(listening, "PING", 600.0)
     policy = HeldPolicy()
     policy.infer = lambda observation, **_: {"actions": b"x" * (32 << 20)}
     with serving(policy) as server, raw(server) as tcp:

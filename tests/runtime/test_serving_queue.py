@@ -10,7 +10,19 @@ from ki_edge.errors import BackendError, DeviceError
 from ki_runtime.serving import LocalEngine, Server, ServerOptions
 from ki_runtime.serving.batching import measure_batching
 
-from .serving_parts import BatchPolicy, HeldPolicy, Watching, ask, connected, seen, send, serving, take, wait_until
+from .serving_parts import (
+    BatchPolicy,
+    HeldPolicy,
+    Watching,
+    ask,
+    connected,
+    in_line,
+    seen,
+    send,
+    serving,
+    take,
+    wait_until,
+)
 
 
 @pytest.fixture
@@ -25,16 +37,6 @@ def clients(stack, server, count):
 
 def waiting(server, count):
     wait_until(lambda: server.status().waiting == count)
-
-
-def in_line(server, wanted):
-    """Until the observations that wait are these, in this order."""
-    room = server._room._requests
-
-    def found():
-        return [int(request.asked.question.observation["state"][0]) for request in list(room.values())]
-
-    wait_until(lambda: found() == wanted)
 
 
 def numbers(policy):

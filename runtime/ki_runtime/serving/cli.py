@@ -84,16 +84,16 @@ async def _run(server: Server) -> int:
         task.add_done_callback(reloads.discard)
 
     await server.open()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop, signum)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        loop.add_signal_handler(signal.SIGHUP, reload)
     if server.options.exposed:
         lacks = [] if server.options.api_key is not None else ["key (--api-key-file): anybody can ask it"]
         lacks += [] if server.options.certificate is not None else ["TLS (--cert, --key): key and pictures can be read"]
         tell(
             f"ki-serve: warning: other machines reach {server.options.host}, and there is no {', and no '.join(lacks)}"
         )
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, stop, signum)
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
-        loop.add_signal_handler(signal.SIGHUP, reload)
     tell(f"ki-serve: {server.engine.metadata['name']} answers at {server.uri}")
     await server.ended()
     if server.failure is not None:
