@@ -113,14 +113,19 @@ def test_another_bundle_takes_over_between_two_requests():
     assert [told["name"] for _, told in watching.policies] == ["policy", "next"]
 
 
-@pytest.mark.parametrize("wrong", ["damaged", "contract", "error"])
+@pytest.mark.parametrize("wrong", ["damaged", "contract", "rtc", "error"])
 def test_a_bad_bundle_is_refused_and_the_old_one_stays(wrong):
     other = HeldPolicy()
     other.contract = type(other.contract).from_json({**other.contract.to_json(), "state_dim": 3})
-    found = {"damaged": BundleError("weights.bin has 3 bytes"), "contract": other, "error": RuntimeError("two\nlines")}
-    line = {"damaged": "weights.bin has 3 bytes", "contract": "its contract has another state_dim: clients know the "
-            "old one, start a server for it", "error": "RuntimeError: two lines"}[wrong]  # fmt: skip
-    loading = Bundles(found[wrong], Doubling())
+    plain = HeldPolicy()
+    plain.rtc = None
+    found, line = {
+        "damaged": (BundleError("weights.bin has 3 bytes"), "weights.bin has 3 bytes"),
+        "contract": (other, "it has another contract (state_dim), and clients know the old one: start a server for it"),
+        "rtc": (plain, "it has another rtc, and clients know the old one: start a server for it"),
+        "error": (RuntimeError("two\nlines"), "RuntimeError: two lines"),
+    }[wrong]
+    loading = Bundles(found, Doubling())
     with (
         serving(HeldPolicy(), None, loading, api_key=KEY) as server,
         connected(server, Authorization=f"Api-Key {KEY}") as socket,

@@ -145,13 +145,28 @@ def test_what_a_server_tells_in_another_form_is_as_good_as_not_told(told):
     assert (found.rtc, found.max_delay, found.heads) == (None, None, ())
 
 
-def test_the_deadline_of_the_client_goes_along(watching):
+def test_what_the_client_counts_reaches_the_server_once(watching):
+    """Also its deadline, and where its episodes begin."""
     policy = HeldPolicy()
     with Server(policy, ServerOptions(port=0), watchers=[watching]) as server:
         remote = RemotePolicy(server.uri, answer=3.0)
         remote.reset()
-        remote.infer(SEEN)
-        remote.infer(SEEN)
+        for misses in (0, 2, 2, 5):
+            remote.report({"deadline_misses": misses, "guards.velocity": 1})
+            remote.infer(SEEN)
         remote.close()
-        wait_until(lambda: len(watching.requests) == 2)
-    assert [request.begins for request in watching.requests] == [True, False]
+        wait_until(lambda: len(watching.requests) == 4)
+    assert [request.begins for request in watching.requests] == [True, False, False, False]
+    velocity = {"guards.velocity": 1.0}
+    assert [request.reported for request in watching.requests] == [
+        velocity, {"deadline_misses": 2.0}, {}, {"deadline_misses": 3.0}
+    ]  # fmt: skip
+    assert not any("ki_edge" in observation for observation, _ in policy.calls)
+
+
+def test_the_loop_reports_what_it_counts(remote, watching, fetch_replay):
+    told = []
+    remote.report = lambda counts, kept=remote.report: (told.append(dict(counts)), kept(counts))
+    commands(remote, fetch_replay, mode="async", delay=2)
+    assert told and {"deadline_misses", "guards.position", "guards.velocity"} <= set(told[0])
+    assert told[-1]["deadline_misses"] >= told[0]["deadline_misses"]

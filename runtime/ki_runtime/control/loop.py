@@ -54,7 +54,8 @@ class Actor(Protocol):
     """What the loop needs of a policy: `Policy`, or any other model behind the same call.
 
     One for mode rtc has `rtc` ("guided" or "trained"), `max_delay`, and takes `previous`. One may have `reset()`,
-    called where an episode begins, and `when_idle` (`inference.Spare`), called in the thread that infers.
+    called where an episode begins, `when_idle` (`inference.Spare`), called in the thread that infers, and `report`,
+    told before each inference what was counted so far: {"deadline_misses": ticks without an action, "guards.RULE": n}.
     """
 
     @property
@@ -260,6 +261,9 @@ class ControlLoop:
 
     def _infer(self, request: Request) -> Mapping[str, Any]:
         more: dict[str, Any] = {}
+        if (report := getattr(self._policy, "report", None)) is not None and self._parts is not None:
+            counts = {f"guards.{rule}": count for rule, count in self._guards.counts.items()}
+            report({"deadline_misses": self._parts.starved, **counts})
         if request.previous is not None:
             more = {"previous": request.previous, "way": self._way_of(request)}
         result = self._policy.infer(request.observation, noise=request.noise, num_steps=self._options.num_steps, **more)

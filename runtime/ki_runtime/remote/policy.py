@@ -65,6 +65,8 @@ class RemotePolicy:
             self.close()
             raise
         self._begins = False
+        self._counted: dict[str, int] = {}  # in all
+        self._reported: dict[str, int] = {}  # of it, what the server knows
 
     @property
     def rtc(self) -> Way | None:
@@ -86,6 +88,10 @@ class RemotePolicy:
     def reset(self) -> None:
         """An episode begins: the next question says so."""
         self._begins = True
+
+    def report(self, counts: Mapping[str, int]) -> None:
+        """What was counted so far, by name: a server of ours is told what is new of it with the next question."""
+        self._counted = dict(counts)
 
     def infer(
         self,
@@ -138,7 +144,7 @@ class RemotePolicy:
         question = pack(content)
         packed = time.perf_counter()
         answer, outdated = self._ask(question, patience)
-        self._begins = False
+        self._begins, self._reported = False, self._counted
         answered = time.perf_counter()
         timing = {"preprocess_ms": 1e3 * (packed - start)}
         timing |= _server_timing(answer, 1e3 * (answered - packed))
@@ -158,6 +164,9 @@ class RemotePolicy:
         if "noise" in told:
             noise = array_of(told["noise"], "noise")
             told["noise"] = noise[0] if noise.ndim == 3 and len(noise) == 1 else noise
+        news = {name: count - self._reported.get(name, 0) for name, count in self._counted.items()}
+        if news := {name: count for name, count in news.items() if count > 0}:
+            told["reported"] = news
         return told | {"patience_ms": 1e3 * patience} | ({"begins": True} if self._begins else {})
 
     def _ask(self, question: bytes, patience: float) -> tuple[Mapping[str, Any], bool]:

@@ -25,6 +25,7 @@ from .http import Doorkeeper
 from .listening import listen
 from .options import ServerOptions
 from .question import NAMES
+from .reloading import beside, differences
 from .request import ENDING
 from .waiting import WaitingRoom
 
@@ -158,10 +159,10 @@ class Server:
             return False, "not reloaded: " + ("it is being loaded already" if self._reloading else "nothing to load")
         self._reloading = True
         try:
-            engine = await _beside(self._load)
-            if (told := _differences(self.engine, engine)) is not None:
+            engine = await beside(self._load)
+            if (told := differences(self.engine, engine)) is not None:
                 engine.close()
-                raise BackendError(f"its contract has another {told}: clients know the old one, start a server for it")
+                raise BackendError(f"it has another {told}, and clients know the old one: start a server for it")
         except Exception as error:
             name = "" if isinstance(error, KiEdgeError) else f"{type(error).__name__}: "
             line = f"not reloaded, the policy that was there goes on: {name}{' '.join(str(error).split())[:1000]}"
@@ -250,34 +251,6 @@ class Server:
         self.failure = self.failure or error
         if self._ended is not None:
             self._ended.set()
-
-
-def _differences(old: Engine, new: Engine) -> str | None:
-    """The fields in which two contracts differ; None if in none."""
-    before, after = old.contract.to_json(), new.contract.to_json()
-    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    return ", ".join(names) or None
-
-
-async def _beside(load: Callable[[], Engine]) -> Engine:
-    """What `load` gives, in a thread of its own: a server that ends does not wait for a model to be loaded."""
-    loop = asyncio.get_running_loop()
-    found: asyncio.Future[Engine] = loop.create_future()
-
-    def settle(settled: Callable[[Any], None], value: Any) -> None:
-        if not found.done():
-            settled(value)
-
-    def work() -> None:
-        try:
-            settled, value = found.set_result, load()
-        except Exception as error:
-            settled, value = found.set_exception, error  # type: ignore[assignment]
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(settle, settled, value)
-
-    threading.Thread(target=work, name="reload", daemon=True).start()
-    return await found
 
 
 async def _within(deadline: float, *tasks: Any) -> None:
