@@ -66,7 +66,9 @@ def main() -> int:
     replicas = [int(word) for word in given.replicas.split(",")]
     policy = Policy.load(given.bundle, "ort", threads=1)
     policy.warm_up()
-    ray.init("local", num_cpus=1 + sum(replicas), object_store_memory=STORE, include_dashboard=False)
+    ray.init(
+        "local", num_cpus=1 + sum(replicas), object_store_memory=STORE, include_dashboard=False, log_to_driver=False
+    )
     engines: dict[int, Any] = {0: LocalEngine(policy)}
     for count in replicas:
         options = RayOptions(least=count, most=count, backend="ort", application=f"of-{count}")

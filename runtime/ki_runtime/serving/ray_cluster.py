@@ -54,18 +54,20 @@ def _join_or_start(ray: Any, options: RayOptions) -> bool:
         try:
             ray.init(address, **quiet)
         except Exception as error:
-            raise BackendError(f"the Ray cluster at {address} cannot be joined: {line(error)}") from None
-        return False
+            if address != "auto" or not isinstance(error, ConnectionError):
+                raise BackendError(f"the Ray cluster at {address} cannot be joined: {line(error)}") from None
+        else:
+            return False
     cpus = max(os.cpu_count() or 1, options.threads * (options.most + 1))  # one more while versions change
     ray.init("local", num_cpus=cpus, object_store_memory=STORE, include_dashboard=False, **quiet)
     return True
 
 
 def running_cluster() -> str | None:
-    """HOST:PORT of the cluster of RAY_ADDRESS, or of the one that Ray noted on this machine, if it answers; None where
-    there is none or RAY_ADDRESS is "local". BackendError for a RAY_ADDRESS where nothing answers.
+    """HOST:PORT of the cluster of RAY_ADDRESS, or of the one that `ray start` noted on this machine; without a note
+    "auto", for Ray to look among the processes; None where the noted one does not answer or RAY_ADDRESS is "local".
 
-    Ray itself would try for minutes, also where a server was killed and its note stayed.
+    BackendError for a RAY_ADDRESS where nothing answers. Ray itself would try such addresses for minutes.
     """
     given = os.environ.get("RAY_ADDRESS", "auto")
     if given == "local":
@@ -81,7 +83,7 @@ def running_cluster() -> str | None:
     try:
         noted = note.read_bytes()[:200].decode("ascii", "replace").strip()
     except OSError:
-        return None
+        return "auto"
     return noted if _answers(noted) else None
 
 

@@ -143,6 +143,7 @@ def deployment(serve: Any, **more: Any) -> Any:
         max_constructor_retry_count=2,
         health_check_period_s=2,
         graceful_shutdown_wait_loop_s=0.5,
+        logging_config={"log_level": "WARNING", "enable_access_log": False},  # not a line on the disk for each answer
         **more,
     )
 
