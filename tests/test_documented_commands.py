@@ -75,12 +75,11 @@ NOT_RUN = (
     (r".*--robot lerobot:", "needs LeRobot: tests/integrations/test_lerobot_robot.py"),
     (r".*--robot openpi:", "needs an environment of openpi: tests/runtime/test_openpi_robot.py"),
     (r"python examples/grafana", "needs a Prometheus: tests/runtime/test_dashboard.py"),
+    (r"ki-serve .*--ray", "needs Ray: tests/integrations/test_ray.py"),
     (r"ki-serve ", "serves until it is stopped: tests/runtime/test_monitoring_server.py"),
     (r".*--policy ws:", "needs a server: tests/runtime/test_ki_run_policy.py"),
-    (r"ki-serve ", "serves until a signal: tests/runtime/test_ki_serve.py"),
     (r".*--self-check-(save|limit)", "needs a run of many checks: tests/runtime/test_self_check.py"),
     (r".*--backend trt", "needs a GPU: tests/runtime/test_on_gpu.py"),
-    (r"ki-serve .*--ray", "needs Ray: tests/integrations/test_ray.py"),
     (r".*(\[| \.\.\.)", "is no command but its form"),
 )
 WHOLE = "ki-export tests/data/openpi_a -o build/openpi_a --target ort --model-only"  # an export that is run to its end
