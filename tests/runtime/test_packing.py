@@ -67,6 +67,9 @@ def entry(**changes):
         entry(dtype="(2,)<f4"),
         entry(dtype="i4,i4"),
         entry(dtype="nonsense"),
+        entry(dtype="i4," * 9 + "i4"),
+        entry(dtype="<U" + "9" * 12),
+        msgpack.packb({b"__npgeneric__": True, b"data": 1.5, b"dtype": "f4,f4"}),
         entry(dtype=b"<f4"),
         entry(dtype=["<f4"]),
         entry(shape=[3]),
@@ -96,6 +99,18 @@ def test_malformed_frames_are_refused_in_one_line(frame):
     with pytest.raises(BackendError, match=r"^server sent a frame that is not of openpi's form") as error:
         unpack(frame, "server")
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("mark", [b"__ndarray__", b"__npgeneric__"])
+def test_numpy_reads_no_long_name_of_a_type(monkeypatch, mark):
+    """It takes seconds for one of a MiB, in which a server would move no frame."""
+    long = "i4," * 300_000 + "i4"
+    frame = msgpack.packb({mark: True, b"data": b"", b"dtype": long, b"shape": [0]})
+    asked = []
+    with monkeypatch.context() as patched, pytest.raises(BackendError, match="expected numbers or text"):
+        patched.setattr(np, "dtype", lambda name: asked.append(name))
+        unpack(frame, "server")
+    assert not asked
 
 
 def test_a_frame_that_is_too_large_is_not_read():

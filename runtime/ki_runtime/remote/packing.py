@@ -9,6 +9,7 @@ What comes in is bounded before anything is made of it: arrays of plain numbers 
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from .measuring import MOST_TEXT, check_size
 
 MOST_BYTES = 64 << 20  # of a frame that comes in: a chunk of actions is a few kB, a policy's metadata too
 SENT, TAKEN = "biufSU", "biufSU"  # kinds of numpy types
+PLAIN_KIND = re.compile(r"[<>|=]?[biufSU][0-9]{1,8}")  # what `dtype.str` gives
 MOST_AXES = 32
 MOST_EMPTY = 1 << 16  # texts of no length in an array, for which numpy takes room nevertheless
 NEEDS = "a policy on another machine needs {}: pip install 'ki-edge[remote]'"
@@ -82,7 +84,9 @@ def _unpacked(found: dict[Any, Any]) -> Any:
 
 def _kind_of(found: dict[Any, Any]) -> np.dtype[Any]:
     name = found[b"dtype"]
-    kind = np.dtype(name) if isinstance(name, str) else np.dtype(object)
+    if not isinstance(name, str) or not PLAIN_KIND.fullmatch(name):  # numpy takes seconds to read a long one
+        raise ArgumentError(f"an array of {name!r:.60} cannot be sent: expected numbers or text")
+    kind = np.dtype(name)
     _check_kind(kind, TAKEN)
     return kind
 
