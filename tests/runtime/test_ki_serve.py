@@ -26,10 +26,8 @@ from .serving_parts import wait_until
 class Started:
     """A running command. `lines`: what it printed on stderr."""
 
-    def __init__(self, *words):
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "ki_runtime.serving.cli", *map(str, words)], stderr=subprocess.PIPE, text=True
-        )
+    def __init__(self, *words, program=("-m", "ki_runtime.serving.cli")):
+        self.process = subprocess.Popen([sys.executable, *program, *map(str, words)], stderr=subprocess.PIPE, text=True)
         self.lines = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -66,8 +64,8 @@ def started(monkeypatch):
     monkeypatch.delenv("KI_API_KEY", raising=False)
     with contextlib.ExitStack() as running:
 
-        def start(*words):
-            command = Started(*words)
+        def start(*words, **program):
+            command = Started(*words, **program)
             running.callback(command.close)
             return command
 
@@ -122,6 +120,30 @@ def test_sighup_loads_the_folder_again_and_ctrl_c_ends_it(started, fetch_bundle,
     np.testing.assert_array_equal(remote.infer(seen, seed=1)["actions"], before)
     remote.close()
     assert command.end(signal.SIGINT) == 130
+
+
+ENDLESS = """
+import sys
+from ki_runtime.serving import cli, loading
+
+def again(bundle):
+    while True:
+        bundle._load(False).warm_up()
+        bundle._say("loaded once")
+
+loading.ServedBundle.again = again
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_it_ends_well_while_a_bundle_is_loaded(started, fetch_bundle, signum, status):
+    """The engine's own threads are in the middle of something when Python ends."""
+    command = started(fetch_bundle, "--port", 0, "--max-batch", 1, program=("-c", ENDLESS))
+    assert command.uri
+    command.process.send_signal(signal.SIGHUP)
+    assert command.line("loaded once")
+    assert command.end(signum) == status
 
 
 def replace(path: Path, content: bytes):

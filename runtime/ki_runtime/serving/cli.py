@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ki_edge.commands import run_command, tell
 from ki_edge.errors import ArgumentError
 from ki_runtime.monitoring.flags import open_monitor
 
-from .engine import Engine
+from .engine import POLICY_THREAD, Engine
 from .flags import build_parser
 from .listening import read_key, tls
 from .loading import ServedBundle
 from .options import LOOPBACK, ServerOptions
 from .ray_options import RayOptions, ray_options
+from .reloading import RELOAD_THREAD
 from .server import Server
 
 SWITCH = 1e-3  # seconds until the policy's thread lets the event loop go on, where it computes in Python
@@ -27,10 +31,22 @@ SWITCH = 1e-3  # seconds until the policy's thread lets the event loop go on, wh
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 after SIGTERM; 2 for an error, which is one line on stderr; 130 for Ctrl-C."""
     options = build_parser().parse_args(arguments)
-    return run_command("ki-serve", lambda: _serve(options), "nothing was served")
+    ended: list[Server] = []
+    status = run_command("ki-serve", lambda: _serve(options, ended), "nothing was served")
+    if ended and _left_behind():
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    return status
 
 
-def _serve(options: argparse.Namespace) -> int:
+def _left_behind() -> bool:
+    """Whether a thread computes that nobody waits for: one that is in an engine when Python ends aborts the process."""
+    return any(thread.name in (POLICY_THREAD, RELOAD_THREAD) for thread in threading.enumerate())
+
+
+def _serve(options: argparse.Namespace, ended: list[Server]) -> int:
     sys.setswitchinterval(SWITCH)
     server_options = _options(options)
     replicas = ray_options(options, server_options.largest_batch)
@@ -39,7 +55,7 @@ def _serve(options: argparse.Namespace) -> int:
     engine, load = _here(options, server_options) if replicas is None else _on_ray(options, replicas)
     server = Server(engine, server_options, watchers=[monitor], load=load)
     server.pages.update(monitor.pages(server.status))
-    return asyncio.run(_run(server))
+    return asyncio.run(_run(server, ended))
 
 
 def _here(options: argparse.Namespace, server_options: ServerOptions) -> tuple[Engine, Callable[[], Engine]]:
@@ -69,7 +85,7 @@ def _say(line: str) -> None:
     tell(f"ki-serve: {line}")
 
 
-async def _run(server: Server) -> int:
+async def _run(server: Server, ended: list[Server]) -> int:
     loop, stopped_by = asyncio.get_running_loop(), []
 
     def stop(signum: int) -> None:
@@ -96,6 +112,7 @@ async def _run(server: Server) -> int:
         )
     tell(f"ki-serve: {server.engine.metadata['name']} answers at {server.uri}")
     await server.ended()
+    ended.append(server)
     if server.failure is not None:
         raise server.failure
     return 128 + signal.SIGINT if signal.SIGINT in stopped_by else 0

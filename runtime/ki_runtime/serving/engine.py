@@ -18,6 +18,7 @@ from ki_runtime.policy.proof import own_version
 from .question import Question
 
 Answer = Mapping[str, Any]
+POLICY_THREAD = "policy"
 PATIENCE = 1.0  # seconds that `close` waits for what runs
 
 
@@ -45,7 +46,7 @@ class LocalEngine:
         self.largest_batch = largest_batch if hasattr(policy, "infer_many") else 1
         self.metadata: Mapping[str, Any] = described(policy, name)
         self._tasks: SimpleQueue[tuple[asyncio.Future[Any], Sequence[Question]] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="policy", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=POLICY_THREAD, daemon=True)
         self._thread.start()
 
     async def answer(self, questions: Sequence[Question]) -> Sequence[Answer | Exception]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from .engine import Engine
 
+RELOAD_THREAD = "reload"
 TOLD = ("rtc", "max_delay", "heads")  # of the metadata, what a client relies on besides the contract
 
 
@@ -38,5 +39,5 @@ async def beside(load: Callable[[], Engine]) -> Engine:
         with suppress(RuntimeError):  # the loop has ended
             loop.call_soon_threadsafe(settle, settled, value)
 
-    threading.Thread(target=work, name="reload", daemon=True).start()
+    threading.Thread(target=work, name=RELOAD_THREAD, daemon=True).start()
     return await found
