@@ -6,8 +6,11 @@ import socket
 import ssl
 import struct
 import subprocess
+import threading
+import time
 from http.client import HTTPConnection
 
+import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
@@ -172,6 +175,37 @@ def test_half_a_frame_of_a_client_that_answers_no_ping_is_cut(monkeypatch):
         tcp.sendall(frame(b"\x81", length=1000))  # the rest never comes
         assert ended(tcp)
         wait_until(lambda: not server.status().clients)
+
+
+def test_half_a_frame_is_cut_whatever_pings_say(monkeypatch):
+    monkeypatch.setattr(listening, "FRAME_SECONDS", 0.5)
+    monkeypatch.setattr(listening, "PING", 600.0)
+    for sent in (
+        frame(b"\x81", length=1000),
+        frame(b"", length=1000),
+        frame(b"", 9) + frame(b"\x81", length=9),
+        b"\x82",
+    ):
+        with serving(HeldPolicy()) as server, raw(server) as tcp:
+            opened_by_hand(tcp)
+            tcp.sendall(sent)  # the rest never comes
+            assert ended(tcp)
+
+
+def test_a_frame_that_the_server_does_not_read_is_not_late(monkeypatch):
+    """Its client waits for answers; it sent too much meanwhile."""
+    monkeypatch.setattr(listening, "FRAME_SECONDS", 0.3)
+    monkeypatch.setattr(client, "UNANSWERED", 2)
+    policy = HeldPolicy(held=True)
+    with serving(policy) as server, connected(server) as one:
+        big = pack(seen(1.0, padding=np.zeros(4 << 20, np.uint8)))
+        sender = threading.Thread(target=lambda: [one.send(big) for _ in range(8)])
+        sender.start()
+        policy.wait()
+        time.sleep(1.0)
+        policy.go.set()
+        assert [type(take(one)) for _ in range(8)].count(dict) >= 2
+        sender.join(60)
 
 
 def test_a_frame_that_is_too_large_ends_its_connection_before_it_is_read():

@@ -10,6 +10,7 @@ import threading
 import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed
+from websockets.server import ServerProtocol
 
 from ki_edge.proc import sizes
 from ki_runtime import Policy
@@ -138,6 +139,31 @@ def test_endless_parts_and_frames_of_control_end_their_own_connection():
                 tcp.sendall(wrong)
                 assert ended(tcp)
         assert ask(other, seen(2.0))["actions"][0, 0] == 2
+
+
+@pytest.mark.parametrize("light", [frame(b"", 9), frame(b"", 10), frame(b"", 0, fin=False)])
+def test_a_flood_of_frames_that_ask_nothing_ends_its_connection(light):
+    with serving(HeldPolicy()) as server, connected(server) as other:
+        with raw(server) as tcp, contextlib.suppress(OSError):
+            opened_by_hand(tcp)
+            tcp.sendall(frame(b"", 2, fin=False) + light * 5_000)
+            tcp.sendall(frame(b"", 0) + frame(b"last", 9))
+            came = b""
+            while b"last" not in came and (more := tcp.recv(1 << 16)):
+                came += more
+            assert b"last" not in came
+        assert ask(other, seen(2.0))["actions"][0, 0] == 2
+
+
+def test_others_have_their_turn_between_two_pieces_of_what_one_sends(monkeypatch):
+    sizes_, receive = [], ServerProtocol.receive_data
+    monkeypatch.setattr(
+        ServerProtocol, "receive_data", lambda self, data: sizes_.append(len(data)) or receive(self, data)
+    )
+    with serving(HeldPolicy()) as server, connected(server) as one:
+        answer = ask(one, seen(3.0, padding=np.zeros(3 << 20, np.uint8)))
+        assert answer["actions"][0, 0] == 3
+    assert max(sizes_) <= 1 << 13 and sum(sizes_) > 3 << 20
 
 
 WRONG = [None, True, -1, 1.5, float("nan"), "text", b"bytes", [], {}, [[]], {"a": 1}, 1 << 63, "x" * 100_000, "\x00",

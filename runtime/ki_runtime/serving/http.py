@@ -23,6 +23,9 @@ NO_BODY = re.compile(rb"(?im)^content-length:[ \t]*0[ \t]*\r\n")  # which may be
 MOST_HEAD = 1 << 14  # bytes of its head
 PLAIN = "text/plain; charset=utf-8"
 MOST_FIELDS = 32
+PIECE = 1 << 13  # bytes that one connection may give the event loop to read before another has its turn
+SHORTEST_PART = 512  # bytes of a part of a frame that is no nuisance, but for the last one
+MOST_LIGHT = 500  # such parts, pings and the like in a second; more end the connection
 
 
 class Doorkeeper:
@@ -95,19 +98,25 @@ class Doorkeeper:
         return _text(200 if loaded else 409, line)
 
 
-def connection_class(opened: set[Any], most: int, patience: float) -> type:
+def connection_class(opened: set[Any], most: int, patience: float, whole: float) -> type:
     """What websockets makes of a TCP connection. `opened`: all that are open now, at most `most`, further ones end at
-    once; `patience`: seconds for the first request to be there.
+    once; `patience`: seconds for the first request to be there; `whole`: seconds for a frame that began.
     """
     from websockets.asyncio.server import ServerConnection
+    from websockets.frames import DATA_OPCODES, Opcode
 
     class Door(ServerConnection):
         posted = False
         _begun: bytes | None = b""
+        _frames = 0  # that came in, of any kind
+        _light, _second = 0, 0.0  # frames that ask nothing, since then
+        _half: asyncio.TimerHandle | None = None  # runs while a frame has begun
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
             opened.add(self)
+            self._rest = bytearray()  # came in, for the next turns of the loop
+            self.recv_messages.resume = self._read_on
             self._late = self.loop.call_later(patience, self._end_if_silent)
             if len(opened) > most:
                 self.transport.abort()
@@ -115,6 +124,8 @@ def connection_class(opened: set[Any], most: int, patience: float) -> type:
         def connection_lost(self, exc: Exception | None) -> None:
             opened.discard(self)
             self._late.cancel()
+            self._rest.clear()
+            self._time_frame(False)
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -126,7 +137,73 @@ def connection_class(opened: set[Any], most: int, patience: float) -> type:
                 self._begun = None
                 if data.startswith(POST):
                     self.posted, data = True, GET + NO_BODY.sub(b"", data[len(POST) :], count=1)
-            super().data_received(data)
+            waits = bool(self._rest)
+            self._rest += data
+            if not waits:
+                self._take_piece()
+
+        def eof_received(self) -> None:
+            while self._rest:
+                self._take(self._rest[:])
+            super().eof_received()
+
+        def process_event(self, event: Any) -> None:
+            self._frames += 1
+            opcode = getattr(event, "opcode", None)
+            if opcode is not None and (
+                opcode not in DATA_OPCODES or (opcode is Opcode.CONT and len(event.data) < SHORTEST_PART)
+            ):
+                self._count_light()
+            super().process_event(event)
+
+        def _take_piece(self) -> None:
+            """A few thousand small frames fit what one read gives: others have their turn between two pieces."""
+            if self._rest:
+                self._take(self._rest[:PIECE])
+            if self._rest:
+                self.transport.pause_reading()
+                self.loop.call_soon(self._take_piece)
+            elif not self.recv_messages.paused:
+                self.transport.resume_reading()
+
+        def _take(self, piece: bytearray) -> None:
+            del self._rest[: len(piece)]
+            before = self._frames
+            super().data_received(bytes(piece))
+            if self._frames > before:
+                self._time_frame(False)
+            if self.request is not None and (self._frames == before or self.protocol.reader.buffer):
+                self._time_frame(True)
+
+        def _read_on(self) -> None:
+            """There is room for frames again; what was not read meanwhile is not late."""
+            if self._half is not None:
+                self._time_frame(False)
+                self._time_frame(True)
+            if not self._rest:
+                self.transport.resume_reading()
+
+        def _time_frame(self, begun: bool) -> None:
+            if begun and self._half is None:
+                self._half = self.loop.call_later(whole, self._end_if_half)
+            elif not begun and self._half is not None:
+                self._half.cancel()
+                self._half = None
+
+        def _count_light(self) -> None:
+            now = self.loop.time()
+            if now - self._second >= 1.0:
+                self._light, self._second = 0, now
+            self._light += 1
+            if self._light > MOST_LIGHT:
+                self._rest.clear()
+                self.transport.abort()
+
+        def _end_if_half(self) -> None:
+            if self.recv_messages.paused:  # it is not read
+                self._half = self.loop.call_later(whole, self._end_if_half)
+            else:
+                self.transport.abort()
 
         def _end_if_silent(self) -> None:
             if self.request is None:

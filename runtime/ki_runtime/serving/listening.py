@@ -10,6 +10,7 @@ from typing import Any
 from ki_edge.errors import ArgumentError, BackendError
 from ki_edge.files.reading import read_file
 
+from .client import FRAME_SECONDS
 from .http import Doorkeeper, connection_class
 from .options import ServerOptions
 
@@ -69,7 +70,7 @@ async def listen(
             ping_timeout=PONG,
             max_size=options.most_frame_mib << 20,
             max_queue=2,
-            create_connection=connection_class(opened, most, OPENING),
+            create_connection=connection_class(opened, most, OPENING, FRAME_SECONDS),
             logger=_logger(),
             **more,
         )
