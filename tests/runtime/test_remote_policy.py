@@ -113,6 +113,7 @@ def test_the_key_goes_out_as_openpis_client_sends_it(served, monkeypatch):
         ({"actions": ROWS[:, :1]}, r"float32 \[5, 1\]"),
         ({"actions": np.array("abc")}, r"answered actions <U3 \[\]"),
         ({"actions": [[1, 2], [3]]}, "actions of ws://.*expected an array"),
+        ({"actions": ROWS + np.nan}, r"10 of 10 actions that cannot be sent"),
         ({"action": ROWS}, "answered action, expected actions"),
         ({}, "answered nothing, expected actions"),
         ([[1, 2]], "answered list, expected a map"),

@@ -20,6 +20,7 @@ from ki_edge.commands import tell
 from ki_edge.errors import ArgumentError, BackendError
 from ki_edge.policy.chunking import Guiding, PreviousChunk, Way
 from ki_edge.policy.contract import PolicyContract
+from ki_runtime.policy.guard import finite_actions
 from ki_runtime.policy.warming import Prepared, blank_observation
 
 from .abilities import OWN, Abilities, contract_of, rtc_asked
@@ -210,6 +211,10 @@ def _actions(answer: Mapping[str, Any], contract: PolicyContract, uri: str) -> n
             f"{uri} answered actions {actions.dtype} {list(actions.shape)}, and the contract has "
             f"{list(wanted)}: is it the contract of the server's policy (--contract)?"
         )
+    try:
+        finite_actions(actions, contract.action_names)
+    except BackendError as error:
+        raise BackendError(f"{uri}: {error}") from None
     return actions.astype(np.float64)
 
 
