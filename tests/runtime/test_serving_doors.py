@@ -250,6 +250,13 @@ def test_what_is_no_request_ends_its_connection(sent):
         assert get(server, "/healthz") == (b"OK\n", 200)
 
 
+@pytest.mark.parametrize("sent", [b"GET //[ HTTP/1.1\r\n\r\n", (UPGRADE + "Upgrade: x\r\n\r\n").encode()])
+def test_what_cannot_be_read_is_a_bad_request(sent):
+    with serving(HeldPolicy()) as server, raw(server) as tcp:
+        tcp.sendall(sent)
+        assert tcp.recv(1 << 16).startswith(b"HTTP/1.1 400 ")
+
+
 def test_over_tls(tmp_path, monkeypatch):
     if shutil.which("openssl") is None:
         pytest.skip("openssl makes the certificate")

@@ -1,5 +1,6 @@
 """How a server ends, and how it changes its policy: nobody who asked is left without a word."""
 
+import asyncio
 import threading
 import time
 from contextlib import closing
@@ -34,6 +35,17 @@ def test_what_runs_is_answered_and_what_waits_is_told():
                     socket.recv(timeout=30)
         assert watching.wait(2)[0].outcome == "ending"
     assert watching.events[-1] == ("closed", "") and len(policy.calls) == 1
+
+
+def test_nobody_is_waited_for_that_was_answered():
+    policy = HeldPolicy()
+    with serving(policy) as server, connected(server) as socket:
+        ask(socket, seen(1))
+
+        async def finished():
+            await asyncio.wait_for(asyncio.gather(*(client.finish() for client in server._clients)), 30)
+
+        asyncio.run_coroutine_threadsafe(finished(), server._loop).result(60)
 
 
 def test_an_abort_waits_for_no_inference():

@@ -16,6 +16,7 @@ from ki_edge.proc import sizes
 from ki_runtime import Policy
 from ki_runtime.policy.warming import blank_observation
 from ki_runtime.remote.packing import pack
+from ki_runtime.serving import question
 
 from .serving_parts import HeldPolicy, Watching, ask, connected, seen, send, serving, take, wait_until
 from .test_serving_doors import UPGRADE, ended, frame, opened_by_hand, raw
@@ -164,6 +165,56 @@ def test_others_have_their_turn_between_two_pieces_of_what_one_sends(monkeypatch
         answer = ask(one, seen(3.0, padding=np.zeros(3 << 20, np.uint8)))
         assert answer["actions"][0, 0] == 3
     assert max(sizes_) <= 1 << 13 and sum(sizes_) > 3 << 20
+
+
+@pytest.mark.parametrize(
+    "bad", [None, 5, [1], "text", {"timing": "x"}, {"timing": {"total_ms": "x"}}, {"timing": {"batch": "x"}},
+            {"actions": object()}, {"actions": np.full((5, 2), np.nan)}],
+)  # fmt: skip
+def test_an_answer_that_is_none_is_one_line_and_the_next_question_is_answered(bad):
+    policy = HeldPolicy()
+    infer = policy.infer
+    policy.infer = lambda observation, **more: bad if observation["state"][0] == 9 else infer(observation, **more)
+    with serving(policy) as server, connected(server) as one:
+        line = ask(one, seen(9.0))
+        assert isinstance(line, str) and line.startswith("policy: ") and "\n" not in line
+        assert ask(one, seen(2.0))["actions"][0, 0] == 2
+
+
+def test_a_queue_that_fails_ends_the_server(monkeypatch):
+    with serving(HeldPolicy()) as server, connected(server) as one:
+        monkeypatch.setattr(server._room, "_next", lambda largest: 1 / 0)
+        with contextlib.suppress(ConnectionClosed):
+            ask(one, seen(1.0))
+        server._thread.join(60)
+        assert not server._thread.is_alive() and "ZeroDivisionError" in str(server.failure)
+
+
+OWN_FIELDS = ["head", "id", "seed", "noise", "num_steps", "prompt", "rtc", "patience_ms", "begins", "reported"]
+
+
+def test_wrong_types_in_every_own_field_are_one_line():
+    chunk = {"actions": np.zeros((5, 2)), "delay": 1}
+    values = [
+        np.array("flow"),
+        np.array(["flow", "x"]),
+        np.zeros(3),
+        np.zeros((2, 2)),
+        np.bool_(1),
+        b"x",
+        [[]],
+        {},
+        1e400,
+    ]
+    with serving(HeldPolicy()) as server, connected(server) as one:
+        for value in values:
+            asked = [{name: value} for name in OWN_FIELDS] + [{"reported": {"a": value}}]
+            asked += [{"head": "text", name: value} for name in ("max_tokens", "temperature", "allow_loc")]
+            asked += [{"rtc": {**chunk, name: value}} for name in question.OF_RTC]
+            for own in asked:
+                answer = ask(one, seen(1.0, ki_edge=own))
+                assert isinstance(answer, dict) or answer.startswith(("arguments: ", "policy: ")), (own, answer)
+                assert isinstance(answer, dict) or "ValueError" not in answer, (own, answer)
 
 
 WRONG = [None, True, -1, 1.5, float("nan"), "text", b"bytes", [], {}, [[]], {"a": 1}, 1 << 63, "x" * 100_000, "\x00",

@@ -1,7 +1,7 @@
 """`ki-serve`: a policy behind openpi's websocket protocol, for many robots at once.
 
     from ki_runtime.serving import Server
-    with Server(Policy.load("bundle"), ServerOptions(port=8000)) as server: ...  # or server.run(), until a signal
+    with Server(Policy.load("bundle"), ServerOptions(port=8000)) as server: ...
 
 Imports: backends, monitoring, policy, remote; of ki_edge: bundle, files, policy.
 """

@@ -67,7 +67,7 @@ class Client:
 
     async def finish(self) -> None:
         """Once nothing runs any more: wait until all that was answered is sent."""
-        while not self._answers.empty() or self._free._value < UNANSWERED:
+        while self._open:
             await asyncio.sleep(0.005)
 
     async def _read(self) -> str:
@@ -102,13 +102,15 @@ class Client:
             return request
         try:
             request.asked = read_question(content, self._limits.most_steps)
-        except KiEdgeError as error:
+        except Exception as error:  # of nobody's intent too: the connection stays open
             request.settle(failed(error, debug=self._limits.debug))
         request.read_ms = 1e3 * (time.monotonic() - began)
         return request
 
     async def _write(self) -> None:
         """Every answer, in the order of the questions; once the client is gone they only count."""
+        from websockets.exceptions import ConnectionClosed
+
         while (request := await self._answers.get()) is not None:
             outcome = await request.done
             sent, answer = 0, None
@@ -120,11 +122,12 @@ class Client:
                     sent = len(frame)
                 except asyncio.TimeoutError:
                     self._connection.transport.abort()
-                except Exception as error:  # it is gone, or the policy answered what cannot be sent
-                    if isinstance(error, KiEdgeError):
-                        outcome = failed(error, debug=False, kind="policy")
-                        with suppress(Exception):
-                            await self._connection.send(f"{outcome.kind}: {outcome.line}")
+                except ConnectionClosed:
+                    pass
+                except Exception as error:  # the policy answered what cannot be sent
+                    outcome = failed(error, debug=False, kind="policy")
+                    with suppress(Exception):
+                        await self._connection.send(f"{outcome.kind}: {outcome.line}")
             self._free.release()
             self._open -= 1
             self._tell(request, outcome, sent, answer, began)

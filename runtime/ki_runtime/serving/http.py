@@ -7,7 +7,6 @@ head comes in, and only that one: GET /reload, which a browser may send by itsel
 from __future__ import annotations
 
 import asyncio
-import hmac
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from email.utils import formatdate
@@ -15,9 +14,10 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+from ki_runtime.monitoring.access import given as key_in
+from ki_runtime.monitoring.access import same
 from ki_runtime.monitoring.events import HEADERS, Page
 
-SCHEME = "Api-Key "
 POST, GET = b"POST /reload ", b"GET /reload "
 NO_BODY = re.compile(rb"(?im)^content-length:[ \t]*0[ \t]*\r\n")  # which may be said of a POST
 MOST_HEAD = 1 << 14  # bytes of its head
@@ -31,6 +31,7 @@ MOST_LIGHT = 500  # such parts, pings and the like in a second; more end the con
 class Doorkeeper:
     """Answers every request for something else than a websocket, and lets clients with the right key in.
 
+    `key`: what they must send, None: nothing; `pages`: functions of the fields of a query and of headers, by path;
     `accepting`: whether there is a policy that answers; `full`: whether there are as many clients as may be;
     `reload`: loads the bundle again, None where that is not possible; gives a line, raises KiEdgeError.
     """
@@ -49,8 +50,14 @@ class Doorkeeper:
 
     async def answer(self, connection: Any, request: Any) -> Any:
         """An HTTP response, or None: go on with the websocket."""
-        target = urlsplit(request.path)
-        if "websocket" in request.headers.get("Upgrade", "").lower():
+        try:
+            target = urlsplit(request.path)
+        except ValueError:
+            return _text(400, "this is no address")
+        upgrades = request.headers.get_all("Upgrade")
+        if len(upgrades) > 1:
+            return _text(400, "more than one Upgrade header")
+        if upgrades and "websocket" in upgrades[0].lower():
             return self._let_in(request)
         if target.path == "/healthz":
             well = self._accepting()
@@ -73,8 +80,8 @@ class Doorkeeper:
         if self._key is None:
             return True
         given = request.headers.get_all("Authorization")
-        sent = given[0] if len(given) == 1 else ""
-        return hmac.compare_digest(sent.encode("utf-8", "replace"), f"{SCHEME}{self._key}".encode())
+        sent = key_in({"authorization": given[0]}) if len(given) == 1 else ""
+        return bool(sent) and same(sent, self._key)
 
     def _let_in(self, request: Any) -> Any:
         if not self.knows(request):

@@ -76,7 +76,7 @@ def read_question(content: Any, most_steps: int) -> Asked:
     if not isinstance(extra, Mapping):
         raise ArgumentError(f"{OWN}: expected a map, got {type(extra).__name__}")
     head = extra.get("head", "flow")
-    if head not in HEADS:
+    if not isinstance(head, str) or head not in HEADS:
         raise ArgumentError(f"{OWN}/head {head!r:.40}: expected one of {', '.join(HEADS)}")
     _check_names(extra, (*OF_ALL, *OF_HEADS[head]), OWN, f" of head {head}")
     observation = {key: value for key, value in content.items() if key != OWN}
@@ -114,7 +114,7 @@ def _rtc(given: Any) -> dict[str, Any]:
         actions = actions[: count(given["valid"], "rtc valid", len(actions))]
     found: dict[str, Any] = {"previous": PreviousChunk(actions, given["delay"])}
     if (way := given.get("way")) is not None:
-        if way not in WAYS:
+        if not isinstance(way, str) or way not in WAYS:
             raise ArgumentError(f"rtc way {way!r:.40}: expected guided or trained")
         found["way"] = way
     told = {name: given[name] for name in ("maximum", "schedule", "end") if given.get(name) is not None}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ki_edge.commands import tell
-from ki_edge.errors import BackendError, DeviceError, KiEdgeError
+from ki_edge.errors import BackendError, KiEdgeError
 from ki_runtime.monitoring.events import Handled, Page, Status, Watcher
 from ki_runtime.remote.abilities import OWN
 from ki_runtime.remote.packing import pack
@@ -34,7 +34,7 @@ EXTRA_CONNECTIONS = 64  # beside those of clients: health checks, pages, connect
 
 
 class Server:
-    """A policy (or any `Engine`) behind openpi's websocket protocol. It listens from `open`, `start` or `run` on.
+    """A policy (or any `Engine`) behind openpi's websocket protocol. It listens from `open` or `start` on.
 
     `watchers`: told what happens; `pages`: served beside the websocket, by path; `load`: makes the engine that `reload`
     changes to, None: there is nothing to load again; `say`: told what its operator should know. ArgumentError,
@@ -61,7 +61,7 @@ class Server:
         self._accepting = False
         self._reloading = False
         self._ended: asyncio.Event | None = None
-        self.failure: DeviceError | None = None
+        self.failure: BackendError | None = None
         self.started = time.monotonic()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -192,7 +192,7 @@ class Server:
             await self.ended()
 
         def work() -> None:
-            with contextlib.suppress(BaseException) if not errors else contextlib.nullcontext():
+            with contextlib.suppress(BaseException):  # what concerns `start` is in `errors`, the rest is `failure`
                 asyncio.run(main())
 
         self._thread = threading.Thread(target=work, name="server", daemon=True)
@@ -246,7 +246,7 @@ class Server:
                     self._complained.add(id(watcher))
                     self._say(f"ki-serve: {type(watcher).__name__} failed: {type(error).__name__}: {error}")
 
-    def _device_lost(self, error: DeviceError) -> None:
+    def _device_lost(self, error: BackendError) -> None:
         """Nothing can be answered any more: whoever started it may start it again."""
         self.failure = self.failure or error
         if self._ended is not None:
