@@ -6,6 +6,7 @@ import random
 import socket
 import struct
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -188,6 +189,18 @@ def test_a_queue_that_fails_ends_the_server(monkeypatch):
             ask(one, seen(1.0))
         server._thread.join(60)
         assert not server._thread.is_alive() and "ZeroDivisionError" in str(server.failure)
+
+
+def test_an_idle_server_keeps_no_picture():
+    kept = []
+    policy = HeldPolicy()
+    policy.infer = lambda observation, **more: (
+        kept.append(weakref.ref(observation["big"])) or {"actions": np.ones((5, 2))}
+    )
+    with serving(policy) as server, connected(server) as one:
+        for _ in range(3):
+            ask(one, seen(1.0, big=np.zeros(1 << 20)))
+        wait_until(lambda: gc.collect() is not None and not any(ref() is not None for ref in kept))
 
 
 OWN_FIELDS = ["head", "id", "seed", "noise", "num_steps", "prompt", "rtc", "patience_ms", "begins", "reported"]

@@ -66,6 +66,34 @@ def test_clients_take_turns_however_much_one_of_them_sends(stack):
     assert numbers(policy) == [1, 5, 10, 20]
 
 
+def test_what_is_replaced_keeps_no_picture(stack):
+    policy = HeldPolicy(held=True)
+    server = stack.enter_context(serving(policy))
+    (one,) = clients(stack, server, 1)
+    send(one, seen(1))
+    policy.wait()
+    for number in range(2, 6):
+        send(one, seen(number))
+    in_line(server, [5])
+    (client,) = server._clients
+    held = [request.asked.question.observation for request in list(client._answers._queue)]
+    assert [bool(observation) for observation in held] == [False, False, False, True]
+    policy.go.set()
+
+
+def test_who_waits_too_long_is_told_while_the_model_runs(stack):
+    policy = HeldPolicy(held=True)
+    server = stack.enter_context(serving(policy, longest_wait=0.3))
+    first, other, hasty = clients(stack, server, 3)
+    send(first, seen(1))
+    policy.wait()
+    send(other, seen(2))
+    send(hasty, seen(3, ki_edge={"patience_ms": 1}))
+    assert take(other).startswith("late: it waited") and take(hasty).startswith("late: it waited")
+    policy.go.set()
+    assert take(first)["actions"][0, 0] == 1
+
+
 def test_what_a_client_asked_that_left_is_not_run(stack):
     policy, watching = HeldPolicy(held=True), Watching()
     server = stack.enter_context(serving(policy, watching))

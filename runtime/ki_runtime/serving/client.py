@@ -82,6 +82,7 @@ class Client:
                 self._answers.put_nowait(request)
                 if request.asked is not None:
                     self._room.put(self, request)
+                del frame, request  # pictures, while the next one comes
         except ConnectionClosed as closed:
             return " ".join(str(closed).split())
         except asyncio.TimeoutError:
@@ -131,6 +132,8 @@ class Client:
             self._free.release()
             self._open -= 1
             self._tell(request, outcome, sent, answer, began)
+            frame, answer = b"", None  # pictures, until the next one
+            del request, outcome
 
     def _tell(
         self, request: Request, outcome: Outcome, sent: int, answer: Mapping[str, Any] | None, began: float

@@ -55,6 +55,7 @@ class Dispatcher:
                 await self._run(requests)
             finally:
                 self.running -= len(requests)
+                del requests  # their pictures, while there is nothing to do
 
     async def _run(self, requests: list[Request]) -> None:
         engine, started = self.engine, time.monotonic()

@@ -70,6 +70,7 @@ class LocalEngine:
                 future.get_loop().call_soon_threadsafe(_settle, future, answers)
             except RuntimeError:  # the loop has ended: nobody waits
                 return
+            del task, future, questions, answers  # pictures, while there is nothing to do
 
 
 def answered(policy: Any, questions: Sequence[Question]) -> list[Answer | Exception]:

@@ -6,7 +6,7 @@ import asyncio
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ki_edge.commands import printable
@@ -53,6 +53,9 @@ class Request:
     def settle(self, outcome: Outcome) -> None:
         """Its end; the first one counts."""
         if not self.done.done():
+            if self.started is None and self.asked is not None:  # it does not run: its pictures take room until told
+                question = replace(self.asked.question, observation={}, arguments={})
+                self.asked = replace(self.asked, question=question)
             self.done.set_result(outcome)
 
     @property
@@ -99,7 +102,7 @@ class Request:
             received=self.received,
             sent=sent,
             error=outcome.line,
-            observation=None if asked is None else asked.question.observation,
+            observation=None if asked is None or self.started is None else asked.question.observation,
             answer=answer,
             reported={} if asked is None else asked.reported,
             begins=asked is not None and asked.begins,

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 from .request import Outcome, Request
 
+TICK, LOOK = 0.001, 0.25  # seconds after the end of a wait, and between two looks at most: a newer one may end sooner
+
 
 class WaitingRoom:
     """At most `most` requests, and none of them for longer than `longest` seconds. Of the event loop alone."""
@@ -17,6 +19,7 @@ class WaitingRoom:
         self._requests: dict[object, Request] = {}  # by client, in the order in which they are served
         self._changed = asyncio.Event()
         self._closed: Outcome | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -34,6 +37,7 @@ class WaitingRoom:
         else:
             self._requests[client] = request
             self._changed.set()
+        self._watch_time()
 
     def drop(self, client: object) -> None:
         """Its client left."""
@@ -69,6 +73,19 @@ class WaitingRoom:
             chosen = [client for client, _ in zip(others, range(largest), strict=False)]
         return [self._requests.pop(client) for client in chosen]
 
+    def _watch_time(self) -> None:
+        """While the model runs nobody takes: who waits too long is told nevertheless."""
+        if self._timer is None and self._requests:
+            soonest = min(_end(request, self._longest) for request in self._requests.values())
+            self._timer = asyncio.get_running_loop().call_later(
+                min(max(0.0, soonest - time.monotonic()) + TICK, LOOK), self._refuse_in_time
+            )
+
+    def _refuse_in_time(self) -> None:
+        self._timer = None
+        self._refuse_late()
+        self._watch_time()
+
     def _refuse_late(self) -> None:
         now = time.monotonic()
         for client in list(_late(self._requests.items(), now, self._longest)):
@@ -83,6 +100,11 @@ def _group(request: Request) -> object:
 
 def _late(requests: Iterable[tuple[object, Request]], now: float, longest: float) -> Iterable[object]:
     for client, request in requests:
-        patience = None if request.asked is None else request.asked.patience
-        if now - request.began > (longest if patience is None else min(longest, patience)):
+        if now > _end(request, longest):
             yield client
+
+
+def _end(request: Request, longest: float) -> float:
+    """Until when it may wait."""
+    patience = None if request.asked is None else request.asked.patience
+    return request.began + (longest if patience is None else min(longest, patience))
