@@ -93,3 +93,18 @@ def test_the_plan_is_printed():
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("| ")]
     assert any(line.startswith("| 200 |") for line in rows) and math.isfinite(len(rows))
+
+
+def test_the_page_has_the_cells_that_the_command_finds():
+    """Drawn with fixed seeds: the same robots in a cell, and GPUs of a fleet, every time."""
+    names = ["RTX 4090", "RTX 5090", "H200"]
+    code = f"import fleet\nfor name in {names}: print(fleet.robots_of_cell(fleet.counted(name), 100_000))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (BENCHMARKS.parent / "docs" / "serving_fleet.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines()]
+    said = {(row[0], row[1]): row[-1] for row in rows if len(row) == 7}
+    for name, robots in zip(names, map(int, done.stdout.split()), strict=True):
+        for fleet in (1_000, 100_000):
+            assert said[f"{fleet:,}", f"{name}, counted"] == f"{-(-fleet // robots) * 8:,}"

@@ -267,3 +267,24 @@ def test_a_batch_that_memory_does_not_hold_is_none(monkeypatch):
     found = measure_batching(policy, 8)
     assert found.largest == 2 and "a batch of 4 failed: no memory" in found.text
     assert measure_batching(HeldPolicy(), 8).text.endswith("this policy takes one at a time")
+
+
+def noise(seed):
+    """How many times longer a busy machine makes each run."""
+    random = np.random.default_rng(seed)
+    return lambda: float(random.choice([1.0, 1.02, 1.7, 3.0], p=[0.3, 0.3, 0.2, 0.2]))
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(
+    ("of", "largest"), [(lambda n: 10 + n, 8), (lambda n: 10 * n, 1), (lambda n: 9.2 * n + 0.8, 1)]
+)
+def test_a_busy_machine_does_not_change_what_is_found(monkeypatch, of, largest, seed):
+    """Some runs take up to three times as long, others none: the gain is there or it is not."""
+    slower = noise(seed)
+    assert measure_batching(Timed(monkeypatch, lambda n: of(n) * slower()), 8).largest == largest
+
+
+def test_a_slow_policy_is_measured_for_fewer_rounds(monkeypatch):
+    policy = Timed(monkeypatch, lambda n: 4000.0 * n)
+    assert measure_batching(policy, 8).largest == 1 and len(policy.batches) == 8  # 1, 2, and three times both

@@ -24,7 +24,7 @@ class Dispatcher:
     ) -> None:
         self.engine = engine
         self._room, self._debug, self._lost = room, debug, lost
-        self.running = 0
+        self.running = self._busy = 0  # requests, tasks
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -49,13 +49,20 @@ class Dispatcher:
             task.cancel()
 
     async def _work(self) -> None:
-        while requests := await self._room.take(self.engine.largest_batch):
+        while requests := await self._room.take(self._share):
             self.running += len(requests)
+            self._busy += 1
             try:
                 await self._run(requests)
             finally:
                 self.running -= len(requests)
+                self._busy -= 1
                 del requests  # their pictures, while there is nothing to do
+
+    def _share(self, waiting: int) -> int:
+        """The largest batch of one task: what waits is for all of those that have none."""
+        free = len(self._tasks) - self._busy
+        return min(self.engine.largest_batch, -(-waiting // free))
 
     async def _run(self, requests: list[Request]) -> None:
         engine, started = self.engine, time.monotonic()

@@ -8,7 +8,7 @@ import re
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ PROBE = 3.0  # for a cluster to answer
 
 @dataclass
 class Cluster:
-    """`owned`: it was started here, for this machine alone; `current`: the engine that uses it."""
+    """`owned`: it was started here, for this machine alone; `users`: engines that are not closed."""
 
     ray: Any
     serve: Any
     owned: bool
-    current: Any = None
+    users: set[Any] = field(default_factory=set)
 
 
 def connect(options: RayOptions, say: Callable[[str], object]) -> Cluster:

@@ -22,6 +22,7 @@ from .question import Question
 from .ray_cluster import connect, gpus, line, state_of, wait
 from .ray_options import RayOptions
 from .ray_replica import Replica
+from .reloading import Promise, differences
 
 DEPLOYMENT = "policy"
 START = 600.0  # seconds for replicas to load, prove and warm up
@@ -39,7 +40,7 @@ class RayEngine:
         self.at_once = options.most
         self._digest = opened.digest
         self._cluster = connect(options, say)
-        self._cluster.current = self
+        self._cluster.users.add(self)
         try:
             self._handle = self._started()
             self.metadata: Mapping[str, Any] = self._described()
@@ -72,9 +73,8 @@ class RayEngine:
                 "'bundle' or 'digest' there, and deploy it again"
             )
         opened = Bundle.open(self._path, say=self._say)
-        contract = read_assets(opened).contract
-        if contract != self.contract:
-            raise BackendError("its contract is another one: clients know the old one, start a server for it")
+        if (other := differences(self, Promise.of(opened))) is not None:  # once it is deployed it answers
+            raise BackendError(f"it has another {other}, and clients know the old one: start a server for it")
         name = self._options.application
         self._deploy(opened.digest, again=True)
         wait(self._cluster.serve, name, START)
@@ -82,12 +82,17 @@ class RayEngine:
         new.__dict__.update(self.__dict__, _digest=opened.digest)
         new.metadata = new._described()
         new.largest_batch = new.metadata["largest_batch"]
-        self._cluster.current = new
+        self._cluster.users.add(new)  # from here on the end of the old one leaves the cluster to it
         return new
 
     def close(self) -> None:
-        """End the cluster if it was started here. In any other one the replicas stay, for other servers."""
-        if self._cluster.owned and self._cluster.current is self:  # else an engine after this one uses it
+        """End the cluster if it was started here and no other engine uses it, the one before a reload or the one after.
+
+        In any other cluster the replicas stay, for other servers.
+        """
+        used = self in self._cluster.users
+        self._cluster.users.discard(self)
+        if self._cluster.owned and used and not self._cluster.users:
             self._cluster.serve.delete(self._options.application, _blocking=False)
             self._cluster.ray.shutdown()
 

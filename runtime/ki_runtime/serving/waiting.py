@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from .request import Outcome, Request
 
@@ -45,12 +45,15 @@ class WaitingRoom:
         if request is not None:
             request.settle(Outcome("gone", line="its client left"))
 
-    async def take(self, largest: int) -> list[Request]:
-        """The next ones, at least one, that may run in one batch; none once it is closed."""
+    async def take(self, share: Callable[[int], int]) -> list[Request]:
+        """The next ones, at least one, that may run in one batch; none once it is closed.
+
+        `share`: how many at most, of so many that wait; asked when there are some, which may be after a reload.
+        """
         while True:
             self._refuse_late()
             if self._requests:
-                return self._next(largest)
+                return self._next(share(len(self._requests)))
             if self._closed is not None:
                 return []
             self._changed.clear()
