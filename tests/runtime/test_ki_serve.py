@@ -19,6 +19,7 @@ from ki_runtime import Policy
 from ki_runtime.policy.warming import blank_observation
 from ki_runtime.remote.policy import RemotePolicy
 from ki_runtime.serving import cli
+from ki_runtime.serving.loading import ServedBundle, spare_cores
 
 from .serving_parts import wait_until
 
@@ -75,7 +76,7 @@ def started(monkeypatch):
 def test_answers_are_the_policys_own_and_sigterm_ends_it_well(started, fetch_bundle):
     command = started(fetch_bundle, "--port", 0, "--max-batch", 2)
     remote = RemotePolicy(command.uri)
-    policy = Policy.load(fetch_bundle)
+    policy = Policy.load(fetch_bundle, threads=spare_cores())
     assert remote.contract == policy.contract
     random = np.random.default_rng(3)
     for number in range(3):
@@ -182,3 +183,11 @@ def test_other_machines_without_key_or_tls_are_warned_of(started, fetch_bundle):
     command = started(fetch_bundle, "--port", 0, "--host", "0.0.0.0", "--max-batch", 1)
     assert "there is no key (--api-key-file): anybody can ask it, and no TLS" in command.line("warning")
     assert command.end() == 0
+
+
+def test_the_event_loop_has_a_core_of_its_own(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
+    assert spare_cores() == 5
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3}, raising=False)
+    assert spare_cores() == 1
+    assert ServedBundle("bundle")._threads == 1 and ServedBundle("bundle", threads=4)._threads == 4

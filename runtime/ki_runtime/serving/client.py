@@ -22,7 +22,7 @@ from .waiting import WaitingRoom
 
 FRAME_SECONDS = 10.0  # from the first part of a frame to its last
 WRITE_SECONDS = 10.0  # for a client to take its answer
-UNANSWERED = 32  # frames of one client without an answer; further ones are not read
+UNANSWERED = 8  # frames of one client without an answer; further ones are not read
 
 
 class Limits(Protocol):

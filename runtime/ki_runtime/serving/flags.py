@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--key", metavar="FILE", help="and its private key")
     add = parser.add_argument_group("the engine").add_argument
     add("--backend", default="auto", metavar="NAME", help=f"{', '.join(NAMES)}; default: the fastest one that can")
-    add("--threads", type=int, metavar="N", help="CPU threads of the engine; default: its own choice")
+    add("--threads", type=int, metavar="N", help="CPU threads of the engine; default: all cores but one")
     add("--prompt", metavar="TEXT", help="what robots will be told: prompts of its length are prepared")
     add("--trust-engines", action="store_true", help="also load engines for the lean runtime that were not built here")
     add("--verify", action="store_true", help="check the bundle's hashes before serving")

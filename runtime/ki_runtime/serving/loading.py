@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,16 @@ from .batching import measure_batching
 from .engine import LocalEngine
 
 
+def spare_cores() -> int:
+    """CPU threads for an engine beside an event loop that must answer meanwhile: all that it may use but one."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, there - 1)
+
+
 class ServedBundle:
-    """Arguments as of `Policy.load`; `prompt`: what robots will be told, `largest_batch`: as of `ServerOptions`."""
+    """Arguments as of `Policy.load`, but without `threads` the event loop has a core; `prompt`: what robots will be
+    told; `largest_batch`: as of `ServerOptions`.
+    """
 
     def __init__(
         self,
@@ -28,7 +37,8 @@ class ServedBundle:
         largest_batch: int = 1,
         say: Callable[[str], object] = tell,
     ) -> None:
-        self._folder, self._backend, self._threads, self._verify = Path(folder), backend, threads, verify
+        self._folder, self._backend, self._verify = Path(folder), backend, verify
+        self._threads = spare_cores() if threads is None else threads
         self._trust, self._prompt, self._largest, self._say = trust_engines, prompt, largest_batch, say
 
     def open(self) -> LocalEngine:
