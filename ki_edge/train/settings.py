@@ -12,24 +12,47 @@ from ki_edge.errors import ArgumentError
 class TrainSettings:
     """What `ki-train` can be told. Times are drawn from Beta(1.5, 1) * 0.999 + 0.001, as openpi does."""
 
+    # the steps
     steps: int = 20_000
-    batch: int = 32
-    learning_rate: float = 1e-3
-    warmup: int = 300
-    final_rate: float = 0.02  # of the learning rate, at the last step
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    ema: float = 0.998
+    batch: int = 32  # samples of a step, over all processes and accumulated batches
+    accumulate: int = 1  # batches of a process one after the other before a step
+    seed: int = 0
+    # the loss
+    flow_weight: float = 1.0
     fast_weight: float = 1.0
+    text_weight: float = 1.0
     flow_draws: int = 4  # noise and time draws for each sample: the prefix is shared, so they are cheap
-    pointing: float = 0.25  # share of each batch that answers "where is the target?" instead
+    knowledge_insulation: bool = True  # stop-gradient on the backbone's K/V in every layer
+    fast_loss: bool = True  # the backbone learns FAST tokens too
     rtc_max_delay: int = 0  # the most first actions that are given; how many is drawn, uniformly from 0 on
     rtc_offset: float = 0.0  # standard deviation of how far they lie beside the demonstration's, normalised
-    knowledge_insulation: bool = True
+    # the optimiser
+    learning_rate: float = 1e-3
+    warmup: int = 300
+    decay_steps: int = 0  # after which the cosine is at its end; 0: `steps`
+    final_rate: float = 0.02  # of the learning rate, at the end of the cosine
+    optimizer: str = "adamw"
+    beta1: float = 0.9
+    beta2: float = 0.98
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.998  # 0: the checkpoint holds the weights themselves
+    freeze: tuple[str, ...] = ()  # groups of parameters that stay as they are
+    rates: tuple[tuple[str, float], ...] = ()  # (group, factor of its learning rate)
+    lora: tuple[tuple[str, int], ...] = ()  # (group, rank): adapters instead of the group's own matrices
+    # the machine
     bfloat16: bool = True  # matrix products in bfloat16; weights, norms, softmax and optimiser stay float32
-    seed: int = 0
+    checkpointing: bool = False  # layers are computed again in the backward pass
+    # data
+    pointing: float = 0.25  # share of each batch that answers "where is the target?" instead
+    augment: bool = False
+    held_out: float = 0.0  # share of the episodes that are evaluated on instead
+    max_long: float = 0.01  # share of samples whose tokens may be too long
+    # saving and looking
     save_every: int = 500
     log_every: int = 20
+    eval_every: int = 0
+    keep: str = "last:3,best:1"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "flow_draws", "save_every", "log_every"):

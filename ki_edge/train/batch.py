@@ -1,0 +1,89 @@
+"""What one process computes at once: samples of a step, with all that was drawn for them.
+
+Draws belong to (seed, step, row of the whole step's batch), so neither the number of processes nor accumulation changes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from ki_edge.model import Observation
+
+ACTIONS, TEXT = 0, 1  # kinds of a sample
+TERMS = ("flow", "fast", "text")  # of the loss, in the order in which `counts` gives their denominators
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples, R draws of noise and time each, draw by draw.
+
+    observation  pictures, prompts, and the postfix to learn: FAST tokens of an action sample, the answer of a text one
+    actions      f32 [B,H,A], normalised, zeros past the robot's numbers; of a text sample zeros
+    real         bool [B,H], actions that were recorded; of a text sample none
+    dims         bool [B,A], numbers of an action that the robot has
+    noise, time  f32 [R*B,H,A], f32 [R*B] in (0, 1]
+    delay        i64 [R*B], how many first actions of a draw are given; None: none in this run
+    given        f32 [R*B,H,A], the actions of each draw where they differ by draw (--rtc-offset); None: `actions`
+    kind         i64 [B], ACTIONS or TEXT
+    source       i64 [B], number of the dataset in the mixture
+    task         i64 [B], number of the task among all tasks of the mixture
+    row          i64 [B], number of the sample in its dataset: names it in messages
+    """
+
+    observation: Observation
+    actions: Tensor
+    real: Tensor
+    dims: Tensor
+    noise: Tensor
+    time: Tensor
+    kind: Tensor
+    source: Tensor
+    task: Tensor
+    row: Tensor
+    delay: Tensor | None = None
+    given: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same on a device."""
+        return _map(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same in pinned memory; torch's DataLoader calls it."""
+        return _map(self, lambda tensor: tensor.pin_memory())
+
+    def counts(self) -> Tensor:
+        """What each term of TERMS is a mean over, f64 [3]: numbers of actions over all draws, action samples, text samples.
+
+        The flow term's denominator does not know of delays: add them with `free`.
+        """
+        numbers = (self.free.unflatten(0, (-1, len(self))) * self.dims.sum(dim=1)[None, :, None]).sum()
+        is_action = self.kind == ACTIONS
+        return torch.stack([numbers, is_action.sum(), (~is_action).sum()]).double()
+
+    @property
+    def free(self) -> Tensor:
+        """The actions of each draw that there is something to learn of: recorded and not given, bool [R*B,H]."""
+        draws, horizon = len(self.noise) // len(self), self.noise.shape[1]
+        real = self.real.repeat(draws, 1)
+        if self.delay is None:
+            return real
+        return real & (torch.arange(horizon, device=real.device) >= self.delay[:, None])
+
+
+def _map(batch: Batch, move: object) -> Batch:
+    assert callable(move)
+
+    def moved(value: object) -> object:
+        if isinstance(value, Tensor):
+            return move(value)
+        if isinstance(value, Observation):
+            return replace(value, **{f.name: moved(getattr(value, f.name)) for f in fields(value)})
+        return value
+
+    return replace(batch, **{f.name: moved(getattr(batch, f.name)) for f in fields(batch)})  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Recorded data as batches: datasets, mixtures, text samples, augmentation, tokens, cache."""

@@ -1,0 +1,1 @@
+"""Training on the devices there are: processes, sharding, precision, optimisers, averages, adapters, state on disk."""

@@ -1,0 +1,47 @@
+"""What a run needs of its data, whatever it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ki_edge.config import Pi05Config
+
+from .batch import Batch
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which rows of each step's batch a process computes: `rank` of `world`, in `accumulate` batches one after the other."""
+
+    rank: int = 0
+    world: int = 1
+    accumulate: int = 1
+
+
+class TrainingData(Protocol):
+    """A mixture of datasets, encoded for one model."""
+
+    config: Pi05Config  # the model's geometry, with this data's vocabulary and horizon
+    names: Sequence[str]  # of the datasets, by Batch.source
+    tasks: Sequence[str]  # by Batch.task
+
+    def steps(self, first: int, share: Share) -> Iterator[list[Batch]]:
+        """The batches of this process for step `first` and those after, to the last one, each as `accumulate` batches."""
+
+    def held_out(self, share: Share) -> Iterator[Batch]:
+        """Samples of the episodes that were held out, always the same draws, in batches; empty if none were."""
+
+    def where(self, source: int, row: int) -> str:
+        """A sample's dataset, episode and frame, for messages."""
+
+    def save_assets(self, folder: Path) -> None:
+        """Write contract.json and assets/ into a checkpoint folder that is being made."""
+
+    def facts(self) -> Mapping[str, Any]:
+        """What it is made of, as flat JSON values: a resumed run must be made of the same."""
+
+    def close(self) -> None:
+        """End its workers."""

@@ -1,0 +1,1 @@
+"""How a run goes: evaluation, logs, trackers, its page, estimates of memory."""
