@@ -103,7 +103,7 @@ class ActionSource:
         rows = [self.row(int(number)) for number in np.sort(order)]
         chunks = np.stack([self.chunk(row, horizon)[0] for row in rows])
         states = self.arrays["state"][rows]
-        return [self.task(row) for row in rows], states, _relative(chunks, states, self.delta_mask)
+        return [self.task(row) for row in rows], states, relative(chunks, states, self.delta_mask)
 
     def measured(self, horizon: int) -> dict[str, Measured]:
         """Statistics of "state" and "actions" over the frames that are trained on: each recorded action once, or where
@@ -128,7 +128,7 @@ class ActionSource:
             for at in range(first, last, each):
                 rows = np.arange(at, min(last, at + each))
                 place = rows[:, None] + np.arange(horizon)
-                chunks = _relative(action[np.minimum(place, last - 1)], state[rows], self.delta_mask)
+                chunks = relative(action[np.minimum(place, last - 1)], state[rows], self.delta_mask)
                 yield chunks[place < last]
 
 
@@ -213,7 +213,7 @@ def _runs(starts: Int64, episodes: Int64) -> Iterable[tuple[int, int]]:
             yield int(starts[run[0]]), int(starts[run[-1] + 1])
 
 
-def _relative(chunks: Float32, states: Float32, mask: tuple[bool, ...] | None) -> Float32:
+def relative(chunks: Float32, states: Float32, mask: tuple[bool, ...] | None) -> Float32:
     """[n,H,a] with the numbers of `mask` relative to their state [n,s]."""
     if mask is None:
         return chunks
