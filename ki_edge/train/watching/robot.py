@@ -1,4 +1,4 @@
-"""How often the policy succeeds on a robot, as the bundle that will run: by the commands that users export and run with.
+"""How often the policy succeeds on a robot, as the bundle that will run: by the commands that users have for both.
 
 Both are processes of their own: an export that fails, or a simulator that crashes, tells so and ends no training.
 """
