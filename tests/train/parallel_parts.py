@@ -7,8 +7,8 @@ import torch
 
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.model import Observation, Pi05
-from ki_edge.train.batch import ACTIONS, TEXT, Batch
-from ki_edge.train.training_data import Share
+from ki_edge.train.step.batch import ACTIONS, TEXT, Batch
+from ki_edge.train.step.training_data import Share
 
 MICRO = Pi05Config(
     vision=VisionConfig(width=16, depth=2, mlp_dim=24, num_heads=2, patch_size=7, image_size=14),

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ki_edge.errors import ArgumentError, DivergedError
 from ki_edge.model import Pi05
-from ki_edge.train.batch import ACTIONS, TERMS, Batch
-from ki_edge.train.objective import Objective, Terms
-from ki_edge.train.settings import TrainSettings
-from ki_edge.train.training_data import Share
+from ki_edge.train.step.batch import ACTIONS, TERMS, Batch
+from ki_edge.train.step.objective import Objective, Terms
+from ki_edge.train.step.settings import TrainSettings
+from ki_edge.train.step.training_data import Share
 
 from .averaging import MovingAverage
 from .groups import freeze, freeze_unused, optimizer_groups
