@@ -79,14 +79,18 @@ def add_data(parser: Parser) -> None:
     tokens.add_argument("--tokenizer", type=Path, metavar="FILE", help="PaliGemma's tokenizer.model")
     tokens.add_argument("--fast", type=Path, metavar="FOLDER", help="a FAST codec, instead of one fitted to the data")
     tokens.add_argument("--fast-vocabulary", type=int, help="FAST ids of a fitted codec")
-    tokens.add_argument("--fast-placement", choices=("openpi", "pi052"), help="where FAST ids are in PaliGemma's vocabulary")
+    tokens.add_argument(
+        "--fast-placement", choices=("openpi", "pi052"), help="where FAST ids are in PaliGemma's vocabulary"
+    )
 
 
 def add_learning(parser: Parser) -> None:
     """Model, steps, loss, optimiser."""
     model = parser.add_argument_group("model")
     model.add_argument("--recipe", choices=sorted(RECIPES), help="settings by name; flags that are given count more")
-    model.add_argument("--preset", choices=("tiny", "small", "base", "pi05"), help="widths and depths of a new model (tiny)")
+    model.add_argument(
+        "--preset", choices=("tiny", "small", "base", "pi05"), help="widths and depths of a new model (tiny)"
+    )
     model.add_argument("--init", metavar="CHECKPOINT", help="go on from these weights: any that ki-export reads")
     add_settings(parser.add_argument_group("steps"), STEPS)
     loss = parser.add_argument_group("loss")
@@ -105,8 +109,12 @@ def add_learning(parser: Parser) -> None:
 def add_machine(parser: Parser) -> None:
     """Processes, precision, memory."""
     group = parser.add_argument_group("machine")
-    group.add_argument("--strategy", choices=("auto", "ddp", "fsdp2"), default="auto", help="of several processes (auto)")
-    group.add_argument("--checkpointing", action="store_true", default=None, help="compute layers twice, to save memory")
+    group.add_argument(
+        "--strategy", choices=("auto", "ddp", "fsdp2"), default="auto", help="of several processes (auto)"
+    )
+    group.add_argument(
+        "--checkpointing", action="store_true", default=None, help="compute layers twice, to save memory"
+    )
     group.add_argument("--float32", action="store_true", default=None, help="no products in bfloat16")
     group.add_argument("--threads", type=int, default=0, help="CPU threads (all)")
 
@@ -115,7 +123,9 @@ def add_saving(parser: Parser) -> None:
     """Checkpoints, logs, evaluation."""
     group = parser.add_argument_group("saving and looking")
     add_settings(group, SAVING)
-    group.add_argument("--eval-robot", metavar="ROBOT", help="let the exported bundle work on it, such as gym:FetchReach-v4")
+    group.add_argument(
+        "--eval-robot", metavar="ROBOT", help="let the exported bundle work on it, such as gym:FetchReach-v4"
+    )
     group.add_argument("--eval-episodes", type=int, default=20, help="of a robot's evaluation (20)")
     group.add_argument("--track", action="append", metavar="NAME", help="also log to tensorboard, trackio or wandb")
     group.add_argument("--resume", action="store_true", help="go on where the run in OUT stopped, with its settings")

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 from ki_edge.errors import DivergedError
 
-from .step.batch import Batch
 from .parallel.checkpoints import RunFolder
 from .parallel.engine import Engine, StepResult
+from .step.batch import Batch
 from .step.settings import TrainSettings
 from .step.training_data import TrainingData
 from .watching.log import RunLog, by_group
@@ -111,7 +111,9 @@ class Trainer:
         judged = settings.eval_every and self.judge is not None and (step % settings.eval_every == 0 or last)
         if judged or last or step % settings.save_every == 0:
             with self._clock.stopped():
-                values = {"step": step, **self.judge.evaluate(self.engine, self.data)} if judged and self.judge else None
+                values = (
+                    {"step": step, **self.judge.evaluate(self.engine, self.data)} if judged and self.judge else None
+                )
                 folder = self._save()
                 if values is not None:
                     yield self._judged(values, folder)
