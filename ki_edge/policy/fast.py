@@ -132,24 +132,31 @@ class FastCodec:
         The alphabet holds every coefficient from the data's smallest - `margin` to its largest + `margin`, so all of
         them can be spelled. The vocabulary may end up smaller than `vocab_size` if the data have too few repetitions.
         """
+        return cls.fit_several([chunks], scale=scale, vocab_size=vocab_size, margin=margin)
+
+    @classmethod
+    def fit_several(
+        cls, sets: Sequence[npt.ArrayLike], *, scale: float = 10.0, vocab_size: int = 1024, margin: int = 0
+    ) -> "FastCodec":
+        """As `fit`, one codec for chunks of several robots: each of `sets` is float [N, T, A] with its own T and A."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-        x = numbers(chunks, "chunks")
-        if x.ndim != 3 or x.size == 0 or max(x.shape[1:]) > MAX_CHUNK or not np.isfinite(x).all():
-            raise ArgumentError(f"FAST is fitted on finite chunks of shape [n, horizon, action_dim], got {x.shape}")
         if not isinstance(scale, int | float) or not 0 < scale <= MAX_SCALE:
             raise ArgumentError(f"scale {scale!r:.60}: expected a number above 0, up to {MAX_SCALE}")
         count(vocab_size, "vocab_size", 1 << 20)
         count(margin, "margin", SURROGATES, least=0)
-        q = _quantized(x, scale)  # [N, T, A]
-        min_token, span = int(q.min()) - margin, int(q.max() - q.min()) + 2 * margin
+        if not sets:
+            raise ArgumentError("FAST is fitted on at least one set of chunks")
+        quantized = [_quantized(_chunks(each), scale) for each in sets]  # [N, T, A] each
+        least, most = min(int(q.min()) for q in quantized), max(int(q.max()) for q in quantized)
+        min_token, span = least - margin, most - least + 2 * margin
         if span >= SURROGATES:
-            raise ArgumentError(f"DCT coefficients {q.min()}..{q.max()} span too much: are the chunks normalised?")
+            raise ArgumentError(f"DCT coefficients {least}..{most} span too much: are the chunks normalised?")
         pieces = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("".join(map(chr, range(span + 1))))
         alphabet = sorted({symbol for piece, _ in pieces for symbol in piece})
         if vocab_size < len(alphabet):
             raise ArgumentError(
-                f"vocab_size {vocab_size} is below the {len(alphabet)} symbols of coefficients {q.min()}..{q.max()}"
+                f"vocab_size {vocab_size} is below the {len(alphabet)} symbols of coefficients {least}..{most}"
             )
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -159,8 +166,8 @@ class FastCodec:
             vocab_size=vocab_size, min_frequency=MIN_FREQUENCY, show_progress=False, special_tokens=[],
             initial_alphabet=alphabet, max_token_length=MAX_TOKEN_LENGTH,
         )  # fmt: skip
-        texts = ("".join(map(chr, row)) for row in (q - min_token).reshape(len(q), -1).tolist())
-        tokenizer.train_from_iterator(texts, trainer=trainer, length=len(q))
+        texts = ("".join(map(chr, row)) for q in quantized for row in (q - min_token).reshape(len(q), -1).tolist())
+        tokenizer.train_from_iterator(texts, trainer=trainer, length=sum(map(len, quantized)))
         return cls(tokenizer, scale, min_token)
 
     @classmethod
@@ -280,6 +287,13 @@ class FastIds:
                 return FastParse(tuple(found), terminated=False, problem=problem)
             found.append(self.offset - ids[at])
         return FastParse(tuple(found), terminated=False)
+
+
+def _chunks(given: npt.ArrayLike) -> Float64:
+    x = numbers(given, "chunks")
+    if x.ndim != 3 or x.size == 0 or max(x.shape[1:]) > MAX_CHUNK or not np.isfinite(x).all():
+        raise ArgumentError(f"FAST is fitted on finite chunks of shape [n, horizon, action_dim], got {x.shape}")
+    return x
 
 
 def _quantized(x: Float64, scale: float) -> npt.NDArray[np.int64]:

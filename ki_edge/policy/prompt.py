@@ -108,9 +108,9 @@ class PromptTokenizer:
         """
         text = self.text(prompt, state)
         if self.format == "pi0":
-            ids = self._encode(text[:-1]) + self._encode("\n")
+            ids = self.encode_alone(text[:-1]) + self.encode_alone("\n")
         else:
-            ids = self._encode(text)
+            ids = self.encode_alone(text)
         return self._opened(ids, prompt)
 
     def encode_question(self, question: str) -> Int32:
@@ -121,7 +121,7 @@ class PromptTokenizer:
         _check_text(question)
         if not question.strip():
             raise PromptError(f"the question is empty (got {question!r:.80}): say what the policy is to answer")
-        return self._opened(self._encode(question.removesuffix("\n") + "\n"), question)
+        return self._opened(self.encode_alone(question.removesuffix("\n") + "\n"), question)
 
     def _opened(self, ids: list[int], prompt: str) -> Int32:
         """The ids behind bos; PromptError if they are too many."""
@@ -149,14 +149,15 @@ class PromptTokenizer:
     @property
     def action_ids(self) -> tuple[int, ...]:
         """Ids of "Action: ", which opens the FAST postfix."""
-        return tuple(self._encode("Action: "))
+        return tuple(self.encode_alone("Action: "))
 
     @property
     def end_ids(self) -> tuple[int, ...]:
         """Ids of "|", which closes the FAST tokens; `eos_id` follows."""
-        return tuple(self._encode("|"))
+        return tuple(self.encode_alone("|"))
 
-    def _encode(self, text: str) -> list[int]:
+    def encode_alone(self, text: str) -> list[int]:
+        """Ids of a text alone, without bos and eos, of any length."""
         return self._words.encode(text)
 
     def _state(self, state: npt.ArrayLike | None) -> npt.NDArray[np.float64]:

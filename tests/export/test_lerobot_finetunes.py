@@ -66,7 +66,7 @@ def same_prompts(files, folder):
     answers = []
     for state, task, text in zip(golden["state"], golden["tasks"], golden["prompts"], strict=True):
         found = inputs({"images": images, "state": state, "prompt": str(task)}).prompt_tokens[1:]
-        answers.append(np.array_equal(found, files.tokenizer._encode(str(text))))
+        answers.append(np.array_equal(found, files.tokenizer.encode_alone(str(text))))
     return all(answers)
 
 

@@ -79,7 +79,7 @@ def test_the_policy_is_lerobots(data, tokenizer, name):
         found = inputs({"images": images, "state": state, "prompt": str(task)})
         np.testing.assert_array_equal(found.state, golden["normalized_state"][at])
         text = str(golden["prompts"][at])
-        np.testing.assert_array_equal(found.prompt_tokens[1:], files.tokenizer._encode(text))
+        np.testing.assert_array_equal(found.prompt_tokens[1:], files.tokenizer.encode_alone(text))
         assert found.prompt_tokens[0] == files.tokenizer.bos_id
         answer = np.pad(golden["model_actions"][at], ((0, 0), (0, 32 - contract.action_dim)))
         np.testing.assert_allclose(outputs(answer, found.raw_state), golden["actions"][at], rtol=0, atol=2e-6)

@@ -133,5 +133,5 @@ def test_wrong_observations(policy, observation):
 
 def test_a_question_goes_in_as_it_is(tokenizer_model):
     tokenizer = PromptTokenizer(tokenizer_model, "pi05", 64)
-    assert tokenizer.encode_question("Where_is it?").tolist() == [2, *tokenizer._encode("Where_is it?\n")]
+    assert tokenizer.encode_question("Where_is it?").tolist() == [2, *tokenizer.encode_alone("Where_is it?\n")]
     assert tokenizer.encode_question("one\n").tolist() == tokenizer.encode_question("one").tolist()

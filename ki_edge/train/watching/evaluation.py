@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ki_edge.model import Pi05
 from ki_edge.model.loss import postfix_cross_entropy
-from ki_edge.train.batch import ACTIONS, Batch
-from ki_edge.train.training_data import Share, TrainingData
+from ki_edge.train.step.batch import ACTIONS, Batch
+from ki_edge.train.step.training_data import Share, TrainingData
 
 # Each is a mean. Errors are absolute, over recorded actions: in robot units, and in those of the model.
 METRICS = (

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ki_edge.train.batch import ACTIONS
+from ki_edge.train.step.batch import ACTIONS
 from ki_edge.train.watching.evaluation import PREFIX, evaluate
 
 

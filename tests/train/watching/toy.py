@@ -10,8 +10,8 @@ from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.model import Observation, Pi05
 from ki_edge.policy.fast import FastCodec, FastIds
 from ki_edge.policy.prompt import PromptTokenizer, pad
-from ki_edge.train.batch import ACTIONS, TEXT, Batch
-from ki_edge.train.training_data import Share
+from ki_edge.train.step.batch import ACTIONS, TEXT, Batch
+from ki_edge.train.step.training_data import Share
 
 HORIZON, WIDTH, LENGTH, POSTFIX, DRAWS = 4, 6, 48, 48, 2
 CONFIG = Pi05Config(
