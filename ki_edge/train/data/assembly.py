@@ -13,8 +13,8 @@ import torch
 from ki_edge.errors import DatasetError, KiEdgeError
 from ki_edge.model import Observation
 from ki_edge.policy.images import fit_image
-from ki_edge.train.batch import ACTIONS, TEXT, Batch
-from ki_edge.train.settings import TrainSettings
+from ki_edge.train.step.batch import ACTIONS, TEXT, Batch
+from ki_edge.train.step.settings import TrainSettings
 
 from .cache import FrameCache
 from .draws import AUGMENTATION, DRAWS, HELD_DRAWS, Draws, draw
@@ -75,7 +75,9 @@ class Assembler:
         plan, seed, rows = self.mixture.plan(step), self.settings.seed, []
         for row in range(first, last):
             source, sample, epoch = (int(part[row]) for part in (plan.source, plan.sample, plan.epoch))
-            rows.append(self._row(source, sample, (seed, DRAWS, step, row), (seed, AUGMENTATION, source, epoch, sample)))
+            rows.append(
+                self._row(source, sample, (seed, DRAWS, step, row), (seed, AUGMENTATION, source, epoch, sample))
+            )
         return _collate(rows)
 
     def held_out(self, samples: Sequence[tuple[int, int]]) -> Batch:
@@ -162,9 +164,7 @@ class Assembler:
             return np.asarray(fitted, np.uint8)
         return np.rint((np.clip(fitted, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
 
-    def _augmented(
-        self, images: UInt8, mask: npt.NDArray[np.bool_], number: int, key: tuple[int, ...] | None
-    ) -> UInt8:
+    def _augmented(self, images: UInt8, mask: npt.NDArray[np.bool_], number: int, key: tuple[int, ...] | None) -> UInt8:
         if key is None:
             return images
         kinds = ["wrist" if is_wrist(c.slot, c.key) else "base" for c in self.recipe.contracts[number].cameras]
