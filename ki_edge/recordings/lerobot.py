@@ -42,20 +42,20 @@ class LeRobotRecordings:
     @property
     def state_names(self) -> list[str] | None:
         """What the numbers of a state are, where the dataset says it."""
-        return _names(self._index.features[STATE].get("names"))
+        return names_of(self._index.features[STATE].get("names"))
 
     @property
     def action_names(self) -> list[str] | None:
         """What the numbers of an action are, where the dataset says it."""
-        return _names(self._index.features[ACTION].get("names"))
+        return names_of(self._index.features[ACTION].get("names"))
 
     def episode(self, number: int) -> RecordedEpisode:
         """The `number`-th episode, from 0. DatasetError if its files are missing, damaged or too large."""
         index, located = self._index, self._index.episodes[number]
         where = f"{index.folder}, episode {located.index}"
         stored = [name for name in self._cameras if index.features[name]["dtype"] == "image"]
-        columns = _columns(where, located, stored)
-        numbers = {name: _vectors(where, name, columns[name]) for name in (STATE, ACTION)}
+        columns = _columns(where, located, [STATE, ACTION, "timestamp", "frame_index", *stored])
+        numbers = {name: vectors(where, name, columns[name]) for name in (STATE, ACTION)}
         if fault := value_fault(numbers):
             raise DatasetError(f"{where}: {fault}")
         if located.task is not None and len(located.task) > MAX_PROMPT:
@@ -65,8 +65,7 @@ class LeRobotRecordings:
         for name, size in self._cameras.items():
             short = name.removeprefix(CAMERAS).removeprefix("observation.")
             if name in stored:
-                files = [row.get("bytes") if isinstance(row, dict) else None for row in columns[name].to_pylist()]
-                cameras[short] = StoredPictures(f"{where}, {name}", files, size)
+                cameras[short] = _stored(f"{where}, {name}", columns[name], size)
             else:
                 path, start = located.videos[name]
                 cameras[short] = VideoPictures(regular(path), start + times, size, index.fps)
@@ -75,7 +74,18 @@ class LeRobotRecordings:
         return RecordedEpisode(where, cameras, numbers[STATE], numbers[ACTION], located.task, contents)
 
 
-def _names(given: Any) -> list[str] | None:
+def stored_pictures(folder: Path, located: Located, name: str, size: tuple[int, int]) -> StoredPictures:
+    """An episode's pictures in the column `name`. DatasetError if its file is missing or damaged."""
+    where = f"{folder}, episode {located.index}"
+    return _stored(f"{where}, {name}", _columns(where, located, [name, "frame_index"])[name], size)
+
+
+def _stored(where: str, column: Any, size: tuple[int, int]) -> StoredPictures:
+    files = [row.get("bytes") if isinstance(row, dict) else None for row in column.to_pylist()]
+    return StoredPictures(where, files, size)
+
+
+def names_of(given: Any) -> list[str] | None:
     """A list of texts, which LeRobot's older writers put into an object with one entry."""
     if isinstance(given, dict) and len(given) == 1:
         given = next(iter(given.values()))
@@ -84,12 +94,11 @@ def _names(given: Any) -> list[str] | None:
     return given if len(set(given)) == len(given) else None
 
 
-def _columns(where: str, located: Located, stored: list[str]) -> dict[str, Any]:
-    """The columns of an episode that are read, as arrow arrays, in the order of its frames."""
+def _columns(where: str, located: Located, wanted: list[str]) -> dict[str, Any]:
+    """Columns of an episode, frame_index among them, as arrow arrays, in the order of its frames."""
     import pyarrow as pa
 
     path = regular(located.data)
-    wanted = [STATE, ACTION, "timestamp", "frame_index", *stored]
     if located.length > MOST_STEPS:
         raise DatasetError(f"{where}: {located.length} frames, at most {MOST_STEPS} are read")
     try:
@@ -114,7 +123,7 @@ def _of(episode: int) -> Any:
     return pc.field("episode_index") == episode
 
 
-def _vectors(where: str, name: str, column: Any) -> npt.NDArray[np.float32]:
+def vectors(where: str, name: str, column: Any) -> npt.NDArray[np.float32]:
     """A column of numbers or of lists of equally many, f32 [T, n]."""
     import pyarrow as pa
 

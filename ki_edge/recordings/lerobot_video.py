@@ -15,41 +15,41 @@ import numpy.typing as npt
 
 from ki_edge.errors import DatasetError
 
+from .lerobot_index import regular
+
 UInt8 = npt.NDArray[np.uint8]
 AHEAD = 2.0  # seconds: what lies further ahead is sought, what is nearer is decoded up to
 
 
-class VideoPictures:
-    """Pictures u8 [h, w, 3] by step. `times`: where each step's is in the file, seconds; `shape` [T, h, w, 3].
+class VideoFile:
+    """The frames u8 [h, w, 3] of an mp4 file by their time in it, in any order. `size`: (h, w); `threads` of a decoder, 0:
+    as many as it likes.
 
-    DatasetError where the file is no mp4 video of that size, or has no frame within half a period of that time.
+    DatasetError where the file is no mp4 video of that size, or has no frame within half a period of a time.
     """
 
-    def __init__(self, path: Path, times: npt.NDArray[np.float64], size: tuple[int, int], fps: float) -> None:
-        self.shape = (len(times), *size, 3)
-        self._path, self._times, self._fps = path, times, fps
+    def __init__(self, path: Path, size: tuple[int, int], fps: float, threads: int = 0) -> None:
+        self._path, self._size, self._fps, self._threads = path, size, fps, threads
         self._file: IO[bytes] | None = None
         self._container: Any = None
         self._frames: Any = None
         self._frame: Any = None  # the one that was decoded last
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, step: int) -> UInt8:
+    def at(self, time: float) -> UInt8:
+        """The frame of a time in seconds."""
         import av
 
-        time = float(self._times[step])
         try:
             self._open()
             frame = self._find(time)
         except (av.FFmpegError, OSError, ValueError, StopIteration) as error:
+            self.close()
             what = "it has no frame there" if isinstance(error, StopIteration) else " ".join(str(error).split())
             raise DatasetError(f"{self._path} cannot be read at {time:.3f} s: {what}") from None
-        if (frame.height, frame.width) != self.shape[1:3]:
+        if (frame.height, frame.width) != self._size:
             raise DatasetError(
                 f"{self._path}: pictures of {frame.height} x {frame.width}, meta/info.json says "
-                f"{self.shape[1]} x {self.shape[2]}"
+                f"{self._size[0]} x {self._size[1]}"
             )
         picture: UInt8 = frame.to_ndarray(format="rgb24")
         return picture
@@ -71,11 +71,11 @@ class VideoPictures:
 
         if self._container is None:
             # from a file that is open, as mp4: nothing in it can make the library open another file or a network
-            self._file = self._path.open("rb")
+            self._file = regular(self._path).open("rb")
             self._container = av.open(self._file, format="mp4")
             if not self._container.streams.video:
                 raise ValueError("it holds no video")
-            self._seek(float(self._times[0]))
+            self._container.streams.video[0].codec_context.thread_count = self._threads
 
     def _seek(self, time: float) -> None:
         stream = self._container.streams.video[0]
@@ -86,13 +86,34 @@ class VideoPictures:
         """The frame within half a period of a time. StopIteration if there is none."""
         half = 0.5 / self._fps
         now = None if self._frame is None else self._frame.time
-        if now is not None and (time < now - half or time > now + AHEAD):
+        if now is None or time < now - half or time > now + AHEAD:
             self._seek(time)
         while self._frame is None or self._frame.time < time - half:
             self._frame = next(self._frames)
         if self._frame.time > time + half:
             raise StopIteration
         return self._frame
+
+
+class VideoPictures:
+    """Pictures u8 [h, w, 3] by step. `times`: where each step's is in the file, seconds; `shape` [T, h, w, 3].
+
+    DatasetError as of VideoFile.
+    """
+
+    def __init__(self, path: Path, times: npt.NDArray[np.float64], size: tuple[int, int], fps: float) -> None:
+        self.shape = (len(times), *size, 3)
+        self._times, self._film = times, VideoFile(path, size, fps)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, step: int) -> UInt8:
+        return self._film.at(float(self._times[step]))
+
+    def close(self) -> None:
+        """Close the file; the next picture opens it again."""
+        self._film.close()
 
 
 class StoredPictures:

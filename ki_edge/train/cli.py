@@ -11,7 +11,7 @@ from typing import Any
 from ki_edge.commands import Parser, run_command, show
 from ki_edge.config import TINY
 
-from .settings import TrainSettings
+from .step.settings import TrainSettings
 
 PRESETS = {"tiny": TINY}
 HELP = {

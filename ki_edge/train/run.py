@@ -22,7 +22,7 @@ from .initialization import from_scratch
 from .loop import STATE_FILE, Trainer, read_facts
 from .recipe import Examples, Recipe
 from .recorded import Progress, decode_recordings
-from .settings import TrainSettings
+from .step.settings import TrainSettings
 
 CENTER_FRAMES = 2000
 PICTURES = "pictures.npy"  # of recorded episodes, as they were decoded

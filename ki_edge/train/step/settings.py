@@ -58,6 +58,10 @@ class TrainSettings:
         for name in ("steps", "batch", "flow_draws", "save_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.decay_steps < 0 or (self.decay_steps and self.decay_steps <= self.warmup):
+            raise ArgumentError(
+                f"decay_steps {self.decay_steps}: expected more than warmup ({self.warmup}), or 0: steps"
+            )
         if self.seed < 0:
             raise ArgumentError(f"seed {self.seed}: expected 0 or more")
         if self.rtc_max_delay < 0:
@@ -72,7 +76,8 @@ class TrainSettings:
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warmup, then a cosine down to `final_rate`."""
         warm = min(1.0, (step + 1) / max(1, self.warmup))
-        done = min(1.0, max(0, step - self.warmup) / max(1, self.steps - self.warmup))
+        length = (self.decay_steps or self.steps) - self.warmup
+        done = min(1.0, max(0, step - self.warmup) / max(1, length))
         return (
             self.learning_rate * warm * (self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * done)))
         )
