@@ -204,3 +204,24 @@ TINY = Pi05Config(
     action_dim=8,
     action_horizon=8,
 )
+
+SMALL = Pi05Config(
+    vision=VisionConfig(width=256, depth=6, mlp_dim=1024, num_heads=4, patch_size=16, image_size=128),
+    backbone=GemmaConfig(width=384, depth=8, mlp_dim=1280, num_heads=6, num_kv_heads=1, head_dim=64),
+    expert=GemmaConfig(width=256, depth=8, mlp_dim=768, num_heads=6, num_kv_heads=1, head_dim=64),
+    vocab_size=1024,
+    action_dim=16,
+    action_horizon=16,
+)
+
+BASE = Pi05Config(
+    vision=VisionConfig(width=768, depth=12, mlp_dim=3072, num_heads=12, patch_size=16, image_size=224),
+    backbone=GemmaConfig(width=1024, depth=12, mlp_dim=3072, num_heads=8, num_kv_heads=1, head_dim=128),
+    expert=GemmaConfig(width=512, depth=12, mlp_dim=2048, num_heads=8, num_kv_heads=1, head_dim=128),
+    vocab_size=1024,
+    action_dim=32,
+    action_horizon=32,
+)
+
+# What `ki-train --preset` knows. But for the last they start from nothing, with a vocabulary of their data's own.
+PRESETS = {"tiny": TINY, "small": SMALL, "base": BASE, "pi05": PI05}

@@ -5,6 +5,7 @@
     ├── ContractError     (ValueError)    a policy contract is incomplete or contradicts itself
     ├── BundleError       (ValueError)    a bundle on disk is damaged, foreign or too new
     ├── DatasetError      (ValueError)    demonstrations or recorded files cannot be read
+    │   └── DivergedError                 training met a loss or a gradient that is not finite
     ├── ObservationError  (ValueError)    an observation does not fit the contract
     │   └── PromptError                   its prompt is missing, empty or too long
     ├── ArgumentError     (ValueError)    a wrong argument of a call: noise shape, number of steps, names
@@ -38,6 +39,14 @@ class BundleError(KiEdgeError, ValueError):
 
 class DatasetError(KiEdgeError, ValueError):
     """Demonstrations or a recorded file cannot be read."""
+
+
+class DivergedError(DatasetError):
+    """A loss or gradient is not finite. `step`, and (source, row) of the samples whose own loss is not, if any."""
+
+    def __init__(self, message: str, step: int, samples: list[tuple[int, int]]) -> None:
+        super().__init__(message)
+        self.step, self.samples = step, samples
 
 
 class ObservationError(KiEdgeError, ValueError):

@@ -1,18 +1,27 @@
 """The model's geometry: presets, JSON round trip, and everything that must be refused."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 
-from ki_edge.config import LIMITS, PI05, TINY, GemmaConfig, Pi05Config, VisionConfig
+from ki_edge.checkpoints.layout.keys import parameter_shapes
+from ki_edge.config import LIMITS, PI05, PRESETS, TINY, GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.errors import CheckpointError
 from ki_edge.graphs import specs
 
 
-@pytest.mark.parametrize("config", [PI05, TINY])
+@pytest.mark.parametrize("config", PRESETS.values())
 def test_round_trip(config):
     assert Pi05Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(("name", "millions"), [("tiny", 2), ("small", 30), ("base", 300), ("pi05", 3353)])
+def test_a_preset_has_the_parameters_that_are_said(name, millions):
+    """Without the unused lm_head of the action expert, which makes a π0.5's files hold 3.6 billion."""
+    count = sum(math.prod(shape) for shape in parameter_shapes(PRESETS[name]).values())
+    assert count / 1e6 == pytest.approx(millions, rel=0.1 if name == "tiny" else 0.01)
 
 
 def test_the_real_model(data):

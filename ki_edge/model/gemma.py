@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Sequence
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from ki_edge.config import GemmaConfig
 
-from .layers import Committed, GatedMLP, Modulation, RMSNorm, Rope, attention, modulated_norm, norm_row, rotate
+from .layers import Committed, GatedMLP, Layer, Modulation, RMSNorm, Rope, attention, modulated_norm, norm_row, rotate
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -40,7 +40,7 @@ class GemmaAttention(nn.Module):
         return x.view(x.shape[0], x.shape[1], count, self.head_dim)
 
 
-class GemmaLayer(nn.Module):
+class GemmaLayer(Layer):
     """Gemma layer: attention and MLP, each behind an RMSNorm."""
 
     def __init__(self, config: GemmaConfig) -> None:
@@ -50,18 +50,40 @@ class GemmaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width)
         self.mlp = GatedMLP(config.width, config.mlp_dim)
 
-    def finish(self, x: Tensor, normed: Tensor, rope: Rope, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        """The layer's output, given its input, the normed input, and all K/V that it may see."""
-        x = x + self.self_attn(normed, rope, k, v, bias)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
-        return out
+    def compute(
+        self, x: Tensor, rope: Rope, bias: Tensor | None, past: KeysValues | None = None
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """x [B,S,W] -> the layer's output, and K and V of x [B,K,S,D]. It sees `past`, and itself, as `bias` says.
+
+        Without a bias K and V are all that is asked for, and the output is None.
+        """
+        normed = self.input_layernorm(x)
+        k, v = self.self_attn.keys_values(normed, rope)
+        if bias is None:
+            return None, k, v
+        seen_k, seen_v = (k, v) if past is None else (torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2))
+        x = x + self.self_attn(normed, rope, seen_k, seen_v, bias)
+        return x + self.mlp(self.post_attention_layernorm(x)), k, v
+
+
+class TableAdapter(Protocol):
+    """What an adapter in training adds to the embedding's table, where the table itself is used."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What it adds to the logits f32 [...,V]."""
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """What it adds to rows [n,W]."""
 
 
 class Backbone(nn.Module):
     """PaliGemma's language model. Input vectors are already embedded and scaled."""
 
+    adapter: TableAdapter | None = None
+
     def __init__(self, config: GemmaConfig, vocab_size: int) -> None:
         super().__init__()
+        self.width = config.width
         self.embed_tokens = nn.Embedding(vocab_size, config.width)
         self.layers = nn.ModuleList(GemmaLayer(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.width)
@@ -73,39 +95,44 @@ class Backbone(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [B,T] -> [B,T,W], times sqrt(W)."""
-        vectors: Tensor = self.embed_tokens(tokens) * self.embed_tokens.embedding_dim**0.5
+        vectors: Tensor = self.embed_tokens(tokens) * self.width**0.5
         return vectors
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Logits f32 [...,V] of hidden states [...,W], with the embedding's own table."""
+        logits = nn.functional.linear(hidden, self.embed_tokens.weight).float()
+        return logits if self.adapter is None else logits + self.adapter.logits(hidden)
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """Rows [n,W] of the embedding's table, of ids [n]."""
+        rows: Tensor = self.embed_tokens.weight[tokens]
+        return rows if self.adapter is None else rows + self.adapter.rows(tokens)
 
     def keys_values(self, x: Tensor, rope: Rope, bias: Tensor) -> list[KeysValues]:
         """K/V of every layer. The last layer's attention and MLP feed nothing but logits, so they do not run."""
         cache = []
-        for index, layer in enumerate(self.stack):
-            normed = layer.input_layernorm(x)
-            k, v = layer.self_attn.keys_values(normed, rope)
+        for layer in self.stack[:-1]:
+            x, k, v = layer(x, rope, bias)
             cache.append((k, v))
-            if index + 1 < len(self.layers):
-                x = layer.finish(x, normed, rope, k, v, bias)
-        return cache
+        _, k, v = self.stack[-1](x, rope, None)
+        return [*cache, (k, v)]
 
     def forward(
-        self, x: Tensor, rope: Rope, bias: Tensor, past: Callable[[int, KeysValues], KeysValues] | None = None
+        self, x: Tensor, rope: Rope, bias: Tensor, past: Sequence[KeysValues] | None = None
     ) -> tuple[Tensor, list[KeysValues]]:
         """All layers and the final norm: hidden states [B,S,W] and the new K/V.
 
-        `past(layer, new)` returns all K/V that the layer sees; without it a layer sees the new ones.
+        `past`: K/V that each layer sees besides the new ones.
         """
         cache = []
         for index, layer in enumerate(self.stack):
-            normed = layer.input_layernorm(x)
-            new = layer.self_attn.keys_values(normed, rope)
-            cache.append(new)
-            k, v = past(index, new) if past else new
-            x = layer.finish(x, normed, rope, k, v, bias)
+            x, k, v = layer(x, rope, bias, None if past is None else past[index])
+            cache.append((k, v))
         out: Tensor = self.norm(x)
         return out, cache
 
 
-class ExpertLayer(nn.Module):
+class ExpertLayer(Layer):
     """Gemma layer whose norms are modulated and whose branches are gated by the flow time."""
 
     def __init__(self, config: GemmaConfig) -> None:
@@ -115,7 +142,8 @@ class ExpertLayer(nn.Module):
         self.post_attention_layernorm = Modulation(config.width)
         self.mlp = GatedMLP(config.width, config.mlp_dim)
 
-    def forward(self, x: Tensor, rows: tuple[Tensor, Tensor], rope: Rope, prefix: KeysValues, bias: Tensor) -> Tensor:
+    def compute(self, x: Tensor, rows: tuple[Tensor, Tensor], rope: Rope, prefix: KeysValues, bias: Tensor) -> Tensor:
+        """x [B,H,W] -> the layer's output; `rows`: scale, shift and gate of both norms."""
         normed, gate = modulated_norm(x, rows[0])
         own_k, own_v = self.self_attn.keys_values(normed, rope)
         k = torch.cat([prefix[0], own_k], dim=2)  # [B,K,S+H,D]
@@ -139,10 +167,15 @@ class ActionExpert(nn.Module):
         """The layers, with their type."""
         return cast("list[ExpertLayer]", list(self.layers))
 
+    @property
+    def modulations(self) -> list[Modulation]:
+        """The dense layers of all norms in the order of their use. They run before the layers do, all at once."""
+        norms = [norm for layer in self.stack for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        return [*norms, self.norm]
+
     def modulation(self, condition: Tensor) -> Tensor:
         """All modulation rows of a time condition [b,W]: f32 [b,M,3W]."""
-        norms = [norm for layer in self.stack for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-        return torch.stack([norm(condition) for norm in (*norms, self.norm)], dim=1)
+        return torch.stack([norm(condition) for norm in self.modulations], dim=1)
 
     def forward(
         self,
@@ -178,11 +211,7 @@ class PlainExpert(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope, prefix: list[KeysValues], bias: Tensor) -> Tensor:
         """Suffix tokens [B,Q,W] -> final normed hidden states [B,Q,W]; bias over the keys of prefix and suffix."""
-        for layer, (past_k, past_v) in zip(self.stack, prefix, strict=True):
-            normed = layer.input_layernorm(x)
-            own_k, own_v = layer.self_attn.keys_values(normed, rope)
-            k = torch.cat([past_k, own_k], dim=2)  # [B,K,S+Q,D]
-            v = torch.cat([past_v, own_v], dim=2)
-            x = layer.finish(x, normed, rope, k, v, bias)
+        for layer, past in zip(self.stack, prefix, strict=True):
+            x, _, _ = layer(x, rope, bias, past)
         out: Tensor = self.norm(x)
         return out

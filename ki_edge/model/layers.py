@@ -6,10 +6,13 @@ folded into rows so that a K/V head is one matrix product, additive float32 mask
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 MASKED = -1e9  # added to logits of keys that must not be seen: exp() of it is exactly zero in float32
 ROPE_THETA = 10_000.0
@@ -61,6 +64,30 @@ def rms_normalize(x: Tensor) -> Tensor:
     """x / sqrt(mean(x^2) + 1e-6) over the last axis, float32 result."""
     x = x.float()
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)
+
+
+class Layer(nn.Module):
+    """A transformer layer, which is one `forward`: what is gathered, and computed again, as a whole.
+
+    `recompute`: keep nothing of it for the backward pass but its inputs. Subclasses give `compute`.
+    """
+
+    recompute = False
+    compute: Callable[..., Any]
+
+    def forward(self, *inputs: Any) -> Any:
+        """`compute` of the same inputs."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.compute, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+        return self.compute(*inputs)
+
+
+class LayerNorm(nn.LayerNorm):
+    """SigLIP's norm, in the type of what it norms, whatever its weights are in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (part.to(x.dtype) for part in (self.weight, self.bias))
+        return nn.functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class RMSNorm(nn.Module):

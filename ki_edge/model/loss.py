@@ -9,8 +9,7 @@ backbone. Nothing in the prefix sees the postfix, so its K/V are those of infere
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
     from .pi05 import Pi05
 
 
-@dataclass(frozen=True)
-class Losses:
+class Losses(NamedTuple):
     """Unreduced: `flow` (v_t - u_t)^2 [B,H,A]; `fast` mean cross-entropy over each sample's postfix [B], or None.
 
     `free` bool [B,H]: the actions to learn from; the flow of the others, which were given or are not real, is 0.
@@ -51,7 +49,7 @@ def compute_loss(
     delay: Tensor | None = None,
     real: Tensor | None = None,
 ) -> Losses:
-    """Flow loss and, for a KI model given a FAST postfix, its cross-entropy.
+    """Flow loss and, for an observation with a FAST postfix, its cross-entropy.
 
     actions f32 [B,H,A], or [R*B,H,A] where draws differ; noise f32 [R*B,H,A] and time f32 [R*B] in (0, 1], 1 is noise:
     R draws for each sample, draw by draw, which share one prefix (the returned flow is [R*B,H,A]).
@@ -63,27 +61,18 @@ def compute_loss(
     """
     observation.check(model.config)
     _check_shapes(model, observation, actions, noise, time)
-    committed, settled = _committed(model, noise, delay)
-    if model.knowledge_insulation and observation.fast_tokens is not None:
-        logits, cache, mask = joint_backbone(model, observation)
-        prefix, fast = [(k.detach(), v.detach()) for k, v in cache], postfix_cross_entropy(logits, observation)
-    else:
-        keys, values, mask = model.prefix_forward(
-            observation.images, observation.camera_mask, observation.prompt_tokens, observation.prompt_mask
-        )
-        if model.knowledge_insulation:
-            keys, values = keys.detach(), values.detach()
-        prefix, fast = list(zip(keys, values, strict=True)), None
+    prefix, mask, fast = _read_prefix(model, observation)
     draws = len(noise) // len(observation.images)
     if draws > 1:
         prefix = [(k.repeat(draws, 1, 1, 1), v.repeat(draws, 1, 1, 1)) for k, v in prefix]
         mask = mask.repeat(draws, 1)
         actions = actions if len(actions) == len(noise) else actions.repeat(draws, 1, 1)
+    committed, modulation, settled = _committed(model, time, delay)
     t = time[:, None, None]
     x_t, u_t = t * noise + (1.0 - t) * actions, noise - actions
     if settled is not None:
         x_t = torch.where(settled.mask, actions, x_t)
-    v_t = model.velocity(x_t, model.modulation(time), prefix, mask, committed=settled)
+    v_t = model.velocity(x_t, modulation, prefix, mask, committed=settled)
     free = ~committed if real is None else ~committed & _checked(real, committed, len(observation.images))
     return Losses(flow=(v_t - u_t).square().masked_fill(~free[..., None], 0.0), fast=fast, free=free)
 
@@ -98,10 +87,9 @@ def joint_backbone(model: Pi05, observation: Observation) -> tuple[Tensor, list[
     last = (
         mask.shape[1] - observation.prompt_mask.shape[1] + observation.prompt_mask.sum(dim=1) - 1
     )  # last prompt token
-    before_first = hidden[torch.arange(len(hidden)), last][:, None]
+    before_first = hidden[torch.arange(len(hidden), device=hidden.device), last][:, None]
     predicting = torch.cat([before_first, hidden[:, length:-1]], dim=1)  # [B,F,W]
-    logits = torch.nn.functional.linear(predicting, model.backbone.embed_tokens.weight).float()
-    return logits, [(k[:, :, :length], v[:, :, :length]) for k, v in cache], mask
+    return model.backbone.unembed(predicting), [(k[:, :, :length], v[:, :, :length]) for k, v in cache], mask
 
 
 def embed_fast_sequence(model: Pi05, observation: Observation) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,17 +119,38 @@ def postfix_cross_entropy(logits: Tensor, observation: Observation) -> Tensor:
     return (each * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1.0)
 
 
-def _committed(model: Pi05, noise: Tensor, delay: Tensor | None) -> tuple[Tensor, Committed | None]:
-    """Which actions of each draw are given, bool [R*B,H], and what the expert is told of them: nothing if none are."""
-    count, horizon = noise.shape[:2]
+def _read_prefix(model: Pi05, observation: Observation) -> tuple[list[KeysValues], Tensor, Tensor | None]:
+    """K/V of every layer as the expert sees them, the prefix mask, the postfix's cross-entropy [B] if there is one."""
+    if observation.fast_tokens is not None:
+        logits, cache, mask = joint_backbone(model, observation)
+        if model.knowledge_insulation:
+            cache = [(k.detach(), v.detach()) for k, v in cache]
+        return cache, mask, postfix_cross_entropy(logits, observation)
+    learns = torch.is_grad_enabled() and not model.knowledge_insulation
+    with torch.set_grad_enabled(learns):  # insulated and without tokens there is nothing to keep for a backward pass
+        x, mask = model.embed_prefix(
+            observation.images, observation.camera_mask, observation.prompt_tokens, observation.prompt_mask
+        )
+        positions = mask.long().cumsum(dim=1) - 1
+        return model.backbone.keys_values(x, model._rope(positions), key_bias(mask)), mask, None
+
+
+def _committed(model: Pi05, time: Tensor, delay: Tensor | None) -> tuple[Tensor, Tensor, Committed | None]:
+    """Which actions of each draw are given, bool [R*B,H]; the modulation of the others, and of these if there are any.
+
+    Both modulations are computed at once, so that the expert's dense layers run once.
+    """
+    count, horizon = len(time), model.config.action_horizon
     if delay is None:
-        return torch.zeros(count, horizon, dtype=torch.bool, device=noise.device), None
+        return torch.zeros(count, horizon, dtype=torch.bool, device=time.device), model.modulation(time), None
     if delay.dtype != torch.int64 or tuple(delay.shape) != (count,):
         raise ArgumentError(f"delay: {delay.dtype} {list(delay.shape)}, expected torch.int64 {[count]}")
-    if not bool(((delay >= 0) & (delay < horizon)).all()):
+    # on an accelerator, whose queue a look at values would wait for, they are trusted
+    if delay.device.type == "cpu" and not bool(((delay >= 0) & (delay < horizon)).all()):
         raise ArgumentError(f"delay: {int(delay.min())} to {int(delay.max())}, expected 0 to {horizon - 1}")
-    mask = torch.arange(horizon, device=noise.device) < delay[:, None]
-    return mask, Committed(mask[..., None], model.modulation(torch.zeros(1, device=noise.device)))
+    mask = torch.arange(horizon, device=time.device) < delay[:, None]
+    rows = model.modulation(torch.cat([time, time.new_zeros(1)]))
+    return mask, rows[:-1], Committed(mask[..., None], rows[-1:])
 
 
 def _checked(real: Tensor, committed: Tensor, batch: int) -> Tensor:

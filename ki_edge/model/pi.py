@@ -16,7 +16,7 @@ from ki_edge.errors import ArgumentError
 from ki_edge.flow import MAX_PERIOD, MIN_PERIOD
 
 from . import sampling
-from .gemma import Backbone, KeysValues
+from .gemma import Backbone
 from .layers import MASKED, Committed, Rope, key_bias, rope_angles
 from .siglip import VisionTower
 from .steering import Steering
@@ -130,10 +130,8 @@ class PiModel(nn.Module):
         past = key_bias(cache_mask).expand(-1, 1, 1, count, -1)
         bias = torch.cat([past, among.expand(tokens.shape[0], 1, 1, count, count)], dim=-1)
 
-        def with_cache(layer: int, new: KeysValues) -> KeysValues:
-            return torch.cat([cache_k[layer], new[0]], dim=2), torch.cat([cache_v[layer], new[1]], dim=2)
-
-        hidden, new = self.backbone(self.backbone.embed(tokens), self._rope(positions), bias, with_cache)
+        cache = [(cache_k[layer], cache_v[layer]) for layer in range(self.config.backbone.depth)]
+        hidden, new = self.backbone(self.backbone.embed(tokens), self._rope(positions), bias, cache)
         rows = self.backbone.embed_tokens.weight if unembedding is None else unembedding
         parts = [rows] if isinstance(rows, Tensor) else rows
         logits = torch.cat([nn.functional.linear(hidden[:, -1], part) for part in parts], dim=-1).float()

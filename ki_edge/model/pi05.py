@@ -16,7 +16,11 @@ from .pi import PiModel
 
 
 class Pi05(PiModel):
-    """The policy network with its adaRMS expert. `knowledge_insulation`: whether it is trained with it."""
+    """The policy network with its adaRMS expert.
+
+    `knowledge_insulation`: whether the flow loss stops at the backbone's K/V. Whether the backbone learns FAST tokens
+    is another matter: it does where an observation brings them.
+    """
 
     variant = "pi05"
     expert: ActionExpert
@@ -79,7 +83,7 @@ class Pi05(PiModel):
 
     def token_loss(self, observation: Observation) -> Tensor:
         """Mean cross-entropy of each sample's postfix [B], without actions: the co-training loss of other tasks."""
-        return loss.postfix_cross_entropy(self.fast_logits(observation), observation)
+        return loss.postfix_cross_entropy(loss.joint_backbone(self, observation)[0], observation)
 
     def fast_logits(self, observation: Observation) -> Tensor:
         """Logits [B,F,V] of the FAST postfix: row i predicts fast_tokens[:, i]."""

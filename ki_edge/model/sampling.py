@@ -53,17 +53,21 @@ def denoise_trace(
     """x_t before every step and after the last: num_steps + 1 tensors f32 [B,H,A]."""
     observation.check(model.config)
     shape = (len(observation.images), model.config.action_horizon, model.config.action_dim)
-    x_t = torch.randn(shape) if noise is None else noise.float()
+    device = observation.images.device
+    x_t = torch.randn(shape, device=device) if noise is None else noise.float()
     if tuple(x_t.shape) != shape:
         raise ArgumentError(f"noise: shape {list(x_t.shape)}, expected {list(shape)}")
-    times = torch.from_numpy(denoise_times(num_steps, time_convention))
-    dt = torch.tensor(float(step_size(num_steps)))
+    denoising = denoise_times(num_steps, time_convention)
+    times = torch.from_numpy(denoising).to(device)
+    dt = torch.tensor(float(step_size(num_steps)), device=device)
     k, v, mask = prefix(model, observation)
     state = () if observation.state is None else (observation.state,)
     steering: Iterable[tuple[Tensor, ...]] = repeat((), num_steps)
     if overlap is not None:
         overlap.check(*shape)
-        steering = steering_inputs(overlap, times.numpy(), model.modulation, trained=_is_trained(model, overlap))
+        steering = steering_inputs(
+            overlap, denoising, model.modulation, trained=_is_trained(model, overlap), device=device
+        )
     trace = [x_t]
     for rows, more in zip(model.modulation(times), steering, strict=True):
         trace.append(model.denoise_step(trace[-1], rows, dt, k, v, mask, *state, *more))
@@ -92,20 +96,20 @@ def sample_fast_tokens(
         raise ArgumentError(f"max_tokens {max_tokens}: expected at least 1")
     if constrained and not model.decode_ids:
         raise ArgumentError("constrained decoding needs to know the FAST ids (no contract): pass constrained=False")
-    ids = torch.tensor(model.decode_ids) if constrained else torch.arange(model.config.vocab_size)
+    device = observation.images.device
+    every = model.decode_ids if constrained else range(model.config.vocab_size)
+    ids = torch.tensor(every, device=device)
     k, v, mask = prefix(model, observation)
-    rows = torch.arange(len(mask))
+    rows = torch.arange(len(mask), device=device)
     valid, prompt = mask.sum(dim=1), observation.prompt_mask.sum(dim=1)
     mask = mask.clone()
     mask[rows, mask.shape[1] - observation.prompt_mask.shape[1] + prompt - 1] = False
     start = observation.prompt_tokens[rows, prompt - 1][:, None].long()
-    tokens = torch.cat([start, torch.tensor(forced, dtype=torch.long).expand(len(mask), -1)], dim=1)
-    positions = valid[:, None] - 1 + torch.arange(tokens.shape[1])
-    done, out = torch.zeros(len(mask), dtype=torch.bool), []
+    tokens = torch.cat([start, start.new_tensor(forced).expand(len(mask), -1)], dim=1)
+    positions = valid[:, None] - 1 + torch.arange(tokens.shape[1], device=device)
+    done, out = mask.new_zeros(len(mask)), []
     for _ in range(max_tokens):
-        logits, new_k, new_v = model.fast_decode_step(
-            tokens, positions, k, v, mask, model.backbone.embed_tokens.weight[ids]
-        )
+        logits, new_k, new_v = model.fast_decode_step(tokens, positions, k, v, mask, model.backbone.rows(ids))
         k, v = torch.cat([k, new_k], dim=3), torch.cat([v, new_v], dim=3)
         mask = torch.cat([mask, mask.new_ones(len(mask), tokens.shape[1])], dim=1)
         chosen = torch.where(done, model.eos_id, ids[logits.argmax(dim=-1)])

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ki_edge.config import VisionConfig
 
-from .layers import attention
+from .layers import Layer, LayerNorm, attention
 
 
 class VisionEmbeddings(nn.Module):
@@ -57,17 +57,18 @@ class VisionMLP(nn.Module):
         return out
 
 
-class VisionLayer(nn.Module):
+class VisionLayer(Layer):
     """Pre-norm transformer layer."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.width, eps=1e-6)
+        self.layer_norm1 = LayerNorm(config.width, eps=1e-6)
         self.self_attn = VisionAttention(config)
-        self.layer_norm2 = nn.LayerNorm(config.width, eps=1e-6)
+        self.layer_norm2 = LayerNorm(config.width, eps=1e-6)
         self.mlp = VisionMLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
+        """x [B,P,width] -> the layer's output."""
         x = x + self.self_attn(self.layer_norm1(x))
         out: Tensor = x + self.mlp(self.layer_norm2(x))
         return out
@@ -88,7 +89,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.embeddings = VisionEmbeddings(config)
         self.encoder = VisionEncoder(config)
-        self.post_layernorm = nn.LayerNorm(config.width, eps=1e-6)
+        self.post_layernorm = LayerNorm(config.width, eps=1e-6)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels f32 [B,3,h,w] in [-1,1] -> features [B,P,width]; embedded in float32, then the layers' type."""

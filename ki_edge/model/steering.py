@@ -47,13 +47,18 @@ class Steering:
 
 
 def steering_inputs(
-    overlap: Overlap, times: F32, modulation: Callable[[Tensor], Tensor], *, trained: bool
+    overlap: Overlap,
+    times: F32,
+    modulation: Callable[[Tensor], Tensor],
+    *,
+    trained: bool,
+    device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Tensor, ...]]:
     """The fields of `Steering` at each step; the last two for a policy that is `trained` for them."""
     previous, weights, committed = (
-        torch.from_numpy(array) for array in (overlap.actions, overlap.weights, overlap.committed)
+        torch.from_numpy(array).to(device) for array in (overlap.actions, overlap.weights, overlap.committed)
     )
     strengths = guidance_weights(times, len(times) if overlap.maximum is None else overlap.maximum)
-    settled = (committed, modulation(torch.zeros(1))[0]) if trained else ()
+    settled = (committed, modulation(torch.zeros(1, device=device))[0]) if trained else ()
     for strength, time in zip(strengths, times, strict=True):
-        yield previous, weights, torch.tensor(strength), torch.tensor(time), *settled
+        yield previous, weights, *(torch.tensor(value, device=device) for value in (strength, time)), *settled

@@ -1,228 +1,217 @@
-"""The training loop: KI loss, AdamW with warmup and cosine decay, clipping, a moving average, exact resume.
+"""The steps of a run: take a batch, learn from it, log, evaluate, save; and stop where somebody asks for it.
 
-All randomness of step n comes from (seed, n), so a resumed run takes the same steps as an uninterrupted one.
+All randomness of step n comes from (seed, n), so a resumed run takes the steps that an uninterrupted one would have
+taken. Every process of a run goes through the same calls; the main one writes and tells.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from ki_edge.errors import DivergedError
 
-from ki_edge.errors import CheckpointError, DatasetError
-from ki_edge.files.reading import parse_json
-from ki_edge.files.safetensors_index import SafetensorsIndex
-from ki_edge.model import Observation, Pi05
-from ki_edge.model.checkpoint import save_checkpoint, write_safetensors
+from .parallel.checkpoints import RunFolder
+from .parallel.engine import Engine, StepResult
+from .step.batch import Batch
+from .step.settings import TrainSettings
+from .step.training_data import TrainingData
+from .watching.log import RunLog, by_group
 
-from .centering import CenteredPatches
-from .delays import draw_delays, shifted
-from .fingerprint import Fingerprint, check_same
-from .recipe import Examples, Recipe, Tokens
-from .settings import TrainSettings
+Row = dict[str, Any]
+NAMED = 4  # samples of a bad batch that a message names
 
-STATE_FILE, LOG_FILE = "state.safetensors", "log.jsonl"
-FACTS = "run"  # of the state file's metadata
+
+class Watcher(Protocol):
+    """Is told how a run goes; in the main process only."""
+
+    def logged(self, row: Mapping[str, Any]) -> None:
+        """A row of the log."""
+
+    def evaluated(self, row: Mapping[str, Any]) -> None:
+        """What an evaluation found."""
+
+    def saved(self, step: int, folder: Path) -> None:
+        """A checkpoint is complete."""
+
+
+class Judge(Protocol):
+    """What is measured every `eval_every` steps."""
+
+    def evaluate(self, engine: Engine, data: TrainingData) -> Row:
+        """Values by name; all processes call it at the same step."""
+
+    def try_out(self, checkpoint: Path, step: int) -> Row:
+        """Values of a complete checkpoint at work; in the main process only."""
+
+    def score(self, row: Mapping[str, Any]) -> float | None:
+        """How good a checkpoint with these values is, more is better; None if nothing was measured."""
 
 
 class Trainer:
-    """One run in the folder `out`: checkpoint (the moving average), training state, log."""
+    """One run. `watchers` are those of the main process."""
 
     def __init__(
-        self, model: Pi05, examples: Examples, recipe: Recipe, settings: TrainSettings, out: Path, facts: Fingerprint
+        self,
+        engine: Engine,
+        data: TrainingData,
+        settings: TrainSettings,
+        folder: RunFolder,
+        log: RunLog | None,
+        *,
+        judge: Judge | None = None,
+        watchers: Sequence[Watcher] = (),
     ) -> None:
-        self.facts = facts
-        self.model, self.examples, self.recipe, self.settings, self.out = model.train(), examples, recipe, settings, out
-        self.points = _points(examples, settings)
-        self.average = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        decay = [p for p in model.parameters() if p.ndim >= 2]
-        other = [p for p in model.parameters() if p.ndim < 2]
-        groups = [{"params": decay, "weight_decay": settings.weight_decay}, {"params": other, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
-        self.step = 0
-        self.log_path = out / "training" / LOG_FILE
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self.engine, self.data, self.settings, self.folder, self.log = engine, data, settings, folder, log
+        self.judge, self.watchers = judge, list(watchers)
+        self._stopping = False
+        self._clock = _Clock()
 
-    # ------------------------------------------------------------------ steps
+    @property
+    def step(self) -> int:
+        """Steps that were taken."""
+        return self.engine.step
 
-    def run(self) -> Iterator[dict[str, float]]:
-        """Train to the last step; yields a record every `log_every` steps, saves every `save_every`.
+    def stop(self, *_: object) -> None:
+        """Ask for an end: the run is saved after the step that is being taken. Fit to be a signal's handler."""
+        self._stopping = True
 
-        A run that is finished already writes its checkpoint again, which may not have been reached before.
+    def run(self) -> Iterator[Row]:
+        """Train to the last step, or to where a process was asked to stop; yields rows of the log and of evaluations.
+
+        A run that is finished already has its checkpoint written again, if that is missing.
         """
-        settings, started, since = self.settings, time.perf_counter(), self.step
-        if self.step >= settings.steps:
-            self.save_checkpoint()
-        with self.log_path.open("a", encoding="utf-8") as log:
-            while self.step < settings.steps:
-                terms = self.train_step()
-                last = self.step == settings.steps
-                if self.step % settings.log_every == 0 or last:
-                    rate = (self.step - since) * settings.batch / (time.perf_counter() - started)
-                    yield _log(log, {"step": self.step, **terms, "samples_per_s": round(rate, 1)})
-                if self.step % settings.save_every == 0 or last:
-                    self.save()
+        if self.step >= self.settings.steps:
+            if not self.folder.has(self.step):
+                self._save()
+            return
+        steps = iter(self.data.steps(self.step, self.engine.share()))
+        try:
+            while self.step < self.settings.steps and not self.engine.any(self._stopping):
+                yield from self._take(steps)
+        finally:
+            if (close := getattr(steps, "close", None)) is not None:
+                close()
+        if not self.folder.has(self.step):  # it was stopped
+            self._save()
 
-    def train_step(self) -> dict[str, float]:
-        """One optimiser step; returns the loss terms."""
-        rate = self.settings.rate(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bfloat16):
-            terms = self._losses(np.random.default_rng([self.settings.seed, self.step]))
-        total = sum(terms[name] * weight for name, weight in self._weights().items() if name in terms)
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()  # type: ignore[union-attr]
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
-        if not bool(torch.isfinite(norm)):
-            raise DatasetError(
-                f"training diverged at step {self.step}: the gradient is not finite; lower the learning rate"
-            )
-        self.optimizer.step()
-        self._update_average()
-        self.step += 1
-        return {**{name: value.item() for name, value in terms.items()}, "grad_norm": norm.item(), "rate": rate}
+    def close(self) -> None:
+        """End workers and trackers, leave the group of processes, let go of the folder."""
+        self.data.close()
+        for watcher in self.watchers:
+            if (close := getattr(watcher, "close", None)) is not None:
+                close()
+        self.engine.close()
+        self.folder.close()
 
-    def _weights(self) -> dict[str, float]:
-        return {"flow": 1.0, "fast": self.settings.fast_weight, "pointing": self.settings.fast_weight}
+    def _take(self, steps: Iterator[list[Batch]]) -> Iterator[Row]:
+        """One step, and what is due after it."""
+        with self._clock.waiting():
+            batches = next(steps)
+        result = self._learn(batches)
+        self._clock.samples += self.settings.batch
+        step, settings = self.step, self.settings
+        last = step == settings.steps
+        if step % settings.log_every == 0 or last:
+            yield self._told(self._row(result))
+        judged = settings.eval_every and self.judge is not None and (step % settings.eval_every == 0 or last)
+        if judged or last or step % settings.save_every == 0:
+            with self._clock.stopped():
+                values = (
+                    {"step": step, **self.judge.evaluate(self.engine, self.data)} if judged and self.judge else None
+                )
+                folder = self._save()
+                if values is not None:
+                    yield self._judged(values, folder)
 
-    def _losses(self, rng: np.random.Generator) -> dict[str, Tensor]:
-        """Mean loss terms of one batch. The pointing part is a batch of its own: no state, no actions."""
-        examples, settings, points = self.examples, self.settings, self.points
-        rows = np.sort(rng.choice(len(examples.images), settings.batch - points, replace=False))
-        draws = (len(rows) * settings.flow_draws, *examples.actions.shape[1:])
-        noise = torch.from_numpy(rng.standard_normal(draws, np.float32))
-        times = torch.from_numpy((rng.beta(1.5, 1.0, draws[0]) * 0.999 + 0.001).astype(np.float32))
-        observation = _observation(examples.images[rows], examples.prompt, rows, examples.postfix)
-        actions, dims, delay = examples.actions[rows], self.recipe.contract.action_dim, None
-        if settings.rtc_max_delay:
-            delays = draw_delays(rng, draws[0], settings.rtc_max_delay)
-            if settings.rtc_offset:
-                actions = shifted(rng, actions, delays, settings.rtc_offset, dims)
-            delay = torch.from_numpy(delays)
-        real = None if examples.real is None else torch.from_numpy(examples.real[rows])
-        losses = self.model.compute_loss(
-            observation, torch.from_numpy(actions), noise=noise, time=times, delay=delay, real=real
-        )
-        terms = {"flow": losses.mean_flow(dims)}
-        if losses.fast is not None:
-            terms["fast"] = losses.fast.mean()
-        if points:
-            rows = np.sort(rng.choice(examples.pointable, points, replace=False))
-            ask = np.zeros(points, np.int64)
-            answers = _observation(examples.images[rows], examples.pointing_prompt, ask, examples.pointing, rows)
-            terms["pointing"] = self.model.token_loss(answers).mean()
-        return terms
+    def _learn(self, batches: list[Batch]) -> StepResult:
+        try:
+            return self.engine.train_step(batches, self.settings.rate(self.step))
+        except DivergedError as error:
+            own = [(int(s), int(r)) for batch in batches for s, r in zip(batch.source, batch.row, strict=True)]
+            bad = error.samples or own
+            named = "; ".join(self.data.where(*sample) for sample in bad[:NAMED])
+            more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+            raise DivergedError(
+                f"{error}. Its samples: {named}{more}. Nothing was learnt from them; the last checkpoint is "
+                f"{self.folder.last or 'none'}",
+                error.step,
+                error.samples,
+            ) from None
 
-    def _update_average(self) -> None:
-        decay = min(self.settings.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for name, value in self.model.state_dict().items():
-                self.average[name].lerp_(value, 1.0 - decay)
+    # ------------------------------------------------------------------ rows
 
-    # ------------------------------------------------------------------ files
+    def _row(self, result: StepResult) -> Row:
+        """Values of this step; speeds are those since the row before."""
+        row: Row = {"step": self.step, **result.terms, "grad_norm": result.grad_norm}
+        row["rate"] = self.settings.rate(self.step - 1)
+        row |= {f"rate/{name}": factor * row["rate"] for name, factor in self.settings.rates}
+        row |= by_group(
+            result.flow.numpy(), result.tokens.numpy(), result.source.numpy(), result.task.numpy(),
+            names=self.data.names, tasks=self.data.tasks,
+        )  # fmt: skip
+        seconds, waited, samples = self._clock.restart()
+        row |= {"samples_per_s": round(samples / seconds, 2), "waited": round(waited / seconds, 4)}
+        if (speed := getattr(self.data, "loader_samples_per_s", None)) is not None:
+            row["loader_samples_per_s"] = round(speed(), 1)
+        return row
 
-    def save(self) -> None:
-        """Write the training state, then the checkpoint that `ki-export` takes; each replaces its old file at once."""
-        state = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        state |= {f"average.{name}": value for name, value in self.average.items()}
-        for index, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
-            for name in ("exp_avg", "exp_avg_sq"):
-                if parameter in self.optimizer.state:
-                    state[f"optimizer.{index}.{name}"] = self.optimizer.state[parameter][name]
-        facts = {"step": str(self.step), FACTS: json.dumps(self.facts)}
-        write_safetensors(state, self.out / "training" / STATE_FILE, facts)
-        self.save_checkpoint()
+    def _told(self, row: Row) -> Row:
+        if self.log is not None:
+            self.log.append(row)
+        for watcher in self.watchers:
+            watcher.logged(row)
+        return row
 
-    def save_checkpoint(self) -> None:
-        """The moving average as a checkpoint folder in openpi's layout, with contract and assets."""
-        averaged = Pi05(self.recipe.config, knowledge_insulation=self.settings.knowledge_insulation)
-        state, center = dict(self.average), CenteredPatches.center_of(self.model)
-        if center is not None:
-            state = CenteredPatches.fold(state, center)
-        averaged.load_state_dict(state)
-        self.recipe.save_assets(self.out)
-        save_checkpoint(averaged, self.out)
+    # ------------------------------------------------------------------ checkpoints
 
-    def resume(self) -> bool:
-        """Continue from the saved training state, if there is one; False if not.
+    def _save(self) -> Path:
+        """A complete checkpoint of this step."""
+        folder = self.folder.save(self.engine, self.data.save_assets)
+        for watcher in self.watchers:
+            watcher.saved(self.step, folder)
+        return folder
 
-        ArgumentError names the settings or demonstrations that are not those of the run.
-        """
-        path = self.out / "training" / STATE_FILE
-        if not path.is_file():
-            return False
-        step, recorded = read_facts(path)
-        check_same(recorded, self.facts, self.out)
-        state = load_file(path)
-        for name, value in self.model.state_dict().items():
-            for saved in (state.get(f"model.{name}"), state.get(f"average.{name}")):
-                if saved is None or saved.shape != value.shape:
-                    raise CheckpointError(f"{path}: its '{name}' does not fit this model: the file was changed")
-        self.model.load_state_dict({n[6:]: t for n, t in state.items() if n.startswith("model.")})
-        self.average = {n[8:]: t for n, t in state.items() if n.startswith("average.")}
-        self.step = step
-        for index, parameter in enumerate(p for group in self.optimizer.param_groups for p in group["params"]):
-            if f"optimizer.{index}.exp_avg" in state:
-                moments = {name: state[f"optimizer.{index}.{name}"] for name in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[parameter] = {"step": torch.tensor(float(self.step)), **moments}
-        return True
+    def _judged(self, values: Row, folder: Path) -> Row:
+        """Try a checkpoint out, and keep what was found with it."""
+        assert self.judge is not None
+        if self.engine.main:
+            values |= self.judge.try_out(folder, self.step)
+            self.folder.judged(self.step, self.judge.score(values))
+            if self.log is not None:
+                self.log.append_evaluation(values)
+            for watcher in self.watchers:
+                watcher.evaluated(values)
+        self.engine.wait()
+        return values
 
 
-def read_facts(path: Path) -> tuple[int, Fingerprint]:
-    """The step of a training state, and what its run is made of. CheckpointError if it does not tell."""
-    metadata = SafetensorsIndex(path).metadata
-    step, text = metadata.get("step", ""), metadata.get(FACTS)
-    if text is None or not (step.isascii() and step.isdigit() and len(step) < 16):
-        raise CheckpointError(
-            f"{path} does not say what its run was made of: start over with --fresh, or from its weights with --init"
-        )
-    facts = parse_json(text.encode(), str(path), CheckpointError)
-    if not isinstance(facts, dict):
-        raise CheckpointError(f"{path}: the facts of its run are no object")
-    return int(step), facts
+class _Clock:
+    """Seconds since the last row: of all, and of waiting for data; what is no training does not count."""
 
+    def __init__(self) -> None:
+        self._since, self._waited, self.samples = time.perf_counter(), 0.0, 0
 
-def _points(examples: Examples, settings: TrainSettings) -> int:
-    """How many frames of a batch answer the pointing question; DatasetError if there are too few frames for a batch."""
-    points = round(settings.batch * settings.pointing) if settings.knowledge_insulation else 0
-    points = points if len(examples.pointable) else 0
-    frames = len(examples.images)
-    if not 1 <= settings.batch - points <= frames or points > len(examples.pointable):
-        raise DatasetError(
-            f"a batch takes {settings.batch - points} frames for actions and {points} for pointing, but the "
-            f"demonstrations have {frames} and {len(examples.pointable)}: choose another batch size or record more"
-        )
-    return points
+    def restart(self) -> tuple[float, float, int]:
+        """(seconds, of which waiting, samples) since the last time."""
+        now = time.perf_counter()
+        found = max(1e-9, now - self._since), self._waited, self.samples
+        self._since, self._waited, self.samples = now, 0.0, 0
+        return found
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A block that waits for data."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
 
-def _observation(
-    images: npt.NDArray[np.uint8],
-    prompt: Tokens,
-    prompt_rows: npt.NDArray[np.int64],
-    postfix: Tokens,
-    postfix_rows: npt.NDArray[np.int64] | None = None,
-) -> Observation:
-    rows = prompt_rows if postfix_rows is None else postfix_rows
-    return Observation(
-        images=torch.from_numpy(np.ascontiguousarray(images)),
-        camera_mask=torch.ones(images.shape[:2], dtype=torch.bool),
-        prompt_tokens=torch.from_numpy(prompt.ids[prompt_rows]),
-        prompt_mask=torch.from_numpy(prompt.mask[prompt_rows]),
-        fast_tokens=torch.from_numpy(postfix.ids[rows]),
-        fast_mask=torch.from_numpy(postfix.mask[rows]),
-    )
-
-
-def _log(file: TextIO, record: dict[str, float]) -> dict[str, float]:
-    file.write(json.dumps(record) + "\n")
-    file.flush()
-    return record
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """A block that is no training."""
+        started = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - started

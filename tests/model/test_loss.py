@@ -109,9 +109,22 @@ def test_gradient_norms(case, grad_norms, which, monkeypatch):
     assert ours == pytest.approx(expected, rel=2e-5, abs=0.0)  # rounding gives 2e-6
 
 
-def test_a_plain_policy_has_no_token_loss(case, monkeypatch):
+def test_tokens_are_learnt_with_and_without_insulation(case, monkeypatch):
+    """π0.5's joint training: the same two losses, and the flow loss reaches the backbone."""
+    insulated = losses(case)
     monkeypatch.setattr(case.model, "knowledge_insulation", False)
-    assert losses(case).fast is None
+    joint = losses(case)
+    assert torch.equal(joint.fast, insulated.fast) and torch.equal(joint.flow, insulated.flow)
+    assert gradients(case.model, joint.flow.mean())["backbone.embed_tokens.weight"].any()
+
+
+def test_without_tokens_an_insulated_backbone_keeps_nothing_for_a_backward_pass(case, monkeypatch):
+    alone = without_postfix(case.observation)
+    grads = gradients(case.model, losses(case, observation=alone).flow.mean())
+    assert not any(grads[name].any() for name, _ in case.model.backbone_parameters())
+    monkeypatch.setattr(case.model, "knowledge_insulation", False)
+    grads = gradients(case.model, losses(case, observation=alone).flow.mean())
+    assert grads["backbone.embed_tokens.weight"].any() and not grads["backbone.norm.weight"].any()
 
 
 def test_losses_stay_apart_per_sample(small_model, observe):

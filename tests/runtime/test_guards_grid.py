@@ -1,4 +1,4 @@
-"""The guards over every combination of small grids, against the rules in exact fractions."""
+"""The guards over combinations of small grids, against the rules in exact fractions."""
 
 import itertools
 import math
@@ -23,13 +23,14 @@ FIRST = [0.0, 0.4]
 
 @pytest.mark.parametrize("position", POSITIONS)
 def test_what_is_sent_is_within_the_rules(position):
-    """Two actions each: the second has a velocity behind it. 69,120 actions in all."""
+    """Two actions each: the second has a velocity behind it. Every third combination, another third for each range."""
     low, high = position
     for velocity, acceleration, step in itertools.product(VELOCITIES, ACCELERATIONS, STEPS):
         guards = Guards(one(low=low, high=high, velocity=velocity, acceleration=acceleration, step=step), trip_after=9)
         rules = [exact(value) for value in (low, high, velocity, acceleration, step)]
-        for start, measured, dt, first in itertools.product(STARTS, MEASURED, TIMES, FIRST):
-            for second in SECOND if dt == TIMES[0] else SECOND[::4]:
+        cases = itertools.product(STARTS, MEASURED, TIMES, FIRST, SECOND)
+        for start, measured, dt, first, second in itertools.islice(cases, POSITIONS.index(position) % 3, None, 3):
+            if dt == TIMES[0] or second in SECOND[::4]:
                 look(guards, rules, start, measured, dt, first, second)
 
 

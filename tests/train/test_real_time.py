@@ -14,7 +14,7 @@ from ki_edge.model.checkpoint import write_safetensors
 from ki_edge.policy.contract import PolicyContract
 from ki_edge.train.loop import FACTS, STATE_FILE, read_facts
 from ki_edge.train.run import open_trainer, recorded_settings
-from ki_edge.train.settings import TrainSettings
+from ki_edge.train.step.settings import TrainSettings
 
 MOST = 2
 QUICK = TrainSettings(steps=3, batch=8, warmup=2, save_every=3, log_every=1, flow_draws=5)

@@ -16,7 +16,7 @@ from ki_edge.policy.normalize import read_norm_stats
 from ki_edge.train import cli, recorded
 from ki_edge.train.recorded import chunks_of, decode_recordings
 from ki_edge.train.run import PICTURES, open_trainer
-from ki_edge.train.settings import TrainSettings
+from ki_edge.train.step.settings import TrainSettings
 from ki_runtime.robots.replay import record_episode
 
 for package in ("pyarrow", "av"):

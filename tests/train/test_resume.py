@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from ki_edge.errors import ArgumentError, CheckpointError
 from ki_edge.train.run import open_trainer, recorded_settings
-from ki_edge.train.settings import TrainSettings
+from ki_edge.train.step.settings import TrainSettings
 
 QUICK = TrainSettings(steps=4, batch=8, warmup=2, save_every=2, log_every=1, flow_draws=1)
 

@@ -15,7 +15,7 @@ from ki_edge.errors import ArgumentError, CheckpointError, DatasetError
 from ki_edge.model import Observation, load_model
 from ki_edge.train.centering import CenteredPatches
 from ki_edge.train.run import open_trainer
-from ki_edge.train.settings import TrainSettings
+from ki_edge.train.step.settings import TrainSettings
 
 QUICK = TrainSettings(steps=6, batch=8, warmup=2, save_every=3, log_every=1, flow_draws=2)
 

@@ -13,8 +13,8 @@ import torch
 from ki_edge.errors import DatasetError, KiEdgeError
 from ki_edge.model import Observation
 from ki_edge.policy.images import fit_image
-from ki_edge.train.batch import ACTIONS, TEXT, Batch
-from ki_edge.train.settings import TrainSettings
+from ki_edge.train.step.batch import ACTIONS, TEXT, Batch
+from ki_edge.train.step.settings import TrainSettings
 
 from .cache import FrameCache
 from .draws import AUGMENTATION, DRAWS, HELD_DRAWS, Draws, draw

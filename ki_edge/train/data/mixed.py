@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from ki_edge.config import Pi05Config
 from ki_edge.errors import ArgumentError
-from ki_edge.train.batch import Batch
-from ki_edge.train.training_data import Share
+from ki_edge.train.step.batch import Batch
+from ki_edge.train.step.training_data import Share
 
 from .assembly import Assembler
 from .loading import Pace, StepItems, load

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ki_edge.errors import ArgumentError, DatasetError
-from ki_edge.train.settings import TrainSettings
+from ki_edge.train.step.settings import TrainSettings
 
 from .assembly import Assembler, TextSource
 from .cache import FrameCache, open_caches

@@ -1,1 +1,4 @@
-"""How a run goes: evaluation, logs, trackers, its page, estimates of memory."""
+"""How a run goes: its log, evaluation, trackers and page.
+
+Imports: files, model; of train the seams (batch, training_data).
+"""

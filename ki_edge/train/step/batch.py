@@ -1,11 +1,14 @@
 """What one process computes at once: samples of a step, with all that was drawn for them.
 
-Draws belong to (seed, step, row of the whole step's batch), so neither the number of processes nor accumulation changes them.
+Draws belong to (seed, step, row of the whole step's batch), so neither the number of processes nor accumulation changes
+them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,11 +61,9 @@ class Batch:
         return _map(self, lambda tensor: tensor.pin_memory())
 
     def counts(self) -> Tensor:
-        """What each term of TERMS is a mean over, f64 [3]: numbers of actions over all draws, action samples, text samples.
-
-        The flow term's denominator does not know of delays: add them with `free`.
-        """
-        numbers = (self.free.unflatten(0, (-1, len(self))) * self.dims.sum(dim=1)[None, :, None]).sum()
+        """What each term of TERMS is a mean over, f64 [3]: numbers of free actions, samples of each kind."""
+        free = self.free.reshape(-1, len(self), self.real.shape[1])
+        numbers = (free * self.dims.sum(dim=1)[None, :, None]).sum()
         is_action = self.kind == ACTIONS
         return torch.stack([numbers, is_action.sum(), (~is_action).sum()]).double()
 
@@ -76,14 +77,12 @@ class Batch:
         return real & (torch.arange(horizon, device=real.device) >= self.delay[:, None])
 
 
-def _map(batch: Batch, move: object) -> Batch:
-    assert callable(move)
-
-    def moved(value: object) -> object:
+def _map(batch: Batch, move: Callable[[Tensor], Tensor]) -> Batch:
+    def moved(value: Any) -> Any:
         if isinstance(value, Tensor):
             return move(value)
         if isinstance(value, Observation):
-            return replace(value, **{f.name: moved(getattr(value, f.name)) for f in fields(value)})
+            return replace(value, **{field.name: moved(getattr(value, field.name)) for field in fields(value)})
         return value
 
-    return replace(batch, **{f.name: moved(getattr(batch, f.name)) for f in fields(batch)})  # type: ignore[arg-type]
+    return replace(batch, **{field.name: moved(getattr(batch, field.name)) for field in fields(batch)})

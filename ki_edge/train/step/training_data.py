@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from ki_edge.config import Pi05Config
 
 from .batch import Batch
@@ -36,6 +39,15 @@ class TrainingData(Protocol):
 
     def where(self, source: int, row: int) -> str:
         """A sample's dataset, episode and frame, for messages."""
+
+    def decode_actions(self, source: int, ids: npt.ArrayLike) -> npt.NDArray[np.float64] | None:
+        """Normalised actions f64 [H,a] that a postfix's ids spell, with or without "Action: "; None if they spell none."""
+
+    def unnormalize_actions(self, source: int, actions: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """Actions [...,a] of a dataset's robot in its own units, f64 [...,a]; relative ones stay relative."""
+
+    def action_names(self, source: int) -> Sequence[str]:
+        """What the numbers of an action of a dataset command, a of them."""
 
     def save_assets(self, folder: Path) -> None:
         """Write contract.json and assets/ into a checkpoint folder that is being made."""

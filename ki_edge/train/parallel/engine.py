@@ -1,0 +1,304 @@
+"""One optimiser step over all processes and accumulated batches, as if it were one process and one batch."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ki_edge.errors import ArgumentError, DivergedError
+from ki_edge.model import Pi05
+from ki_edge.model.checkpoint import write_checkpoint
+from ki_edge.model.layers import Layer
+from ki_edge.train.step.batch import ACTIONS, TERMS, Batch
+from ki_edge.train.step.objective import Objective, Terms
+from ki_edge.train.step.settings import BACKBONE_SIDE, TrainSettings
+from ki_edge.train.step.training_data import Share
+
+from . import state
+from .adapters import install, merged, module_of, plain_name, save_adapter, start
+from .averaging import MovingAverage
+from .groups import freeze, freeze_unused, optimizer_groups
+from .optimizers import new_optimizer
+from .processes import Processes
+from .sharding import choose, reducing, release, replicate, shard, whole
+from .starting import Weights, fill
+
+COLUMNS = ("flow", "tokens", "kind", "source", "task", "row")  # of what is gathered of every sample
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one step, the same on every process.
+
+    `terms`: flow, fast, text that the step had samples of, each its mean over the whole step; `total`, what was
+    minimised. `flow`, `tokens` f64 [n]: each sample's own means, NaN where it has none; `kind`, `source`, `task`, `row`
+    i64 [n]; all on the CPU, samples process by process, batch by batch. `grad_norm`: before clipping.
+    """
+
+    terms: dict[str, float]
+    grad_norm: float
+    flow: Tensor
+    tokens: Tensor
+    kind: Tensor
+    source: Tensor
+    task: Tensor
+    row: Tensor
+
+
+class Engine:
+    """A model in training on all devices of a run. Every process calls the same methods in the same order.
+
+    `base`: what an adapter's folder names as its base, if that is known.
+    """
+
+    base: str | None = None
+
+    def __init__(
+        self, model: Pi05, settings: TrainSettings, *, strategy: str = "auto", weights: Weights | None = None
+    ) -> None:
+        """`weights`: of a model on the meta device, read as they are needed (`starting.open_start`)."""
+        self.settings, self.step = settings, 0
+        self.processes = Processes()
+        self.rank, self.world, self.main = self.processes.rank, self.processes.world, self.processes.main
+        self.device = self.processes.device
+        _check_batch(settings, self.world)
+        self.model = _prepared(model, settings)
+        objective = Objective(model, loss_weights(settings))
+        self.tokens = objective.tokens
+        freeze_unused(model, tokens=self.tokens)
+        self.strategy = choose(strategy, model, self.processes)
+        self._place(weights)
+        self.objective: nn.Module = replicate(objective) if self.strategy == "ddp" else objective
+        self.learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        groups = optimizer_groups(self.learning, dict(settings.rates), settings.weight_decay)
+        self.optimizer = new_optimizer(groups, settings, self.device)
+        self.average = MovingAverage(self.learning, settings.ema)
+
+    def _place(self, weights: Weights | None) -> None:
+        """Spread the model over the devices, and read its weights if it has none yet."""
+        model = self.model
+        if self.strategy == "fsdp2":
+            shard(model, self.processes, bfloat16=self.settings.bfloat16)
+        if weights is not None:
+            model.to_empty(device=self.device)
+            fill(model, weights, self.processes)
+        elif self.strategy != "fsdp2":  # shards are where they belong already
+            model.to(self.device)
+        start(model, self.processes, self.settings.seed)
+
+    def share(self) -> Share:
+        """The rows of a step's batch that this process computes."""
+        return Share(self.rank, self.world, self.settings.accumulate)
+
+    # ------------------------------------------------------------------ steps
+
+    def train_step(self, batches: Sequence[Batch], rate: float) -> StepResult:
+        """One step over this process' batches.
+
+        DivergedError, with nothing changed, if loss or gradient is not finite.
+        """
+        counts = torch.stack([batch.counts() for batch in batches]).sum(dim=0).to(self.device)
+        self.processes.sum(counts)
+        self.optimizer.zero_grad(set_to_none=True)
+        moved = [batch.to(self.device) for batch in batches]
+        terms = [self._backward(batch, counts, last=at + 1 == len(moved)) for at, batch in enumerate(moved)]
+        norm = self._clip()
+        result = self._result(moved, terms, counts, norm)
+        if not _is_finite(result):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise _diverged(self.step, result, tokens=self.tokens)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        self.optimizer.step()
+        self.average.update(self.step)
+        self.step += 1
+        return result
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Matrix products in the type of the settings, for a block that computes with the model."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bfloat16)
+
+    def _backward(self, batch: Batch, counts: Tensor, *, last: bool) -> Terms:
+        with reducing(self.objective, last):
+            with self.autocast():
+                terms = cast(Terms, self.objective(batch, counts))
+            # gradients become means over processes, and the shares of a step are to be summed
+            (terms.total * self.world).backward()  # type: ignore[no-untyped-call]
+        return Terms(*(part.detach() for part in terms))
+
+    def _clip(self) -> Tensor:
+        """The gradient's norm over all shards, which is at most `clip` afterwards."""
+        parameters = list(self.learning.values())
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip, norm)
+        return norm
+
+    def _result(self, batches: list[Batch], terms: list[Terms], counts: Tensor, norm: Tensor) -> StepResult:
+        shares = self.processes.sum(torch.stack([part.shares for part in terms]).sum(dim=0).double())
+        total = self.processes.sum(torch.stack([part.total for part in terms]).sum().double())
+        columns = [
+            torch.stack([part.flow, part.tokens, batch.kind, batch.source, batch.task, batch.row], dim=1).double()
+            for batch, part in zip(batches, terms, strict=True)
+        ]
+        rows = self.processes.gather(torch.cat(columns)).cpu()
+        values = {
+            name: share for name, share, count in zip(TERMS, shares.tolist(), counts.tolist(), strict=True) if count
+        }
+        found = dict(zip(COLUMNS, rows.unbind(dim=1), strict=True))
+        numbers = {name: found[name] if name in ("flow", "tokens") else found[name].long() for name in COLUMNS}
+        return StepResult({**values, "total": total.item()}, norm.item(), **numbers)
+
+    # ------------------------------------------------------------------ weights
+
+    @contextmanager
+    def averaged(self) -> Iterator[Pi05]:
+        """The model with its moving average, in eval mode and without gradients; afterwards as it was, bit for bit.
+
+        Where it is sharded, all processes must call the same methods (`sharding.METHODS`) of it as often.
+        """
+        self.average.swap()
+        release(self.model)
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.autocast():
+                yield self.model
+        finally:
+            self.model.train()
+            self.average.swap()
+            release(self.model)
+
+    def averaged_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The moving average by the model's parameter names, adapters merged, f32 on the CPU, one after the other.
+
+        All processes must ask for all of them; only what the main one gets is that.
+        """
+        parameters = dict(self.model.named_parameters())
+        adapters: dict[str, dict[str, str]] = {}
+        for name in parameters:
+            if found := module_of(name):
+                adapters.setdefault(found[0], {})[found[1]] = name
+        for name in parameters:
+            if module_of(name) is None:
+                plain = plain_name(name)
+                module, _, kind = plain.rpartition(".")
+                parts = adapters.get(module, {}) if kind == "weight" else {}
+                factors = {part: self._averaged(parameters, other) for part, other in parts.items()}
+                value = self._averaged(parameters, name)
+                yield plain, merged(value, factors) if factors and self.main else value
+
+    def _averaged(self, parameters: Mapping[str, Tensor], name: str) -> Tensor:
+        value = whole(self.average.values.get(name, parameters[name]))
+        return value.float().cpu() if self.main else value  # the others only help to gather it
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Write the moving average in openpi's layout, and with LoRA the PEFT folder `adapter` beside it.
+
+        All processes must call it, and the main one writes.
+        """
+        with self.processes.together():
+            self._written(lambda tensors: write_checkpoint(self.model.config, tensors, folder), self.averaged_tensors())
+            if self.settings.lora:
+                parameters = dict(self.model.named_parameters())
+                shapes = {name: tuple(parameters[name].shape) for name in self.learning}
+                tensors = ((name, self._averaged(parameters, name)) for name in self.learning)
+                self._written(lambda each: save_adapter(folder / "adapter", each, shapes, self.base), tensors)
+
+    def _written(
+        self, write: Callable[[Iterator[tuple[str, Tensor]]], None], tensors: Iterator[tuple[str, Tensor]]
+    ) -> None:
+        """Let the main process write tensors that all of them gather; whatever it does, all are gathered."""
+        try:
+            if self.main:
+                write(tensors)
+        finally:
+            deque(tensors, maxlen=0)
+
+    # ------------------------------------------------------------------ state
+
+    def save_state(self, folder: Path) -> None:
+        """Write all that a run goes on with into a folder, which any number of processes can read."""
+        with self.processes.together():
+            state.save(folder, self._tensors(), self.step)
+
+    def load_state(self, folder: Path) -> None:
+        """Go on where a state was saved, bit for bit. CheckpointError if it is damaged or of another model."""
+        with self.processes.together():
+            self.step = state.load(folder, self._tensors())
+        self._count_steps()
+        release(self.model)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        if not self.optimizer.state:
+            state.make_moments(self.optimizer)
+            self._count_steps()
+        return state.tensors_of(dict(self.model.named_parameters()), self.average.values, self.optimizer)
+
+    def _count_steps(self) -> None:
+        for moments in self.optimizer.state.values():
+            moments[state.STEP].fill_(self.step)
+
+    def averaged_state(self) -> dict[str, Tensor]:
+        """`averaged_tensors` at once on the main process, nothing on the others."""
+        found = {}
+        for name, value in self.averaged_tensors():
+            if self.main:
+                found[name] = value
+        return found
+
+    def close(self) -> None:
+        """Leave the group of processes."""
+        self.processes.close()
+
+
+def _prepared(model: Pi05, settings: TrainSettings) -> Pi05:
+    """Adapters in it, what stays as it is frozen, layers told whether they are to be computed again."""
+    model.train()
+    model.knowledge_insulation = settings.knowledge_insulation
+    install(model, dict(settings.lora))
+    freeze(model, (*settings.freeze, *(BACKBONE_SIDE if settings.expert_only else ())))
+    for module in model.modules():
+        if isinstance(module, Layer):
+            module.recompute = settings.checkpointing
+    return model
+
+
+def loss_weights(settings: TrainSettings) -> tuple[float, float, float]:
+    """Weights in the order of TERMS."""
+    learns = settings.fast_loss and not settings.expert_only
+    tokens = (settings.fast_weight, settings.text_weight) if learns else (0.0, 0.0)
+    return settings.flow_weight, *tokens
+
+
+def _check_batch(settings: TrainSettings, world: int) -> None:
+    parts = world * settings.accumulate
+    if settings.batch % parts:
+        raise ArgumentError(
+            f"batch {settings.batch}: cannot be split over {world} processes with {settings.accumulate} batches each; "
+            f"choose a multiple of {parts}"
+        )
+
+
+def _is_finite(result: StepResult) -> bool:
+    values = torch.tensor([*result.terms.values(), result.grad_norm])
+    return bool(torch.isfinite(values).all())
+
+
+def _diverged(step: int, result: StepResult, *, tokens: bool) -> DivergedError:
+    """Names the samples whose own loss is not finite, if that is the reason."""
+    flow = (result.kind == ACTIONS) & ~torch.isfinite(result.flow)
+    bad = flow | ~torch.isfinite(result.tokens) if tokens else flow
+    samples = [(int(result.source[at]), int(result.row[at])) for at in bad.nonzero().flatten()]
+    what = "the loss" if samples else "the gradient"
+    return DivergedError(
+        f"training diverged at step {step}: {what} is not finite; lower the learning rate, or look at the data",
+        step,
+        samples,
+    )
