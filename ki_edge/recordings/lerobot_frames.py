@@ -86,7 +86,9 @@ class _Reader:
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             if isinstance(error, DatasetError):
                 raise
-            raise DatasetError(f"{path} cannot be read from row {row} on: {' '.join(str(error).split())[:300]}") from None
+            raise DatasetError(
+                f"{path} cannot be read from row {row} on: {' '.join(str(error).split())[:300]}"
+            ) from None
 
     def _place(self, path: Path, row: int, batch: Any, own: npt.NDArray[np.int64]) -> None:
         names = batch.schema.names

@@ -11,6 +11,8 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,17 +40,37 @@ class Failure:
     message: str
 
 
+class Pace:
+    """How fast batches are made: rows for each second that a worker was busy with them, over the last batches."""
+
+    def __init__(self, workers: int) -> None:
+        self._workers, self._made = max(1, workers), deque[tuple[int, float]](maxlen=50)
+
+    def add(self, rows: int, seconds: float) -> None:
+        """A batch was made."""
+        self._made.append((rows, seconds))
+
+    @property
+    def samples_per_s(self) -> float | None:
+        """Of all workers together, when none of them waits; None before the first batch."""
+        busy = sum(seconds for _, seconds in self._made)
+        return self._workers * sum(rows for rows, _ in self._made) / busy if busy else None
+
+
 class Batches(Dataset[Any]):
-    """Batches by what is asked for."""
+    """Batches by what is asked for, each with the seconds that it took."""
 
     def __init__(self, assembler: Assembler) -> None:
         self._assembler = assembler
 
-    def __getitem__(self, item: Item) -> Batch | Failure:
+    def __getitem__(self, item: Item) -> tuple[Batch, float] | Failure:
+        began = time.perf_counter()
         try:
             if item[0] == "held":
-                return self._assembler.held_out(item[1])
-            return self._assembler.batch(*item[1:])
+                batch = self._assembler.held_out(item[1])
+            else:
+                batch = self._assembler.batch(*item[1:])
+            return batch, time.perf_counter() - began
         except KiEdgeError as error:
             return Failure(type(error), str(error))
         except OSError as error:
@@ -90,7 +112,7 @@ def default_workers() -> int:
     return max(1, min(MOST_WORKERS, cores // processes - 1))
 
 
-def load(assembler: Assembler, items: Sequence[Item] | StepItems, workers: int) -> Iterator[Batch]:
+def load(assembler: Assembler, items: Sequence[Item] | StepItems, workers: int, pace: Pace) -> Iterator[Batch]:
     """The batches of these items, in order. `workers` 0: made here, when they are asked for.
 
     DatasetError, or whatever else a worker met on purpose, with its own message; DatasetError if a worker was killed.
@@ -98,7 +120,7 @@ def load(assembler: Assembler, items: Sequence[Item] | StepItems, workers: int) 
     """
     if workers == 0:
         batches = Batches(assembler)
-        yield from (_checked(batches[item]) for item in items)
+        yield from (_checked(batches[item], pace) for item in items)
         return
     loader: DataLoader[Any] = DataLoader(
         Batches(assembler),
@@ -120,7 +142,7 @@ def load(assembler: Assembler, items: Sequence[Item] | StepItems, workers: int) 
                 return
             except RuntimeError as error:
                 raise _told(error) from None
-            yield _checked(batch)
+            yield _checked(batch, pace)
     finally:
         _end(running)
 
@@ -130,7 +152,7 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([f"{__package__}.preload"])
     return context
 
 
@@ -163,9 +185,11 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _checked(batch: Batch | Failure) -> Batch:
-    if isinstance(batch, Failure):
-        raise batch.error(batch.message)
+def _checked(made: tuple[Batch, float] | Failure, pace: Pace) -> Batch:
+    if isinstance(made, Failure):
+        raise made.error(made.message)
+    batch, seconds = made
+    pace.add(len(batch), seconds)
     return batch
 
 

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ki_edge.config import Pi05Config
 from ki_edge.errors import ArgumentError, DatasetError
-from ki_edge.train.step.batch import Batch
 from ki_edge.train.step.settings import TrainSettings
-from ki_edge.train.step.training_data import Share
 
 from .assembly import Assembler, TextSource
 from .cache import FrameCache, open_caches
 from .frames import Frames, open_frames
-from .loading import StepItems, default_workers, load
+from .loading import default_workers
 from .mapping import Slots, map_features, read_map
+from .mixed import MixedData
 from .mixture import Mixture
 from .recipe import Choice, Recipe, Robot
 from .source import ActionSource, make_source, picture_of
@@ -32,8 +29,6 @@ from .texts import SAMPLES, TextSet
 
 Say = Callable[[str], object]
 FITTED = 5_000  # frames of each dataset that tokens are fitted on and measured by
-MOST_HELD = 256  # samples of each dataset that are evaluated on
-KEPT_HELD = 512_000_000  # bytes of evaluated batches that stay in memory
 WEIGHT = re.compile(r"[0-9]*\.?[0-9]+")
 
 
@@ -112,107 +107,6 @@ def open_data(
     )  # fmt: skip
     facts = _facts(ordered, weights, sources, sets, recipe, settings)
     return MixedData(assembler, tasks, facts, default_workers() if workers is None else workers)
-
-
-class MixedData:
-    """A `TrainingData` of datasets and text sets, made by `open_data`."""
-
-    def __init__(self, assembler: Assembler, tasks: Sequence[str], facts: Mapping[str, Any], workers: int) -> None:
-        self._assembler, self._facts, self.workers = assembler, facts, workers
-        self.recipe: Recipe = assembler.recipe
-        self.config: Pi05Config = assembler.recipe.config
-        self.names: Sequence[str] = [source.name for source in (*assembler.actions, *assembler.texts)]
-        self.tasks: Sequence[str] = list(tasks)
-        self._running: list[Iterator[Batch]] = []
-        self._held: dict[Share, list[Batch]] = {}
-
-    def steps(self, first: int, share: Share) -> Iterator[list[Batch]]:
-        """The batches of this process for step `first` and those after, to the last one, each as `accumulate` batches.
-
-        ArgumentError if a step's batch cannot be shared out evenly. Ending the iterator ends its workers.
-        """
-        settings = self._assembler.settings
-        parts = share.world * share.accumulate
-        size, left = divmod(settings.batch, parts)
-        if left or not size:
-            raise ArgumentError(
-                f"batch {settings.batch} cannot be shared by {share.world} processes in {share.accumulate} parts each: "
-                f"choose a multiple of {parts}"
-            )
-        offset = share.rank * share.accumulate * size
-        items = StepItems(first, settings.steps, offset, size, share.accumulate)
-        batches = load(self._assembler, items, self.workers)
-        self._running.append(batches)
-        try:
-            while len(step := list(islice(batches, share.accumulate))) == share.accumulate:
-                yield step
-        finally:
-            self._stop(batches)
-
-    def held_out(self, share: Share) -> Iterator[Batch]:
-        """Samples of the episodes that were held out, the same ones with the same draws each time.
-
-        Of each dataset at most MOST_HELD, evenly over its frames. All processes get as many batches, of equal sizes.
-        """
-        if share in self._held:
-            yield from self._held[share]
-            return
-        settings, kept = self._assembler.settings, list[Batch]()
-        size = max(1, settings.batch // (share.world * share.accumulate))
-        own = self._held_samples()
-        own = own[: len(own) // share.world * share.world][share.rank :: share.world]
-        items = [("held", tuple(own[at : at + size])) for at in range(0, len(own), size)]
-        batches = load(self._assembler, items, min(self.workers, len(items)))
-        self._running.append(batches)
-        taken = 0
-        try:
-            for batch in batches:
-                images = batch.observation.images
-                taken += images.numel() * images.element_size() + batch.noise.numel() * 4
-                kept.append(batch)
-                yield batch
-        finally:
-            self._stop(batches)
-        if taken <= KEPT_HELD:
-            self._held[share] = kept
-
-    def where(self, source: int, row: int) -> str:
-        """A sample's dataset, episode and frame, or its text set and line, for messages."""
-        if source < len(self._assembler.actions):
-            return self._assembler.actions[source].told(row)
-        return self._assembler.texts[source - len(self._assembler.actions)].texts.where(row)
-
-    def save_assets(self, folder: Path) -> None:
-        """Write contract.json and assets/ into a checkpoint folder that is being made."""
-        self.recipe.save_assets(folder)
-
-    def facts(self) -> Mapping[str, Any]:
-        """What it is made of, as flat JSON values: a resumed run must be made of the same."""
-        return dict(self._facts)
-
-    def close(self) -> None:
-        """End its workers."""
-        for batches in list(self._running):
-            self._stop(batches)
-        for cache in self._assembler.caches:
-            if cache is not None:
-                cache.close()
-
-    def _held_samples(self) -> list[tuple[int, int]]:
-        """(source, number among its held out frames), dataset by dataset in turn."""
-        found = []
-        for number, source in enumerate(self._assembler.actions):
-            count = source.held_samples
-            picked = np.unique(np.linspace(0, count - 1, min(count, MOST_HELD)).round().astype(int)) if count else []
-            found.append([(number, int(one)) for one in picked])
-        return [one for some in found for one in some]
-
-    def _stop(self, batches: Iterator[Batch]) -> None:
-        if batches in self._running:
-            self._running.remove(batches)
-        close: Any = getattr(batches, "close", None)
-        if close is not None:
-            close()
 
 
 def _check(horizon: int | None, workers: int | None, settings: TrainSettings) -> None:
@@ -302,8 +196,6 @@ def _robot(source: ActionSource, measured: Mapping[str, Measured], seed: int, ho
 
 
 def _with_delay(choice: Choice, settings: TrainSettings) -> Choice:
-    from dataclasses import replace
-
     return replace(choice, rtc_max_delay=settings.rtc_max_delay)
 
 
