@@ -55,6 +55,6 @@ def _share_of_center(state: dict[str, Tensor], center: Tensor) -> Tensor:
 
 
 def mean_picture(images: Tensor) -> Tensor:
-    """Mean over pictures u8 [F,N,h,w,3]: f32 [1,3,h,w] in [-1,1], one for all cameras."""
-    mean = images.float().mean(dim=(0, 1)) / 255.0 * 2.0 - 1.0
+    """Mean over pictures u8 [P,h,w,3]: f32 [1,3,h,w] in [-1,1], one for all cameras."""
+    mean = images.float().mean(dim=0) / 255.0 * 2.0 - 1.0
     return mean.permute(2, 0, 1)[None].contiguous()

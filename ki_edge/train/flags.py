@@ -91,6 +91,7 @@ def add_learning(parser: Parser) -> None:
     model.add_argument(
         "--preset", choices=("tiny", "small", "base", "pi05"), help="widths and depths of a new model (tiny)"
     )
+    model.add_argument("--contract", help="of --init, where it records none: a preset or a file, as ki-export takes")
     model.add_argument("--init", metavar="CHECKPOINT", help="go on from these weights: any that ki-export reads")
     add_settings(parser.add_argument_group("steps"), STEPS)
     loss = parser.add_argument_group("loss")

@@ -98,6 +98,15 @@ class Trainer:
         if not self.folder.has(self.step):  # it was stopped
             self._save()
 
+    def close(self) -> None:
+        """End workers and trackers, leave the group of processes, let go of the folder."""
+        self.data.close()
+        for watcher in self.watchers:
+            if (close := getattr(watcher, "close", None)) is not None:
+                close()
+        self.engine.close()
+        self.folder.close()
+
     def _take(self, steps: Iterator[list[Batch]]) -> Iterator[Row]:
         """One step, and what is due after it."""
         with self._clock.waiting():

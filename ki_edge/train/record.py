@@ -77,7 +77,10 @@ class RunRecord:
     def differences(self, now: RunRecord) -> list[str]:
         """What a resumed run would change, a sentence each."""
         found = []
-        pairs = (("settings", asdict(self.settings), asdict(now.settings)), ("origin", asdict(self.origin), asdict(now.origin)))
+        pairs = (
+            ("settings", asdict(self.settings), asdict(now.settings)),
+            ("origin", asdict(self.origin), asdict(now.origin)),
+        )
         for kind, before, after in pairs:
             for name in before:
                 if before[name] != after[name] and not (kind == "settings" and name in FREE):

@@ -14,8 +14,8 @@ import torch
 from ki_edge.errors import DatasetError, KiEdgeError
 from ki_edge.model import Observation
 from ki_edge.policy.images import fit_image
-from ki_edge.train.batch import ACTIONS, TEXT, Batch
-from ki_edge.train.settings import TrainSettings
+from ki_edge.train.step.batch import ACTIONS, TEXT, Batch
+from ki_edge.train.step.settings import TrainSettings
 
 from .augmentation import augment
 from .cache import FrameCache
@@ -78,7 +78,9 @@ class Assembler:
         plan, seed, rows = self.mixture.plan(step), self.settings.seed, []
         for row in range(first, last):
             source, sample, epoch = (int(part[row]) for part in (plan.source, plan.sample, plan.epoch))
-            rows.append(self._row(source, sample, (seed, DRAWS, step, row), (seed, AUGMENTATION, source, epoch, sample)))
+            rows.append(
+                self._row(source, sample, (seed, DRAWS, step, row), (seed, AUGMENTATION, source, epoch, sample))
+            )
         return _collate(rows)
 
     def held_out(self, samples: Sequence[tuple[int, int]]) -> Batch:

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ki_edge.errors import DatasetError, KiEdgeError
-from ki_edge.train.batch import Batch
+from ki_edge.train.step.batch import Batch
 
 from .assembly import Assembler
 

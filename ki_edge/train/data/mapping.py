@@ -182,7 +182,10 @@ def _list(names: Mapping[str, Any]) -> str:
 def _cameras(
     frames: Frames, name: str, slots: Slots, told: Mapping[str, str | None]
 ) -> tuple[tuple[tuple[str, str | None], ...], tuple[str, ...]]:
-    full = {**{short(feature): feature for feature in frames.cameras}, **{feature: feature for feature in frames.cameras}}
+    full = {
+        **{short(feature): feature for feature in frames.cameras},
+        **{feature: feature for feature in frames.cameras},
+    }
     found: dict[str, str] = {}
     empty, unused = set[str](), list[str]()
     for slot, feature in told.items():

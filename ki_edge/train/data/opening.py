@@ -14,9 +14,9 @@ import numpy as np
 
 from ki_edge.config import Pi05Config
 from ki_edge.errors import ArgumentError, DatasetError
-from ki_edge.train.batch import Batch
-from ki_edge.train.settings import TrainSettings
-from ki_edge.train.training_data import Share
+from ki_edge.train.step.batch import Batch
+from ki_edge.train.step.settings import TrainSettings
+from ki_edge.train.step.training_data import Share
 
 from .assembly import Assembler, TextSource
 from .cache import FrameCache, open_caches
@@ -96,7 +96,9 @@ def open_data(
     recipe = Recipe.fit(start, robots, spoken, _with_delay(choice, settings))
     for note in recipe.notes:
         say(note)
-    spoken_sources = [TextSource(one.name, set_, _text_slots(set_, sources)) for one, set_ in zip(texts, sets, strict=True)]
+    spoken_sources = [
+        TextSource(one.name, set_, _text_slots(set_, sources)) for one, set_ in zip(texts, sets, strict=True)
+    ]
     ordered = [*recorded, *texts]
     sizes = [source.samples for source in sources] + [len(set_) for set_ in sets]
     weights = _weights(ordered, sizes, say)
@@ -232,7 +234,9 @@ def _wanted(datasets: Sequence[str], say: Say) -> list[Wanted]:
         head, colon, tail = text.rpartition(":")
         if colon and head and not os.path.exists(text):
             if not WEIGHT.fullmatch(tail) or not float(tail) > 0:
-                raise ArgumentError(f"{text[:200]}: the weight behind the colon is {tail[:40]!r}, expected a number above 0")
+                raise ArgumentError(
+                    f"{text[:200]}: the weight behind the colon is {tail[:40]!r}, expected a number above 0"
+                )
             path, weight = head, float(tail)
         place = _resolved(path, say)
         base = re.sub(r"[^A-Za-z0-9._-]", "-", Path(path).resolve().stem if place == Path(path) else path)
@@ -243,7 +247,9 @@ def _wanted(datasets: Sequence[str], say: Say) -> list[Wanted]:
     given = [one for one in found if one.weight is not None]
     if given and len(given) < len(found):
         missing = next(one for one in found if one.weight is None)
-        raise ArgumentError(f"{missing.path}: no weight, but {given[0].path} has one: give all of them a weight, or none")
+        raise ArgumentError(
+            f"{missing.path}: no weight, but {given[0].path} has one: give all of them a weight, or none"
+        )
     return found
 
 
@@ -324,7 +330,9 @@ def _weights(wanted: Sequence[Wanted], sizes: Sequence[int], say: Say) -> list[f
     total = sum(given)
     if len(wanted) > 1:
         how = "as --datasets say" if wanted[0].weight is not None else "by their numbers of samples"
-        shares = ", ".join(f"{one.name} {100 * weight / total:.3g} %" for one, weight in zip(wanted, given, strict=True))
+        shares = ", ".join(
+            f"{one.name} {100 * weight / total:.3g} %" for one, weight in zip(wanted, given, strict=True)
+        )
         say(f"of every batch, {how}: {shares}")
     return given
 

@@ -34,9 +34,9 @@ class Processes:
         """Rows [n,...] of all processes, in their order; each has as many."""
         if self.world == 1:
             return rows
-        found = rows.new_empty(self.world * len(rows), *rows.shape[1:])
-        distributed.all_gather_into_tensor(found, rows.contiguous())
-        return found
+        found = [torch.empty_like(rows) for _ in range(self.world)]
+        distributed.all_gather(found, rows.contiguous())
+        return torch.cat(found)
 
     def wait(self) -> None:
         """Until every process is here."""
