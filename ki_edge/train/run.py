@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from ki_edge.config import PRESETS
+from ki_edge.config import PRESETS, Pi05Config
 from ki_edge.errors import ArgumentError
-from ki_edge.model import Pi05
 
-from .centering import CenteredPatches, mean_picture
+from .centering import CenteredPatches, Folding, mean_picture
 from .data.opening import MixedData, open_data
 from .data.recipe import Choice
 from .data.start import Start
@@ -42,7 +41,7 @@ Tell = Callable[[str], None]
 class Request:
     """A run as it is asked for. `given`: settings that the command line names; `origin`: what it is started from.
 
-    What is not recorded: `cache`, `cache_gb`, `workers`, `threads`, `strategy`, `trial`, `trackers` may differ when a run
+    `config`: a geometry of one's own, instead of a preset's. What is not recorded: `cache`, `cache_gb`, `workers`, `threads`, `strategy`, `trial`, `trackers` may differ when a run
     is resumed.
     """
 
@@ -53,6 +52,7 @@ class Request:
     resume: bool = False
     fresh: bool = False
     accept_changes: bool = False
+    config: Pi05Config | None = None
     strategy: str = "auto"
     threads: int = 0
     workers: int | None = None
@@ -87,7 +87,7 @@ def open_run(request: Request, tell: Tell = lambda line: None) -> Trainer:
 def _opened(request: Request, folder: RunFolder, processes: Processes, say: Tell) -> Trainer:
     before = _before(request, folder)
     settings, origin = _settings(request, before, processes), _origin(request, before)
-    start = _start(origin)
+    start = _start(origin, request.config)
     data = open_data(
         origin.datasets, start, settings,
         horizon=origin.horizon or None, map_file=origin.map or None,
@@ -98,7 +98,7 @@ def _opened(request: Request, folder: RunFolder, processes: Processes, say: Tell
     if before is not None:
         for line in before.check(record, request.out, accept=request.accept_changes):
             say(f"changed: {line}")
-    engine = _engine(start, data, settings, request.strategy, processes)
+    engine = _engine(start, data, settings, request.strategy)
     if before is not None:
         folder.load(engine)
     elif processes.main:
@@ -159,19 +159,21 @@ def _origin(request: Request, before: RunRecord | None) -> Origin:
     return replace(before.origin, **given)
 
 
-def _start(origin: Origin) -> Start:
+def _start(origin: Origin, config: Pi05Config | None) -> Start:
     if origin.init:
         return Start.from_checkpoint(origin.init, tokenizer=origin.tokenizer or None, contract=origin.contract or None)
-    return Start.from_nothing(PRESETS[origin.preset or "tiny"], origin.tokenizer or None)
+    return Start.from_nothing(config or PRESETS[origin.preset or "tiny"], origin.tokenizer or None)
 
 
-def _engine(start: Start, data: MixedData, settings: TrainSettings, strategy: str, processes: Processes) -> Engine:
+def _engine(start: Start, data: MixedData, settings: TrainSettings, strategy: str) -> Engine:
     if start.checkpoint is not None:
         model, weights = open_start(start.checkpoint, data.config)
-        return Engine(model, settings, strategy=strategy, weights=weights, processes=processes)
-    model = from_scratch(data.config, seed=settings.seed, knowledge_insulation=settings.knowledge_insulation)
-    CenteredPatches.install(model, _mean_picture(data, settings))
-    return Engine(model, settings, strategy=strategy, processes=processes)
+        return Engine(model, settings, strategy=strategy, weights=weights)
+    model, center = from_scratch(data.config, seed=settings.seed), _mean_picture(data, settings)
+    CenteredPatches.install(model, center)
+    engine = Engine(model, settings, strategy=strategy)
+    engine.finish = Folding(center)
+    return engine
 
 
 def _mean_picture(data: MixedData, settings: TrainSettings) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from ki_edge.policy.images import fit_image
 from ki_edge.train.step.batch import ACTIONS, TEXT, Batch
 from ki_edge.train.step.settings import TrainSettings
 
+from .augmentation import augment
 from .cache import FrameCache
 from .draws import AUGMENTATION, DRAWS, HELD_DRAWS, Draws, draw
 from .mapping import is_wrist
@@ -24,6 +26,7 @@ from .recipe import Recipe
 from .source import ActionSource, picture_of, relative
 from .texts import TextSet
 
+PLACE = re.compile(r"<(loc|seg)\d+>")
 UInt8 = npt.NDArray[np.uint8]
 Int32 = npt.NDArray[np.int32]
 
@@ -110,7 +113,7 @@ class Assembler:
         if not self.settings.fast_loss:
             postfix = postfix[:0]
         images, mask = self._pictures(number, row)
-        images = self._augmented(images, mask, number, augmented)
+        images = self._augmented(images, mask, self._wrists(number), augmented)
         draws = draw(self.settings, drawn, actions, source.action_dim)
         task = self.tasks[number] + int(source.arrays["task"][row])
         return Row(
@@ -124,7 +127,8 @@ class Assembler:
         for name, picture in sample.pictures.items():
             slot = source.slots[name]
             images[slot], mask[slot] = self._fit(picture, f"{source.texts.where(index)}, {name}"), True
-        images = self._augmented(images, mask, 0, augmented)
+        moves = PLACE.search(sample.answer) is None  # an answer's places are those of the pictures as they are
+        images = self._augmented(images, mask, self._wrists(0) if moves else [True] * len(mask), augmented)
         try:
             prompt, postfix = recipe.encode_text(sample.question, sample.answer)
         except KiEdgeError as error:
@@ -164,14 +168,16 @@ class Assembler:
             return np.asarray(fitted, np.uint8)
         return np.rint((np.clip(fitted, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
 
-    def _augmented(self, images: UInt8, mask: npt.NDArray[np.bool_], number: int, key: tuple[int, ...] | None) -> UInt8:
+    def _wrists(self, number: int) -> list[bool]:
+        return [is_wrist(camera.slot, camera.key) for camera in self.recipe.contracts[number].cameras]
+
+    def _augmented(
+        self, images: UInt8, mask: npt.NDArray[np.bool_], wrist: Sequence[bool], key: tuple[int, ...] | None
+    ) -> UInt8:
         if key is None:
             return images
-        kinds = ["wrist" if is_wrist(c.slot, c.key) else "base" for c in self.recipe.contracts[number].cameras]
-        from .augmentation import augment
-
         present = np.flatnonzero(mask)
-        changed = augment(images[present], [kinds[at] for at in present], np.random.default_rng(key))
+        changed = augment(images[present], [wrist[at] for at in present], np.random.default_rng(key))
         found = images.copy()
         found[present] = changed
         return found

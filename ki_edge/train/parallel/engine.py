@@ -59,6 +59,7 @@ class Engine:
     """
 
     base: str | None = None
+    finish: Callable[[str, Tensor], Tensor] | None = None  # makes of a tensor of the average what is saved of it
 
     def __init__(
         self, model: Pi05, settings: TrainSettings, *, strategy: str = "auto", weights: Weights | None = None
@@ -192,7 +193,10 @@ class Engine:
                 parts = adapters.get(module, {}) if kind == "weight" else {}
                 factors = {part: self._averaged(parameters, other) for part, other in parts.items()}
                 value = self._averaged(parameters, name)
-                yield plain, merged(value, factors) if factors and self.main else value
+                if self.main:
+                    value = merged(value, factors) if factors else value
+                    value = value if self.finish is None else self.finish(plain, value)
+                yield plain, value
 
     def _averaged(self, parameters: Mapping[str, Tensor], name: str) -> Tensor:
         value = whole(self.average.values.get(name, parameters[name]))
