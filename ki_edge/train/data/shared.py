@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from collections.abc import Mapping
 from multiprocessing import reduction
 from typing import Any
@@ -43,6 +44,7 @@ class SharedArrays:
 
     def _open(self, places: list[Place]) -> None:
         self._places = places
+        weakref.finalize(self, self._file.close)
         whole: Any = np.memmap(self._file, np.uint8, "r")
         self._arrays = {}
         for name, dtype, shape, offset in places:
