@@ -108,6 +108,8 @@ class Recipe:
         unbounded = TokenEncoder(content, start.prompt_format, 1 << 16, codec, ids, 1 << 16, padded)
         limits = _limits(start, _longest(unbounded, robots, states, chunks), _longest_text(unbounded, texts))
         encoder = replace(unbounded, max_prompt=limits[0], max_postfix=limits[1])
+        for question, answer in dict.fromkeys(texts):
+            encoder.encode_text(question, answer)  # one that does not fit is told now, not after hours
         fast = FastContract(ids.offset, ids.size, limits[1])
         contracts = tuple(_contract(start, robot, config, fast, limits[0], choice) for robot in robots)
         check_answers(ids, words, (answer for _, answer in texts))
