@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.config import Pi05Config
-from ki_edge.errors import ArgumentError, CheckpointError, DatasetError
+from ki_edge.errors import ArgumentError, CheckpointError, ContractError, DatasetError
 from ki_edge.files.writing import write_file, writing
 from ki_edge.policy.contract import Camera, FastContract, Feature, PolicyContract, generic
 from ki_edge.policy.fast import FastCodec, FastIds
@@ -217,8 +217,8 @@ def _codec(start: Start, chunks: Sequence[npt.NDArray[np.float64]], choice: Choi
     if choice.fast not in ("", "fit"):
         try:
             return FastCodec.load(find_codec(Path(choice.fast)))
-        except ArgumentError as error:
-            raise ArgumentError(str(error).replace("--fast-codec", "--fast")) from None
+        except (ArgumentError, ContractError) as error:
+            raise type(error)(str(error).replace("--fast-codec", "--fast")) from None
     if choice.fast == "" and start.codec is not None:
         return start.codec
     numbers = max(chunk.shape[1] * chunk.shape[2] for chunk in chunks)

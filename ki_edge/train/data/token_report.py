@@ -85,8 +85,8 @@ class TokenReport:
             told = f"{one.name}: {share} do not fit: {', '.join(part for part in parts if part)}"
             if outside.mean() > most:
                 raise DatasetError(
-                    f"{told}; --max-long allows {100 * most:g} %: shorten the instructions, give a smaller --horizon, or "
-                    "let FAST be fitted to the data"
+                    f"{told}; --max-long allows {100 * most:g} %: shorten the instructions, give a smaller --horizon, "
+                    "or let FAST be fitted to the data"
                 )
             lines.append(f"{told}; such an instruction loses its last words, such a chunk has no FAST loss")
         return lines
@@ -100,7 +100,7 @@ class TokenReport:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """What fast.json holds: facts, an object a dataset, one a number of an action, and how often which length is."""
+        """What fast.json holds: facts, an object a dataset, one a number of an action, how often which length is."""
         datasets = [
             {
                 "dataset": one.name,
