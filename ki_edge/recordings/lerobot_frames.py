@@ -127,8 +127,8 @@ class _Reader:
         if len(bad):
             value = values[tuple(bad[0])]
             raise DatasetError(
-                f"{self.where(int(place[bad[0][0]]))}: {name}[{bad[0][1]}] is {value}: expected a finite number; remove "
-                "or mend that episode"
+                f"{self.where(int(place[bad[0][0]]))}: {name}[{bad[0][1]}] is {value}: expected a finite number; "
+                "remove or mend that episode"
             )
 
     def where(self, frame: int) -> str:

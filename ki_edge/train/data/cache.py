@@ -4,8 +4,8 @@ A row holds one frame's pictures behind the CRC-32 of them and of its number. Ro
 processes at once; what a kill or a power cut leaves half written, or empty, has another CRC and is decoded again. The
 file is as large as its last row and takes the disk space of the rows that were written.
 
-A frame's row is its number, so a cache that is too small for a dataset keeps its first frames: since an epoch shows each
-frame once, keeping some of them is as good as keeping any.
+A frame's row is its number, so a cache that is too small for a dataset keeps its first frames: since an epoch shows
+each frame once, keeping some of them is as good as keeping any.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class FrameCache:
         return np.frombuffer(row, np.uint8, offset=HEAD).reshape(self._shape)
 
     def put(self, frame: int, pictures: UInt8) -> None:
-        """Keep a frame's pictures. A disk that is full in spite of all, or fails, ends the keeping, not the training."""
+        """Keep a frame's pictures. A disk that is full or fails ends the keeping, not the training."""
         if frame >= self._rows or self._full or (file := self._opened()) is None:
             return
         content = np.ascontiguousarray(pictures).tobytes()
@@ -124,7 +124,8 @@ def open_caches(
     if kept - own + SPARE > free:
         raise DatasetError(
             f"--cache {folder}: {max(0, kept - own) / 1e9:.1f} GB more of decoded pictures would be kept, the disk has "
-            f"{free / 1e9:.1f} GB free, of which {SPARE / 1e9:.0f} stay so: choose another folder, or a smaller --cache-gb"
+            f"{free / 1e9:.1f} GB free, of which {SPARE / 1e9:.0f} stay so: choose another folder, "
+            "or a smaller --cache-gb"
         )
     caches, lines = [], []
     for (name, _, frames, shape), size, place in zip(wanted, sizes, places, strict=True):

@@ -16,7 +16,7 @@ DRAWS, HELD_DRAWS, AUGMENTATION = 31, 32, 33  # tell the random numbers of one p
 
 @dataclass(frozen=True)
 class Draws:
-    """R draws: noise f32 [R,H,A], time f32 [R] in (0, 1], delay i64 [R]; given f32 [R,H,A] where actions differ by draw."""
+    """noise f32 [R,H,A], time f32 [R] in (0, 1], delay i64 [R]; given f32 [R,H,A] where actions differ by draw."""
 
     noise: Float32
     time: Float32
@@ -25,7 +25,7 @@ class Draws:
 
 
 def draw(settings: TrainSettings, key: tuple[int, ...], actions: Float32, dims: int) -> Draws:
-    """For one sample, whose `actions` are [H,A] and whose robot has `dims` numbers. Times: Beta(1.5, 1) * 0.999 + 0.001."""
+    """For one sample: `actions` [H,A], of a robot with `dims` numbers. Times: Beta(1.5, 1) * 0.999 + 0.001."""
     rng = np.random.default_rng(key)
     count = settings.flow_draws
     noise = rng.standard_normal((count, *actions.shape), np.float32)

@@ -200,7 +200,8 @@ def _told(error: RuntimeError) -> KiEdgeError | RuntimeError:
         return error
     if "Bus error" in text or "shared memory" in text:
         return DatasetError(
-            "a worker that prepares batches had no shared memory left (/dev/shm): give the container more, or --workers 0"
+            "a worker that prepares batches had no shared memory left (/dev/shm): give the container more, "
+            "or --workers 0"
         )
     return DatasetError(
         f"a worker that prepares batches was killed ({text[:160]}): was memory short? Fewer --workers need less"

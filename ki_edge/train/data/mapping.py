@@ -209,20 +209,21 @@ def _cameras(
     for feature, slot in [(one, slot) for one in left for slot in free if short(one) == short(slot)]:
         if feature in left and slot in free:
             found[slot] = feature
-            left.remove(feature), free.remove(slot)
+            left.remove(feature)
+            free.remove(slot)
     for feature in list(left):
         left.remove(feature)
-        slot = _slot(short(feature), free, [short(one) for one in left])
-        if slot is None and not slots.fixed:
-            slot = _new(short(feature), {*slots.names, *found})
-        if slot is None:
+        place = _slot(short(feature), free, [short(one) for one in left])
+        if place is None and not slots.fixed:
+            place = _new(short(feature), {*slots.names, *found})
+        if place is None:
             taken = ", ".join(f"{s} ({found[s]})" if s in found else s for s in slots.names)
             raise DatasetError(
-                f"{name}: no camera slot takes {feature}; the model has {taken}: say in --map FILE which one does, as in "
+                f"{name}: no camera slot takes {feature}; the model has {taken}: say in --map FILE which one does, as "
                 f'{{"cameras": {{"{(free or slots.names)[0]}": "{feature}"}}}}, or "{feature}": null to leave it out'
             )
-        found[slot] = feature
-        free = [one for one in free if one != slot]
+        found[place] = feature
+        free = [one for one in free if one != place]
     slots.names += [slot for slot in [*told, *found] if slot in {*found, *empty} and slot not in slots.names]
     if not found:
         raise DatasetError(f"{name}: no camera is left to see with; its pictures are {_list(frames.cameras)}")

@@ -33,7 +33,7 @@ class MixedData:
         self._assembler, self._facts, self.workers, self.report = assembler, facts, workers, report
         self.recipe: Recipe = assembler.recipe
         self.config: Pi05Config = assembler.recipe.config
-        self.names: Sequence[str] = [source.name for source in (*assembler.actions, *assembler.texts)]
+        self.names: Sequence[str] = [*(one.name for one in assembler.actions), *(one.name for one in assembler.texts)]
         self.tasks: Sequence[str] = list(tasks)
         self._pace = Pace(workers)
         self._running: list[Iterator[Batch]] = []

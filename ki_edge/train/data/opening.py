@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import numpy as np
 from ki_edge.errors import ArgumentError, DatasetError
 from ki_edge.train.step.settings import TrainSettings
 
+from .asked import Wanted, named
 from .assembly import Assembler, TextSource
 from .cache import FrameCache, open_caches
 from .frames import Frames, open_frames
@@ -29,17 +28,8 @@ from .texts import SAMPLES, TextSet
 from .token_report import TokenReport
 
 Say = Callable[[str], object]
+__all__ = ["MixedData", "open_data"]
 FITTED = 5_000  # frames of each dataset that tokens are fitted on and measured by
-WEIGHT = re.compile(r"[0-9]*\.?[0-9]+")
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A dataset of the command line. `weight`: None where none was given."""
-
-    path: Path
-    weight: float | None
-    name: str
 
 
 def open_data(
@@ -73,7 +63,7 @@ def open_data(
     KiEdgeErrors, one line: DatasetError for data that are damaged, of an unknown version, do not fit the model or each
     other; ArgumentError for arguments out of range and a map file that is wrong.
     """
-    wanted = _wanted(datasets, say)
+    wanted = named(datasets, say)
     _check(horizon, workers, settings)
     horizon = start.config.action_horizon if horizon is None else horizon
     texts = [one for one in wanted if (one.path / SAMPLES).is_file()]
@@ -118,39 +108,6 @@ def _check(horizon: int | None, workers: int | None, settings: TrainSettings) ->
         raise ArgumentError(f"--workers {workers}: expected 0 to 1024")
     if not 0.0 <= settings.held_out < 1.0:
         raise ArgumentError(f"--held-out {settings.held_out:g}: expected a share from 0 to below 1 of the episodes")
-
-
-def _wanted(datasets: Sequence[str], say: Say) -> list[Wanted]:
-    """The datasets with names of their own: a folder's, with a number where it was taken."""
-    if not datasets:
-        raise ArgumentError("no dataset: name at least one")
-    found: list[Wanted] = []
-    for text in datasets:
-        path, weight = text, None
-        head, colon, tail = text.rpartition(":")
-        if colon and head and not os.path.exists(text):
-            if not WEIGHT.fullmatch(tail) or not float(tail) > 0:
-                raise ArgumentError(
-                    f"{text[:200]}: the weight behind the colon is {tail[:40]!r}, expected a number above 0"
-                )
-            path, weight = head, float(tail)
-        place = _resolved(path, say)
-        base = re.sub(r"[^A-Za-z0-9._-]", "-", Path(path).resolve().stem if place == Path(path) else path)
-        base = base.strip(".-_")[:80] or "dataset"
-        taken = {one.name for one in found}
-        names = [base, *(f"{base}-{number}" for number in range(2, len(datasets) + 2))]
-        found.append(Wanted(place, weight, next(name for name in names if name not in taken)))
-    given = [one for one in found if one.weight is not None]
-    if given and len(given) < len(found):
-        missing = next(one for one in found if one.weight is None)
-        raise ArgumentError(
-            f"{missing.path}: no weight, but {given[0].path} has one: give all of them a weight, or none"
-        )
-    return found
-
-
-def _resolved(name: str, say: Say) -> Path:
-    return Path(name)
 
 
 def _sources(
@@ -223,7 +180,7 @@ def _weights(wanted: Sequence[Wanted], sizes: Sequence[int], say: Say) -> list[f
     given = [float(size) if one.weight is None else one.weight for one, size in zip(wanted, sizes, strict=True)]
     total = sum(given)
     if len(wanted) > 1:
-        how = "as --datasets say" if wanted[0].weight is not None else "by their numbers of samples"
+        how = "as given" if wanted[0].weight is not None else "by their numbers of samples"
         shares = ", ".join(
             f"{one.name} {100 * weight / total:.3g} %" for one, weight in zip(wanted, given, strict=True)
         )

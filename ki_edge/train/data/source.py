@@ -1,4 +1,4 @@
-"""A dataset of actions as a source of samples: its frames in the parts of a policy, and which of them are trained on."""
+"""A dataset of actions as a source of samples: its frames in the parts of a policy, and which are trained on."""
 
 from __future__ import annotations
 
@@ -135,8 +135,8 @@ class ActionSource:
 def make_source(
     frames: Frames, name: str, features: FeatureMap, *, held_out: float, seed: int, number: int
 ) -> ActionSource:
-    """Read the numbers of a dataset. `number`: of the source in its mixture. DatasetError as of `Frames.read`, for frames
-    without a task, and where no episode is left to train on.
+    """Read the numbers of a dataset. `number`: of the source in its mixture. DatasetError as of `Frames.read`, and for
+    frames without a task.
     """
     wanted = list(dict.fromkeys((*features.state, *features.action)))
     numbers = frames.read(wanted)
@@ -148,8 +148,8 @@ def make_source(
     elif (none := np.flatnonzero((task < 0) | np.isin(task, [i for i, t in enumerate(tasks) if not t.strip()]))).size:
         at = int(np.searchsorted(numbers.starts, none[0], "right")) - 1
         raise DatasetError(
-            f"{frames.path}, episode {frames.episodes[at]}: no task says what is done in it, and a policy is told: give "
-            '"prompt" in --map FILE'
+            f"{frames.path}, episode {frames.episodes[at]}: no task says what is done in it, and a policy is told: "
+            'give "prompt" in --map FILE'
         )
     trained, held = _split(len(frames.episodes), held_out, (seed, HELD, number))
     lengths = np.diff(numbers.starts)
@@ -166,7 +166,7 @@ def make_source(
     }
     found = hashlib.sha256()
     for part in ("state", "action", "task", "starts"):
-        found.update(memoryview(np.ascontiguousarray(arrays[part])).cast("B"))
+        found.update(np.ascontiguousarray(arrays[part]).tobytes())
     found.update("\0".join(tasks).encode())
     return ActionSource(
         name=name,

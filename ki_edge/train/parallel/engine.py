@@ -257,6 +257,16 @@ class Engine:
                 found[name] = value
         return found
 
+    def any(self, value: bool) -> bool:
+        """Whether a thing is so in one of the processes; the same answer in all."""
+        if self.world == 1:
+            return value
+        return bool(self.processes.sum(torch.tensor([float(value)], device=self.device)).item())
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.processes.wait()
+
     def close(self) -> None:
         """Leave the group of processes."""
         self.processes.close()

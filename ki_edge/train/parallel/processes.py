@@ -90,3 +90,10 @@ def _start() -> Any:
         except (RuntimeError, ValueError) as error:
             given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name in os.environ}
             raise BackendError(f"the processes of this run cannot be joined ({given}): {error}") from error
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are fast on a device; a CPU without instructions for it takes 40 times as long."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
