@@ -142,6 +142,6 @@ def test_a_vocabulary_of_a_size(small_config):
 def test_a_pi0_is_refused(small_config, tmp_path):
     save_checkpoint(build(replace(small_config, variant="pi0")), tmp_path / "pi0")
     with pytest.raises(
-        CheckpointError, match="--init .*pi0 holds a π0, whose state is a token of its own: give a π0.5"
+        CheckpointError, match=r"--init .*pi0 holds a π0, whose state is a token of its own: give a π0\.5"
     ):
         Start.from_checkpoint(tmp_path / "pi0")
