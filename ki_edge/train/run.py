@@ -114,6 +114,7 @@ def _trainer(
 ) -> Trainer:
     place, watchers, log = request.out / "training", list[Watcher](), None
     if engine.main:
+        data.report.save(place)
         log = RunLog(place, engine.step)
         watchers.append(PageWatcher(place, tell=say))
         if request.trackers:
