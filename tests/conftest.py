@@ -124,7 +124,7 @@ def fetch_replay(made_once: Callable[[str, Callable[[Path], object]], Path]) -> 
     def record(folder: Path) -> None:
         folder.mkdir()
         replay = ("--replay", folder / "expert.npz")
-        succeed(sys.executable, script, folder / "data", "--scenes", 1, "--workers", 1, *replay)
+        succeed(sys.executable, script, folder / "data", "--scenes", 1, "--frames", 1, "--workers", 1, *replay)
 
     return made_once("fetch_replay", record) / "expert.npz"
 

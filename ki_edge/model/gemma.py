@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -66,11 +66,24 @@ class GemmaLayer(Layer):
         return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
 
+class TableAdapter(Protocol):
+    """What an adapter in training adds to the embedding's table, where the table itself is used."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What it adds to the logits f32 [...,V]."""
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """What it adds to rows [n,W]."""
+
+
 class Backbone(nn.Module):
     """PaliGemma's language model. Input vectors are already embedded and scaled."""
 
+    adapter: TableAdapter | None = None
+
     def __init__(self, config: GemmaConfig, vocab_size: int) -> None:
         super().__init__()
+        self.width = config.width
         self.embed_tokens = nn.Embedding(vocab_size, config.width)
         self.layers = nn.ModuleList(GemmaLayer(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.width)
@@ -82,12 +95,18 @@ class Backbone(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [B,T] -> [B,T,W], times sqrt(W)."""
-        vectors: Tensor = self.embed_tokens(tokens) * self.embed_tokens.embedding_dim**0.5
+        vectors: Tensor = self.embed_tokens(tokens) * self.width**0.5
         return vectors
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits f32 [...,V] of hidden states [...,W], with the embedding's own table."""
-        return nn.functional.linear(hidden, self.embed_tokens.weight).float()
+        logits = nn.functional.linear(hidden, self.embed_tokens.weight).float()
+        return logits if self.adapter is None else logits + self.adapter.logits(hidden)
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """Rows [n,W] of the embedding's table, of ids [n]."""
+        rows: Tensor = self.embed_tokens.weight[tokens]
+        return rows if self.adapter is None else rows + self.adapter.rows(tokens)
 
     def keys_values(self, x: Tensor, rope: Rope, bias: Tensor) -> list[KeysValues]:
         """K/V of every layer. The last layer's attention and MLP feed nothing but logits, so they do not run."""

@@ -109,9 +109,7 @@ def sample_fast_tokens(
     positions = valid[:, None] - 1 + torch.arange(tokens.shape[1], device=device)
     done, out = mask.new_zeros(len(mask)), []
     for _ in range(max_tokens):
-        logits, new_k, new_v = model.fast_decode_step(
-            tokens, positions, k, v, mask, model.backbone.embed_tokens.weight[ids]
-        )
+        logits, new_k, new_v = model.fast_decode_step(tokens, positions, k, v, mask, model.backbone.rows(ids))
         k, v = torch.cat([k, new_k], dim=3), torch.cat([v, new_v], dim=3)
         mask = torch.cat([mask, mask.new_ones(len(mask), tokens.shape[1])], dim=1)
         chosen = torch.where(done, model.eos_id, ids[logits.argmax(dim=-1)])

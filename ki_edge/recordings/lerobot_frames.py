@@ -86,7 +86,9 @@ class _Reader:
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             if isinstance(error, DatasetError):
                 raise
-            raise DatasetError(f"{path} cannot be read from row {row} on: {' '.join(str(error).split())[:300]}") from None
+            raise DatasetError(
+                f"{path} cannot be read from row {row} on: {' '.join(str(error).split())[:300]}"
+            ) from None
 
     def _place(self, path: Path, row: int, batch: Any, own: npt.NDArray[np.int64]) -> None:
         names = batch.schema.names
@@ -125,8 +127,8 @@ class _Reader:
         if len(bad):
             value = values[tuple(bad[0])]
             raise DatasetError(
-                f"{self.where(int(place[bad[0][0]]))}: {name}[{bad[0][1]}] is {value}: expected a finite number; remove "
-                "or mend that episode"
+                f"{self.where(int(place[bad[0][0]]))}: {name}[{bad[0][1]}] is {value}: expected a finite number; "
+                "remove or mend that episode"
             )
 
     def where(self, frame: int) -> str:

@@ -22,8 +22,8 @@ AHEAD = 2.0  # seconds: what lies further ahead is sought, what is nearer is dec
 
 
 class VideoFile:
-    """The frames u8 [h, w, 3] of an mp4 file by their time in it, in any order. `size`: (h, w); `threads` of a decoder, 0:
-    as many as it likes.
+    """The frames u8 [h, w, 3] of an mp4 file by their time in it, in any order. `size`: (h, w); `threads`: a decoder's,
+    0 for as many as it likes.
 
     DatasetError where the file is no mp4 video of that size, or has no frame within half a period of a time.
     """

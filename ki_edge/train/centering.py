@@ -37,24 +37,33 @@ class CenteredPatches(nn.Conv2d):
         patches = model.vision.embeddings.patch_embedding
         return patches.center if isinstance(patches, CenteredPatches) else None
 
-    @staticmethod
-    def fold(state: dict[str, Tensor], center: Tensor) -> dict[str, Tensor]:
-        """`state` for an ordinary patch embedding that computes the same."""
-        return {**state, POSITIONS: state[POSITIONS] - _share_of_center(state, center)}
 
-    @staticmethod
-    def unfold(state: dict[str, Tensor], center: Tensor) -> dict[str, Tensor]:
-        """Inverse of `fold`: `state` of an ordinary patch embedding for one with `center` that computes the same."""
-        return {**state, POSITIONS: state[POSITIONS] + _share_of_center(state, center)}
+class Folding:
+    """Turns the tensors of a model with `center` into those of an ordinary one that computes the same.
+
+    It is given one after the other by name; the patch embedding's weight comes before the positions.
+    """
+
+    def __init__(self, center: Tensor) -> None:
+        self._center = center.cpu()
+        self._weight: Tensor | None = None
+
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        """The tensor to be saved, f32 on the CPU."""
+        if name == PATCHES + "weight":
+            self._weight = value
+        if name == POSITIONS:
+            assert self._weight is not None
+            return value - _share_of_center(self._weight, self._center)
+        return value
 
 
-def _share_of_center(state: dict[str, Tensor], center: Tensor) -> Tensor:
+def _share_of_center(weight: Tensor, center: Tensor) -> Tensor:
     """What the centre contributes to each patch, [P,width]."""
-    weight = state[PATCHES + "weight"]
     return nn.functional.conv2d(center, weight, stride=weight.shape[-1]).flatten(2).transpose(1, 2)[0]
 
 
 def mean_picture(images: Tensor) -> Tensor:
-    """Mean over pictures u8 [F,N,h,w,3]: f32 [1,3,h,w] in [-1,1], one for all cameras."""
-    mean = images.float().mean(dim=(0, 1)) / 255.0 * 2.0 - 1.0
+    """Mean over pictures u8 [P,h,w,3]: f32 [1,3,h,w] in [-1,1], one for all cameras."""
+    mean = images.float().mean(dim=0) / 255.0 * 2.0 - 1.0
     return mean.permute(2, 0, 1)[None].contiguous()

@@ -1,102 +1,132 @@
-"""ki-train: demonstrations to checkpoint."""
+"""ki-train: recorded episodes to checkpoint."""
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
-from dataclasses import fields, replace
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ki_edge.commands import Parser, run_command, show
-from ki_edge.config import TINY
+from ki_edge.commands import Parser, run_command, show, tell
+from ki_edge.errors import ArgumentError
 
-from .step.settings import TrainSettings
+from .flags import add_data, add_learning, add_machine, add_saving, given_settings
+from .record import Origin
 
-PRESETS = {"tiny": TINY}
-HELP = {
-    "steps": "optimiser steps",
-    "batch": "frames a step",
-    "learning_rate": "peak of the schedule",
-    "warmup": "steps of linear warmup before the cosine",
-    "final_rate": "share of the learning rate left at the end",
-    "weight_decay": "of AdamW, on matrices",
-    "clip": "largest gradient norm",
-    "ema": "decay of the moving average that is saved as the checkpoint",
-    "fast_weight": "weight of the token losses beside the flow loss",
-    "flow_draws": "noise and time draws a frame",
-    "rtc_max_delay": "let up to so many first actions of a chunk be given, as a robot that does not wait needs it",
-    "rtc_offset": "how far those lie beside the demonstration's, in normalised actions, so that a policy must look",
-    "pointing": "share of a batch that answers where the target is",
-    "seed": "of all random numbers",
-    "save_every": "steps between checkpoints",
-    "log_every": "steps between log lines",
-}
+if TYPE_CHECKING:
+    from .loop import Trainer
+
+SHOWN = ("flow", "fast", "text", "held_out_flow", "robot_success")  # beside the progress bar
 
 
 def build_parser() -> Parser:
-    """The command line; what is not given comes from TrainSettings, or from the run that is resumed."""
+    """The command line; what is not given comes from the recipe or TrainSettings, or from the run that is resumed."""
     parser = Parser(prog="ki-train", description="Train a π0.5 policy with knowledge insulation.")
-    parser.add_argument("demonstrations", type=Path, help="recorded episodes: a LeRobotDataset, .npz")
-    parser.add_argument("-o", "--out", type=Path, required=True, help="checkpoint folder to write, or to go on with")
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="tiny", help="widths and depths of the model")
     parser.add_argument(
-        "--init", type=Path, metavar="CHECKPOINT", help="start from these weights instead of random ones"
-    )
-    parser.add_argument("--horizon", type=int, help="actions of a chunk (the preset's)")
-    parser.add_argument("--resume", action="store_true", help="go on where the run in OUT stopped, with its settings")
-    parser.add_argument("--fresh", action="store_true", help="start over although OUT holds a run")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads (default: all)")
+        "datasets", nargs="*", metavar="DATASET[:WEIGHT]",
+        help="a LeRobotDataset (folder or Hub id), .npz episodes, or a text set; several are a mixture",
+    )  # fmt: skip
     parser.add_argument(
-        "--no-insulation", action="store_true", default=None, help="plain π0.5: no stop-gradient, no token losses"
+        "-o", "--out", type=Path, required=True, help="folder of the run: step_N/, last, best, training/"
     )
-    parser.add_argument(
-        "--float32", action="store_true", default=None, help="matrix products in float32 instead of bfloat16"
-    )
-    for field in fields(TrainSettings):
-        if field.name in HELP:
-            kind: Any = {"int": int, "float": float}[str(field.type)]
-            flag = "--" + field.name.replace("_", "-")
-            parser.add_argument(flag, type=kind, help=f"{HELP[field.name]} ({field.default})")
+    for add in (add_learning, add_data, add_machine, add_saving):
+        add(parser)
     return parser
 
 
 def train(arguments: argparse.Namespace) -> int:
     """Run what the command line asks for, with a progress bar."""
+    from .run import Request, open_run
+    from .watching.robot import Trial
+
+    if arguments.resume and arguments.fresh:
+        raise ArgumentError("--resume goes on with a run, --fresh starts over: say one of them")
+    trial = None if arguments.eval_robot is None else Trial(arguments.eval_robot, arguments.eval_episodes)
+    request = Request(
+        arguments.out, _origin(arguments), given_settings(arguments), recipe=arguments.recipe,
+        resume=arguments.resume, fresh=arguments.fresh, accept_changes=arguments.accept_changes,
+        strategy=arguments.strategy, threads=arguments.threads, workers=arguments.workers,
+        cache=arguments.cache, cache_gb=arguments.cache_gb, trial=trial, trackers=arguments.track or (),
+    )  # fmt: skip
+    trainer = open_run(request, tell)
+    try:
+        _run(trainer)
+        _say_end(trainer, arguments.out)
+    finally:
+        trainer.close()
+    return 0
+
+
+def _run(trainer: Trainer) -> None:
     from tqdm import tqdm
 
-    from .plot import plot_losses
-    from .run import open_trainer, recorded_settings
+    quiet = not trainer.engine.main
+    total = trainer.settings.steps
+    with _stopped_by_sigterm(trainer), tqdm(total=total, initial=trainer.step, unit="step", smoothing=0.05,
+                                            disable=True if quiet else None) as bar:  # fmt: skip
+        shown: dict[str, str] = {}
+        for row in trainer.run():
+            bar.update(trainer.step - bar.n)
+            shown |= {name: f"{row[name]:.3f}" for name in SHOWN if isinstance(row.get(name), float)}
+            bar.set_postfix(shown)
 
-    given: dict[str, Any] = {name: value for name in HELP if (value := getattr(arguments, name)) is not None}
-    switches = {"knowledge_insulation": arguments.no_insulation, "bfloat16": arguments.float32}
-    given |= {name: False for name, off in switches.items() if off}
-    config, out = PRESETS[arguments.preset], arguments.out
-    settings = replace(recorded_settings(out) if arguments.resume else TrainSettings(), **given)
-    with tqdm(unit="frame", desc="pictures", leave=False, disable=None, delay=1.0) as bar:
 
-        def decoded(done: int, of: int) -> None:
-            bar.total = of
-            bar.update(done - bar.n)
+@contextmanager
+def _stopped_by_sigterm(trainer: Trainer) -> Iterator[None]:
+    """A machine that is taken away sends SIGTERM: the run is saved after its step, and ends well."""
+    before = signal.signal(signal.SIGTERM, trainer.stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
-        trainer = open_trainer(
-            arguments.demonstrations, out, config, settings,
-            init=arguments.init, horizon=arguments.horizon, progress=decoded,
-            resume=arguments.resume, fresh=arguments.fresh, threads=arguments.threads,
-        )  # fmt: skip
-    with tqdm(total=trainer.settings.steps, initial=trainer.step, unit="step", smoothing=0.05) as bar:
-        for record in trainer.run():
-            bar.update(int(record["step"]) - bar.n)
-            bar.set_postfix({name: f"{record[name]:.3f}" for name in ("flow", "fast", "pointing") if name in record})
-    picture = out / "training" / "losses.png"
-    plot_losses(trainer.log_path, picture)
-    show([f"checkpoint {out} after {trainer.step} steps; loss plot {picture}"])
-    return 0
+
+def _say_end(trainer: Trainer, out: Path) -> None:
+    if not trainer.engine.main:
+        return
+    checkpoint = trainer.folder.last
+    best = trainer.folder.best
+    where = f"checkpoint {checkpoint} after {trainer.step} of {trainer.settings.steps} steps"
+    lines = [where + (f", the best is {best}" if best is not None and best != checkpoint else "")]
+    if trainer.step < trainer.settings.steps:
+        lines.append(f"stopped; go on with: ki-train --resume -o {out}")
+    show([*lines, f"how it went: {out / 'training' / 'train.html'}"])
+
+
+def _origin(arguments: argparse.Namespace) -> Origin:
+    """What the run is started from; paths that are there become absolute, Hub ids stay."""
+    values: dict[str, Any] = {"datasets": tuple(_absolute(text) for text in arguments.datasets)}
+    for name in ("map", "tokenizer", "fast", "init", "contract"):
+        value = getattr(arguments, name)
+        values[name] = "" if value is None else _absolute(str(value))
+    for name in ("preset", "fast_placement"):
+        values[name] = getattr(arguments, name) or ""
+    for name in ("horizon", "fast_vocabulary"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ArgumentError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+        values[name] = value or 0
+    if values["init"] and values["preset"]:
+        raise ArgumentError("--init has a geometry of its own: leave --preset out")
+    return Origin(**values)
+
+
+def _absolute(text: str) -> str:
+    """A path that exists, with its weight if it has one, from anywhere."""
+    path, colon, weight = text.rpartition(":")
+    if Path(text).exists():
+        return str(Path(text).absolute())
+    return f"{Path(path).absolute()}:{weight}" if colon and Path(path).exists() else text
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ki-train; returns the exit status."""
     arguments = build_parser().parse_args(argv)
+    warnings.simplefilter("ignore")  # of torch and its neighbours: none of them is for the user
     return run_command("ki-train", lambda: train(arguments), "--resume goes on from the last save", needs="train")
 
 

@@ -91,6 +91,7 @@ def add_learning(parser: Parser) -> None:
     model.add_argument(
         "--preset", choices=("tiny", "small", "base", "pi05"), help="widths and depths of a new model (tiny)"
     )
+    model.add_argument("--contract", help="of --init, where it records none: a preset or a file, as ki-export takes")
     model.add_argument("--init", metavar="CHECKPOINT", help="go on from these weights: any that ki-export reads")
     add_settings(parser.add_argument_group("steps"), STEPS)
     loss = parser.add_argument_group("loss")
@@ -139,12 +140,9 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     off = {"knowledge_insulation": "no_insulation", "fast_loss": "no_fast_loss", "bfloat16": "float32"}
     given |= {name: False for name, flag in off.items() if getattr(arguments, flag)}
-    given |= {name: True for name in ("augment", "checkpointing") if getattr(arguments, name)}
+    given |= {name: True for name in ("augment", "checkpointing", "expert_only") if getattr(arguments, name)}
     if arguments.freeze:
         given["freeze"] = tuple(name for text in arguments.freeze for name in text.split(","))
-    if arguments.expert_only:
-        given["freeze"] = tuple(name for name in GROUPS if name != "expert")
-        given["fast_loss"] = False
     if arguments.rate:
         given["rates"] = tuple(_pair(text, "--rate", float) for text in arguments.rate)
     if arguments.lora:

@@ -98,6 +98,15 @@ class Trainer:
         if not self.folder.has(self.step):  # it was stopped
             self._save()
 
+    def close(self) -> None:
+        """End workers and trackers, leave the group of processes, let go of the folder."""
+        self.data.close()
+        for watcher in self.watchers:
+            if (close := getattr(watcher, "close", None)) is not None:
+                close()
+        self.engine.close()
+        self.folder.close()
+
     def _take(self, steps: Iterator[list[Batch]]) -> Iterator[Row]:
         """One step, and what is due after it."""
         with self._clock.waiting():
@@ -147,7 +156,7 @@ class Trainer:
         seconds, waited, samples = self._clock.restart()
         row |= {"samples_per_s": round(samples / seconds, 2), "waited": round(waited / seconds, 4)}
         if (speed := getattr(self.data, "loader_samples_per_s", None)) is not None:
-            row["loader_samples_per_s"] = round(speed(), 1)
+            row["loader_samples_per_s"] = round(speed, 1)
         return row
 
     def _told(self, row: Row) -> Row:

@@ -1,122 +1,198 @@
-"""Puts a training run together: data, recipe, model, and the state of an earlier run."""
+"""Puts a training run together: what it starts from, data, model, engine, and the state of an earlier run."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields, replace
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 
-from ki_edge.arguments import count
-from ki_edge.checkpoints import Checkpoint
-from ki_edge.config import Pi05Config
-from ki_edge.errors import ArgumentError, CheckpointError
-from ki_edge.model import load_model
-from ki_edge.overlap import MAX_HORIZON
+from ki_edge.config import PRESETS, Pi05Config
+from ki_edge.errors import ArgumentError
 
-from .centering import CenteredPatches, mean_picture
-from .demonstrations import Demonstrations
-from .fingerprint import BEFORE, Fingerprint, as_json, digest_weights, gather
+from .centering import CenteredPatches, Folding, mean_picture
+from .data.opening import MixedData, open_data
+from .data.recipe import Choice
+from .data.start import Start
 from .initialization import from_scratch
-from .loop import STATE_FILE, Trainer, read_facts
-from .recipe import Examples, Recipe
-from .recorded import Progress, decode_recordings
+from .loop import Trainer, Watcher
+from .parallel.checkpoints import RunFolder
+from .parallel.engine import Engine
+from .parallel.processes import Processes, has_bfloat16
+from .parallel.starting import open_start
+from .record import Origin, RunRecord, code_facts
+from .step.recipes import with_recipe
 from .step.settings import TrainSettings
+from .step.training_data import Share
+from .watching.log import RunLog
+from .watching.robot import Trial
+from .watching.trackers import Tracking, check_trackers
+from .watching.watchers import Examiner, PageWatcher, TrackingWatcher
 
-CENTER_FRAMES = 2000
-PICTURES = "pictures.npy"  # of recorded episodes, as they were decoded
-NOTHING = "{out} holds no training run to resume: leave --resume out to start one"
+CENTER_PICTURES = 512  # at least so many, if the data have them, make the mean picture
+Tell = Callable[[str], None]
 
 
-def open_trainer(
-    demonstrations: str | Path,
-    out: str | Path,
-    config: Pi05Config,
-    settings: TrainSettings,
-    *,
-    init: str | Path | None = None,
-    resume: bool = False,
-    fresh: bool = False,
-    threads: int = 0,
-    horizon: int | None = None,
-    progress: Progress = lambda done, of: None,
-) -> Trainer:
-    """A Trainer ready to run. Everything that is fitted to the data is fitted again on resume: it is deterministic.
+@dataclass(frozen=True)
+class Request:
+    """A run as it is asked for. `given`: settings that the command line names; `origin`: what it is started from.
 
-    `demonstrations`: recorded episodes (`recorded.py`), in chunks of `horizon` actions, None: the model's; their
-    pictures are decoded into `out`. Or a folder of `demonstrations.py`, which has its own horizon.
-    `init`: checkpoint folder whose weights the run starts from; without one they are random.
-    ArgumentError if `out` holds a run and neither `resume` nor `fresh` was asked for, nothing to resume, or a run with
-    other settings, another model or other demonstrations (save_every and log_every may change).
+    `config`: a geometry of one's own, instead of a preset's. What is not recorded: `cache`, `cache_gb`, `workers`, `threads`, `strategy`, `trial`, `trackers` may differ when a run
+    is resumed.
     """
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ArgumentError(f"{out} is a file: name a folder for the checkpoint")
-    if threads < 0:
-        raise ArgumentError(f"threads {threads}: expected at least 1, or 0 for all")
-    exists = (out / "training" / STATE_FILE).is_file()
-    if exists and not (resume or fresh):
-        raise ArgumentError(f"{out} holds a training run: go on with --resume, or start over with --fresh")
-    if resume and not exists:
-        raise ArgumentError(NOTHING.format(out=out))
-    if threads:
-        torch.set_num_threads(threads)
-    data = _open_data(Path(demonstrations), out, config, horizon, progress)
-    recipe = Recipe.fit(data, config, rtc_max_delay=settings.rtc_max_delay)
-    model = from_scratch(recipe.config, seed=settings.seed, knowledge_insulation=settings.knowledge_insulation)
-    center = mean_picture(torch.from_numpy(np.array(data.images[:CENTER_FRAMES])))
-    start: Fingerprint | None = None
-    if init is not None:
-        state = _initial_state(Path(init), recipe.config)
-        start = digest_weights(state)
-        model.load_state_dict(CenteredPatches.unfold(state, center))
-    CenteredPatches.install(model, center)
-    facts = as_json(gather(data, recipe.config, asdict(settings), start))
-    trainer = Trainer(model, Examples.encode(data, recipe), recipe, settings, out, facts)
-    if resume:
-        trainer.resume()
+
+    out: Path
+    origin: Origin
+    given: Mapping[str, Any]
+    recipe: str | None = None
+    resume: bool = False
+    fresh: bool = False
+    accept_changes: bool = False
+    config: Pi05Config | None = None
+    strategy: str = "auto"
+    threads: int = 0
+    workers: int | None = None
+    cache: Path | None = None
+    cache_gb: float = 20.0
+    trial: Trial | None = None
+    trackers: Sequence[str] = ()
+
+
+def open_run(request: Request, tell: Tell = lambda line: None) -> Trainer:
+    """A Trainer ready to run, which the caller closes; every process of a run opens one.
+
+    `tell` is told lines for the user, in the main process. ArgumentError if OUT holds a run and neither `resume` nor
+    `fresh` was asked for, if there is nothing to resume, or if it would be resumed with something else; the errors of
+    opening data, checkpoint and devices. Nothing of an earlier run is touched before everything is known to fit.
+    """
+    if request.threads < 0:
+        raise ArgumentError(f"threads {request.threads}: expected at least 1, or 0 for all")
+    if request.threads:
+        torch.set_num_threads(request.threads)
+    check_trackers(request.trackers)
+    processes = Processes()
+    say = tell if processes.main else _silent
+    folder = RunFolder(request.out, processes)
+    try:
+        return _opened(request, folder, processes, say)
+    except BaseException:
+        folder.close()
+        raise
+
+
+def _opened(request: Request, folder: RunFolder, processes: Processes, say: Tell) -> Trainer:
+    before = _before(request, folder)
+    settings, origin = _settings(request, before, processes), _origin(request, before)
+    start = _start(origin, request.config)
+    data = open_data(
+        origin.datasets, start, settings,
+        horizon=origin.horizon or None, map_file=origin.map or None,
+        choice=Choice(origin.fast, origin.fast_vocabulary, origin.fast_placement),
+        cache=request.cache, cache_gb=request.cache_gb, workers=request.workers, say=say,
+    )  # fmt: skip
+    record = RunRecord(settings, origin, {**_flat("model", data.config.to_dict()), **data.facts(), **code_facts()})
+    if before is not None:
+        for line in before.check(record, request.out, accept=request.accept_changes):
+            say(f"changed: {line}")
+    engine = _engine(start, data, settings, request.strategy)
+    if before is not None:
+        folder.load(engine)
+    elif processes.main:
+        folder.clear()
+    processes.wait()
+    if processes.main:
+        record.write(request.out)
+    return _trainer(request, folder, engine, data, settings, say)
+
+
+def _trainer(
+    request: Request, folder: RunFolder, engine: Engine, data: MixedData, settings: TrainSettings, say: Tell
+) -> Trainer:
+    place, watchers, log = request.out / "training", list[Watcher](), None
+    if engine.main:
+        log = RunLog(place, engine.step)
+        watchers.append(PageWatcher(place, tell=say))
+        if request.trackers:
+            config = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+            tracking = Tracking(request.trackers, place, config, step=engine.step, tell=say)
+            watchers.append(TrackingWatcher(tracking))
+    judge = Examiner(place, request.trial, tell=say) if settings.eval_every else None
+    return Trainer(engine, data, settings, folder, log, judge=judge, watchers=watchers)
+
+
+def _before(request: Request, folder: RunFolder) -> RunRecord | None:
+    """The record of the run that is gone on with; None for a new one."""
+    exists = folder.last is not None
+    if exists and not (request.resume or request.fresh):
+        raise ArgumentError(f"{request.out} holds a training run: go on with --resume, or start over with --fresh")
+    if not request.resume:
+        return None
+    return RunRecord.read(request.out)
+
+
+def _settings(request: Request, before: RunRecord | None, processes: Processes) -> TrainSettings:
+    """What is given wins over the recipe, or over what the run was started with; precision is what the device has."""
+    if before is None:
+        settings = with_recipe(request.recipe, request.given)
+        if "bfloat16" not in request.given:
+            settings = replace(settings, bfloat16=has_bfloat16(processes.device))
+    elif request.recipe is not None:
+        settings = with_recipe(request.recipe, request.given, before.settings)
     else:
-        for stale in (trainer.log_path, out / "training" / STATE_FILE):
-            stale.unlink(missing_ok=True)
-    return trainer
+        settings = replace(before.settings, **request.given)
+    if request.trial is not None and not settings.eval_every:
+        raise ArgumentError("--eval-robot: say how often with --eval-every")
+    return settings
 
 
-def _open_data(path: Path, out: Path, config: Pi05Config, horizon: int | None, progress: Progress) -> Demonstrations:
-    if (path / "meta.json").is_file():
-        data = Demonstrations.open(path)
-        if horizon not in (None, data.meta["horizon"]):
-            raise ArgumentError(f"horizon {horizon}: the chunks in {path} have {data.meta['horizon']} actions")
-        return data
-    size = config.vision.image_size
-    steps = count(config.action_horizon if horizon is None else horizon, "horizon", MAX_HORIZON)
-    place = out / "training" / PICTURES
-    return decode_recordings(path, place, horizon=steps, size=(size, size), progress=progress)
+def _origin(request: Request, before: RunRecord | None) -> Origin:
+    """What is given, or what the run was started with."""
+    if before is None:
+        if not request.origin.datasets:
+            raise ArgumentError("no dataset: name what is to be trained on")
+        return request.origin
+    given = {name: value for name in Origin.__dataclass_fields__ if (value := getattr(request.origin, name))}
+    return replace(before.origin, **given)
 
 
-def recorded_settings(out: str | Path) -> TrainSettings:
-    """The settings of the run in `out`. ArgumentError if there is none, CheckpointError if its state is damaged."""
-    path = Path(out) / "training" / STATE_FILE
-    if not path.is_file():
-        raise ArgumentError(NOTHING.format(out=out))
-    _, facts = read_facts(path)
-    given = {name.removeprefix("settings."): value for name, value in facts.items() if name.startswith("settings.")}
-    given = {**{name.removeprefix("settings."): value for name, value in BEFORE.items()}, **given}
-    names = {field.name: type(field.default) for field in fields(TrainSettings)}
-    if given.keys() != names.keys() or any(type(given[name]) is not kind for name, kind in names.items()):
-        raise CheckpointError(f"{path}: its settings are not those that this version knows: start over with --fresh")
-    return TrainSettings(**given)
+def _start(origin: Origin, config: Pi05Config | None) -> Start:
+    if origin.init:
+        return Start.from_checkpoint(origin.init, tokenizer=origin.tokenizer or None, contract=origin.contract or None)
+    return Start.from_nothing(config or PRESETS[origin.preset or "tiny"], origin.tokenizer or None)
 
 
-def _initial_state(folder: Path, config: Pi05Config) -> dict[str, torch.Tensor]:
-    """Weights of another checkpoint. None of them depends on the horizon, nor on how chunks are continued."""
-    checkpoint = Checkpoint.open(folder)
-    given = replace(checkpoint.config, action_horizon=config.action_horizon, rtc=config.rtc)
-    differ = [
-        f"{field.name} {getattr(given, field.name)}, not {getattr(config, field.name)}"
-        for field in fields(config)
-        if getattr(given, field.name) != getattr(config, field.name)
-    ]
-    if differ:
-        raise ArgumentError(f"{folder} cannot be the start of this run: its model has {'; '.join(differ)}")
-    return load_model(checkpoint).state_dict()
+def _engine(start: Start, data: MixedData, settings: TrainSettings, strategy: str) -> Engine:
+    if start.checkpoint is not None:
+        model, weights = open_start(start.checkpoint, data.config)
+        return Engine(model, settings, strategy=strategy, weights=weights)
+    model, center = from_scratch(data.config, seed=settings.seed), _mean_picture(data, settings)
+    CenteredPatches.install(model, center)
+    engine = Engine(model, settings, strategy=strategy)
+    engine.finish = Folding(center)
+    return engine
+
+
+def _mean_picture(data: MixedData, settings: TrainSettings) -> torch.Tensor:
+    """Of the pictures of the first steps, absent ones left out: the same in every process."""
+    steps = data.steps(0, Share())
+    batches = [batch for step in islice(steps, math.ceil(CENTER_PICTURES / settings.batch)) for batch in step]
+    steps.close()  # type: ignore[attr-defined]
+    seen = [batch.observation.images[batch.observation.camera_mask] for batch in batches]
+    return mean_picture(torch.cat(seen))
+
+
+def _silent(line: str) -> None:
+    """What other processes than the main one say."""
+
+
+def _flat(name: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {name: value}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= _flat(f"{name}.{key}", inner)
+    return found

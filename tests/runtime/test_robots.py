@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ki_edge.recordings.collection import open_recordings
 from ki_runtime.robots import EpisodeStatus, RobotError, open_robot
 from ki_runtime.robots.fetch import CAMERAS, PLAN_STEP, FetchScene
 
@@ -191,46 +193,40 @@ def test_package_needs_numpy_only():
 # --- demonstrations ---------------------------------------------------------------------------------------------------
 
 
-def test_demonstrations_have_the_promised_shapes_and_resume(demonstrations, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demonstrations, "SHARD", 4)
-    arguments = ["--scenes", "12", "--seed", "5", "--workers", "1", "--horizon", "3"]
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    demonstrations.main([str(whole), *arguments])
-    meta = json.loads((whole / "meta.json").read_text())
-    assert meta["frames"] == 12 and meta["cameras"] == ["front_left", "front_right"] and meta["horizon"] == 3
-    arrays = {name: np.load(whole / f"{name}.npy") for name in ("images", "state", "actions", "prompt", "points")}
-    shapes = {name: (str(array.dtype), array.shape) for name, array in arrays.items()}
-    assert shapes == {
-        "images": ("uint8", (12, 2, 96, 96, 3)),
-        "state": ("float32", (12, 5)),
-        "actions": ("float32", (12, 3, 4)),
-        "prompt": ("int32", (12,)),
-        "points": ("float32", (12, 2, 2)),
-    }
-    assert len({image.tobytes() for image in arrays["images"]}) == 12
-    ahead = arrays["actions"][..., :3] - arrays["state"][:, None, :3]
-    assert np.abs(ahead).max() <= 3 * PLAN_STEP + 1e-6 and (arrays["actions"][..., 3] == 0).all()
-
-    real, calls = demonstrations.write_shard, []
-
-    def interrupted(job):
-        calls.append(job[2])
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(job)
-
-    monkeypatch.setattr(demonstrations, "write_shard", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        demonstrations.main([str(resumed), *arguments])
-    assert not resumed.exists()
-    with pytest.raises(SystemExit, match="belongs to a run with"):
-        demonstrations.main([str(resumed), "--scenes", "12", "--seed", "6", "--workers", "1", "--horizon", "3"])
-    demonstrations.main([str(resumed), *arguments])
-    assert calls == [0, 1, 1, 2]  # the finished shard was not rendered again
-    for name, array in arrays.items():
-        assert np.array_equal(np.load(resumed / f"{name}.npy"), array, equal_nan=True), name
+def test_demonstrations_are_a_dataset_and_a_text_set(demonstrations, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("pyarrow", reason="pip install 'ki-edge[record]'")
+    monkeypatch.setattr(demonstrations, "SHARD", 2)
+    out, points = tmp_path / "out", tmp_path / "points"
+    arguments = [str(out), "--points", str(points), "--scenes", "3", "--frames", "4", "--seed", "5", "--workers", "1"]
+    demonstrations.main(arguments)
+    settings = demonstrations.Settings(3, 5, 4)
+    scenes = [scene for index in settings.shards() for scene in demonstrations.film_shard(settings, index)]
+    recordings = open_recordings(out)
+    assert (len(recordings), recordings.fps, recordings.action_names) == (3, 25, ["x", "y", "z", "gripper"])
+    for number, scene in enumerate(scenes):
+        episode = recordings.episode(number)
+        assert episode.prompt == scene.prompt and len(episode) == 4
+        assert np.allclose(episode.actions, scene.actions, atol=1e-5) and (episode.actions[:, 3] == 0).all()
+        assert np.allclose(episode.state, scene.state, atol=1e-5)
+        for at, name in enumerate(("front_left", "front_right")):
+            pictures = np.stack([episode.cameras[name][step] for step in range(4)])
+            assert (pictures != scene.images[:, at]).mean() < 0.02  # GL is not exact, PNG is
+            assert len({picture.tobytes() for picture in pictures}) == 4
+    lines = [json.loads(line) for line in (points / "samples.jsonl").read_text().splitlines()]
+    assert len(lines) == 6 and {line["question"] for line in lines} == {"point to the target"}
+    places = [int(place) for place in re.findall(r"<loc(\d{4})>", lines[0]["answer"])]
+    assert places == [int(1024 * value) for point in scenes[0].points[0] for value in point[::-1]]
+    assert all((points / path).is_file() for line in lines for path in line["image"].values())
     with pytest.raises(SystemExit, match="exists already"):
-        demonstrations.main([str(resumed), *arguments])
+        demonstrations.main(arguments)
+    capsys.readouterr()
+
+
+def test_an_interrupted_recording_does_not_look_finished(demonstrations, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demonstrations, "write_episode", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        demonstrations.main([str(tmp_path / "out"), "--scenes", "1", "--frames", "1", "--workers", "1"])
+    assert not (tmp_path / "out").exists()
     capsys.readouterr()
 
 
@@ -239,11 +235,13 @@ def test_the_label_is_what_the_expert_does_from_the_picture(demonstrations, scen
     rng = np.random.default_rng(3)
     demonstrations.arrange(scene, rng, fresh=False)
     start, target = scene.state[:3], scene.target
-    frame = demonstrations.film_scene(scene, rng, 8)
-    assert np.array_equal(frame["state"][:3], start)
-    assert np.allclose(frame["actions"][0, :3], start + np.clip(target - start, -PLAN_STEP, PLAN_STEP), atol=1e-5)
-    assert np.allclose(frame["actions"][-1, :3], target, atol=1e-5)
-    assert np.linalg.norm(scene.gripper - target) <= max(0.03, np.linalg.norm(start - target))
+    filmed = demonstrations.film_scene(scene, rng, 8)
+    assert np.array_equal(filmed.state[0, :3], start)
+    ahead = np.clip(target - filmed.state[:, :3], -PLAN_STEP, PLAN_STEP)
+    assert np.allclose(filmed.actions[:, :3], filmed.state[:, :3] + ahead, atol=1e-5)
+    assert np.allclose(filmed.actions[-1, :3], target, atol=1e-5)
+    ways = np.diff(filmed.state[:, :3], axis=0)
+    assert np.linalg.norm(ways, axis=1).min() > 1e-3, "the arm is pushed about, so that frames differ"
 
 
 def test_a_disturbed_target_moves_elsewhere_by_its_seed():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.model import Observation, Pi05
+from ki_edge.train.parallel.engine import Engine
 from ki_edge.train.step.batch import ACTIONS, TEXT, Batch
 from ki_edge.train.step.training_data import Share
 
@@ -94,3 +97,13 @@ def shared_out(batch: Batch, share: Share) -> list[Batch]:
     part = len(batch) // (share.world * share.accumulate)
     first = share.rank * share.accumulate
     return [rows_of(batch, slice(at * part, (at + 1) * part)) for at in range(first, first + share.accumulate)]
+
+
+def train(engine: Engine, first: int, last: int, **composition: Any) -> list[dict[str, float]]:
+    """Steps first..last of a run over random batches: what each step reported."""
+    records = []
+    for step in range(first, last):
+        batch = random_batch(step, engine.settings.batch, **composition)
+        result = engine.train_step(shared_out(batch, engine.share()), engine.settings.rate(step))
+        records.append({**result.terms, "grad_norm": result.grad_norm})
+    return records

@@ -1,4 +1,4 @@
-"""Training runs end to end: learning, resuming, repeating, and what is refused."""
+"""Training runs end to end: learning, resuming, repeating, saving, and what is refused."""
 
 import json
 import math
@@ -8,36 +8,50 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from ki_edge.checkpoints import Checkpoint
-from ki_edge.errors import ArgumentError, CheckpointError, DatasetError
-from ki_edge.model import Observation, load_model
-from ki_edge.train.centering import CenteredPatches
-from ki_edge.train.run import open_trainer
-from ki_edge.train.step.settings import TrainSettings
+from ki_edge.errors import ArgumentError, DatasetError, DivergedError
+from ki_edge.model import load_model
+from ki_edge.train.parallel import engine as engines
+from ki_edge.train.record import Origin
+from ki_edge.train.run import Request, open_run
+from ki_edge.train.step.training_data import Share
 
-QUICK = TrainSettings(steps=6, batch=8, warmup=2, save_every=3, log_every=1, flow_draws=2)
+QUICK = {"steps": 6, "batch": 8, "warmup": 2, "save_every": 3, "log_every": 1, "flow_draws": 2, "bfloat16": False}
+
+
+@pytest.fixture(scope="module")
+def places(record_dataset, write_text_set, tmp_path_factory):
+    """Two datasets and a text set, of the small model's picture size."""
+    root = tmp_path_factory.mktemp("run")
+    record_dataset(root / "first", size=8)
+    record_dataset(root / "second", size=8, seed=1, lengths=(5, 6))
+    write_text_set(root / "texts", size=8)
+    return root
 
 
 @pytest.fixture
-def train(demonstrations, small_config, tmp_path):
-    """train(name, settings=QUICK, stop=None, **options) -> (Trainer, records); `stop`: leave after that many steps."""
+def train(places, small_config, tmp_path):
+    """train(name, settings, stop=None, datasets=("first",), **options) -> (Trainer, rows), closed."""
 
-    def run(name, settings=QUICK, *, stop=None, **options):
-        trainer = open_trainer(demonstrations, tmp_path / name, small_config, settings, **options)
-        return trainer, list(islice(trainer.run(), stop))
+    def run(name, settings=None, *, stop=None, datasets=("first",), watch=lambda trainer: None, **options):
+        given = {**QUICK, **(settings or {})} if not options.get("resume") else settings or {}
+        origin = Origin(
+            datasets=tuple(str(places / part) for part in datasets), horizon=4
+        ) if datasets else Origin()  # fmt: skip
+        request = Request(tmp_path / name, origin, given, config=small_config, workers=0, **options)
+        trainer = open_run(request)
+        try:
+            watch(trainer)
+            return trainer, list(islice(trainer.run(), stop))
+        finally:
+            trainer.close()
 
     return run
 
 
-def weights(trainer):
+def state_of(trainer):
     """Everything that a run would go on with."""
-    state = {f"model.{name}": value for name, value in trainer.model.state_dict().items()}
-    state |= {f"average.{name}": value for name, value in trainer.average.items()}
-    for index, parameter in enumerate(p for group in trainer.optimizer.param_groups for p in group["params"]):
-        state |= {f"{index}.{name}": value for name, value in trainer.optimizer.state[parameter].items()}
-    return state
+    return {name: value.clone() for name, value in trainer.engine._tensors().items()}
 
 
 def same(first, second):
@@ -45,16 +59,12 @@ def same(first, second):
     return all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def without_speed(records):
-    return [{name: value for name, value in record.items() if name != "samples_per_s"} for record in records]
+def losses(rows):
+    return [{name: row[name] for name in ("step", "flow", "fast", "grad_norm", "rate")} for row in rows]
 
 
-def first_frames(trainer, count=3):
-    """An observation of recorded frames, as the trainer feeds it but without FAST tokens."""
-    examples = trainer.examples
-    images = torch.from_numpy(np.array(examples.images[:count]))
-    prompt = (torch.from_numpy(array[:count]) for array in (examples.prompt.ids, examples.prompt.mask))
-    return Observation(images, torch.ones(images.shape[:2], dtype=torch.bool), *prompt)
+def logged(folder):
+    return [json.loads(line) for line in (folder / "training" / "log.jsonl").read_text().splitlines()]
 
 
 # ---------------------------------------------------------------------- learning
@@ -62,204 +72,162 @@ def first_frames(trainer, count=3):
 
 def test_training_then_inference(train, tmp_path):
     """All three losses fall, and the checkpoint on disk acts like the model in memory."""
-    settings = replace(QUICK, steps=60, save_every=60, learning_rate=5e-3, ema=0.0, bfloat16=False)
-    trainer, records = train("run", settings)
-    for term in ("flow", "fast", "pointing"):
-        first, last = (np.mean([record[term] for record in part]) for part in (records[:6], records[-6:]))
+    settings = {"steps": 80, "save_every": 80, "learning_rate": 5e-3, "ema": 0.0}
+    trainer, rows = train("run", settings, datasets=("first:3", "texts:1"))
+    for term in ("flow", "fast", "text"):
+        first, last = (np.mean([row[term] for row in part if term in row]) for part in (rows[:8], rows[-8:]))
         assert last < 0.8 * first, term
-    observation = first_frames(trainer)
-    noise = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0))
-    loaded = load_model(tmp_path / "run")
+    batch = next(trainer.data.steps(0, Share()))[0]
+    observation = replace(batch.observation, fast_tokens=None, fast_mask=None)
+    noise = torch.randn(8, 4, 4, generator=torch.Generator().manual_seed(0))
+    loaded = load_model(tmp_path / "run" / "last")
     actions = loaded.sample_actions(observation, noise=noise)
     assert torch.isfinite(actions).all()
     # ema 0: the saved average is the model; its centred patches were folded into an ordinary embedding
-    torch.testing.assert_close(
-        trainer.model.eval().sample_actions(observation, noise=noise), actions, rtol=0, atol=1e-4
-    )
-    tokens = loaded.sample_fast_tokens(observation, max_tokens=10, constrained=False)
-    assert tokens.shape[0] == 3
-    log = (tmp_path / "run" / "training" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in log] == records
-    assert [record["step"] for record in records] == list(range(1, 61))
+    expected = trainer.engine.model.eval().sample_actions(observation, noise=noise)
+    torch.testing.assert_close(expected, actions, rtol=0, atol=1e-4)
 
 
-def test_the_checkpoint_folder_is_complete(train, tmp_path):
-    trainer, _ = train("run")
-    assert Checkpoint.open(tmp_path / "run").config == trainer.recipe.config
-    files = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert files == {
-        "model.safetensors", "config.json", "contract.json", "assets/tokenizer.model", "assets/norm_stats.json",
-        "assets/fast/tokenizer.json", "assets/fast/processor_config.json", "assets/fast/tokenizer_config.json",
-        "assets/fast/special_tokens_map.json", "training/state.safetensors", "training/log.jsonl",
-    }  # fmt: skip
+def test_a_run_repeats_itself(train):
+    first, second = (train(name) for name in ("one", "two"))
+    assert losses(first[1]) == losses(second[1])
+    assert same(state_of(first[0]), state_of(second[0]))
+    other = train("three", {"seed": 1})
+    assert losses(other[1]) != losses(first[1])
 
 
-def test_flow_loss_of_a_step_ignores_the_padding(train, monkeypatch):
-    """The robot has three action numbers, the model four: the fourth teaches nothing."""
-    trainer, _ = train("run", stop=0)
-    trainer.examples.actions[..., 3:] = 100.0
-    padded = trainer._losses(np.random.default_rng(0))["flow"]
-    trainer.examples.actions[..., 3:] = 0.0
-    trainer.model.action_out_proj.bias.data[3] = 1e3
-    assert padded < 10
-    assert trainer._losses(np.random.default_rng(0))["flow"] < 10
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_resumed_run_takes_the_same_steps(train, tmp_path, stop):
+    """Stopped anywhere and gone on with from the last save: log and state bit for bit."""
+    whole, rows = train("whole")
+    train("cut", stop=stop, watch=lambda trainer: None)
+    resumed, _ = train("cut", resume=stop >= 3, fresh=stop < 3, settings={} if stop >= 3 else None)
+    assert same(state_of(whole), state_of(resumed))
+    assert losses(logged(tmp_path / "cut")) == losses(rows)
+    average, again = (load_model(tmp_path / name / "last").state_dict() for name in ("whole", "cut"))
+    assert same(average, again)
 
 
-def test_plain_training_has_no_token_losses(train):
-    trainer, records = train("run", replace(QUICK, knowledge_insulation=False, steps=2))
-    assert not trainer.model.knowledge_insulation
-    assert records[0].keys() == {"step", "flow", "grad_norm", "rate", "samples_per_s"}
+def test_a_run_that_is_asked_to_stop_saves_and_is_gone_on_with(train, tmp_path):
+    whole, rows = train("whole")
+
+    def stop_at_two(trainer):
+        step = trainer.engine.train_step
+
+        def taken(*arguments):
+            result = step(*arguments)
+            if trainer.step == 2:
+                trainer.stop()
+            return result
+
+        trainer.engine.train_step = taken
+
+    stopped, _ = train("stopped", watch=stop_at_two)
+    assert stopped.step == 2 and (tmp_path / "stopped" / "step_000002").is_dir()
+    resumed, _ = train("stopped", {}, resume=True)
+    assert same(state_of(whole), state_of(resumed))
+    assert losses(logged(tmp_path / "stopped")) == losses(rows)
 
 
-def test_pointing_can_be_left_out(train):
-    _, records = train("run", replace(QUICK, pointing=0.0, steps=2))
-    assert "pointing" not in records[0]
-    assert "fast" in records[0]
+def test_rows_tell_of_each_dataset_and_task(train):
+    _, rows = train("run", {"batch": 16}, datasets=("first:1", "second:1"))
+    row = rows[0]
+    assert {"flow/first", "flow/second", "task/Reach the red target", "samples_per_s", "waited"} <= row.keys()
+    assert min(row["flow/first"], row["flow/second"]) <= row["flow"] <= max(row["flow/first"], row["flow/second"])
 
 
-def test_weights_of_the_token_losses(train):
-    """With weight 0 the backbone learns nothing: the flow loss does not reach it."""
-    trainer, _ = train("run", replace(QUICK, fast_weight=0.0, weight_decay=0.0))
-    for _, parameter in trainer.model.backbone_parameters():
-        moments = trainer.optimizer.state[parameter]
-        assert not moments or not moments["exp_avg"].any()
-    for _, parameter in trainer.model.expert_parameters():
-        assert trainer.optimizer.state[parameter]["exp_avg"].any()
+def test_evaluation_chooses_the_best(train, tmp_path):
+    settings = {"steps": 6, "held_out": 0.3, "eval_every": 2, "save_every": 100, "keep": "last:1,best:1"}
+    trainer, rows = train("run", settings)
+    found = [row for row in rows if "held_out_flow" in row]
+    assert [row["step"] for row in found] == [2, 4, 6]
+    best = min(found, key=lambda row: row["held_out_action_error_normalised"])["step"]
+    assert trainer.folder.best.name == f"step_{best:06d}"
+    kept = {path.name for path in (tmp_path / "run").glob("step_*")}
+    assert kept == {f"step_{best:06d}", "step_000006"}
+    assert "held_out_flow" not in (tmp_path / "run" / "training" / "log.jsonl").read_text()
+    assert (tmp_path / "run" / "training" / "train.html").stat().st_size > 10_000
 
 
-def test_divergence_is_reported(train):
-    with pytest.raises(DatasetError, match=r"diverged at step \d+: .* lower the learning rate"):
-        train("run", replace(QUICK, learning_rate=1e30, warmup=0))
+def test_average_and_rate(train):
+    """The checkpoint lags behind the weights; the rate warms up and falls."""
+    _, rows = train("run", {"steps": 20, "warmup": 5, "save_every": 20, "log_every": 1})
+    rates = [row["rate"] for row in rows]
+    assert rates[:5] == pytest.approx([1e-3 * (i + 1) / 5 for i in range(5)])
+    assert all(a > b for a, b in zip(rates[5:], rates[6:], strict=False))
 
 
-# ---------------------------------------------------------------------- resuming and repeating
+# ---------------------------------------------------------------------- what is wrong
 
 
-@pytest.mark.parametrize("bfloat16", [False, True])
-def test_resuming_is_exact(train, tmp_path, bfloat16):
-    """Interrupted in step 5, after the save of step 3: the resumed run equals the uninterrupted one, bit for bit."""
-    settings = replace(QUICK, bfloat16=bfloat16)
-    whole, records = train("whole", settings)
-    train("parts", settings, stop=5)
-    resumed = train("parts", settings, stop=0, resume=True)[0]
-    assert resumed.step == 3
-    later = list(resumed.run())
-    assert same(weights(whole), weights(resumed))
-    assert without_speed(later) == without_speed(records[3:])
-    saved = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts")]
-    assert same(*saved)
+def test_a_loss_that_is_not_finite_names_its_samples_and_keeps_what_was_learnt(train, tmp_path, monkeypatch):
+    """Weights of the step before are those of the last checkpoint; the message has dataset, episode and frame."""
+    seen = {}
 
+    def poison(trainer):
+        step = trainer.engine.train_step
 
-def test_a_seed_fixes_everything(train):
-    (first, records), (again, same_records) = train("first"), train("again")
-    other, other_records = train("other", replace(QUICK, seed=1))
-    assert same(weights(first), weights(again))
-    assert without_speed(records) == without_speed(same_records)
-    assert not same(weights(first), weights(other))
-    assert records[0]["flow"] != other_records[0]["flow"]
+        def taken(batches, rate):
+            if trainer.step == 4:
+                bad = batches[0].actions.clone()
+                bad[2] = math.nan
+                batches = [replace(batches[0], actions=bad)]
+                seen["state"], seen["row"] = state_of(trainer), int(batches[0].row[2])
+            try:
+                return step(batches, rate)
+            finally:
+                seen["after"] = state_of(trainer)
 
+        trainer.engine.train_step = taken
 
-def test_a_finished_run_resumes_to_nothing(train):
-    whole, _ = train("run")
-    again, records = train("run", resume=True)
-    assert records == []
-    assert same(weights(whole), weights(again))
-
-
-def test_a_run_is_never_overwritten_unasked(train, tmp_path):
-    train("run")
-    before = (tmp_path / "run" / "model.safetensors").read_bytes()
-    with pytest.raises(ArgumentError, match="holds a training run: go on with --resume, or start over with --fresh"):
-        train("run", replace(QUICK, seed=1))
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
-
-
-def test_fresh_starts_over(train, tmp_path):
-    train("run")
-    trainer, _ = train("run", replace(QUICK, seed=1), stop=2, fresh=True)
-    assert trainer.step == 2
-    log = (tmp_path / "run" / "training" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in log] == [1, 2]
-    with pytest.raises(ArgumentError, match="holds no training run to resume"):  # the old one is gone
-        train("run", resume=True)
-
-
-def test_nothing_to_resume(train):
-    with pytest.raises(ArgumentError, match="holds no training run to resume: leave --resume out"):
-        train("run", resume=True)
-
-
-# ---------------------------------------------------------------------- starting from a checkpoint
-
-
-def test_starting_from_a_checkpoint(train, tmp_path):
-    """The run begins as the checkpoint, although its mean picture is now taken out."""
-    train("first")
-    trainer, _ = train("second", stop=0, init=tmp_path / "first")
-    start, model = load_model(tmp_path / "first"), trainer.model.eval()
-    assert CenteredPatches.center_of(model) is not None
-    pixels = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    # what the folded embedding loses in float32; the network behind it may make a thousand times more of it
-    torch.testing.assert_close(model.vision(pixels), start.vision(pixels), rtol=0, atol=1e-5)
-    before = start.state_dict()
-    moved = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
-    assert moved == ["vision.embeddings.position_embedding.weight"]
-
-
-def test_starting_from_another_geometry(train, small_config, demonstrations, tmp_path):
-    train("first")
-    deeper = replace(small_config, vision=replace(small_config.vision, mlp_dim=20))
-    with pytest.raises(ArgumentError, match="cannot be the start of this run"):
-        open_trainer(demonstrations, tmp_path / "second", deeper, QUICK, init=tmp_path / "first")
-    with pytest.raises(CheckpointError, match="no checkpoint folder"):
-        train("second", init=tmp_path / "none")
-
-
-# ---------------------------------------------------------------------- settings
-
-
-def test_learning_rate(train):
-    settings = TrainSettings(steps=1000, learning_rate=2e-3, warmup=100, final_rate=0.1)
-    rates = [settings.rate(step) for step in range(1001)]
-    np.testing.assert_allclose(rates[:100], 2e-3 * np.arange(1, 101) / 100)
-    assert rates[100] == pytest.approx(2e-3)
-    assert rates[550] == pytest.approx(2e-3 * (0.1 + 0.9 * 0.5))  # half way down the cosine
-    assert rates[1000] == pytest.approx(2e-4)
-    assert all(np.diff(rates[100:]) <= 0)
-    assert math.isfinite(TrainSettings(steps=1, warmup=0).rate(0))
+    with pytest.raises(DivergedError) as caught:
+        train("run", watch=poison)
+    message = str(caught.value)
+    assert "training diverged at step 4: the loss is not finite" in message
+    assert f"{tmp_path.parent}" in message or "first, episode " in message
+    assert "frame " in message and "step_000003" in message and "\n" not in message
+    assert same(seen["state"], seen["after"])
+    assert (tmp_path / "run" / "last" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("settings", "options", "error", "message"),
     [
-        {"steps": 0}, {"batch": 0}, {"flow_draws": -1}, {"save_every": 0}, {"log_every": 0}, {"pointing": 1.0},
-        {"ema": 1.0}, {"seed": -1},
-    ],
-)  # fmt: skip
-def test_impossible_settings(changes):
-    with pytest.raises(ArgumentError, match=f"{next(iter(changes))} .*expected"):
-        replace(QUICK, **changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"batch": 13, "pointing": 0.0},
-            "a batch takes 13 frames for actions and 0 for pointing, but .* have 12 and 10",
-        ),
-        ({"batch": 22, "pointing": 0.5}, "takes 11 frames for actions and 11 for pointing"),
-        ({"batch": 4, "pointing": 0.9}, "takes 0 frames for actions and 4 for pointing"),
+        ({"batch": 0}, {}, ArgumentError, "batch 0: expected at least 1"),
+        ({"rtc_max_delay": 4}, {}, ArgumentError, "rtc_max_delay 4: chunks have 4 actions"),
+        ({"accumulate": 3}, {}, ArgumentError, "batch 8"),
+        ({"freeze": ("wheels",)}, {}, ArgumentError, "wheels: no such group"),
+        ({}, {"datasets": ()}, ArgumentError, "no dataset"),
+        ({}, {"datasets": ("nothing",)}, DatasetError, "nothing: no such file or folder"),
+        ({}, {"datasets": ("texts",)}, ArgumentError, "no dataset of actions"),
+        ({}, {"resume": True}, ArgumentError, "holds no training run to resume"),
+        ({}, {"trackers": ("paper",)}, ArgumentError, "paper"),
+        ({}, {"strategy": "magic"}, ArgumentError, "strategy magic"),
     ],
 )
-def test_batches_that_the_demonstrations_cannot_fill(train, changes, message):
-    with pytest.raises(DatasetError, match=message):
-        train("run", replace(QUICK, **changes))
+def test_what_no_run_can_have(train, tmp_path, settings, options, error, message):
+    with pytest.raises(error) as caught:
+        train("run", settings, **options)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not list((tmp_path / "run").glob("step_*")) if (tmp_path / "run").exists() else True
 
 
-def test_wrong_output_and_threads(train, tmp_path):
-    (tmp_path / "run").write_text("")
-    with pytest.raises(ArgumentError, match="is a file: name a folder"):
+def test_a_folder_with_a_run_is_not_overwritten(train, tmp_path):
+    train("run")
+    before = (tmp_path / "run" / "last" / "model.safetensors").read_bytes()
+    with pytest.raises(ArgumentError, match="go on with --resume, or start over with --fresh"):
         train("run")
-    with pytest.raises(ArgumentError, match="threads -1"):
-        train("other", threads=-1)
+    with pytest.raises(ArgumentError, match="batch 0"):  # known to be wrong before anything is removed
+        train("run", {"batch": 0}, fresh=True)
+    assert (tmp_path / "run" / "last" / "model.safetensors").read_bytes() == before
+    train("run", {"seed": 5}, fresh=True)
+    assert (tmp_path / "run" / "last" / "model.safetensors").read_bytes() != before
+
+
+def test_two_processes_on_one_output(train, tmp_path):
+    def again(trainer):
+        with pytest.raises(ArgumentError, match="another process"):
+            train("run")
+
+    train("run", watch=again)
+    assert engines  # the first run was not disturbed

@@ -1,4 +1,4 @@
-"""Words and numbers of a sample as the model's tokens: the prompt, and the postfix that the backbone learns behind it."""
+"""Words and numbers of a sample as the model's tokens: the prompt, and the postfix that is learnt behind it."""
 
 from __future__ import annotations
 

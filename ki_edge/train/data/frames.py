@@ -40,11 +40,23 @@ class Vector:
 class Frames(Protocol):
     """A dataset that was opened; none of its frames has been read yet."""
 
-    path: Path
-    fps: float | None
-    vectors: Mapping[str, Vector]
-    cameras: Mapping[str, tuple[int, int]]  # feature -> height and width of its pictures
-    episodes: Sequence[int]  # their numbers
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def fps(self) -> float | None: ...
+
+    @property
+    def vectors(self) -> Mapping[str, Vector]:
+        """Features of numbers."""
+
+    @property
+    def cameras(self) -> Mapping[str, tuple[int, int]]:
+        """Features that hold pictures -> their height and width."""
+
+    @property
+    def episodes(self) -> Sequence[int]:
+        """Their numbers in the dataset."""
 
     def read(self, features: Sequence[str]) -> Numbers:
         """These features of all frames. DatasetError if they are unfit."""
@@ -81,11 +93,11 @@ class LeRobotFrames:
         self.vectors: dict[str, Vector] = {}
         for name, feature in self.index.features.items():
             shape = feature.get("shape")
-            plain = isinstance(shape, list) and len(shape) == 1 and type(shape[0]) is int and shape[0] >= 1
-            if plain and str(feature["dtype"]).startswith(("float", "int", "uint")) and name not in OWN:
-                names = names_of(feature.get("names"))
-                fits = names is not None and len(names) == shape[0]
-                self.vectors[name] = Vector(shape[0], tuple(names) if names is not None and fits else None)
+            if not isinstance(shape, list) or len(shape) != 1 or type(shape[0]) is not int or shape[0] < 1:
+                continue
+            if str(feature["dtype"]).startswith(("float", "int", "uint")) and name not in OWN:
+                names = names_of(feature.get("names")) or ()
+                self.vectors[name] = Vector(shape[0], tuple(names) if len(names) == shape[0] else None)
         if not self.cameras:
             found = ", ".join(sorted(self.index.features))[:500]
             raise DatasetError(f"{path}: no feature holds pictures, it has {found}")

@@ -80,7 +80,7 @@ def shuffled(places: Int64, size: int, key: tuple[int, ...]) -> Int64:
     mask = np.uint64((1 << half) - 1)
     keys = np.random.default_rng(key).integers(0, 1 << 63, ROUNDS, np.int64).astype(np.uint64)
     found = places.astype(np.uint64)
-    beyond = np.ones(len(found), np.bool_)
+    beyond: npt.NDArray[np.bool_] = np.ones(len(found), np.bool_)
     while beyond.any():
         found[beyond] = _feistel(found[beyond], half, mask, keys)
         beyond = found >= np.uint64(size)

@@ -53,6 +53,7 @@ class Robot:
     chunks: Float32
     control_hz: float | None = None
     action_names: tuple[str, ...] | None = None
+    delta_mask: tuple[bool, ...] | None = None  # of actions that `chunks` and `stats` have relative to the state
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,6 +294,7 @@ def _contract(
         max_token_len=max_prompt,
         default_prompt=robot.tasks[0],
         control_hz=robot.control_hz,
+        delta_mask=robot.delta_mask,
         action_names=robot.action_names,
         rtc_max_delay=choice.rtc_max_delay or None,
         rtc_distribution="uniform" if choice.rtc_max_delay else None,

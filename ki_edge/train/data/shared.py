@@ -33,7 +33,7 @@ class SharedArrays:
                 offset = -(-self._file.tell() // ALIGNED) * ALIGNED
                 self._file.seek(offset)
                 places.append((name, array.dtype.str, array.shape, offset))
-                self._file.write(memoryview(np.ascontiguousarray(array)).cast("B") if array.size else b"")
+                np.ascontiguousarray(array).tofile(self._file)
             self._file.truncate(max(1, self._file.tell()))
             self._file.flush()
         self._open(places)

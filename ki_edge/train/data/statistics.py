@@ -40,8 +40,8 @@ class Measured:
 def measure(blocks: Blocks, what: str, names: tuple[str, ...] = ()) -> Measured:
     """Mean, population std and the 1 % and 99 % quantiles (numpy's, linear between ranks) over all rows.
 
-    `what` names the feature in messages, `names` its numbers. A number that never moves is told; one of which more than
-    98 in 100 values are equal gets its extremes for quantiles, or whatever else it does would be normalised to millions.
+    `what` names the feature in messages, `names` its numbers. A number that never moves is told; one whose quantiles
+    are equal although it moves gets its extremes instead, or its moves would be normalised to millions.
     DatasetError for no rows, and numbers that are not finite.
     """
     rows, mean, spread, low, high = _moments(blocks, what)
@@ -108,10 +108,10 @@ def _ranked(blocks: Blocks, ranks: list[int]) -> list[Float64]:
     """The values of these ranks of each dimension, f64 [d] each."""
     upper: npt.NDArray[np.int64] | None = None
     for block in blocks():
-        keys = _ordered(block) >> HALF
+        upper_keys = _ordered(block) >> HALF
         upper = np.zeros((block.shape[1], LOW + 1), np.int64) if upper is None else upper
         for at in range(block.shape[1]):
-            upper[at] += np.bincount(keys[:, at], minlength=LOW + 1)
+            upper[at] += np.bincount(upper_keys[:, at], minlength=LOW + 1)
     assert upper is not None
     below = np.cumsum(upper, axis=1)
     halves = np.array([[int(np.searchsorted(below[at], rank, "right")) for rank in ranks] for at in range(len(upper))])

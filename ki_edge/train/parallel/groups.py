@@ -8,9 +8,8 @@ from torch import nn
 
 from ki_edge.errors import ArgumentError
 from ki_edge.model import Pi05
+from ki_edge.train.step.settings import BACKBONE_SIDE, GROUPS
 
-GROUPS = ("vision", "projector", "backbone", "expert", "embeddings")
-BACKBONE_SIDE = ("vision", "projector", "backbone", "embeddings")  # what the flow loss never reaches, if insulated
 EMBEDDINGS = "backbone.embed_tokens."
 
 
@@ -22,17 +21,9 @@ def group_of(name: str) -> str:
     return first if first in GROUPS else "expert"
 
 
-def check_groups(names: Iterable[str], flag: str) -> None:
-    """ArgumentError for a name that is no group."""
-    for name in names:
-        if name not in GROUPS:
-            raise ArgumentError(f"{flag} {name}: no such group of parameters, there are {', '.join(GROUPS)}")
-
-
 def freeze(model: Pi05, groups: Iterable[str]) -> None:
     """Let these groups stay as they are. ArgumentError if nothing is left to learn."""
     frozen = set(groups)
-    check_groups(frozen, "freeze")
     for name, parameter in model.named_parameters():
         if group_of(name) in frozen:
             parameter.requires_grad_(False)
@@ -66,7 +57,6 @@ def optimizer_groups(
     parameters: Mapping[str, nn.Parameter], factors: Mapping[str, float], weight_decay: float
 ) -> list[dict[str, object]]:
     """Parameters for AdamW, decay on matrices only. `factor`: of the group's learning rate."""
-    check_groups(factors, "rate")
     found: dict[tuple[str, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         found.setdefault((group_of(name), parameter.ndim >= 2), []).append(parameter)

@@ -61,7 +61,7 @@ class Batch:
         return _map(self, lambda tensor: tensor.pin_memory())
 
     def counts(self) -> Tensor:
-        """What each term of TERMS is a mean over, f64 [3]: numbers of actions over all draws, action samples, text samples."""
+        """What each term of TERMS is a mean over, f64 [3]: numbers of free actions, samples of each kind."""
         free = self.free.reshape(-1, len(self), self.real.shape[1])
         numbers = (free * self.dims.sum(dim=1)[None, :, None]).sum()
         is_action = self.kind == ACTIONS

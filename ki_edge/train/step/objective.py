@@ -27,18 +27,16 @@ class Terms(NamedTuple):
 
 
 class Objective(nn.Module):
-    """A model and the weights of its loss terms. `weights` f32 [3], in the order of TERMS.
+    """A model and the weights of its loss terms, in the order of TERMS.
 
     Where neither FAST nor text has a weight, postfixes are not read at all.
     """
-
-    weights: Tensor
 
     def __init__(self, model: Pi05, weights: tuple[float, float, float]) -> None:
         super().__init__()
         self.model = model
         self.tokens = any(weights[1:])
-        self.register_buffer("weights", torch.tensor(weights), persistent=False)
+        self.weights = weights
 
     def forward(self, batch: Batch, counts: Tensor) -> Terms:
         """`counts` f64 [3]: `Batch.counts` summed over all batches of the step, of all processes."""
@@ -58,7 +56,8 @@ class Objective(nn.Module):
             absent = torch.full_like(each_flow, torch.nan)
             flow = torch.where(numbers > 0, each_flow.detach() / numbers.clamp(min=1), absent)
             seen = absent if losses.fast is None else losses.fast.detach()
-        return Terms((shares * self.weights).sum(), shares.detach(), flow, seen)
+        total = torch.stack([weight * share for weight, share in zip(self.weights, shares, strict=True)]).sum()
+        return Terms(total, shares.detach(), flow, seen)
 
 
 def _by_sample(flow: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

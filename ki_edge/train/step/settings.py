@@ -7,6 +7,11 @@ from dataclasses import dataclass
 
 from ki_edge.errors import ArgumentError
 
+GROUPS = ("vision", "projector", "backbone", "expert", "embeddings")  # of parameters
+BACKBONE_SIDE = ("vision", "projector", "backbone", "embeddings")  # what the flow loss never reaches, if insulated
+OPTIMIZERS = ("adamw", "adamw8bit")
+MAX_RANK = 1024  # of an adapter
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -38,6 +43,7 @@ class TrainSettings:
     clip: float = 1.0
     ema: float = 0.998  # 0: the checkpoint holds the weights themselves
     freeze: tuple[str, ...] = ()  # groups of parameters that stay as they are
+    expert_only: bool = False  # the backbone's side stays as it is, and there are no token losses
     rates: tuple[tuple[str, float], ...] = ()  # (group, factor of its learning rate)
     lora: tuple[tuple[str, int], ...] = ()  # (group, rank): adapters instead of the group's own matrices
     # the machine
@@ -70,8 +76,33 @@ class TrainSettings:
             raise ArgumentError(f"rtc_offset {self.rtc_offset}: expected 0 or more, above 0 only with rtc_max_delay")
         if not (self.learning_rate > 0 and self.clip > 0 and self.warmup >= 0):
             raise ArgumentError("learning_rate and clip must be positive, warmup 0 or more")
+        self._check_optimizer()
         if not 0.0 <= self.pointing < 1.0 or not 0.0 <= self.ema < 1.0:
             raise ArgumentError(f"pointing {self.pointing} and ema {self.ema}: expected 0 <= value < 1")
+
+    def _check_optimizer(self) -> None:
+        if self.accumulate < 1:
+            raise ArgumentError(f"accumulate {self.accumulate}: expected at least 1")
+        if self.optimizer not in OPTIMIZERS:
+            raise ArgumentError(f"optimizer {self.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ArgumentError(f"{name} {getattr(self, name)}: expected 0 <= value < 1")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ArgumentError(f"weight_decay {self.weight_decay}: expected 0 or more")
+        for flag, groups in (("freeze", self.freeze), ("rate", dict(self.rates)), ("lora", dict(self.lora))):
+            for name in groups:
+                if name not in GROUPS:
+                    raise ArgumentError(f"{flag} {name}: no such group of parameters, there are {', '.join(GROUPS)}")
+        for name, factor in self.rates:
+            if not 0.0 < factor < math.inf:
+                raise ArgumentError(f"rate {name}={factor}: expected a factor above 0; --freeze {name} lets it stay")
+        for name, rank in self.lora:
+            if not 1 <= rank <= MAX_RANK:
+                raise ArgumentError(f"lora {name}={rank}: expected a rank of 1 to {MAX_RANK}")
+        frozen = {*self.freeze, *(BACKBONE_SIDE if self.expert_only else ())}
+        if both := sorted(frozen & {*dict(self.lora), *dict(self.rates)}):
+            raise ArgumentError(f"{both[0]}: it stays as it is, so it can have neither an adapter nor a rate")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warmup, then a cosine down to `final_rate`."""

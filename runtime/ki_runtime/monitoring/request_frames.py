@@ -53,7 +53,7 @@ def features_of(contract: PolicyContract, name: str, pictures: Mapping[str, UInt
     actions = contract.action_names or tuple(f"action_{i}" for i in range(contract.action_dim))
     rate = max(1, round((contract.control_hz or USUAL_HZ) / contract.execute))
     sizes = {camera: (picture.shape[0], picture.shape[1]) for camera, picture in pictures.items()}
-    return RequestFeatures(rate, name, contract.state_dim, actions, sizes, RULES, contract.action_horizon)
+    return RequestFeatures(rate, name, contract.state_dim, actions, sizes, RULES, horizon=contract.action_horizon)
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,7 @@ from ki_edge.recordings import lerobot_layout as layout
 from .features import Features, Frame
 from .statistics import PictureStats, Stats, column_stats
 from .tables import hidden, schema, sync
-from .video import Video
+from .video import Video, png
 
 ROWS, ROWS_BYTES = 1000, 1 << 20  # that are kept in memory, whichever is reached first
 
@@ -54,11 +54,14 @@ class Episode:
                 self._open()
             for name, video in self._videos.items():
                 video.add(frame.pictures[name])
-                self._pictures[name].add(frame.pictures[name])
+            for name, pictures in self._pictures.items():
+                pictures.add(frame.pictures[name])
             values = self._features.values(frame)
-            self._rows.append(values | counted)
+            images = {key: self._image(frame, key) for key in self._features.image_keys}
+            self._rows.append(values | counted | images)
             self.count += 1
             self._row_bytes = sum(np.asarray(value).nbytes for value in values.values()) + 64  # 64: of those counted
+            self._row_bytes += sum(len(image["bytes"]) for image in images.values())
             if len(self._rows) >= ROWS or len(self._rows) * self._row_bytes >= ROWS_BYTES:
                 self._flush()
 
@@ -99,7 +102,7 @@ class Episode:
                 column = pq.read_table(self._data, columns=[name])[name].combine_chunks()
                 flat = column.flatten() if shape != (1,) else column
                 stats[name] = column_stats(flat.to_numpy(zero_copy_only=False).reshape(self.count, -1))
-        keys = zip(self._pictures.values(), self._features.video_keys, strict=True)
+        keys = zip(self._pictures.values(), self._features.camera_keys, strict=True)
         return stats | {key: pictures.stats() for pictures, key in keys}
 
     def publish(self) -> None:
@@ -121,9 +124,14 @@ class Episode:
     def _paths(self, number: int) -> tuple[Path, dict[str, Path]]:
         """Of the numbers, and of each camera's film, of the `number`-th episode."""
         place = layout.place(number)
-        keys = zip(self._features.cameras, self._features.video_keys, strict=True)
+        keys = dict(zip(self._features.cameras, self._features.video_keys, strict=False)).items()  # none of images
         films = {name: self._folder / layout.VIDEO.format(video_key=key, **place) for name, key in keys}
         return self._folder / layout.DATA.format(**place), films
+
+    def _image(self, frame: Frame, key: str) -> dict[str, Any]:
+        """A camera's picture as LeRobot keeps one in a table."""
+        name = key.removeprefix(layout.CAMERAS)
+        return {"bytes": png(frame.pictures[name]), "path": f"frame-{self.count:06d}.png"}
 
     def _open(self) -> None:
         import pyarrow.parquet as pq

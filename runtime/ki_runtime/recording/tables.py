@@ -24,10 +24,12 @@ def schema(features: Features) -> Any:
     import pyarrow as pa
 
     types = {"float32": pa.float32(), "int64": pa.int64(), "bool": pa.bool_()}
-    return pa.schema([
+    numbers = [
         (name, types[dtype] if shape == (1,) else pa.list_(types[dtype], shape[0]))
         for name, (dtype, shape, _) in features.columns().items()
-    ])  # fmt: skip
+    ]
+    picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return pa.schema([*numbers, *((key, picture) for key in features.image_keys)])
 
 
 def task_table(tasks: Mapping[str, int]) -> Any:
