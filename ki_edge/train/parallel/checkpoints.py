@@ -118,6 +118,23 @@ class RunFolder:
         found = self.steps()
         return found[max(found)] if found else None
 
+    @property
+    def best(self) -> Path | None:
+        """The checkpoint that `best` points to."""
+        ranked = [step for step in _ranked(self._scores()) if step in self.steps()]
+        return self.folder(ranked[0]) if ranked else None
+
+    def clear(self) -> None:
+        """Remove an earlier run: its checkpoints, links and scores. Each loses its name first."""
+        self._main_only(self._clear)
+
+    def _clear(self) -> None:
+        for path in (self.out / LAST, self.out / BEST, self.out / STATE / SCORES):
+            if path.is_symlink() or path.is_file():
+                path.unlink()
+        for path in self.steps().values():
+            _remove(path)
+
     def close(self) -> None:
         """Let go of the lock."""
         if self._lock is not None:
@@ -172,8 +189,12 @@ class RunFolder:
         for step, path in steps.items():
             if step not in stay and os.path.realpath(path) not in linked:
                 with suppress(OSError):  # what cannot be removed costs room, nothing else
-                    away = path.rename(path.with_name(f".{path.name}{REMOVED}{secrets.token_hex(4)}"))
-                    shutil.rmtree(away, ignore_errors=True)
+                    _remove(path)
+
+
+def _remove(path: Path) -> None:
+    away = path.rename(path.with_name(f".{path.name}{REMOVED}{secrets.token_hex(4)}"))
+    shutil.rmtree(away, ignore_errors=True)
 
 
 def _ranked(scores: dict[int, float]) -> list[int]:

@@ -256,9 +256,9 @@ class Engine:
             return value
         return bool(self.processes.sum(torch.tensor([float(value)], device=self.device)).item())
 
-    def wait(self) -> None:
-        """Until every process is here."""
-        self.processes.wait()
+    def wait_for_main(self, step: int) -> None:
+        """Until the main process is here, however long what it does alone at this step takes."""
+        self.processes.wait_for_main(f"step {step}")
 
     def close(self) -> None:
         """Leave the group of processes."""
