@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -42,6 +43,18 @@ class Processes:
         """Until every process is here."""
         if self.world > 1:
             self.sum(torch.zeros(1, device=self.device)).item()
+
+    def wait_for_main(self, what: str) -> None:
+        """Until the main process calls this for the same thing, for hours if need be: no device waits for another one,
+        whose patience is minutes.
+        """
+        if self.world == 1:
+            return
+        store = distributed.distributed_c10d._get_default_store()
+        if self.main:
+            store.set(f"ki-train {what}", "done")
+        else:
+            store.wait([f"ki-train {what}"], timedelta(days=7))
 
     def share(self, value: str) -> str:
         """A text of the main process, in all of them."""
@@ -90,3 +103,10 @@ def _start() -> Any:
         except (RuntimeError, ValueError) as error:
             given = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name in os.environ}
             raise BackendError(f"the processes of this run cannot be joined ({given}): {error}") from error
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are fast on a device; a CPU without instructions for it takes 40 times as long."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
