@@ -90,12 +90,14 @@ def open_data(
     sizes = [source.samples for source in sources] + [len(set_) for set_ in sets]
     weights = _weights(ordered, sizes, say)
     caches = _caches(cache, cache_gb, sources, recipe, say)
-    first = np.cumsum([0, *(len(source.tasks) for source in sources)])
-    tasks = [task for source in sources for task in source.tasks] + [one.name for one in texts]
-    places = (*(int(at) for at in first[:-1]), *(int(first[-1]) + at for at in range(len(texts))))
+    tasks = list(dict.fromkeys(task for source in sources for task in source.tasks))
+    number = {task: at for at, task in enumerate(tasks)}
+    places = [tuple(number[task] for task in source.tasks) for source in sources]
+    places += [(len(tasks) + at,) for at in range(len(texts))]
+    tasks += [one.name for one in texts]
     mixture = Mixture(sizes, weights, settings.batch, settings.seed)
     assembler = Assembler(
-        tuple(sources), tuple(spoken_sources), places, recipe, settings, mixture, tuple(caches)
+        tuple(sources), tuple(spoken_sources), tuple(places), recipe, settings, mixture, tuple(caches)
     )  # fmt: skip
     facts = _facts(ordered, weights, sources, sets, recipe, settings)
     return MixedData(assembler, tasks, facts, default_workers() if workers is None else workers, report)
