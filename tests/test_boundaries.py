@@ -26,6 +26,7 @@ DIRECTIONS: dict[str, str] = {
         "ki_edge ki_edge.checkpoints.jax ki_edge.checkpoints.layout ki_edge.checkpoints.peft ki_edge.files"
     ),
     "ki_edge.model": "ki_edge ki_edge.checkpoints ki_edge.checkpoints.layout ki_edge.files",
+    "ki_edge.planning": "ki_edge ki_edge.checkpoints.layout",
     "ki_edge.policy": "ki_edge ki_edge.files",
     "ki_edge.recordings": "ki_edge ki_edge.files ki_edge.policy",
     "ki_edge.train.step": "ki_edge ki_edge.model",
@@ -57,8 +58,8 @@ DIRECTIONS: dict[str, str] = {
     ),
     "ki_runtime.trt": "ki_edge ki_edge.bundle ki_edge.files ki_edge.policy ki_runtime.backends ki_runtime.gpu",
     "ki_runtime.doctor": (
-        "ki_edge ki_edge.bundle ki_edge.checkpoints.layout ki_runtime.backends ki_runtime.gpu "
-        "ki_runtime.policy ki_runtime.trt"
+        "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.checkpoints.layout ki_edge.planning ki_runtime.backends "
+        "ki_runtime.gpu ki_runtime.policy ki_runtime.trt"
     ),
     "ki_export.bench": (
         "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.files ki_edge.model ki_edge.policy ki_runtime "

@@ -14,8 +14,8 @@ NOTHING_RUNS = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 if something can run a bundle here (or the given one; with --for, if it fits the board), 1 if
-    nothing can, 2 for an error.
+    """Exit status: 0 if something can run a bundle here (or the given one; with --for, if it fits the board; with
+    --train, if the training fits), 1 if nothing can, 2 for an error.
     """
     options = _parser().parse_args(arguments)
     return run_command("ki-doctor", lambda: _examine(options), "nothing was changed")
@@ -25,7 +25,10 @@ def _examine(options: argparse.Namespace) -> int:
     from .checkup import examine
 
     if options.bundle is not None and not options.bundle.is_dir():
-        raise ArgumentError(f"no folder at {options.bundle}: expected a bundle written by ki-export")
+        what = "a checkpoint" if options.train else "a bundle written by ki-export"
+        raise ArgumentError(f"no folder at {options.bundle}: expected {what}")
+    if options.train:
+        return _train(options)
     if options.board is not None:
         return _plan(options)
     checkup = examine(options.bundle)
@@ -49,13 +52,30 @@ def _plan(options: argparse.Namespace) -> int:
     return 0 if found["fits"] else NOTHING_RUNS
 
 
+def _train(options: argparse.Namespace) -> int:
+    from .training import examine_training, training_lines
+
+    if options.board is not None:
+        raise ArgumentError("--for is of running a bundle, --train of training: ask one after the other")
+    found = examine_training(options)
+    if options.json:
+        show_json(found)
+    else:
+        show(training_lines(found))
+    return NOTHING_RUNS if found["fits"] is False else 0
+
+
 def _parser() -> Parser:
+    from .training import add_arguments
+
     parser = Parser(
         prog="ki-doctor",
         description="What this machine can run: Python, JetPack, GPU, driver, ONNX Runtime, TensorRT, memory, disk; "
         "with a bundle also whether it and its engines fit. Changes nothing.",
     )
-    parser.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="folder written by ki-export")
+    parser.add_argument(
+        "bundle", type=Path, nargs="?", metavar="BUNDLE", help="folder written by ki-export; with --train a checkpoint"
+    )
     parser.add_argument(
         "--for",
         dest="board",
@@ -64,6 +84,7 @@ def _parser() -> Parser:
         "orin-64gb, thor, rtx-4090, rtx-5090, h200",
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    add_arguments(parser)
     return parser
 
 
