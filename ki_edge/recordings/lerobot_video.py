@@ -18,7 +18,34 @@ from ki_edge.errors import DatasetError
 from .lerobot_index import regular
 
 UInt8 = npt.NDArray[np.uint8]
+FIRST = (b"ftyp", b"styp", b"moov", b"mdat", b"free", b"skip", b"wide")  # parts that a film can begin with
 AHEAD = 2.0  # seconds: what lies further ahead is sought, what is nearer is decoded up to
+
+
+def check_whole(path: Path) -> None:
+    """DatasetError for a film that is missing, or of which the end is: by what its boxes say of their sizes."""
+    try:
+        with regular(path).open("rb") as file:
+            size, at = path.stat().st_size, 0
+            while at < size:
+                file.seek(at)
+                head = file.read(16)
+                length, kind = int.from_bytes(head[:4], "big"), head[4:8]
+                if length == 1:  # it stands behind
+                    length = int.from_bytes(head[8:16], "big")
+                elif length == 0:  # to the end
+                    return
+                if length < 8 or len(head) < 8 or (at == 0 and kind not in FIRST):
+                    raise DatasetError(f"{path} is no mp4 video: at byte {at} it has {bytes(head[:8])!r}")
+                if at + length > size:
+                    name = kind.decode("latin-1").strip()
+                    raise DatasetError(
+                        f"{path} is cut off: its part {name!r} ends at byte {at + length}, the file at {size}: "
+                        "fetch or copy it again"
+                    )
+                at += length
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read: {error.strerror}") from None
 
 
 class VideoFile:

@@ -88,7 +88,7 @@ def _stopped_by_sigterm(trainer: Trainer) -> Iterator[None]:
 def _say_end(trainer: Trainer, out: Path) -> None:
     if not trainer.engine.main:
         return
-    checkpoint = trainer.folder.last
+    checkpoint = trainer.folder.latest()
     best = trainer.folder.best
     where = f"checkpoint {checkpoint} after {trainer.step} of {trainer.settings.steps} steps"
     lines = [where + (f", the best is {best}" if best is not None and best != checkpoint else "")]

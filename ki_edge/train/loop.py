@@ -6,6 +6,7 @@ taken. Every process of a run goes through the same calls; the main one writes a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 
 from ki_edge.errors import DivergedError
 
-from .parallel.checkpoints import RunFolder
+from .parallel.checkpoints import STATE, RunFolder
 from .parallel.engine import Engine, StepResult
 from .step.batch import Batch
 from .step.settings import TrainSettings
@@ -85,7 +86,7 @@ class Trainer:
         A run that is finished already has its checkpoint written again, if that is missing.
         """
         if self.step >= self.settings.steps:
-            if not self.folder.has(self.step):
+            if not self._is_saved():
                 self._save()
             return
         steps = iter(self.data.steps(self.step, self.engine.share()))
@@ -95,7 +96,7 @@ class Trainer:
         finally:
             if (close := getattr(steps, "close", None)) is not None:
                 close()
-        if not self.folder.has(self.step):  # it was stopped
+        if not self._is_saved():  # it was stopped
             self._save()
 
     def close(self) -> None:
@@ -137,7 +138,7 @@ class Trainer:
             more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
             raise DivergedError(
                 f"{error}. Its samples: {named}{more}. Nothing was learnt from them; the last checkpoint is "
-                f"{self.folder.last or 'none'}",
+                f"{self.folder.latest() or 'none'}",
                 error.step,
                 error.samples,
             ) from None
@@ -168,24 +169,36 @@ class Trainer:
 
     # ------------------------------------------------------------------ checkpoints
 
+    def _is_saved(self) -> bool:
+        return self.engine.any(self.folder.folder(self.step).is_dir())
+
     def _save(self) -> Path:
         """A complete checkpoint of this step."""
-        folder = self.folder.save(self.engine, self.data.save_assets)
+        folder = self.folder.publish(self.step, self._fill)
         for watcher in self.watchers:
             watcher.saved(self.step, folder)
         return folder
 
+    def _fill(self, folder: Path) -> None:
+        self.engine.save_state(folder / STATE)
+        self.engine.save_checkpoint(folder)
+        if self.engine.main:
+            self.data.save_assets(folder)
+
     def _judged(self, values: Row, folder: Path) -> Row:
         """Try a checkpoint out, and keep what was found with it."""
         assert self.judge is not None
+        worth: float | None = None
         if self.engine.main:
             values |= self.judge.try_out(folder, self.step)
-            self.folder.judged(self.step, self.judge.score(values))
+            worth = self.judge.score(values)
+        self.engine.wait_for_main(self.step)
+        self.folder.score(self.step, math.nan if worth is None else worth)
+        if self.engine.main:
             if self.log is not None:
                 self.log.append_evaluation(values)
             for watcher in self.watchers:
                 watcher.evaluated(values)
-        self.engine.wait()
         return values
 
 

@@ -20,11 +20,11 @@ from .data.recipe import Choice
 from .data.start import Start
 from .initialization import from_scratch
 from .loop import Trainer, Watcher
-from .parallel.checkpoints import RunFolder
+from .parallel.checkpoints import STATE, Keep, RunFolder
 from .parallel.engine import Engine
 from .parallel.processes import Processes, has_bfloat16
 from .parallel.starting import open_start
-from .record import Origin, RunRecord, code_facts
+from .record import NOTHING, Origin, RunRecord, code_facts
 from .step.recipes import with_recipe
 from .step.settings import TrainSettings
 from .step.training_data import Share
@@ -76,7 +76,7 @@ def open_run(request: Request, tell: Tell = lambda line: None) -> Trainer:
     check_trackers(request.trackers)
     processes = Processes()
     say = tell if processes.main else _silent
-    folder = RunFolder(request.out, processes)
+    folder = RunFolder(request.out, Keep.parse(request.given.get("keep", TrainSettings.keep)), processes)
     try:
         return _opened(request, folder, processes, say)
     except BaseException:
@@ -99,11 +99,12 @@ def _opened(request: Request, folder: RunFolder, processes: Processes, say: Tell
         for line in before.check(record, request.out, accept=request.accept_changes):
             say(f"changed: {line}")
     engine = _engine(start, data, settings, request.strategy)
-    if before is not None:
-        folder.load(engine)
-    elif processes.main:
+    latest = folder.latest()
+    if before is not None and latest is not None:
+        engine.load_state(latest / STATE)
+    else:
         folder.clear()
-    processes.wait()
+    folder.keep = Keep.parse(settings.keep)
     if processes.main:
         record.write(request.out)
     return _trainer(request, folder, engine, data, settings, say)
@@ -114,6 +115,7 @@ def _trainer(
 ) -> Trainer:
     place, watchers, log = request.out / "training", list[Watcher](), None
     if engine.main:
+        data.report.save(place)
         log = RunLog(place, engine.step)
         watchers.append(PageWatcher(place, tell=say))
         if request.trackers:
@@ -126,11 +128,13 @@ def _trainer(
 
 def _before(request: Request, folder: RunFolder) -> RunRecord | None:
     """The record of the run that is gone on with; None for a new one."""
-    exists = folder.last is not None
+    exists = folder.latest() is not None
     if exists and not (request.resume or request.fresh):
         raise ArgumentError(f"{request.out} holds a training run: go on with --resume, or start over with --fresh")
     if not request.resume:
         return None
+    if not exists:
+        raise ArgumentError(NOTHING.format(out=request.out))
     return RunRecord.read(request.out)
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
-from ki_edge.model import Observation, Pi05
+from ki_edge.model import Observation, Pi05, load_model
 from ki_edge.train.parallel.engine import Engine
+from ki_edge.train.parallel.groups import group_of
+from ki_edge.train.parallel.sharding import whole
 from ki_edge.train.step.batch import ACTIONS, TEXT, Batch
+from ki_edge.train.step.settings import BACKBONE_SIDE
 from ki_edge.train.step.training_data import Share
 
 MICRO = Pi05Config(
@@ -43,7 +47,6 @@ def random_batch(
     draws: int = 2,
     texts: int = 0,
     delays: bool = False,
-    dtype: torch.dtype = torch.float32,
 ) -> Batch:
     """The whole batch of a step: its last `texts` samples are text-only; with episode ends and missing cameras."""
     rng = np.random.default_rng([7, step])
@@ -64,11 +67,11 @@ def random_batch(
     actions = rng.standard_normal((size, horizon, dim)) * dims[:, None] * (kind == ACTIONS)[:, None, None]
     return Batch(
         observation=observation,
-        actions=torch.from_numpy(actions).to(dtype),
+        actions=torch.from_numpy(actions).float(),
         real=torch.from_numpy(real & (kind == ACTIONS)[:, None]),
         dims=torch.from_numpy(dims),
-        noise=torch.from_numpy(rng.standard_normal((draws * size, horizon, dim))).to(dtype),
-        time=torch.from_numpy(rng.beta(1.5, 1.0, draws * size) * 0.999 + 0.001).to(dtype),
+        noise=torch.from_numpy(rng.standard_normal((draws * size, horizon, dim))).float(),
+        time=torch.from_numpy(rng.beta(1.5, 1.0, draws * size) * 0.999 + 0.001).float(),
         kind=torch.from_numpy(kind),
         source=torch.from_numpy(rng.integers(0, 2, size)),
         task=torch.from_numpy(rng.integers(0, 3, size)),
@@ -99,11 +102,58 @@ def shared_out(batch: Batch, share: Share) -> list[Batch]:
     return [rows_of(batch, slice(at * part, (at + 1) * part)) for at in range(first, first + share.accumulate)]
 
 
-def train(engine: Engine, first: int, last: int, **composition: Any) -> list[dict[str, float]]:
-    """Steps first..last of a run over random batches: what each step reported."""
+def train(engine: Engine, first: int, last: int, *, probe: int = 0, **composition: Any) -> list[dict[str, float]]:
+    """Steps first..last of a run over random batches: what each step reported, and every `probe` steps its `leak`."""
     records = []
     for step in range(first, last):
-        batch = random_batch(step, engine.settings.batch, **composition)
-        result = engine.train_step(shared_out(batch, engine.share()), engine.settings.rate(step))
-        records.append({**result.terms, "grad_norm": result.grad_norm})
+        batches = shared_out(random_batch(step, engine.settings.batch, **composition), engine.share())
+        found = leaks(engine, batches) if probe and step % probe == 0 else {}
+        result = engine.train_step(batches, engine.settings.rate(step))
+        records.append({**result.terms, "grad_norm": result.grad_norm, **found})
     return records
+
+
+def leaks(engine: Engine, batches: list[Batch]) -> dict[str, float]:
+    """The largest number in the gradient of the flow loss alone: of the backbone's side, and of the expert's."""
+    objective = getattr(engine.objective, "module", engine.objective)
+    weights, objective.weights = objective.weights, (1.0, 0.0, 0.0)
+    backward(engine, batches)
+    objective.weights = weights
+    found = {"leak": 0.0, "reached": 0.0}
+    for name, parameter in engine.learning.items():
+        side = "leak" if group_of(name) in BACKBONE_SIDE else "reached"
+        if parameter.grad is not None:
+            found[side] = max(found[side], whole(parameter.grad).abs().max().item())
+    engine.optimizer.clear()
+    return found
+
+
+def backward(engine: Engine, batches: list[Batch]) -> None:
+    """The gradient of a step, and nothing else of it."""
+    counts = engine.processes.sum(torch.stack([batch.counts() for batch in batches]).sum(dim=0))
+    engine.optimizer.clear()
+    for at, batch in enumerate(batches):
+        engine._backward(batch, counts, last=at + 1 == len(batches))
+
+
+def golden_model_and_batch(folder: Path) -> tuple[Pi05, Batch]:
+    """The recorded run of the knowledge-insulation equations, as a batch of two samples."""
+    inputs = dict(np.load(folder / "inputs.npz"))
+    rows = [row[mask] for row, mask in zip(inputs["tokenized_prompt"], inputs["token_loss_mask"], strict=True)]
+    mask = np.arange(max(map(len, rows))) < np.array([[len(row)] for row in rows])
+    tokens = np.zeros(mask.shape, np.int64)
+    tokens[mask] = np.concatenate(rows)
+    cameras = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+    arrays = [
+        np.stack([inputs[f"image/{camera}"] for camera in cameras], axis=1),
+        np.stack([inputs[f"image_mask/{camera}"] for camera in cameras], axis=1),
+        inputs["prompt_only_tokens"], inputs["prompt_only_mask"], tokens, mask,
+    ]  # fmt: skip
+    actions, noise, time = (torch.from_numpy(inputs[name]) for name in ("actions", "noise", "time"))
+    count, horizon, dim = actions.shape
+    zeros = torch.zeros(count, dtype=torch.long)
+    observation = Observation(*map(torch.from_numpy, arrays))
+    real, dims = torch.ones(count, horizon, dtype=torch.bool), torch.ones(count, dim, dtype=torch.bool)
+    model = load_model(folder)
+    assert isinstance(model, Pi05)
+    return model, Batch(observation, actions, real, dims, noise, time, zeros, zeros, zeros, zeros)

@@ -1,22 +1,23 @@
-"""One process of a run for the tests: python parallel_worker.py OUT, with scenarios as JSON on stdin of the launcher.
+"""One process of a run for the tests: parallel_worker.py OUT. OUT/scenarios.json is a list of what to train.
 
-Each scenario: name, settings, strategy, composition of the batches, steps [first, last], optionally `load` and `save`
-(folders of training state), `double`. Writes OUT/NAME.safetensors (weights and average) and OUT/NAME.json (records).
+Each scenario: `name`, `settings`, `strategy`, `composition` of the batches, `steps` [first, last], and optionally
+`load` and `save` (folders of training state), `checkpoint`, `vocabulary`, `probe`; or `golden` (a folder) instead of
+steps. Writes OUT/NAME.safetensors (weights and average) and OUT/NAME.json (what each step reported).
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from parallel_parts import random_model, train
+from parallel_parts import MICRO, backward, golden_model_and_batch, random_model, shared_out, train
 
 from ki_edge.train.parallel.engine import Engine
 from ki_edge.train.parallel.sharding import whole
@@ -25,17 +26,18 @@ from ki_edge.train.step.settings import TrainSettings
 
 def run(scenario: dict[str, Any], out: Path) -> None:
     """Train, and write what came of it."""
-    double = scenario.get("double", False)
-    model = random_model().double() if double else random_model()
     settings = TrainSettings(**{"batch": 8, "steps": 20, "warmup": 5, "bfloat16": False, **scenario["settings"]})
-    engine = Engine(model, settings, strategy=scenario.get("strategy", "auto"))
+    config = replace(MICRO, vocab_size=scenario.get("vocabulary", MICRO.vocab_size))
+    engine = Engine(random_model(config), settings, strategy=scenario.get("strategy", "auto"))
     if "load" in scenario:
         engine.load_state(out / scenario["load"])
-    composition = scenario.get("composition", {})
-    dtype = torch.float64 if double else torch.float32
-    records = train(engine, *scenario["steps"], dtype=dtype, **composition)
+    records = train(
+        engine, *scenario["steps"], config=config, probe=scenario.get("probe", 0), **scenario.get("composition", {})
+    )
     if "save" in scenario:
         engine.save_state(out / scenario["save"])
+    if "checkpoint" in scenario:
+        engine.save_checkpoint(out / scenario["checkpoint"])
     state = {f"weights.{name}": whole(p).clone() for name, p in engine.model.named_parameters()}
     state |= {f"average.{name}": whole(p).clone() for name, p in engine.average.values.items()}
     if engine.main:
@@ -43,7 +45,18 @@ def run(scenario: dict[str, Any], out: Path) -> None:
         (out / f"{scenario['name']}.json").write_text(json.dumps(records))
 
 
+def golden(scenario: dict[str, Any], out: Path) -> None:
+    """The norms of the recorded model's gradients."""
+    model, batch = golden_model_and_batch(Path(scenario["golden"]))
+    settings = TrainSettings(batch=2, bfloat16=False, **scenario["settings"])
+    engine = Engine(model, settings, strategy=scenario.get("strategy", "auto"))
+    backward(engine, shared_out(batch, engine.share()))
+    norms = {name: whole(p.grad).norm().item() for name, p in engine.learning.items() if p.grad is not None}
+    if engine.main:
+        (out / f"{scenario['name']}.json").write_text(json.dumps(norms))
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for each in json.loads((folder / "scenarios.json").read_text()):
-        run(each, folder)
+        (golden if "golden" in each else run)(each, folder)

@@ -50,7 +50,15 @@ for line in sys.stdin:
 
 def test_ten_kills_change_nothing(record_dataset, small_config, tmp_path):
     record_dataset(tmp_path / "dataset", size=8)
-    settings = {"steps": STEPS, "batch": 4, "warmup": 2, "save_every": 2, "log_every": 1, "flow_draws": 1, "bfloat16": False}
+    settings = {
+        "steps": STEPS,
+        "batch": 4,
+        "warmup": 2,
+        "save_every": 2,
+        "log_every": 1,
+        "flow_draws": 1,
+        "bfloat16": False,
+    }
     request = {"config": small_config.to_dict(), "dataset": str(tmp_path / "dataset"), "settings": settings}
     random = np.random.default_rng()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -83,11 +91,16 @@ def test_ten_kills_change_nothing(record_dataset, small_config, tmp_path):
         for _ in range(KILLS):
             resume = (out / "last").exists()
             resumed += resume
-            step = run(out, resume, kill_at=min(step + int(random.integers(0, 4)), STEPS), delay=float(random.uniform(0, 0.02)))
+            step = run(
+                out, resume, kill_at=min(step + int(random.integers(0, 4)), STEPS), delay=float(random.uniform(0, 0.02))
+            )
         assert resumed >= 3
         run(out, (out / "last").exists())
         runner.stdin.close()
-    rows = [[json.loads(line) for line in (tmp_path / name / "training" / "log.jsonl").read_text().splitlines()] for name in ("whole", "cut")]
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "training" / "log.jsonl").read_text().splitlines()]
+        for name in ("whole", "cut")
+    ]
     kept = ("step", "flow", "fast", "grad_norm", "rate", "total")
     whole, cut = ([{name: row[name] for name in kept} for row in part] for part in rows)
     assert [row["step"] for row in cut] == list(range(1, STEPS + 1))

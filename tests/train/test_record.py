@@ -10,7 +10,9 @@ from ki_edge.train.record import Origin, RunRecord, code_facts
 from ki_edge.train.step.settings import TrainSettings
 
 SETTINGS = TrainSettings(freeze=("vision",), rates=(("expert", 2.0),), lora=(("backbone", 4),))
-RECORD = RunRecord(SETTINGS, Origin(datasets=("/a", "/b:2"), horizon=8), {"model.vocab_size": 320, "first.numbers": "ab"})
+RECORD = RunRecord(
+    SETTINGS, Origin(datasets=("/a", "/b:2"), horizon=8), {"model.vocab_size": 320, "first.numbers": "ab"}
+)
 
 
 def test_it_is_read_as_it_was_written(tmp_path):

@@ -1,4 +1,8 @@
-"""A checkpoint of ki-train, or any with a contract.json beside it: all is recorded."""
+"""A checkpoint of ki-train, or any with a contract.json beside it: all is recorded.
+
+One that was trained on several robots has the first one's contract and statistics where all others have theirs, and of
+each other robot in robots/NAME/: `--contract NAME` chooses it.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,11 @@ from ki_edge.policy.contract import PolicyContract
 
 from .records import Record, Settings
 from .request import PolicyRequest
-from .statistics import MAX_BYTES, NORM_STATS, find_statistics, read_statistics
+from .statistics import MAX_BYTES, NORM_STATS, Statistics, find_statistics, read_statistics
 
 CONTRACT = "contract.json"
+ROBOTS = "robots"
+MOST_NAMES = 100  # of robots, in a message and to choose from
 
 
 def read_contract(folder: Path) -> PolicyContract | None:
@@ -28,19 +34,33 @@ def read_contract(folder: Path) -> PolicyContract | None:
 def read_native(
     folder: Path, settings: Settings, config: Pi05Config | None, request: PolicyRequest, horizon_from: str | None
 ) -> Record:
-    """The contract of contract.json, the statistics of assets/norm_stats.json."""
+    """The contract of contract.json, the statistics of assets/norm_stats.json; or those of one robot of several."""
+    place, stats = folder, f"assets/{NORM_STATS}"
     if request.contract is not None:
-        raise ArgumentError(f"--contract {request.contract}: {folder} records its own in {CONTRACT}; leave it away")
-    contract = read_contract(folder)
+        place, stats = _robot(folder, request.contract), NORM_STATS
+    contract = read_contract(place)
     assert contract is not None
-    known = dict.fromkeys(contract.to_json(), CONTRACT)
-    place = folder / "assets" / NORM_STATS
-    found = (
-        read_statistics(place, f"assets/{NORM_STATS}")
-        if request.assets is None and place.is_file()
-        else find_statistics(folder, request.assets)
-    )
+    known = dict.fromkeys(contract.to_json(), (place / CONTRACT).relative_to(folder).as_posix())
+    own = place / stats
+    name = own.relative_to(folder).as_posix()
+    found: Statistics | str
+    if request.assets is None and own.is_file():
+        found = read_statistics(own, name)
+    elif request.assets is None and place != folder:  # those of the checkpoint are another robot's
+        found = f"no {NORM_STATS} beside the robot's contract (give --norm-stats)"
+    else:
+        found = find_statistics(folder, request.assets)
     if isinstance(found, str):
-        missing = (f"no assets/{NORM_STATS}: {found}",) if contract.needs_stats else ()
+        missing = (f"no {name}: {found}",) if contract.needs_stats else ()
         return Record(contract, known=known, missing=missing)
     return Record(contract, found, known)
+
+
+def _robot(folder: Path, given: str) -> Path:
+    """The folder of a robot that was trained beside the first one, by its name. ArgumentError for any other name."""
+    robots = folder / ROBOTS
+    names = sorted(path.parent.name for path in robots.glob(f"*/{CONTRACT}"))[:MOST_NAMES]
+    if given in names:
+        return robots / given
+    others = f"; --contract takes the other robots that it was trained on: {', '.join(names)}" if names else ""
+    raise ArgumentError(f"--contract {given}: {folder} records its own in {CONTRACT}; leave it away{others}")

@@ -72,8 +72,9 @@ def examine(
 
     CheckpointError, ContractError or ArgumentError for what is wrong; what is merely missing is listed.
     """
-    given = None if model_only else read_given(request)
     checkpoint = open_checkpoint(where, say, default_horizon=PLACEHOLDER)
+    native = (checkpoint.path / CONTRACT).is_file()  # then --contract names one of its robots
+    given = None if model_only or native else read_given(request)
     checkpoint, horizon_from = _with_horizon(checkpoint, where, given)
     if model_only:
         missing = () if horizon_from is not None else (missing_horizon(None),)

@@ -166,7 +166,8 @@ class Assembler:
         fitted = fit_image(picture, size, size, resize, name)
         if fitted.dtype == np.uint8:
             return np.asarray(fitted, np.uint8)
-        return np.rint((np.clip(fitted, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+        rounded: UInt8 = np.rint((np.clip(fitted, -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
+        return rounded
 
     def _wrists(self, number: int) -> list[bool]:
         return [is_wrist(camera.slot, camera.key) for camera in self.recipe.contracts[number].cameras]

@@ -100,6 +100,11 @@ class TokenEncoder:
         prompt = 1 + len(self._words(self.tokenizer.text(task, self._state(state))))
         return prompt, -1 if spelled is None else len(self.ids.postfix(spelled, self.tokenizer))
 
+    def reconstruct(self, chunk: npt.ArrayLike) -> npt.NDArray[np.float64] | None:
+        """What a normalised chunk [H,a] becomes in FAST tokens and back, f64 [H,a]; None if it cannot be spelled."""
+        spelled = self._spell(chunk)
+        return None if spelled is None else self.codec.decode(spelled, *np.shape(chunk)).actions
+
     def decode_actions(self, postfix: npt.ArrayLike, horizon: int, action_dim: int) -> npt.NDArray[np.float64] | None:
         """Normalised actions f64 [H,a] of a postfix's ids, with or without "Action: "; None if they spell none."""
         parsed = self.ids.parse(np.asarray(postfix), self.tokenizer)

@@ -18,16 +18,19 @@ from ki_edge.train.step.training_data import Share
 from .assembly import Assembler
 from .loading import Pace, StepItems, load
 from .recipe import Recipe
+from .token_report import TokenReport
 
 MOST_HELD = 256  # samples of each dataset that are evaluated on
 KEPT_HELD = 512_000_000  # bytes of evaluated batches that stay in memory
 
 
 class MixedData:
-    """A `TrainingData` of datasets and text sets, made by `open_data`."""
+    """A `TrainingData` of datasets and text sets, made by `open_data`. `report`: how well its tokens fit."""
 
-    def __init__(self, assembler: Assembler, tasks: Sequence[str], facts: Mapping[str, Any], workers: int) -> None:
-        self._assembler, self._facts, self.workers = assembler, facts, workers
+    def __init__(
+        self, assembler: Assembler, tasks: Sequence[str], facts: Mapping[str, Any], workers: int, report: TokenReport
+    ) -> None:
+        self._assembler, self._facts, self.workers, self.report = assembler, facts, workers, report
         self.recipe: Recipe = assembler.recipe
         self.config: Pi05Config = assembler.recipe.config
         self.names: Sequence[str] = [*(one.name for one in assembler.actions), *(one.name for one in assembler.texts)]

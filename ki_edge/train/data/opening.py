@@ -25,6 +25,7 @@ from .source import ActionSource, make_source, picture_of
 from .start import Start
 from .statistics import Measured
 from .texts import SAMPLES, TextSet
+from .token_report import TokenReport
 
 Say = Callable[[str], object]
 __all__ = ["MixedData", "open_data"]
@@ -79,7 +80,8 @@ def open_data(
     robots = [_robot(source, both, settings.seed, horizon) for source, both in zip(sources, measured, strict=True)]
     spoken = [pair for texts_ in sets for pair in texts_.texts()]
     recipe = Recipe.fit(start, robots, spoken, _with_delay(choice, settings))
-    for note in recipe.notes:
+    report = TokenReport.measure(recipe, robots, [source.samples for source in sources])
+    for note in (*recipe.notes, *report.lines(), *report.check(settings.max_long)):
         say(note)
     spoken_sources = [
         TextSource(one.name, set_, _text_slots(set_, sources)) for one, set_ in zip(texts, sets, strict=True)
@@ -96,7 +98,7 @@ def open_data(
         tuple(sources), tuple(spoken_sources), places, recipe, settings, mixture, tuple(caches)
     )  # fmt: skip
     facts = _facts(ordered, weights, sources, sets, recipe, settings)
-    return MixedData(assembler, tasks, facts, default_workers() if workers is None else workers)
+    return MixedData(assembler, tasks, facts, default_workers() if workers is None else workers, report)
 
 
 def _check(horizon: int | None, workers: int | None, settings: TrainSettings) -> None:

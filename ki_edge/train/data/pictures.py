@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ki_edge.recordings.episode_file import RecordedEpisode
 from ki_edge.recordings.lerobot import stored_pictures
 from ki_edge.recordings.lerobot_index import Index
-from ki_edge.recordings.lerobot_video import StoredPictures, VideoFile
+from ki_edge.recordings.lerobot_video import StoredPictures, VideoFile, check_whole
 
 UInt8 = npt.NDArray[np.uint8]
 OPEN_FILMS = 24  # decoders of a worker; one of 480 x 640 takes some 10 MB
@@ -53,7 +53,10 @@ class Pictures(Protocol):
 
 
 class LeRobotPictures:
-    """Of films that may hold several episodes, or of columns that hold a file for each picture."""
+    """Of films that may hold several episodes, or of columns that hold a file for each picture.
+
+    DatasetError for a film that is missing or cut off.
+    """
 
     def __init__(self, index: Index, cameras: Sequence[str]) -> None:
         self._fps, self._folder = index.fps, index.folder
@@ -71,6 +74,8 @@ class LeRobotPictures:
                     self._film[row, at] = films.setdefault(path, len(films))
                     self._start[row, at] = start
         self._films = list(films)
+        for film in self._films:
+            check_whole(film)
         self._open: Kept[VideoFile] = Kept(OPEN_FILMS)
         self._read: Kept[StoredPictures] = Kept(KEPT_EPISODES * max(1, sum(self._stored)))
 

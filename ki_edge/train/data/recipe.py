@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.config import Pi05Config
-from ki_edge.errors import ArgumentError, CheckpointError, DatasetError
+from ki_edge.errors import ArgumentError, CheckpointError, ContractError, DatasetError
 from ki_edge.files.writing import write_file, writing
 from ki_edge.policy.contract import Camera, FastContract, Feature, PolicyContract, generic
 from ki_edge.policy.fast import FastCodec, FastIds
@@ -108,6 +108,8 @@ class Recipe:
         unbounded = TokenEncoder(content, start.prompt_format, 1 << 16, codec, ids, 1 << 16, padded)
         limits = _limits(start, _longest(unbounded, robots, states, chunks), _longest_text(unbounded, texts))
         encoder = replace(unbounded, max_prompt=limits[0], max_postfix=limits[1])
+        for question, answer in dict.fromkeys(texts):
+            encoder.encode_text(question, answer)  # one that does not fit is told now, not after hours
         fast = FastContract(ids.offset, ids.size, limits[1])
         contracts = tuple(_contract(start, robot, config, fast, limits[0], choice) for robot in robots)
         check_answers(ids, words, (answer for _, answer in texts))
@@ -215,8 +217,8 @@ def _codec(start: Start, chunks: Sequence[npt.NDArray[np.float64]], choice: Choi
     if choice.fast not in ("", "fit"):
         try:
             return FastCodec.load(find_codec(Path(choice.fast)))
-        except ArgumentError as error:
-            raise ArgumentError(str(error).replace("--fast-codec", "--fast")) from None
+        except (ArgumentError, ContractError) as error:
+            raise type(error)(str(error).replace("--fast-codec", "--fast")) from None
     if choice.fast == "" and start.codec is not None:
         return start.codec
     numbers = max(chunk.shape[1] * chunk.shape[2] for chunk in chunks)

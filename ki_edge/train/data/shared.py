@@ -5,6 +5,7 @@ Nothing is left of it when the last process that has it open has ended, however 
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from collections.abc import Mapping
@@ -27,34 +28,37 @@ class SharedArrays:
 
     def __init__(self, arrays: Mapping[str, Array]) -> None:
         places: list[Place] = []
-        with writing(f"the numbers of a dataset in {tempfile.gettempdir()}", DatasetError):
-            self._file = tempfile.TemporaryFile(prefix="ki-train-")  # noqa: SIM115
+        place = f"the numbers of a dataset into {tempfile.gettempdir()}"
+        with writing(place, DatasetError), tempfile.TemporaryFile(prefix="ki-train-") as file:
             for name, array in arrays.items():
-                offset = -(-self._file.tell() // ALIGNED) * ALIGNED
-                self._file.seek(offset)
+                offset = -(-file.tell() // ALIGNED) * ALIGNED
+                file.seek(offset)
                 places.append((name, array.dtype.str, array.shape, offset))
-                np.ascontiguousarray(array).tofile(self._file)
-            self._file.truncate(max(1, self._file.tell()))
-            self._file.flush()
-        self._open(places)
+                np.ascontiguousarray(array).tofile(file)
+            file.truncate(max(1, file.tell()))
+            file.flush()
+            self._open(os.dup(file.fileno()), places)
 
     def __getitem__(self, name: str) -> Array:
         return self._arrays[name]
 
-    def _open(self, places: list[Place]) -> None:
-        self._places = places
-        whole: Any = np.memmap(self._file, np.uint8, "r")
+    def _open(self, file: int, places: list[Place]) -> None:
+        self._file, self._places = file, places
+        whole = np.frombuffer(mmap.mmap(file, 0, access=mmap.ACCESS_READ), np.uint8)
         self._arrays = {}
         for name, dtype, shape, offset in places:
             size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            self._arrays[name] = np.asarray(whole[offset : offset + size]).view(dtype).reshape(shape)
+            self._arrays[name] = whole[offset : offset + size].view(dtype).reshape(shape)
+
+    def __del__(self) -> None:
+        if (file := getattr(self, "_file", None)) is not None:
+            os.close(file)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _opened, (reduction.DupFd(self._file.fileno()), self._places)
+        return _opened, (reduction.DupFd(self._file), self._places)
 
 
 def _opened(descriptor: Any, places: list[Place]) -> SharedArrays:
     found = SharedArrays.__new__(SharedArrays)
-    found._file = os.fdopen(descriptor.detach(), "rb")  # type: ignore[assignment]
-    found._open(places)
+    found._open(descriptor.detach(), places)
     return found

@@ -24,8 +24,8 @@ from ki_edge.train.step.training_data import Share
 from . import state
 from .adapters import install, merged, module_of, plain_name, save_adapter, start
 from .averaging import MovingAverage
-from .groups import freeze, freeze_unused, optimizer_groups
-from .optimizers import new_optimizer
+from .groups import freeze, freeze_unused
+from .optimizers import Optimizer
 from .processes import Processes
 from .sharding import choose, reducing, release, replicate, shard, whole
 from .starting import Weights, fill
@@ -78,8 +78,7 @@ class Engine:
         self._place(weights)
         self.objective: nn.Module = replicate(objective) if self.strategy == "ddp" else objective
         self.learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        groups = optimizer_groups(self.learning, dict(settings.rates), settings.weight_decay)
-        self.optimizer = new_optimizer(groups, settings, self.device)
+        self.optimizer = Optimizer(self.learning, settings, self.processes)
         self.average = MovingAverage(self.learning, settings.ema)
 
     def _place(self, weights: Weights | None) -> None:
@@ -107,17 +106,15 @@ class Engine:
         """
         counts = torch.stack([batch.counts() for batch in batches]).sum(dim=0).to(self.device)
         self.processes.sum(counts)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.clear()
         moved = [batch.to(self.device) for batch in batches]
         terms = [self._backward(batch, counts, last=at + 1 == len(moved)) for at, batch in enumerate(moved)]
         norm = self._clip()
         result = self._result(moved, terms, counts, norm)
         if not _is_finite(result):
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.clear()
             raise _diverged(self.step, result, tokens=self.tokens)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
-        self.optimizer.step()
+        self.optimizer.step(rate)
         self.average.update(self.step)
         self.step += 1
         return result
@@ -236,18 +233,14 @@ class Engine:
         """Go on where a state was saved, bit for bit. CheckpointError if it is damaged or of another model."""
         with self.processes.together():
             self.step = state.load(folder, self._tensors())
-        self._count_steps()
+        self.optimizer.count(self.step)
         release(self.model)
 
     def _tensors(self) -> dict[str, Tensor]:
-        if not self.optimizer.state:
-            state.make_moments(self.optimizer)
-            self._count_steps()
-        return state.tensors_of(dict(self.model.named_parameters()), self.average.values, self.optimizer)
-
-    def _count_steps(self) -> None:
-        for moments in self.optimizer.state.values():
-            moments[state.STEP].fill_(self.step)
+        """Everything that a run goes on with, but for the step; the tensors themselves."""
+        found = {f"weights.{name}": value.detach() for name, value in self.model.named_parameters()}
+        found |= {f"average.{name}": value for name, value in self.average.values.items()}
+        return found | {f"optimizer.{name}": value for name, value in self.optimizer.tensors(self.step).items()}
 
     def averaged_state(self) -> dict[str, Tensor]:
         """`averaged_tensors` at once on the main process, nothing on the others."""
@@ -263,9 +256,9 @@ class Engine:
             return value
         return bool(self.processes.sum(torch.tensor([float(value)], device=self.device)).item())
 
-    def wait(self) -> None:
-        """Until every process is here."""
-        self.processes.wait()
+    def wait_for_main(self, step: int) -> None:
+        """Until the main process is here, however long what it does alone at this step takes."""
+        self.processes.wait_for_main(f"step {step}")
 
     def close(self) -> None:
         """Leave the group of processes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -51,16 +51,3 @@ def check_learns(model: nn.Module) -> None:
     """ArgumentError for a model whose every parameter is frozen."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ArgumentError("everything is frozen: nothing is left to learn")
-
-
-def optimizer_groups(
-    parameters: Mapping[str, nn.Parameter], factors: Mapping[str, float], weight_decay: float
-) -> list[dict[str, object]]:
-    """Parameters for AdamW, decay on matrices only. `factor`: of the group's learning rate."""
-    found: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        found.setdefault((group_of(name), parameter.ndim >= 2), []).append(parameter)
-    return [
-        {"params": members, "weight_decay": weight_decay if matrix else 0.0, "factor": factors.get(group, 1.0)}
-        for (group, matrix), members in found.items()
-    ]

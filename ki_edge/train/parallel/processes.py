@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -42,6 +43,18 @@ class Processes:
         """Until every process is here."""
         if self.world > 1:
             self.sum(torch.zeros(1, device=self.device)).item()
+
+    def wait_for_main(self, what: str) -> None:
+        """Until the main process calls this for the same thing, for hours if need be: no device waits for another one,
+        whose patience is minutes.
+        """
+        if self.world == 1:
+            return
+        store = distributed.distributed_c10d._get_default_store()
+        if self.main:
+            store.set(f"ki-train {what}", "done")
+        else:
+            store.wait([f"ki-train {what}"], timedelta(days=7))
 
     def share(self, value: str) -> str:
         """A text of the main process, in all of them."""

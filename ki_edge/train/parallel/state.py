@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
@@ -25,47 +25,29 @@ FILE = 1 << 30  # bytes of whole tensors that share a file: a process copies its
 STEP = "step"
 
 
-def tensors_of(
-    parameters: Mapping[str, nn.Parameter], average: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    """Everything that a run goes on with, but for the step; the tensors themselves."""
-    found: dict[str, Tensor] = {f"weights.{name}": value.detach() for name, value in parameters.items()}
-    found |= {f"average.{name}": value for name, value in average.items()}
-    for name, parameter in parameters.items():
-        for part, value in optimizer.state.get(parameter, {}).items():
-            if part != STEP and isinstance(value, Tensor):
-                found[f"optimizer.{name}.{part}"] = value
-    return found
-
-
-def make_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimiser that has not stepped yet make its moments, all zero; no weight changes."""
-    with torch.no_grad():
-        rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0 * group["lr"]  # also where it is a tensor
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
-
-
 def save(folder: Path, tensors: Mapping[str, Tensor], step: int) -> None:
     """Write into a folder, with all processes. CheckpointError names it if it cannot be written."""
     state = {**tensors, STEP: torch.tensor([step])}
-    files: dict[str, int] = {}
-    number, size = 1, 0
-    for name, value in state.items():
-        size += value.numel() * value.element_size()
-        if size > FILE and files:
-            number, size = number + 1, value.numel() * value.element_size()
-        files[name] = number
     with _named(folder, "written"):
         folder.mkdir(parents=True, exist_ok=True)
-        writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
+        writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=_files(state), save_distributed=True)
         save_state_dict(state, storage_writer=writer, no_dist=_alone())
+
+
+def _files(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Which file each tensor goes into, by number; of all processes, which may have some that others have not."""
+    sizes = {name: value.numel() * value.element_size() for name, value in state.items()}
+    everybody: list[dict[str, int]] = [sizes]
+    if not _alone():
+        everybody = everybody * distributed.get_world_size()
+        distributed.all_gather_object(everybody, sizes)
+    found: dict[str, int] = {}
+    number, size = 1, 0
+    for name, nbytes in {name: nbytes for sizes in everybody for name, nbytes in sizes.items()}.items():
+        if size and size + nbytes > FILE:
+            number, size = number + 1, 0
+        found[name], size = number, size + nbytes
+    return found
 
 
 def load(folder: Path, tensors: Mapping[str, Tensor]) -> int:
@@ -79,7 +61,7 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> int:
 
 
 def _alone() -> bool:
-    return not torch.distributed.is_initialized()
+    return not distributed.is_initialized()
 
 
 @contextmanager

@@ -50,7 +50,6 @@ class TrainSettings:
     bfloat16: bool = True  # matrix products in bfloat16; weights, norms, softmax and optimiser stay float32
     checkpointing: bool = False  # layers are computed again in the backward pass
     # data
-    pointing: float = 0.25  # share of each batch that answers "where is the target?" instead
     augment: bool = False
     held_out: float = 0.0  # share of the episodes that are evaluated on instead
     max_long: float = 0.01  # share of samples whose tokens may be too long
@@ -77,8 +76,8 @@ class TrainSettings:
         if not (self.learning_rate > 0 and self.clip > 0 and self.warmup >= 0):
             raise ArgumentError("learning_rate and clip must be positive, warmup 0 or more")
         self._check_optimizer()
-        if not 0.0 <= self.pointing < 1.0 or not 0.0 <= self.ema < 1.0:
-            raise ArgumentError(f"pointing {self.pointing} and ema {self.ema}: expected 0 <= value < 1")
+        if not 0.0 <= self.ema < 1.0 or not 0.0 <= self.max_long <= 1.0:
+            raise ArgumentError(f"ema {self.ema}: expected 0 <= value < 1; max_long {self.max_long}: 0 to 1")
 
     def _check_optimizer(self) -> None:
         if self.accumulate < 1:
