@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from ki_edge.errors import ArgumentError, CheckpointError, DivergedError
 from ki_edge.model import Pi05, load_model
-from ki_edge.train.step.batch import Batch
-from ki_edge.train.step.objective import Objective
 from ki_edge.train.parallel.engine import Engine
 from ki_edge.train.parallel.groups import group_of
+from ki_edge.train.step.batch import Batch
+from ki_edge.train.step.objective import Objective
 from ki_edge.train.step.settings import GROUPS, TrainSettings
 
 sys.path.insert(0, str(Path(__file__).parent))
