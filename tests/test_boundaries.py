@@ -29,7 +29,10 @@ DIRECTIONS: dict[str, str] = {
     "ki_edge.policy": "ki_edge ki_edge.files",
     "ki_edge.recordings": "ki_edge ki_edge.files ki_edge.policy",
     "ki_edge.train": ("ki_edge ki_edge.checkpoints ki_edge.files ki_edge.model ki_edge.policy ki_edge.recordings"),
-    "ki_edge.train.parallel": "ki_edge ki_edge.model ki_edge.train",
+    "ki_edge.train.parallel": (
+        "ki_edge ki_edge.checkpoints ki_edge.checkpoints.layout ki_edge.checkpoints.peft ki_edge.files ki_edge.model "
+        "ki_edge.train"
+    ),
     "ki_runtime": "ki_edge",
     "ki_runtime.backends": "ki_edge ki_edge.bundle",
     "ki_runtime.gpu": "ki_edge ki_edge.bundle ki_runtime.backends",
