@@ -30,7 +30,7 @@ from .test_documentation import SCRIPTS
 STAND_INS = {
     "my_checkpoint/": "examples/fetch/checkpoint",
     "CHECKPOINT": "examples/fetch/checkpoint",
-    "build/fetch/run": "examples/fetch/checkpoint",
+    "build/fetch/run/last": "examples/fetch/checkpoint",
     "build/d4": "tests/data/openpi_a",
     "pi05_droid/": "tests/data/policies/o14_droid_finetune",
     "lerobot/pi05_libero_finetuned": "tests/data/policies/h_a01_q_2cam_480x640",
@@ -117,6 +117,10 @@ def folder(
     for name in ("bundle", "my_bundle", "build/bundle"):
         shutil.copytree(fetch_bundle, place / name)
     shutil.copytree(words_bundle, place / "words")
+    other = shutil.copytree(ROOT / "examples/fetch/checkpoint", place / "my_mixture/last") / "robots/other_arm"
+    other.mkdir(parents=True)
+    for name in ("contract.json", "assets/norm_stats.json"):
+        shutil.copy(place / "my_mixture/last" / name, other)
     shutil.copy(fetch_replay, place / "recorded_episode.npz")
     robot = f"replay:{place / 'recorded_episode.npz'}"
     assert call(["ki-run", str(fetch_bundle), "--robot", robot, "--record", str(place / "recorded_run")]) == 0

@@ -35,6 +35,13 @@ REFUSED = {
     "README.md": b"# model",
 }
 
+RECORDED = {
+    "meta/info.json": b"{}",
+    "meta/episodes/chunk-000/file-000.parquet": b"episodes",
+    "data/chunk-000/file-000.parquet": b"frames",
+    "videos/observation.images.top/chunk-000/file-000.mp4": b"film",
+}
+
 
 @dataclass
 class FakeHub:
@@ -60,7 +67,9 @@ def handler_of(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             path = unquote(urlparse(self.path).path)
             hub.requests.append(f"{self.command} {path}")
             parts = path.strip("/").split("/")
-            if parts[:2] == ["api", "models"]:
+            if parts[0] == "datasets":
+                parts = parts[1:]
+            if parts[:1] == ["api"]:
                 self.api("/".join(parts[2:4]), parts[4:])
             else:
                 self.file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
@@ -122,7 +131,8 @@ def digest(body: bytes) -> str:
 def hub() -> Iterator[FakeHub]:
     pi05 = ({"main": COMMIT, "v1": OTHER}, {COMMIT: FILES | REFUSED, OTHER: FILES | {"config.json": b'{"n": 1}'}})
     pickles = ({"main": COMMIT}, {COMMIT: {"config.json": b"{}", "pytorch_model.bin": b""}})
-    fake = FakeHub({"lerobot/pi05_base": pi05, "someone/pickles": pickles})
+    recorded = ({"main": COMMIT}, {COMMIT: RECORDED | REFUSED})
+    fake = FakeHub({"lerobot/pi05_base": pi05, "someone/pickles": pickles, "someone/recorded": recorded})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(fake))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -135,15 +145,18 @@ def hub() -> Iterator[FakeHub]:
 
 SCRIPT = """
 import json, sys
-from ki_edge.files.hub import resolve
-from ki_edge.errors import CheckpointError
+from ki_edge.files.hub import CHECKPOINT, DATASET, resolve
+from ki_edge.errors import CheckpointError, DatasetError
 said = []
 try:
-    found = resolve(sys.argv[1], revision=sys.argv[2] or None, say=said.append)
+    kind = DATASET if sys.argv[3:] else CHECKPOINT
+    found = resolve(sys.argv[1], revision=sys.argv[2] or None, say=said.append, kind=kind)
     files = sorted(p.relative_to(found.folder).as_posix() for p in found.folder.rglob("*") if p.is_file())
     print(json.dumps([str(found.folder), dict(found.origin), files, said]))
 except CheckpointError as error:
     print(json.dumps(str(error)))
+except DatasetError as error:
+    print(json.dumps("dataset: " + str(error)))
 """
 Run = Callable[..., Any]
 
@@ -152,10 +165,10 @@ Run = Callable[..., Any]
 def run(hub: FakeHub, tmp_path: Path) -> Run:
     """resolve() in a process of its own, as huggingface_hub reads its environment when it is imported."""
 
-    def call(name: str, revision: str = "", **environment: str) -> Any:
+    def call(name: str, revision: str = "", *kind: str, **environment: str) -> Any:
         given = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
         given |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-        command = [sys.executable, "-c", SCRIPT, name, revision]
+        command = [sys.executable, "-c", SCRIPT, name, revision, *kind]
         result = subprocess.run(
             command, env=given | environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
         )
@@ -277,3 +290,15 @@ def test_without_the_library(module: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(CheckpointError, match=r"huggingface_hub is missing: pip install -U 'ki-edge\[hub\]'"):
         resolve("lerobot/pi05_base")
+
+
+def test_a_dataset(run: Run, hub: FakeHub) -> None:
+    folder, origin, files, _ = run("someone/recorded", "", "dataset")
+    assert files == sorted(RECORDED) and origin["revision"] == COMMIT and "datasets--someone--recorded" in folder
+    assert not [request for request in hub.requests if any(name in request for name in REFUSED)]
+    assert all("datasets/someone/recorded" in request for request in hub.requests)
+    assert run("someone/recorded", "", "dataset", HF_HUB_OFFLINE="1")[0] == folder
+    assert run("lerobot/pi05_base", "", "dataset").startswith(
+        "dataset: lerobot/pi05_base holds no dataset: expected meta/"
+    )
+    assert run("someone/nothing", "", "dataset").startswith("dataset: no folder someone/nothing here, and the Hub has")

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from ki_edge.errors import ArgumentError
+from ki_edge.train.data import assembly
 from ki_edge.train.data.augmentation import Change, augment, coloured, moved
+from ki_edge.train.data.opening import open_data
+from ki_edge.train.data.start import Start
+from ki_edge.train.data.texts import TextSet
+from ki_edge.train.step.batch import ACTIONS, TEXT
+from ki_edge.train.step.settings import TrainSettings
+from ki_edge.train.step.training_data import Share
 
 STILL = Change(top=0.5, left=0.5, angle=0.0, brightness=1.0, contrast=1.0, saturation=1.0)
 
@@ -167,3 +174,36 @@ def test_it_is_quick(picture):
         augment(images, [False, True, True], np.random.default_rng(seed))
         times.append(time.process_time() - begun)
     assert min(times) < 0.1
+
+
+def test_which_cameras_of_a_sample_are_moved(small_dataset, small_texts, small_config, monkeypatch):
+    """Those that stand still; none where the answer names a place in the pictures."""
+    told = []
+
+    def watched(images, wrist, rng):
+        told.append((tuple(wrist), rng.integers(1 << 30)))
+        return images
+
+    monkeypatch.setattr(assembly, "augment", watched)
+    settings = TrainSettings(batch=20, steps=3, augment=True)
+    names = [str(small_dataset), str(small_texts)]
+    data = open_data(names, Start.from_nothing(small_config), settings, horizon=4, workers=0)
+    (batch,) = next(data.steps(0, Share()))
+    cameras = [camera.slot for camera in data.recipe.contracts[0].cameras]
+    answers = [answer for _, answer in TextSet.open(small_texts).texts()]
+    for kind, row, (wrist, _) in zip(batch.kind.tolist(), batch.row.tolist(), told, strict=True):
+        places = kind == TEXT and "<loc" in answers[row]
+        assert wrist == tuple(places or name == "hand" for name in cameras)
+    assert TEXT in batch.kind and ACTIONS in batch.kind and cameras == ["top", "hand"]
+    first, _ = list(told), told.clear()
+    list(data.steps(0, Share(rank=1, world=2)))
+    assert told[:10] == first[10:], "what is drawn does not depend on the processes"
+    data.close()
+
+
+def test_nothing_is_changed_without_being_asked(small_dataset, small_config, monkeypatch):
+    monkeypatch.setattr(assembly, "augment", lambda *_: pytest.fail("pictures were changed"))
+    settings = TrainSettings(batch=4, steps=1)
+    data = open_data([str(small_dataset)], Start.from_nothing(small_config), settings, horizon=4, workers=0)
+    next(data.steps(0, Share()))
+    data.close()

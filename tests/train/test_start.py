@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ki_edge.checkpoints import Checkpoint
 from ki_edge.config import PI05
 from ki_edge.errors import ArgumentError, CheckpointError, KiEdgeError
 from ki_edge.model import build, save_checkpoint
@@ -103,6 +104,23 @@ def test_from_openpi(data, paligemma, tmp_path):
     assert (contract.robot, contract.action_horizon, contract.delta_mask) == ("generic", 6, None)
     told = Start.from_checkpoint(folder, tokenizer=paligemma, contract="pi05_libero")
     assert (told.prompt_format, told.slots) == ("pi0", OPENPI_SLOTS)
+
+
+def test_from_an_adapter(data, paligemma):
+    """As ki-export takes one: its base's policy, the weights of both."""
+    base = data / "policies" / "h_a01_q_2cam_480x640"
+    start = Start.from_checkpoint(data / "lora" / "lerobot", base=str(base), tokenizer=paligemma)
+    assert (start.prompt_format, start.slots, start.lerobot) == ("pi05", ("front", "wrist"), True)
+    plain = Checkpoint.open(base)
+    assert start.checkpoint.config == replace(plain.config, rtc="none")
+    changed = next(name for name in plain.source.tensors if "q_proj" in name)
+    assert not np.array_equal(start.checkpoint.source.array(changed), plain.source.array(changed))
+
+
+def test_what_is_nowhere_is_told(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CheckpointError, match="nobody/has-it is not a folder here, is not in the local cache"):
+        Start.from_checkpoint("nobody/has-it")
 
 
 def test_a_checkpoint_without_a_tokenizer_names_the_flag(data, monkeypatch, tmp_path):

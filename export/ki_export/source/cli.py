@@ -74,7 +74,8 @@ def add_checkpoint(parser: Parser) -> None:
         "--contract",
         metavar="NAME|FILE",
         help="the policy contract: cameras, state, actions and normalisation of the robot that it was trained for. "
-        f"{', '.join(SHORT)}, the name of a public configuration of openpi, or a JSON file",
+        f"{', '.join(SHORT)}, the name of a public configuration of openpi, or a JSON file; of a checkpoint that was "
+        "trained on several robots, the name of one",
     )
     add("--norm-stats", type=Path, metavar="PATH", help="norm_stats.json, or a folder that holds one")
     add("--tokenizer", type=Path, metavar="PATH", help="tokenizer.model or .json, or their folder (the Hub's cache)")

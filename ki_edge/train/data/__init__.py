@@ -1,4 +1,4 @@
 """Recorded data as batches: datasets, mixtures, text samples, augmentation, tokens, cache.
 
-Imports: of ki_edge: checkpoints, files, policy; ki_export.policies.
+Imports: checkpoints, files, model, policy, recordings, train.step; of ki_export: policies, source.
 """

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ki_edge.errors import ArgumentError
+from ki_edge.files.hub import DATASET, HUB_ID, resolve
 
 WEIGHT = re.compile(r"[0-9]*\.?[0-9]+")
 Say = Callable[[str], object]
@@ -52,7 +53,11 @@ def named(datasets: Sequence[str], say: Say) -> list[Wanted]:
 
 
 def _resolved(name: str, say: Say) -> Path:
-    return Path(name)
+    """The folder of a path or of the Hub's "OWNER/NAME[@REVISION]"."""
+    repo, at, revision = name.partition("@")
+    if _exists(name) or not HUB_ID.fullmatch(repo):
+        return Path(name)  # whoever opens it says what is missing
+    return resolve(repo, revision=revision if at else None, say=say, kind=DATASET).folder
 
 
 def _exists(name: str) -> bool:

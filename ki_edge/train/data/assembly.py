@@ -62,12 +62,12 @@ class TextSource:
 class Assembler:
     """Makes batches in any process. Sources are numbered: those of actions first, then those of texts.
 
-    `tasks`: the number of each source's first task among all.
+    `tasks`: of each source, the numbers of its tasks among all of the mixture; a text set is one task.
     """
 
     actions: tuple[ActionSource, ...]
     texts: tuple[TextSource, ...]
-    tasks: tuple[int, ...]
+    tasks: tuple[tuple[int, ...], ...]
     recipe: Recipe
     settings: TrainSettings
     mixture: Mixture
@@ -115,7 +115,7 @@ class Assembler:
         images, mask = self._pictures(number, row)
         images = self._augmented(images, mask, self._wrists(number), augmented)
         draws = draw(self.settings, drawn, actions, source.action_dim)
-        task = self.tasks[number] + int(source.arrays["task"][row])
+        task = self.tasks[number][int(source.arrays["task"][row])]
         return Row(
             images, mask, prompt, postfix, actions, real, source.action_dim, draws, ACTIONS, number, task, row
         )  # fmt: skip
@@ -137,7 +137,7 @@ class Assembler:
         draws = draw(self.settings, drawn, nothing, 0)
         real = np.zeros(len(nothing), np.bool_)
         return Row(
-            images, mask, prompt, postfix, nothing, real, 0, draws, TEXT, number, self.tasks[number], index
+            images, mask, prompt, postfix, nothing, real, 0, draws, TEXT, number, self.tasks[number][0], index
         )  # fmt: skip
 
     def _empty(self) -> tuple[UInt8, npt.NDArray[np.bool_]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -140,7 +141,7 @@ def load(assembler: Assembler, items: Sequence[Item] | StepItems, workers: int, 
                 batch = next(running)
             except StopIteration:
                 return
-            except RuntimeError as error:
+            except (RuntimeError, EOFError, OSError) as error:  # the latter: it was killed while it handed one over
                 raise _told(error) from None
             yield _checked(batch, pace)
     finally:
@@ -160,9 +161,16 @@ def _begin(number: int) -> None:
     """In a worker, before its first batch."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)
+    sys.excepthook = _quiet
     parent = parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _quiet(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """In a worker: that nobody takes what it hands over any more is no news."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_with(sentinel: int) -> None:
@@ -193,10 +201,10 @@ def _checked(made: tuple[Batch, float] | Failure, pace: Pace) -> Batch:
     return batch
 
 
-def _told(error: RuntimeError) -> KiEdgeError | RuntimeError:
+def _told(error: Exception) -> Exception:
     """What became of a worker, in one line; other errors as they are."""
-    text = " ".join(str(error).split())
-    if "DataLoader worker" not in text or "Caught" in text:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, RuntimeError) and ("DataLoader worker" not in text or "Caught" in text):
         return error
     if "Bus error" in text or "shared memory" in text:
         return DatasetError(

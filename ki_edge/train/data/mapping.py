@@ -224,7 +224,8 @@ def _cameras(
             )
         found[place] = feature
         free = [one for one in free if one != place]
-    slots.names += [slot for slot in [*told, *found] if slot in {*found, *empty} and slot not in slots.names]
+    new = [slot for slot in dict.fromkeys([*told, *found]) if slot in {*found, *empty} and slot not in slots.names]
+    slots.names += sorted(new, key=is_wrist)
     if not found:
         raise DatasetError(f"{name}: no camera is left to see with; its pictures are {_list(frames.cameras)}")
     return tuple((slot, found.get(slot)) for slot in slots.names), tuple(unused)

@@ -36,12 +36,15 @@ class Mixture:
         self._edges = np.concatenate([[0.0], np.cumsum(share / share.sum())])
         self._edges[-1] = 1.0
         self.sizes, self.batch, self.seed = np.asarray(sizes, np.int64), batch, seed
+        self._last: tuple[int, Int64] = (-1, np.zeros((0, 0), np.int64))  # a block and its counts
         self._before = [np.zeros(len(self.sizes), np.int64)]  # rows of each source before each block
 
     def plan(self, step: int) -> Plan:
         """The rows of a step's batch, in their order."""
         block, within = divmod(step, BLOCK)
-        counts = self._counts(block)
+        if self._last[0] != block:
+            self._last = (block, self._counts(block))
+        counts = self._last[1]
         taken = self._before_block(block) + counts[:within].sum(axis=0)
         own = counts[within]
         source = np.repeat(np.arange(len(own)), own)

@@ -71,33 +71,19 @@ def open_data(
     if not recorded:
         raise ArgumentError("no dataset of actions: a policy learns from recorded episodes, text sets come beside them")
     sources = _sources(recorded, start, settings, map_file, say)
-    measured = [source.measured(horizon) for source in sources]
-    for one in (one for both in measured for one in both.values()):
-        for note in one.notes:
-            say(note)
     sets = [TextSet.open(one.path) for one in texts]
-    choice = choice or Choice()
-    robots = [_robot(source, both, settings.seed, horizon) for source, both in zip(sources, measured, strict=True)]
-    spoken = [pair for texts_ in sets for pair in texts_.texts()]
-    recipe = Recipe.fit(start, robots, spoken, _with_delay(choice, settings))
-    report = TokenReport.measure(recipe, robots, [source.samples for source in sources])
-    for note in (*recipe.notes, *report.lines(), *report.check(settings.max_long)):
-        say(note)
-    spoken_sources = [
-        TextSource(one.name, set_, _text_slots(set_, sources)) for one, set_ in zip(texts, sets, strict=True)
-    ]
+    recipe, report = _recipe(
+        start, sources, sets, horizon, replace(choice or Choice(), rtc_max_delay=settings.rtc_max_delay), settings, say
+    )
+    spoken = [TextSource(one.name, given, _text_slots(given, sources)) for one, given in zip(texts, sets, strict=True)]
     ordered = [*recorded, *texts]
-    sizes = [source.samples for source in sources] + [len(set_) for set_ in sets]
+    sizes = [source.samples for source in sources] + [len(given) for given in sets]
     weights = _weights(ordered, sizes, say)
     caches = _caches(cache, cache_gb, sources, recipe, say)
-    first = np.cumsum([0, *(len(source.tasks) for source in sources)])
-    tasks = [task for source in sources for task in source.tasks] + [one.name for one in texts]
-    places = (*(int(at) for at in first[:-1]), *(int(first[-1]) + at for at in range(len(texts))))
+    tasks, places = _tasks(sources, texts)
     mixture = Mixture(sizes, weights, settings.batch, settings.seed)
-    assembler = Assembler(
-        tuple(sources), tuple(spoken_sources), places, recipe, settings, mixture, tuple(caches)
-    )  # fmt: skip
-    facts = _facts(ordered, weights, sources, sets, recipe, settings)
+    assembler = Assembler(tuple(sources), tuple(spoken), places, recipe, settings, mixture, tuple(caches))
+    facts = _facts(ordered, weights, sources, sets, recipe)
     return MixedData(assembler, tasks, facts, default_workers() if workers is None else workers, report)
 
 
@@ -154,8 +140,35 @@ def _robot(source: ActionSource, measured: Mapping[str, Measured], seed: int, ho
     )
 
 
-def _with_delay(choice: Choice, settings: TrainSettings) -> Choice:
-    return replace(choice, rtc_max_delay=settings.rtc_max_delay)
+def _recipe(
+    start: Start,
+    sources: Sequence[ActionSource],
+    sets: Sequence[TextSet],
+    horizon: int,
+    choice: Choice,
+    settings: TrainSettings,
+    say: Say,
+) -> tuple[Recipe, TokenReport]:
+    """Statistics and tokens that are fitted to the data, and how well the tokens do."""
+    measured = [source.measured(horizon) for source in sources]
+    for one in (one for both in measured for one in both.values()):
+        for note in one.notes:
+            say(note)
+    robots = [_robot(source, both, settings.seed, horizon) for source, both in zip(sources, measured, strict=True)]
+    recipe = Recipe.fit(start, robots, [pair for given in sets for pair in given.texts()], choice)
+    report = TokenReport.measure(recipe, robots, [source.samples for source in sources])
+    for note in (*recipe.notes, *report.lines(), *report.check(settings.max_long)):
+        say(note)
+    return recipe, report
+
+
+def _tasks(sources: Sequence[ActionSource], texts: Sequence[Wanted]) -> tuple[list[str], tuple[tuple[int, ...], ...]]:
+    """All tasks of the mixture, and which of them those of each source are; a text set is one."""
+    found = list(dict.fromkeys(task for source in sources for task in source.tasks))
+    number = {task: at for at, task in enumerate(found)}
+    places = [tuple(number[task] for task in source.tasks) for source in sources]
+    places += [(len(found) + at,) for at in range(len(texts))]
+    return [*found, *(one.name for one in texts)], tuple(places)
 
 
 def _text_slots(texts: TextSet, sources: Sequence[ActionSource]) -> dict[str, int]:
@@ -215,7 +228,6 @@ def _facts(
     sources: Sequence[ActionSource],
     sets: Sequence[TextSet],
     recipe: Recipe,
-    settings: TrainSettings,
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for at, (one, weight) in enumerate(zip(wanted, weights, strict=True)):

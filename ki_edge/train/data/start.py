@@ -15,6 +15,7 @@ from ki_edge.policy.fast import FastCodec
 from ki_edge.policy.prompt import PromptFormat, PromptTokenizer
 from ki_export.policies import PolicyDescription, PolicyRequest, describe_policy
 from ki_export.policies.tokenizers import GET_IT, find_tokenizer
+from ki_export.source.opening import CheckpointRef, Say, open_checkpoint
 
 PALIGEMMA_IDS = 257_152  # rows of every released checkpoint's embedding
 PI05_PROMPT, FAST_POSTFIX = 200, 256  # tokens, as openpi trains
@@ -68,14 +69,17 @@ class Start:
         tokenizer: str | Path | None = None,
         contract: str | None = None,
         lerobot_version: str | None = None,
+        base: str | None = None,
+        say: Say = lambda line: None,
     ) -> Start:
-        """A checkpoint of any format that ki-export reads: only headers, JSON files and assets are read.
+        """A checkpoint that ki-export reads, a folder, a Hub id or an adapter: only headers, JSON and assets are read.
 
-        `contract`: a preset's name or a file, where the checkpoint records no more than its weights; without one such a
-        model is taken for what openpi trains: PI05_PROMPT tokens of "pi05", quantiles. CheckpointError, ContractError,
+        `base`: checkpoint under an adapter, instead of the one that it names. `contract`: a preset's name or a file,
+        where the checkpoint records no more than its weights; without one such a model is taken for what openpi trains:
+        PI05_PROMPT tokens of "pi05", quantiles. CheckpointError, ContractError,
         ArgumentError: what is wrong, or that it has no tokenizer.
         """
-        checkpoint = Checkpoint.open(folder, default_horizon=1)
+        checkpoint = open_checkpoint(CheckpointRef(str(folder), base=base), say, default_horizon=1)
         if checkpoint.config.has_state:
             raise CheckpointError(f"--init {folder} holds a π0, whose state is a token of its own: give a π0.5")
         request = PolicyRequest(

@@ -81,13 +81,16 @@ class TokenReport:
                 else "",
                 f"{unspelled} chunks that the FAST codec cannot spell" if unspelled else "",
             ]
-            share = f"{100 * outside.mean():.2g} % of {which} frames"
+            share = f"{100 * outside.mean():.3g} % of {which} frames"
             told = f"{one.name}: {share} do not fit: {', '.join(part for part in parts if part)}"
             if outside.mean() > most:
-                raise DatasetError(
-                    f"{told}; --max-long allows {100 * most:g} %: shorten the instructions, give a smaller --horizon, "
-                    "or let FAST be fitted to the data"
-                )
+                cures = {
+                    "shorten the instructions": prompts,
+                    "give a smaller --horizon": postfixes,
+                    "let FAST be fitted to these data with --fast fit": postfixes + unspelled,
+                }
+                cure = ", or ".join(name for name, count in cures.items() if count)
+                raise DatasetError(f"{told}; --max-long allows {100 * most:g} %: {cure}")
             lines.append(f"{told}; such an instruction loses its last words, such a chunk has no FAST loss")
         return lines
 
