@@ -41,8 +41,8 @@ Tell = Callable[[str], None]
 class Request:
     """A run as it is asked for. `given`: settings that the command line names; `origin`: what it is started from.
 
-    `config`: a geometry of one's own, instead of a preset's. What follows it is not recorded and may be otherwise when the
-    run is resumed.
+    `config`: a geometry of one's own, instead of a preset's. What follows it is not recorded, and may be otherwise when
+    the run is resumed.
     """
 
     out: Path
