@@ -24,7 +24,7 @@ BACK = (
     0.5,
     60.0,
 )  # periods before a time at which its frame is sought; at first just behind, for the frame itself
-AHEAD = 2.0  # seconds: what lies further ahead is sought, what is nearer is decoded up to
+AHEAD = 0.25  # seconds: what lies further ahead is sought, what is nearer is decoded up to
 
 
 def check_whole(path: Path) -> None:
