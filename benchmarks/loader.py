@@ -1,4 +1,6 @@
-"""Samples a second of the loader, by workers and with and without a cache: python benchmarks/loader.py DATASET [--map FILE].
+"""Samples a second of the loader, by workers and with and without a cache.
+
+    python benchmarks/loader.py DATASET [--map FILE]
 
 A table for `benchmarks/train.py` too: `measure` gives its rows. The first epoch fills the cache, the second reads it.
 """
@@ -13,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ki_edge.config import PRESETS
+from ki_edge.train.data.mixed import MixedData
 from ki_edge.train.data.opening import open_data
 from ki_edge.train.data.start import Start
 from ki_edge.train.step.settings import TrainSettings
 from ki_edge.train.step.training_data import Share
 
-SECONDS = 20.0  # of each measurement at most
+SECONDS = 10.0  # of each measurement at most
 
 
 @dataclass(frozen=True)
@@ -38,20 +41,28 @@ def measure(
     settings = TrainSettings(steps=1_000_000, batch=batch)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for cache, name in ((None, "decoded"), (Path(folder), "decoded and kept"), (Path(folder), "from the cache")):
-            for count in workers if name != "decoded and kept" else [max(workers)]:
-                data = open_data(
-                    [dataset], start, settings, horizon=horizon, map_file=map_file, cache=cache, workers=count
-                )  # fmt: skip
-                steps = data.steps(0, Share())
-                next(steps)
-                epoch = -(-data.facts()[f"data.{data.names[0]}.frames"] // batch)
-                began, taken = time.perf_counter(), 0
-                while time.perf_counter() - began < SECONDS and taken < epoch * batch:
-                    taken += sum(len(part) for part in next(steps))
-                rows.append(Row(count, name, taken / (time.perf_counter() - began)))
-                data.close()
+        for cache in (None, Path(folder)):
+            data = open_data([dataset], start, settings, horizon=horizon, map_file=map_file, cache=cache, workers=0)
+            frames = int(data.facts()[f"data.{data.names[0]}.frames"])
+            if cache is not None:
+                data.workers = max(workers)
+                rows.append(Row(max(workers), "decoded and kept", _rate(data, frames)))
+            for count in workers:
+                data.workers = count
+                rows.append(Row(count, "decoded" if cache is None else "from the cache", _rate(data, frames)))
+            data.close()
     return rows
+
+
+def _rate(data: MixedData, most: int) -> float:
+    """Over at most so many samples, or SECONDS if those were enough for some."""
+    steps = data.steps(0, Share())
+    next(steps)
+    began, taken = time.perf_counter(), 0
+    while taken < most and (not taken or time.perf_counter() - began < SECONDS):
+        taken += sum(len(part) for part in next(steps))
+    steps.close()  # type: ignore[attr-defined]
+    return taken / (time.perf_counter() - began)
 
 
 def main() -> None:
