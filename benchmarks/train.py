@@ -5,7 +5,8 @@
     python benchmarks/train.py --preset tiny --batch 16 --data my_run
 
 Forms of the loss run in turn, a round after the other; each figure is a median over the rounds, each ratio is of one
-run. Float32, random weights and samples, no padding. Exit status 1 if a bar is missed or two forms differ.
+run. Float32, random weights and samples, no padding. `--cpu-time` counts the processor's time of one thread instead of
+the clock's, for a machine that others use too. Exit status 1 if a bar is missed or two forms differ.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ FLOW, JOINT = "flow alone, not insulated", "openpi's step in plain form"
 RATIOS = ((TWO, ONE), (TWO_INSULATED, ONE), (JOINT, FLOW), (ONE, FLOW))
 SKIPPED = 2  # first steps of the loader, which start its workers
 Form = Callable[[Pi05, Sample], Tensor]
+clock = time.perf_counter
 
 
 def time_forms(
@@ -55,10 +57,10 @@ def time_forms(
     for _ in range(rounds + 1):
         for name, (model, form) in forms.items():
             model.zero_grad(set_to_none=True)
-            started = time.perf_counter()
+            started = clock()
             loss = form(model, sample)
             loss.backward()  # type: ignore[no-untyped-call]
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
             losses[name] = loss.item()
     return {name: statistics.median(each[1:]) for name, each in seconds.items()}, losses
 
@@ -104,11 +106,11 @@ def _parts(
 
 class _Clock:
     def __init__(self) -> None:
-        self._since = time.perf_counter()
+        self._since = clock()
 
     def lap(self) -> float:
         """Seconds since the last one."""
-        now = time.perf_counter()
+        now = clock()
         seconds, self._since = now - self._since, now
         return seconds
 
@@ -222,8 +224,11 @@ def main() -> int:
     parser.add_argument("--threads", type=int, help="of PyTorch (all)")
     parser.add_argument("--data", action="append", metavar="DATASET", help="also measure the loader on these")
     parser.add_argument("--loader-steps", type=int, default=20)
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, instead of the clock's")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.cpu_time:
+        globals()["clock"], options.threads = time.process_time, 1
     if options.threads:
         torch.set_num_threads(options.threads)
 
