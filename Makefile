@@ -52,7 +52,7 @@ lint: setup
 
 train-demo: setup
 	$(BIN)/python examples/fetch/demonstrations.py build/fetch/demonstrations --points build/fetch/points --scenes 6000 --seed 0 --workers 2
-	$(BIN)/ki-train build/fetch/demonstrations:2 build/fetch/points:1 -o build/fetch/run --steps 6200 --batch 48 --warmup 200
+	$(BIN)/ki-train build/fetch/demonstrations:2 build/fetch/points:1 -o build/fetch/run --steps 6200 --batch 48 --warmup 200 --cache build/fetch/cache
 	$(BIN)/python examples/fetch/evaluate.py build/fetch/run/last --episodes 100 --seed 1000
 
 clean:

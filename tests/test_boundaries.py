@@ -34,7 +34,10 @@ DIRECTIONS: dict[str, str] = {
         "ki_edge ki_edge.checkpoints ki_edge.files ki_edge.model ki_edge.policy ki_edge.recordings ki_edge.train.step "
         "ki_export.policies ki_export.source"
     ),
-    "ki_edge.train.parallel": "ki_edge ki_edge.checkpoints ki_edge.files ki_edge.model ki_edge.train.step",
+    "ki_edge.train.parallel": (
+        "ki_edge ki_edge.checkpoints ki_edge.checkpoints.layout ki_edge.checkpoints.peft ki_edge.files ki_edge.model "
+        "ki_edge.train.step"
+    ),
     "ki_edge.train.watching": "ki_edge ki_edge.files ki_edge.model ki_edge.train.step",
     "ki_edge.train": (
         "ki_edge ki_edge.checkpoints ki_edge.files ki_edge.model ki_edge.policy ki_edge.train.data "

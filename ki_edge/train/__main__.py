@@ -1,4 +1,4 @@
-"""`python -m ki_edge.train`, `accelerate launch -m ki_edge.train`, `torchrun -m ki_edge.train`: the command ki-train."""
+"""The command ki-train, for `python -m`, `accelerate launch -m` and `torchrun -m ki_edge.train`."""
 
 import sys
 

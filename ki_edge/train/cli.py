@@ -50,7 +50,7 @@ def train(arguments: argparse.Namespace) -> int:
         arguments.out, _origin(arguments), given_settings(arguments), recipe=arguments.recipe,
         resume=arguments.resume, fresh=arguments.fresh, accept_changes=arguments.accept_changes,
         strategy=arguments.strategy, threads=arguments.threads, workers=arguments.workers,
-        cache=arguments.cache, cache_gb=arguments.cache_gb, trial=trial, trackers=arguments.track or (),
+        cache=arguments.cache, cache_gb=arguments.cache_gb, trial=trial, trackers=tuple(arguments.track or ()),
     )  # fmt: skip
     trainer = open_run(request, tell)
     try:

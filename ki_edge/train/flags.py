@@ -116,6 +116,7 @@ def add_machine(parser: Parser) -> None:
     group.add_argument(
         "--checkpointing", action="store_true", default=None, help="compute layers twice, to save memory"
     )
+    group.add_argument("--bfloat16", action="store_true", default=None, help="products in bfloat16 (where it is fast)")
     group.add_argument("--float32", action="store_true", default=None, help="no products in bfloat16")
     group.add_argument("--threads", type=int, default=0, help="CPU threads (all)")
 
@@ -138,9 +139,13 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings that the command line gives. ArgumentError for a group or a number that is none."""
     names = [*STEPS, *LOSS, *OPTIMISER, *DATA, *SAVING]
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    if arguments.bfloat16 and arguments.float32:
+        raise ArgumentError("--bfloat16 and --float32: say one of them")
     off = {"knowledge_insulation": "no_insulation", "fast_loss": "no_fast_loss", "bfloat16": "float32"}
     given |= {name: False for name, flag in off.items() if getattr(arguments, flag)}
-    given |= {name: True for name in ("augment", "checkpointing", "expert_only") if getattr(arguments, name)}
+    given |= {
+        name: True for name in ("augment", "bfloat16", "checkpointing", "expert_only") if getattr(arguments, name)
+    }
     if arguments.freeze:
         given["freeze"] = tuple(name for text in arguments.freeze for name in text.split(","))
     if arguments.rate:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -41,8 +41,8 @@ Tell = Callable[[str], None]
 class Request:
     """A run as it is asked for. `given`: settings that the command line names; `origin`: what it is started from.
 
-    `config`: a geometry of one's own, instead of a preset's. What is not recorded: `cache`, `cache_gb`, `workers`, `threads`, `strategy`, `trial`, `trackers` may differ when a run
-    is resumed.
+    `config`: a geometry of one's own, instead of a preset's. What follows it is not recorded and may be otherwise when the
+    run is resumed.
     """
 
     out: Path
@@ -59,7 +59,7 @@ class Request:
     cache: Path | None = None
     cache_gb: float = 20.0
     trial: Trial | None = None
-    trackers: Sequence[str] = ()
+    trackers: tuple[str, ...] = ()
 
 
 def open_run(request: Request, tell: Tell = lambda line: None) -> Trainer:

@@ -12,6 +12,8 @@ import pytest
 from ki_edge.recordings.collection import open_recordings
 from ki_edge.recordings.episodes import EpisodeView
 from ki_runtime.monitoring.request_recorder import RequestRecorder
+from ki_runtime.recording.dataset import DatasetWriter
+from ki_runtime.recording.features import Features, Frame
 
 from ..runtime.monitored import CONTRACT, POLICY, answer, answered, level
 from ..runtime.recorded_runs import STEPS, Cut, Plan, record
@@ -28,7 +30,7 @@ for folder in sys.argv[1:]:
     data = LeRobotDataset("local/run", root=folder, video_backend="pyav")
     rows = [data[i] for i in range(len(data))]
     plain = lambda value: value.tolist() if isinstance(value, torch.Tensor) else value
-    cameras = data.meta.video_keys
+    cameras = data.meta.camera_keys
     ahead = {"action": [k / data.fps for k in range(3)]}
     only = {"episodes": [data.num_episodes - 1], "delta_timestamps": ahead}
     last = LeRobotDataset("local/run", root=folder, video_backend="pyav", **only)
@@ -131,6 +133,23 @@ def check(found, folder):
             np.testing.assert_array_equal(chunks, episode.actions[rows])
     assert at == len(found["rows"]) and found["batches"] == -(-at // 4)
     assert found["sizes"] == {"observation.images.front": [3, 32, 48], "observation.images.wrist.left": [3, 16, 32]}
+
+
+def test_lerobot_reads_pictures_that_are_stored_one_by_one(lerobot, tmp_path):
+    features = Features(10.0, "toy", 2, ("x", "y"), {"front": (24, 32)}, ("position",), "image")
+    writer, grey = DatasetWriter(tmp_path / "set", features), []
+    for length in (3, 4):
+        writer.begin()
+        for step in range(length):
+            grey.append(20 * len(grey))
+            vector = np.full(2, step, np.float32)
+            seen = {"front": np.full((24, 32, 3), grey[-1], np.uint8)}
+            writer.add(Frame(step, 0.1 * step, vector, vector, vector, seen, 0.0, 0, step, 0.1, False, (), "go"))
+        writer.finish({"ki.stopped": False})
+    found = lerobot(READ, tmp_path / "set")[str(tmp_path / "set")]
+    assert found["episodes"] == 2 and found["sizes"] == {"observation.images.front": [3, 24, 32]}
+    np.testing.assert_allclose([row["observation.images.front"] for row in found["levels"]], grey, atol=1e-3)
+    assert found["last"][-1] == [[3.0, 3.0]] * 3
 
 
 def test_statistics_are_lerobots(lerobot, tmp_path):

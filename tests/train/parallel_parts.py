@@ -113,6 +113,20 @@ def train(engine: Engine, first: int, last: int, *, probe: int = 0, **compositio
     return records
 
 
+def evaluated(engine: Engine) -> dict[str, torch.Tensor]:
+    """What the averaged model makes of a batch, by all the ways in which it is called."""
+    batch = random_batch(77, 2, draws=1, config=engine.model.config)
+    with engine.averaged() as model:
+        losses = model.compute_loss(batch.observation, batch.actions, noise=batch.noise, time=batch.time)
+        return {
+            "flow": losses.flow.clone(),
+            "fast": model.token_loss(batch.observation).clone(),
+            "logits": model.fast_logits(batch.observation).clone(),
+            "actions": model.sample_actions(batch.observation, noise=batch.noise, num_steps=3).clone(),
+            "tokens": model.sample_fast_tokens(batch.observation, max_tokens=4, constrained=False).float(),
+        }
+
+
 def leaks(engine: Engine, batches: list[Batch]) -> dict[str, float]:
     """The largest number in the gradient of the flow loss alone: of the backbone's side, and of the expert's."""
     objective = getattr(engine.objective, "module", engine.objective)

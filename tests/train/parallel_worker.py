@@ -1,8 +1,8 @@
 """One process of a run for the tests: parallel_worker.py OUT. OUT/scenarios.json is a list of what to train.
 
 Each scenario: `name`, `settings`, `strategy`, `composition` of the batches, `steps` [first, last], and optionally
-`load` and `save` (folders of training state), `checkpoint`, `vocabulary`, `probe`; or `golden` (a folder) instead of
-steps. Writes OUT/NAME.safetensors (weights and average) and OUT/NAME.json (what each step reported).
+`load` and `save` (folders of training state), `checkpoint`, `vocabulary`, `probe`, `evaluate`; or `golden` (a folder)
+instead of steps. Writes OUT/NAME.safetensors (weights, average) and OUT/NAME.json (what each step reported).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from parallel_parts import MICRO, backward, golden_model_and_batch, random_model, shared_out, train
+from parallel_parts import MICRO, backward, evaluated, golden_model_and_batch, random_model, shared_out, train
 
 from ki_edge.train.parallel.engine import Engine
 from ki_edge.train.parallel.sharding import whole
@@ -31,15 +31,20 @@ def run(scenario: dict[str, Any], out: Path) -> None:
     engine = Engine(random_model(config), settings, strategy=scenario.get("strategy", "auto"))
     if "load" in scenario:
         engine.load_state(out / scenario["load"])
+    before = evaluated(engine) if "evaluate" in scenario else {}
     records = train(
         engine, *scenario["steps"], config=config, probe=scenario.get("probe", 0), **scenario.get("composition", {})
     )
+    after = evaluated(engine) if "evaluate" in scenario else {}
+    if after:
+        records += train(engine, engine.step, engine.step + 1, config=config)
     if "save" in scenario:
         engine.save_state(out / scenario["save"])
     if "checkpoint" in scenario:
         engine.save_checkpoint(out / scenario["checkpoint"])
     state = {f"weights.{name}": whole(p).clone() for name, p in engine.model.named_parameters()}
     state |= {f"average.{name}": whole(p).clone() for name, p in engine.average.values.items()}
+    state |= {f"{when}.{name}": value for when, part in (("a", before), ("b", after)) for name, value in part.items()}
     if engine.main:
         save_file(state, out / f"{scenario['name']}.safetensors")
         (out / f"{scenario['name']}.json").write_text(json.dumps(records))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from ki_edge.checkpoints import Checkpoint
 from ki_edge.checkpoints.layout.keys import checkpoint_key
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -24,8 +25,8 @@ MIXED = {"texts": 2, "delays": True}
 THRIFTY = {"checkpointing": True, "accumulate": 2}
 ADAPTED = {"lora": [["backbone", 4], ["embeddings", 3], ["expert", 4], ["vision", 2], ["projector", 2]]}
 ALL = [
-    {"name": "ddp", "strategy": "ddp", "settings": THRIFTY, "steps": [0, 20], "composition": MIXED, "probe": 5},
-    {"name": "fsdp2", "strategy": "fsdp2", "settings": THRIFTY, "steps": [0, 20], "composition": MIXED, "probe": 5},
+    {"name": "ddp", "strategy": "ddp", "settings": THRIFTY, "steps": [0, 20], "composition": MIXED, "probe": 7},
+    {"name": "fsdp2", "strategy": "fsdp2", "settings": THRIFTY, "steps": [0, 20], "composition": MIXED, "probe": 7},
     {"name": "half", "strategy": "fsdp2", "settings": {}, "steps": [0, 10], "composition": MIXED, "save": "state"},
     {"name": "rest", "strategy": "ddp", "settings": {}, "steps": [10, 20], "composition": MIXED, "load": "state"},
     {
@@ -34,6 +35,11 @@ ALL = [
     },
     {"name": "lora_ddp", "strategy": "ddp", "settings": {**ADAPTED, **THRIFTY}, "steps": [0, 3], "probe": 1},
     {"name": "expert", "strategy": "fsdp2", "settings": {"expert_only": True, **THRIFTY}, "steps": [0, 3]},
+    {"name": "evaluated", "strategy": "fsdp2", "settings": {"ema": 0.9}, "steps": [0, 2], "evaluate": True},
+    {
+        "name": "evaluated_ddp", "strategy": "ddp", "settings": {"ema": 0.9, **ADAPTED}, "steps": [0, 2],
+        "evaluate": True,
+    },
     {
         "name": "plain", "strategy": "ddp", "settings": {"knowledge_insulation": False, "fast_loss": False},
         "steps": [0, 3],
@@ -109,9 +115,44 @@ def test_twenty_steps_are_those_of_one_process(one, two, name):
     assert_same(one("ddp", strategy="auto"), two, "ddp", name)
 
 
+@pytest.mark.parametrize("name", ["evaluated", "evaluated_ddp"])
+def test_evaluation_before_and_between_steps(one, two, name):
+    """The average in the weights' place, gathered where it is called, and steps afterwards as if nothing had been."""
+    assert_same(one(name), two, name, atol=1e-5)  # logits and samples are among what is compared
+
+
 @pytest.mark.parametrize("name", ["lora", "lora_ddp", "expert", "plain", "joint"])
 def test_so_are_other_kinds_of_training(one, two, name):
     assert_same(one(name), two, name)
+
+
+def test_a_checkpoint_of_shards_with_adapters_is_that_of_one_process(one, two):
+    ours, theirs = (Checkpoint.open(folder / "merged") for folder in (one("lora"), two))
+    for key in ours.source.tensors:
+        np.testing.assert_allclose(theirs.source.array(key), ours.source.array(key), rtol=0, atol=1e-6, err_msg=key)
+    assert (two / "merged" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_accelerate_launches_it_too(two, tmp_path):
+    """The launcher that people know; its own choice of precision and strategy is not taken."""
+    (tmp_path / "scenarios.json").write_text(json.dumps([{**BY_NAME["plain"], "name": "launched"}]))
+    options = [
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "bf16",
+        "--dynamo_backend",
+        "no",
+    ]
+    command = [sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", *options, "--main_process_port", "0"]
+    done = subprocess.run([*command, WORKER, tmp_path], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    for ours, theirs in zip(records(tmp_path, "launched"), records(two, "plain"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)  # it may choose another number of threads
+        assert ours.keys() == {"flow", "total", "grad_norm"}  # there is no token loss
 
 
 def test_a_state_is_read_by_another_number_of_processes(one, two):

@@ -155,7 +155,7 @@ def test_a_long_instruction_loses_words_and_never_the_state(recipe):
     assert len(prompt) <= recipe.contracts[0].max_token_len
     text = recipe.tokenizer.decode(prompt[1:])
     assert text.startswith("Task: go home go home ") and text.endswith(", State: 128 128 128;\n")
-    with pytest.raises(DatasetError, match="task 'go home': the prompt has .* tokens, the contract allows 64"):
+    with pytest.raises(DatasetError, match=r"task 'go home': the prompt has .* tokens, the contract allows 64"):
         recipe.encode_actions("go home", np.zeros(100), chunk)
 
 

@@ -106,6 +106,8 @@ def test_in_paligemmas_vocabulary_the_ids_are_openpis_or_lerobots():
     tokenizer = like_paligemma()
     assert place_fast(tokenizer, 2048, "openpi") == FastIds(257_152 - 1 - 128, 2048) == FastIds()
     assert place_fast(tokenizer, 2048, "pi052") == FastIds(257_152 - 1 - 1152, 2048)
+    tokenizer.vocab_size = 257_153  # with <image>
+    assert place_fast(tokenizer, 2048, "openpi") == FastIds()
     loc, seg = range(256_000, 257_024), range(257_024, 257_152)
     openpi, pi052 = place_fast(tokenizer, 2048, "openpi"), place_fast(tokenizer, 2048, "pi052")
     assert all(openpi.contains(token) for token in loc) and not any(openpi.contains(token) for token in seg)

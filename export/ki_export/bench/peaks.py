@@ -2,8 +2,8 @@
 
 Products are one-node graphs through the same ONNX Runtime with the same threads, at the shapes of the bundle's own
 biggest ones, their weights both as they lie in the file and prepacked; the fastest of all is the peak. Bandwidth is
-that of the fastest of three ways to read 512 MB with all threads: numpy's max and a product with a vector, an equal part
-for each thread, and the engine's own product of one row.
+that of the fastest of three ways to read 512 MB with all threads: numpy's max and a product with a vector, an equal
+part for each thread, and the engine's own product of one row.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ from ki_edge.policy.words import is_json
 from ki_export.policies.codecs import find_codec
 
 from .encoding import TokenEncoder
-from .start import FAST_POSTFIX, PALIGEMMA_IDS, PI05_PROMPT, Start
-from .vocabulary import Placement, check_answers, fit_vocabulary, place_fast, whole
+from .start import FAST_POSTFIX, PI05_PROMPT, Start
+from .vocabulary import PALIGEMMA_IDS, Placement, check_answers, fit_vocabulary, place_fast, whole
 
 Float32 = npt.NDArray[np.float32]
 ROBOTS = "robots"  # folder of a checkpoint: what the other robots of a mixture need

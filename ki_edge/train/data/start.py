@@ -17,7 +17,8 @@ from ki_export.policies import PolicyDescription, PolicyRequest, describe_policy
 from ki_export.policies.tokenizers import GET_IT, find_tokenizer
 from ki_export.source.opening import CheckpointRef, Say, open_checkpoint
 
-PALIGEMMA_IDS = 257_152  # rows of every released checkpoint's embedding
+from .vocabulary import PALIGEMMA_IDS
+
 PI05_PROMPT, FAST_POSTFIX = 200, 256  # tokens, as openpi trains
 OPENPI_SLOTS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 # fields of a contract that say how a model was trained, whatever robot it drove

@@ -13,6 +13,7 @@ from ki_edge.errors import ArgumentError, DatasetError
 from ki_edge.policy.fast import FastIds
 from ki_edge.policy.prompt import PromptTokenizer
 
+PALIGEMMA_IDS = 257_152  # rows of every released checkpoint's embedding
 Placement = Literal["top", "openpi", "pi052"]
 SKIPPED = {"openpi": 128, "pi052": 1152}  # ids at the vocabulary's end that FAST leaves free: <seg>; <seg> and <loc>
 LOC_BINS, LOC_SIDE = 64, 1024  # PaliGemma has every place; every 16th serves small pictures
@@ -72,7 +73,8 @@ def place_fast(tokenizer: PromptTokenizer, size: int, placement: Placement) -> F
         raise ArgumentError(f"--fast-placement {placement!r:.40}: expected one of {', '.join(get_args(Placement))}")
     if placement == "top":
         return FastIds(whole(tokenizer.vocab_size + size) - 1, size)
-    offset = tokenizer.vocab_size - 1 - SKIPPED[placement]
+    # a tokenizer.json may have ids above the text, such as <image>: FAST is counted from the end of the text
+    offset = min(tokenizer.vocab_size, PALIGEMMA_IDS) - 1 - SKIPPED[placement]
     needed = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, *tokenizer.action_ids, *tokenizer.end_ids}
     needed |= {id for digits in "0123456789" for id in tokenizer.encode_alone(f"State: {digits};\n")}
     if offset - size < max(needed):

@@ -1,4 +1,4 @@
 """Training on the devices there are: processes, sharding, precision, optimisers, averages, adapters, state on disk.
 
-Imports: model, train's own batches, objective and settings.
+Imports: checkpoints, checkpoints.layout, checkpoints.peft, files, model, train.
 """

@@ -147,9 +147,8 @@ class Engine:
             for batch, part in zip(batches, terms, strict=True)
         ]
         rows = self.processes.gather(torch.cat(columns)).cpu()
-        values = {
-            name: share for name, share, count in zip(TERMS, shares.tolist(), counts.tolist(), strict=True) if count
-        }
+        computed = TERMS if self.tokens else TERMS[:1]
+        values = {name: share for name, share, n in zip(computed, shares.tolist(), counts.tolist(), strict=False) if n}
         found = dict(zip(COLUMNS, rows.unbind(dim=1), strict=True))
         numbers = {name: found[name] if name in ("flow", "tokens") else found[name].long() for name in COLUMNS}
         return StepResult({**values, "total": total.item()}, norm.item(), **numbers)

@@ -9,9 +9,9 @@ before the expert's layers do.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -96,13 +96,6 @@ def release(model: nn.Module) -> None:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-
-def recover(model: nn.Module) -> None:
-    """Make a model whose forward or backward pass was broken off usable again."""
-    reset: Callable[[], Any] | None = getattr(model, "reset_iter_state", None)
-    if isinstance(model, FSDPModule) and reset is not None:  # of torch 2.12
-        reset()
 
 
 def local(value: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from .batch import Batch
 
 @dataclass(frozen=True)
 class Share:
-    """Which rows of each step's batch a process computes: `rank` of `world`, in `accumulate` batches one after the other."""
+    """Which rows of each step's batch a process computes: `rank` of `world`, in `accumulate` parts."""
 
     rank: int = 0
     world: int = 1
@@ -32,7 +32,7 @@ class TrainingData(Protocol):
     tasks: Sequence[str]  # by Batch.task
 
     def steps(self, first: int, share: Share) -> Iterator[list[Batch]]:
-        """The batches of this process for step `first` and those after, to the last one, each as `accumulate` batches."""
+        """This process's batches for step `first` and those after, to the last one, each as `accumulate` batches."""
 
     def held_out(self, share: Share) -> Iterator[Batch]:
         """Samples of the episodes that were held out, always the same draws, in batches; empty if none were."""
@@ -41,7 +41,7 @@ class TrainingData(Protocol):
         """A sample's dataset, episode and frame, for messages."""
 
     def decode_actions(self, source: int, ids: npt.ArrayLike) -> npt.NDArray[np.float64] | None:
-        """Normalised actions f64 [H,a] that a postfix's ids spell, with or without "Action: "; None if they spell none."""
+        """Normalised actions f64 [H,a] that a postfix's ids spell, with "Action: " or without; None if they spell none."""
 
     def unnormalize_actions(self, source: int, actions: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Actions [...,a] of a dataset's robot in its own units, f64 [...,a]; relative ones stay relative."""

@@ -4,7 +4,7 @@
     python make_many.py h264 many_h264    the same
     python make_many.py v21 many_v21      LeRobot 0.3.3 with datasets 3.6: v2.1
 
-Five episodes at 10 a second. What a frame holds is given by `frame` below: each picture, state and action by episode and
+Five episodes at 10 a second. What a frame holds is given by `frame` below: picture, state and action by episode and
 step, and a task that changes within an episode. A v3.0 file ends after some kB, a folder after two files, so that there
 are several of each, and videos with more than one episode.
 """
