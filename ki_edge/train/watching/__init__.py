@@ -1,4 +1,4 @@
 """How a run goes: its log, evaluation, trackers and page.
 
-Imports: files, model; of train the seams (batch, training_data).
+Imports: files, model, train.step.
 """

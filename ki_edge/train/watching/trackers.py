@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -92,7 +92,7 @@ class Tracking:
 
     def __init__(
         self,
-        names: tuple[str, ...],
+        names: Sequence[str],
         folder: Path,
         config: Mapping[str, Any],
         *,
@@ -127,7 +127,7 @@ class Tracking:
                 self._tell(f"{name} failed and gets nothing more ({type(error).__name__}: {printable(error, 200)})")
 
 
-def check_trackers(names: tuple[str, ...]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """ArgumentError for a name that is no tracker's."""
     for name in names:
         if name not in OPENERS:

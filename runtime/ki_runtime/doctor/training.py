@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--checkpointing", action="store_true", help="layers are computed twice")
     group.add_argument("--no-insulation", action="store_true", help="the flow's gradient reaches the backbone")
     group.add_argument("--freeze", action="append", default=[], metavar="GROUP", help=f"of {', '.join(GROUPS)}")
-    group.add_argument("--lora", action="append", default=[], metavar="GROUP=RANK", help="adapters of a group instead")
+    group.add_argument("--lora", action="append", default=[], metavar="GROUP=RANK,...", help="adapters instead")
     group.add_argument("--expert-only", action="store_true", help="all but the action expert is frozen")
     group.add_argument("--cameras", type=int, default=3, help="pictures of a sample (3)")
     group.add_argument("--prompt-tokens", type=int, default=200, help="of a sample (200)")
@@ -139,7 +139,7 @@ def _setup(options: argparse.Namespace, config: Pi05Config, device: Device | Non
         strategy="single" if devices == 1 else "ddp" if options.strategy == "auto" else options.strategy,
         devices=devices, bfloat16=not options.float32, optimizer=options.optimizer, average=options.ema > 0,
         checkpointing=options.checkpointing, insulated=not options.no_insulation, freeze=freeze,
-        lora=tuple(_rank(text) for text in options.lora),
+        lora=tuple(_rank(part) for text in options.lora for part in text.split(",")),
     )  # fmt: skip
     if devices > 1 and options.strategy == "auto" and device is not None:
         states = need(config, Samples(), setup)
