@@ -109,42 +109,45 @@ def test_nothing_held_out_is_nothing_to_tell(toy, tokenizer_model):
     assert found.values == {} and found.predictions == ()
 
 
-def test_two_processes_find_what_one_finds(found, toy, tokenizer_model, tmp_path):
-    """Also where one has more batches than the other: ten samples in batches of three are 2 and 2; of one, none."""
-    code = textwrap.dedent(
-        """
-        import json, os, sys
-        from pathlib import Path
-        import torch
-        import toy
-        from ki_edge.train.watching.evaluation import evaluate
-        meeting = "file://" + os.path.abspath("meeting")
-        rank = int(os.environ["RANK"])
-        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-        values = []
-        for options in ({}, {"count": 7, "texts": 0}, {"count": 1, "texts": 0}):
-            data = toy.ToyData(Path("tokenizer.model").read_bytes(), **options)
-            found = evaluate(toy.ToyEngine(toy.toy_model()), data, num_steps=3)
-            values.append((found.values, len(found.predictions)))
-        Path(f"found{rank}.json").write_text(json.dumps(values))
-        torch.distributed.destroy_process_group()
-        """
-    )
+OPTIONS = ({}, {"count": 7, "texts": 0}, {"count": 1, "texts": 0})  # of the data: as many batches for each, more, none
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_find_what_one_finds(found, toy, tokenizer_model, tmp_path, strategy):
+    """With the real engine, also where one process has more batches than the other."""
     (tmp_path / "tokenizer.model").write_bytes(tokenizer_model)
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": path, "RANK": str(rank), "WORLD_SIZE": "2"},
+    (tmp_path / "evaluate.py").write_text(
+        textwrap.dedent(
+            """
+            import json, sys
+            from pathlib import Path
+            import toy
+            from ki_edge.train.parallel.engine import Engine
+            from ki_edge.train.step.settings import TrainSettings
+            from ki_edge.train.watching.evaluation import evaluate
+            engine = Engine(toy.toy_model(), TrainSettings(batch=2, bfloat16=False), strategy=sys.argv[1])
+            values = []
+            for options in json.loads(sys.argv[2]):
+                data = toy.ToyData(Path("tokenizer.model").read_bytes(), **options)
+                found = evaluate(engine, data, num_steps=3)
+                values.append((found.values, len(found.predictions)))
+            Path(f"found{engine.rank}.json").write_text(json.dumps(values))
+            engine.close()
+            """
         )
-        for rank in range(2)
-    ]
-    assert [process.wait(300) for process in processes] == [0, 0]
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, "evaluate.py", strategy, json.dumps(OPTIONS)],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
     ours, theirs = (json.loads((tmp_path / f"found{rank}.json").read_text()) for rank in range(2))
     assert [values for values, _ in ours] == [values for values, _ in theirs]
     assert [shown for _, shown in theirs] == [0, 0, 0] and ours[0][1] == 4
     assert ours[0][0] == pytest.approx(found.values, rel=1e-5)
-    for (values, _), options in zip(ours[1:], ({"count": 7, "texts": 0}, {"count": 1, "texts": 0}), strict=True):
+    for (values, _), options in zip(ours[1:], OPTIONS[1:], strict=True):
         alone = evaluate(toy.ToyEngine(toy.toy_model()), toy.ToyData(tokenizer_model, **options), num_steps=3)
         assert values == pytest.approx(alone.values, rel=1e-5)
