@@ -231,3 +231,16 @@ def test_two_processes_on_one_output(train, tmp_path):
 
     train("run", watch=again)
     assert engines  # the first run was not disturbed
+
+
+def test_precision_is_what_the_device_has(places, small_config, tmp_path, monkeypatch):
+    """A CPU without instructions for bfloat16 takes forty times as long in it; what is asked for is done."""
+    for number, (has, given, found) in enumerate(
+        [(True, {}, True), (False, {}, False), (False, {"bfloat16": True}, True)]
+    ):
+        monkeypatch.setattr("ki_edge.train.run.has_bfloat16", lambda device, has=has: has)
+        settings = {**{name: value for name, value in QUICK.items() if name != "bfloat16"}, **given}
+        origin = Origin(datasets=(str(places / "first"),), horizon=4)
+        trainer = open_run(Request(tmp_path / str(number), origin, settings, config=small_config, workers=0))
+        trainer.close()
+        assert trainer.settings.bfloat16 is found
