@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from ki_edge.errors import ArgumentError, CheckpointError, DivergedError
 from ki_edge.model import Pi05, load_model
 from ki_edge.train.batch import Batch
+from ki_edge.train.centering import CenteredPatches
 from ki_edge.train.objective import Objective
 from ki_edge.train.parallel.engine import Engine
 from ki_edge.train.parallel.groups import group_of
@@ -133,6 +134,22 @@ def test_without_an_average_the_checkpoint_is_the_weights(tmp_path):
     engine.save_checkpoint(tmp_path)
     for name, value in load_model(tmp_path).state_dict().items():
         assert torch.equal(value, engine.model.get_parameter(name)), name
+
+
+def test_a_mean_picture_that_is_taken_away_is_in_the_checkpoints_positions(tmp_path):
+    model = random_model()
+    CenteredPatches.install(model, torch.rand(1, 3, 14, 14, generator=torch.Generator().manual_seed(0)) - 0.5)
+    engine = Engine(model, SETTINGS)
+    train(engine, 0, 2)
+    engine.save_checkpoint(tmp_path)
+    batch = random_batch(9, 4, draws=1)
+    arguments = {"noise": batch.noise, "time": batch.time}
+    with engine.averaged() as averaged:
+        ours = averaged.compute_loss(batch.observation, batch.actions, **arguments)
+    with torch.no_grad():
+        theirs = load_model(tmp_path).compute_loss(batch.observation, batch.actions, **arguments)
+    torch.testing.assert_close(theirs.flow, ours.flow, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(theirs.fast, ours.fast, rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------------- going on

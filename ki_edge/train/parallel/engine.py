@@ -17,6 +17,7 @@ from ki_edge.model import Pi05
 from ki_edge.model.checkpoint import write_checkpoint
 from ki_edge.model.layers import Layer
 from ki_edge.train.batch import ACTIONS, TERMS, Batch
+from ki_edge.train.centering import PATCHES, POSITIONS, CenteredPatches
 from ki_edge.train.objective import Objective, Terms
 from ki_edge.train.settings import BACKBONE_SIDE, TrainSettings
 from ki_edge.train.training_data import Share
@@ -188,7 +189,18 @@ class Engine:
                 parts = adapters.get(module, {}) if kind == "weight" else {}
                 factors = {part: self._averaged(parameters, other) for part, other in parts.items()}
                 value = self._averaged(parameters, name)
+                if plain == POSITIONS:
+                    value = self._uncentred(parameters, value)
                 yield plain, merged(value, factors) if factors and self.main else value
+
+    def _uncentred(self, parameters: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+        """Positions for a model that is given whole pictures, where this one takes their mean away."""
+        center = CenteredPatches.center_of(self.model)
+        if center is None:
+            return positions
+        weight = self._averaged(parameters, PATCHES + "weight")
+        state = {POSITIONS: positions, PATCHES + "weight": weight}
+        return CenteredPatches.fold(state, center.cpu())[POSITIONS] if self.main else positions
 
     def _averaged(self, parameters: Mapping[str, Tensor], name: str) -> Tensor:
         value = whole(self.average.values.get(name, parameters[name]))
