@@ -16,7 +16,8 @@ from typing import Any, Protocol
 from ki_edge.errors import DivergedError
 
 from .parallel.checkpoints import STATE, RunFolder
-from .parallel.engine import Engine, StepResult
+from .parallel.engine import Engine
+from .parallel.results import StepResult
 from .step.batch import Batch
 from .step.settings import TrainSettings
 from .step.training_data import TrainingData

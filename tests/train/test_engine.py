@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ki_edge.errors import ArgumentError, CheckpointError, DivergedError
-from ki_edge.model import Pi05, load_model
+from ki_edge.model import load_model
+from ki_edge.train.centering import CenteredPatches, Folding
 from ki_edge.train.parallel.engine import Engine
 from ki_edge.train.parallel.groups import group_of
 from ki_edge.train.step.batch import Batch
-from ki_edge.train.step.objective import Objective
 from ki_edge.train.step.settings import GROUPS, TrainSettings
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -133,6 +131,24 @@ def test_without_an_average_the_checkpoint_is_the_weights(tmp_path):
     engine.save_checkpoint(tmp_path)
     for name, value in load_model(tmp_path).state_dict().items():
         assert torch.equal(value, engine.model.get_parameter(name)), name
+
+
+def test_a_mean_picture_that_is_taken_away_is_in_the_checkpoints_positions(tmp_path):
+    model = random_model()
+    center = torch.rand(1, 3, 14, 14, generator=torch.Generator().manual_seed(0)) - 0.5
+    CenteredPatches.install(model, center)
+    engine = Engine(model, SETTINGS)
+    engine.finish = Folding(center)
+    train(engine, 0, 2)
+    engine.save_checkpoint(tmp_path)
+    batch = random_batch(9, 4, draws=1)
+    arguments = {"noise": batch.noise, "time": batch.time}
+    with engine.averaged() as averaged:
+        ours = averaged.compute_loss(batch.observation, batch.actions, **arguments)
+    with torch.no_grad():
+        theirs = load_model(tmp_path).compute_loss(batch.observation, batch.actions, **arguments)
+    torch.testing.assert_close(theirs.flow, ours.flow, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(theirs.fast, ours.fast, rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------------- going on
@@ -276,37 +292,3 @@ def test_missing_libraries_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ArgumentError, match="lora: needs PEFT: pip install"):
         Engine(random_model(), replace(SETTINGS, lora=(("expert", 2),)))
-
-
-# ---------------------------------------------------------------------- devices
-
-
-class Elsewhere(TorchDispatchMode):
-    """Refuses every operation that makes a tensor on the CPU."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            assert not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta", function
-        return result
-
-
-@pytest.mark.parametrize("insulated", [True, False])
-@pytest.mark.parametrize(("tokens", "delays"), [(1.0, True), (0.0, True), (1.0, False)])
-def test_loss_and_gradients_make_no_tensor_on_the_cpu(insulated, tokens, delays):
-    batch = random_batch(0, 4, delays=delays).to("meta")
-    counts = torch.ones(3, device="meta")
-    with torch.device("meta"):
-        model = Pi05(MICRO, knowledge_insulation=insulated)
-    with Elsewhere():
-        Objective(model, (1.0, tokens, tokens))(batch, counts).total.backward()
-    assert model.action_in_proj.weight.grad.device.type == "meta"
-
-
-def test_the_sampler_makes_no_tensor_on_the_cpu_but_its_times():
-    """Times are computed in numpy and moved; what follows stays where the pictures are."""
-    batch = random_batch(0, 4).to("meta")
-    with torch.device("meta"):
-        model = Pi05(MICRO)
-    assert model.sample_actions(batch.observation, num_steps=3).device.type == "meta"
-    assert model.prefix_forward(*list(vars(batch.observation).values())[:4])[0].device.type == "meta"

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ki_edge.errors import ArgumentError, DivergedError
+from ki_edge.errors import ArgumentError
 from ki_edge.model import Pi05
 from ki_edge.model.checkpoint import write_checkpoint
 from ki_edge.model.layers import Layer
 from ki_edge.proc import peak_memory
-from ki_edge.train.step.batch import ACTIONS, TERMS, Batch
+from ki_edge.train.step.batch import Batch
 from ki_edge.train.step.objective import Objective, Terms
 from ki_edge.train.step.settings import BACKBONE_SIDE, TrainSettings
 from ki_edge.train.step.training_data import Share
@@ -28,29 +27,9 @@ from .averaging import MovingAverage
 from .groups import freeze, freeze_unused
 from .optimizers import Optimizer
 from .processes import Processes
+from .results import StepResult, diverged, gathered, is_finite
 from .sharding import choose, reducing, release, replicate, shard, whole
 from .starting import Weights, fill
-
-COLUMNS = ("flow", "tokens", "kind", "source", "task", "row")  # of what is gathered of every sample
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Of one step, the same on every process.
-
-    `terms`: flow, fast, text that the step had samples of, each its mean over the whole step; `total`, what was
-    minimised. `flow`, `tokens` f64 [n]: each sample's own means, NaN where it has none; `kind`, `source`, `task`, `row`
-    i64 [n]; all on the CPU, samples process by process, batch by batch. `grad_norm`: before clipping.
-    """
-
-    terms: dict[str, float]
-    grad_norm: float
-    flow: Tensor
-    tokens: Tensor
-    kind: Tensor
-    source: Tensor
-    task: Tensor
-    row: Tensor
 
 
 class Engine:
@@ -111,10 +90,10 @@ class Engine:
         moved = [batch.to(self.device) for batch in batches]
         terms = [self._backward(batch, counts, last=at + 1 == len(moved)) for at, batch in enumerate(moved)]
         norm = self._clip()
-        result = self._result(moved, terms, counts, norm)
-        if not _is_finite(result):
+        result = gathered(self.processes, moved, terms, counts, norm, tokens=self.tokens)
+        if not is_finite(result):
             self.optimizer.clear()
-            raise _diverged(self.step, result, tokens=self.tokens)
+            raise diverged(self.step, result, tokens=self.tokens)
         self.optimizer.step(rate)
         self.average.update(self.step)
         self.step += 1
@@ -139,20 +118,6 @@ class Engine:
         norm = whole(torch.nn.utils.get_total_norm(gradients))
         torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip, norm)
         return norm
-
-    def _result(self, batches: list[Batch], terms: list[Terms], counts: Tensor, norm: Tensor) -> StepResult:
-        shares = self.processes.sum(torch.stack([part.shares for part in terms]).sum(dim=0).double())
-        total = self.processes.sum(torch.stack([part.total for part in terms]).sum().double())
-        columns = [
-            torch.stack([part.flow, part.tokens, batch.kind, batch.source, batch.task, batch.row], dim=1).double()
-            for batch, part in zip(batches, terms, strict=True)
-        ]
-        rows = self.processes.gather(torch.cat(columns)).cpu()
-        computed = TERMS if self.tokens else TERMS[:1]
-        values = {name: share for name, share, n in zip(computed, shares.tolist(), counts.tolist(), strict=False) if n}
-        found = dict(zip(COLUMNS, rows.unbind(dim=1), strict=True))
-        numbers = {name: found[name] if name in ("flow", "tokens") else found[name].long() for name in COLUMNS}
-        return StepResult({**values, "total": total.item()}, norm.item(), **numbers)
 
     # ------------------------------------------------------------------ weights
 
@@ -250,6 +215,8 @@ class Engine:
                 found[name] = value
         return found
 
+    # ------------------------------------------------------------------ processes
+
     def any(self, value: bool) -> bool:
         """Whether a thing is so in one of the processes; the same answer in all."""
         if self.world == 1:
@@ -297,21 +264,3 @@ def _check_batch(settings: TrainSettings, world: int) -> None:
             f"batch {settings.batch}: cannot be split over {world} processes with {settings.accumulate} batches each; "
             f"choose a multiple of {parts}"
         )
-
-
-def _is_finite(result: StepResult) -> bool:
-    values = torch.tensor([*result.terms.values(), result.grad_norm])
-    return bool(torch.isfinite(values).all())
-
-
-def _diverged(step: int, result: StepResult, *, tokens: bool) -> DivergedError:
-    """Names the samples whose own loss is not finite, if that is the reason."""
-    flow = (result.kind == ACTIONS) & ~torch.isfinite(result.flow)
-    bad = flow | ~torch.isfinite(result.tokens) if tokens else flow
-    samples = [(int(result.source[at]), int(result.row[at])) for at in bad.nonzero().flatten()]
-    what = "the loss" if samples else "the gradient"
-    return DivergedError(
-        f"training diverged at step {step}: {what} is not finite; lower the learning rate, or look at the data",
-        step,
-        samples,
-    )
