@@ -24,7 +24,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@./examples/fetch/install_gl.sh
 	@echo "setting up $(VENV): some minutes, 3 GB"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[export,jax,hub,bench,train,ort,rtx,sim,record,view,remote,serve,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[export,jax,hub,bench,train,lora,adamw8bit,ort,rtx,sim,record,view,remote,serve,dev]'
 	@$(BIN)/python -m compileall -q -j 0 -x '/tests?/|/transformers/models/' $(VENV)/lib >/dev/null || true
 	@touch $@
 

@@ -40,8 +40,8 @@ DIRECTIONS: dict[str, str] = {
     ),
     "ki_edge.train.watching": "ki_edge ki_edge.files ki_edge.model ki_edge.train.step",
     "ki_edge.train": (
-        "ki_edge ki_edge.checkpoints ki_edge.files ki_edge.model ki_edge.policy ki_edge.train.data "
-        "ki_edge.train.parallel ki_edge.train.step ki_edge.train.watching"
+        "ki_edge ki_edge.files ki_edge.model ki_edge.train.data ki_edge.train.parallel ki_edge.train.step "
+        "ki_edge.train.watching"
     ),
     "ki_runtime": "ki_edge",
     "ki_runtime.backends": "ki_edge ki_edge.bundle",

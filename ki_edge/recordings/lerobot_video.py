@@ -19,7 +19,12 @@ from .lerobot_index import regular
 
 UInt8 = npt.NDArray[np.uint8]
 FIRST = (b"ftyp", b"styp", b"moov", b"mdat", b"free", b"skip", b"wide")  # parts that a film can begin with
-AHEAD = 2.0  # seconds: what lies further ahead is sought, what is nearer is decoded up to
+BACK = (
+    -0.25,
+    0.5,
+    60.0,
+)  # periods before a time at which its frame is sought; at first just behind, for the frame itself
+AHEAD = 0.25  # seconds: what lies further ahead is sought, what is nearer is decoded up to
 
 
 def check_whole(path: Path) -> None:
@@ -104,21 +109,24 @@ class VideoFile:
                 raise ValueError("it holds no video")
             self._container.streams.video[0].codec_context.thread_count = self._threads
 
-    def _seek(self, time: float) -> None:
-        stream = self._container.streams.video[0]
-        self._container.seek(max(0, int((time - 0.5 / self._fps) / stream.time_base)), stream=stream)
-        self._frames, self._frame = self._container.decode(stream), None
-
     def _find(self, time: float) -> Any:
         """The frame within half a period of a time. StopIteration if there is none."""
         half = 0.5 / self._fps
         now = None if self._frame is None else self._frame.time
-        if now is None or time < now - half or time > now + AHEAD:
-            self._seek(time)
-        while self._frame is None or self._frame.time < time - half:
+        if now is not None and now - half <= time <= now + AHEAD and (frame := self._forward(time)).time <= time + half:
+            return frame
+        for back in BACK:  # a film whose order of decoding is not that of showing may begin behind what is sought
+            stream = self._container.streams.video[0]
+            self._container.seek(max(0, int((time - back / self._fps) / stream.time_base)), stream=stream)
+            self._frames, self._frame = self._container.decode(stream), None
+            if (frame := self._forward(time)).time <= time + half:
+                return frame
+        raise StopIteration
+
+    def _forward(self, time: float) -> Any:
+        """The first frame from the present one on that is not before a time, to half a period."""
+        while self._frame is None or self._frame.time < time - 0.5 / self._fps:
             self._frame = next(self._frames)
-        if self._frame.time > time + half:
-            raise StopIteration
         return self._frame
 
 

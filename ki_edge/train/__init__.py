@@ -1,4 +1,4 @@
 """Training with knowledge insulation (ki-train), in PyTorch.
 
-Imports: checkpoints, files, model, policy, recordings.
+Imports: files, model, train.data, train.parallel, train.step, train.watching.
 """

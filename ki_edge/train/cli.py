@@ -100,10 +100,10 @@ def _say_end(trainer: Trainer, out: Path) -> None:
 def _origin(arguments: argparse.Namespace) -> Origin:
     """What the run is started from; paths that are there become absolute, Hub ids stay."""
     values: dict[str, Any] = {"datasets": tuple(_absolute(text) for text in arguments.datasets)}
-    for name in ("map", "tokenizer", "fast", "init", "contract"):
+    for name in ("map", "tokenizer", "fast", "init", "contract", "base"):
         value = getattr(arguments, name)
         values[name] = "" if value is None else _absolute(str(value))
-    for name in ("preset", "fast_placement"):
+    for name in ("preset", "fast_placement", "lerobot_version"):
         values[name] = getattr(arguments, name) or ""
     for name in ("horizon", "fast_vocabulary"):
         value = getattr(arguments, name)

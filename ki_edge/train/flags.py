@@ -77,7 +77,7 @@ def add_data(parser: Parser) -> None:
     add_settings(group, DATA)
     tokens = parser.add_argument_group("tokens")
     tokens.add_argument("--tokenizer", type=Path, metavar="FILE", help="PaliGemma's tokenizer.model")
-    tokens.add_argument("--fast", type=Path, metavar="FOLDER", help="a FAST codec, instead of one fitted to the data")
+    tokens.add_argument("--fast", metavar="FOLDER", help="a FAST codec, or `fit`: one fitted on the data")
     tokens.add_argument("--fast-vocabulary", type=int, help="FAST ids of a fitted codec")
     tokens.add_argument(
         "--fast-placement", choices=("openpi", "pi052"), help="where FAST ids are in PaliGemma's vocabulary"
@@ -91,8 +91,12 @@ def add_learning(parser: Parser) -> None:
     model.add_argument(
         "--preset", choices=("tiny", "small", "base", "pi05"), help="widths and depths of a new model (tiny)"
     )
-    model.add_argument("--contract", help="of --init, where it records none: a preset or a file, as ki-export takes")
     model.add_argument("--init", metavar="CHECKPOINT", help="go on from these weights: any that ki-export reads")
+    model.add_argument("--contract", help="of --init, where it records none: a preset or a file, as ki-export takes")
+    model.add_argument("--base", metavar="CHECKPOINT", help="under the adapter that --init names")
+    model.add_argument(
+        "--lerobot-version", metavar="VERSION", help="that trained what --init names, as ki-export takes"
+    )
     add_settings(parser.add_argument_group("steps"), STEPS)
     loss = parser.add_argument_group("loss")
     add_settings(loss, LOSS)

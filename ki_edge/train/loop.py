@@ -156,6 +156,7 @@ class Trainer:
         )  # fmt: skip
         seconds, waited, samples = self._clock.restart()
         row |= {"samples_per_s": round(samples / seconds, 2), "waited": round(waited / seconds, 4)}
+        row["memory"] = self.engine.peak_memory()
         if (speed := getattr(self.data, "loader_samples_per_s", None)) is not None:
             row["loader_samples_per_s"] = round(speed, 1)
         return row

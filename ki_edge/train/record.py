@@ -40,6 +40,8 @@ class Origin:
     fast_vocabulary: int = 0
     fast_placement: str = ""
     contract: str = ""
+    base: str = ""
+    lerobot_version: str = ""
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ Tell = Callable[[str], None]
 class Request:
     """A run as it is asked for. `given`: settings that the command line names; `origin`: what it is started from.
 
-    `config`: a geometry of one's own, instead of a preset's. What follows it is not recorded and may be otherwise when the
-    run is resumed.
+    `config`: a geometry of one's own, instead of a preset's. What follows it is not recorded, and may be otherwise when
+    the run is resumed.
     """
 
     out: Path
@@ -87,7 +87,7 @@ def open_run(request: Request, tell: Tell = lambda line: None) -> Trainer:
 def _opened(request: Request, folder: RunFolder, processes: Processes, say: Tell) -> Trainer:
     before = _before(request, folder)
     settings, origin = _settings(request, before, processes), _origin(request, before)
-    start = _start(origin, request.config)
+    start = _start(origin, request.config, say)
     data = open_data(
         origin.datasets, start, settings,
         horizon=origin.horizon or None, map_file=origin.map or None,
@@ -163,9 +163,12 @@ def _origin(request: Request, before: RunRecord | None) -> Origin:
     return replace(before.origin, **given)
 
 
-def _start(origin: Origin, config: Pi05Config | None) -> Start:
+def _start(origin: Origin, config: Pi05Config | None, say: Tell) -> Start:
     if origin.init:
-        return Start.from_checkpoint(origin.init, tokenizer=origin.tokenizer or None, contract=origin.contract or None)
+        return Start.from_checkpoint(
+            origin.init, tokenizer=origin.tokenizer or None, contract=origin.contract or None,
+            lerobot_version=origin.lerobot_version or None, base=origin.base or None, say=say,
+        )  # fmt: skip
     return Start.from_nothing(config or PRESETS[origin.preset or "tiny"], origin.tokenizer or None)
 
 

@@ -292,9 +292,9 @@ class Elsewhere(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("insulated", [True, False])
-@pytest.mark.parametrize("tokens", [1.0, 0.0])
-def test_loss_and_gradients_make_no_tensor_on_the_cpu(insulated, tokens):
-    batch = random_batch(0, 4, delays=True).to("meta")
+@pytest.mark.parametrize(("tokens", "delays"), [(1.0, True), (0.0, True), (1.0, False)])
+def test_loss_and_gradients_make_no_tensor_on_the_cpu(insulated, tokens, delays):
+    batch = random_batch(0, 4, delays=delays).to("meta")
     counts = torch.ones(3, device="meta")
     with torch.device("meta"):
         model = Pi05(MICRO, knowledge_insulation=insulated)

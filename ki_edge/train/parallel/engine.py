@@ -16,6 +16,7 @@ from ki_edge.errors import ArgumentError, DivergedError
 from ki_edge.model import Pi05
 from ki_edge.model.checkpoint import write_checkpoint
 from ki_edge.model.layers import Layer
+from ki_edge.proc import peak_memory
 from ki_edge.train.step.batch import ACTIONS, TERMS, Batch
 from ki_edge.train.step.objective import Objective, Terms
 from ki_edge.train.step.settings import BACKBONE_SIDE, TrainSettings
@@ -254,6 +255,12 @@ class Engine:
         if self.world == 1:
             return value
         return bool(self.processes.sum(torch.tensor([float(value)], device=self.device)).item())
+
+    def peak_memory(self) -> int | None:
+        """Bytes that this process has taken at most, of its device or the machine; None where nobody says."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        return peak_memory()
 
     def wait_for_main(self, step: int) -> None:
         """Until the main process is here, however long what it does alone at this step takes."""

@@ -100,5 +100,5 @@ def _eight_bits() -> Any:
     try:
         from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError:
-        raise ArgumentError("optimizer adamw8bit: needs bitsandbytes: pip install bitsandbytes") from None
+        raise ArgumentError("optimizer adamw8bit: needs bitsandbytes: pip install 'ki-edge[adamw8bit]'") from None
     return AdamW8bit

@@ -106,7 +106,7 @@ def _start() -> Any:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are fast on a device; a CPU without instructions for them is 40 times slower."""
+    """Whether matrix products in bfloat16 are fast: a CPU without instructions for them takes 40 times as long."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -41,7 +41,7 @@ class TrainingData(Protocol):
         """A sample's dataset, episode and frame, for messages."""
 
     def decode_actions(self, source: int, ids: npt.ArrayLike) -> npt.NDArray[np.float64] | None:
-        """Normalised actions f64 [H,a] that a postfix's ids spell, with "Action: " or without; None if they spell none."""
+        """Normalised actions f64 [H,a] that a postfix's ids spell, with "Action: " or without; None: none."""
 
     def unnormalize_actions(self, source: int, actions: npt.ArrayLike) -> npt.NDArray[np.float64]:
         """Actions [...,a] of a dataset's robot in its own units, f64 [...,a]; relative ones stay relative."""
