@@ -125,7 +125,9 @@ def time_loader(options: argparse.Namespace) -> dict[str, float]:
     found = {}
     for workers in (0, 1, 2):
         settings = TrainSettings(steps=options.loader_steps + SKIPPED, batch=options.batch, warmup=1)
-        data = open_data(options.data, Start.from_nothing(PRESETS[options.preset]), settings, workers=workers)
+        data = open_data(
+            options.data, Start.from_nothing(PRESETS[options.preset]), settings, workers=workers, map_file=options.map
+        )
         try:
             batches = data.steps(0, Share())
             for _ in islice(batches, SKIPPED):
@@ -223,6 +225,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="of PyTorch (all)")
     parser.add_argument("--data", action="append", metavar="DATASET", help="also measure the loader on these")
+    parser.add_argument("--map", metavar="FILE", help="which feature of them is which, as for ki-train")
     parser.add_argument("--loader-steps", type=int, default=20)
     parser.add_argument("--cpu-time", action="store_true", help="of one thread, instead of the clock's")
     parser.add_argument("--json", action="store_true")

@@ -52,9 +52,10 @@ class Curve:
 
 
 def smoothed(x: Float, y: Float, colour: int, label: str, window: int = 25) -> list[Curve]:
-    """A curve as logged, pale, and its running mean over the last `window` values."""
+    """A curve as logged, pale, and its running mean over the last values, at most `window`."""
     known = np.isfinite(y)
     x, y = x[known], y[known]
+    window = max(1, min(window, len(y) // 8))  # of a short run fewer
     total = np.concatenate([[0.0], np.cumsum(y)])
     first = np.maximum(0, np.arange(1, len(y) + 1) - window)
     mean = (total[1:] - total[first]) / np.maximum(1, np.arange(1, len(y) + 1) - first)
@@ -177,13 +178,13 @@ def _round_numbers(low: float, high: float, about: int) -> list[float]:
 
 
 def _decades(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten in the range; of a wide one the powers alone."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    times = (1,) if high / low > 500 else (1, 2, 5) if high / low > 2.5 else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
-    found = [each * 10.0**power for power in range(first, last + 1) for each in times]
-    found = [value for value in found if low <= value <= high]
-    every = -(-len(found) // 7) or 1
-    return found[::every]
+    """Powers of ten in the range, or multiples of them where these are few; of a narrow range round numbers."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for times in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+        found = [value for power in powers for each in times if low <= (value := each * 10.0**power) <= high]
+        if len(found) >= 3:
+            return found[:: -(-len(found) // 7)]
+    return _round_numbers(low, high, 4)
 
 
 def _number(value: float) -> str:

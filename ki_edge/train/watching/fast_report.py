@@ -30,7 +30,7 @@ def fast_section(content: Mapping[str, Any]) -> str:
         elif all(isinstance(entry, int | float) for entry in value):
             y = np.array(value[:MOST_VALUES], np.float64)
             curve = Curve(_words(name), np.arange(len(y), dtype=np.float64), y, 4)
-            parts.append(chart([curve], axis=_words(name).partition(" by ")[2], zero=True, height=150))
+            parts.append(chart([curve], axis=_words(name).rpartition(" ")[2], zero=True, height=150))
     return "".join(parts)
 
 

@@ -39,7 +39,7 @@ h1 { font-size: 1.6em; margin-bottom: 0.1em; overflow-wrap: anywhere; } h2 { fon
 .tiles div { background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: 0.55em 0.8em; }
 .tiles span { display: block; color: var(--soft); font-size: 0.85em; } .tiles b { font-size: 1.3em; font-weight: 600; font-variant-numeric: tabular-nums; }
 table { border-collapse: collapse; font-size: 0.92em; } .wide { overflow-x: auto; }
-th, td { text-align: left; padding: 0.3em 1.2em 0.3em 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: anywhere; }
+th, td { text-align: left; padding: 0.3em 1.2em 0.3em 0; border-bottom: 1px solid var(--line); vertical-align: top; overflow-wrap: break-word; }
 th { font-weight: 500; color: var(--soft); } td { font-variant-numeric: tabular-nums; }
 .note { color: var(--soft); font-size: 0.92em; } .bad { color: var(--bad); } details { margin-top: 1.5em; } summary { cursor: pointer; font-weight: 600; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(380px, 100%), 1fr)); gap: 0.7em; }
