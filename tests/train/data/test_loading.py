@@ -47,17 +47,21 @@ def test_workers_make_what_is_made_without_them(many, opened):
     assert helped.loader_samples_per_s > 0 and alone.loader_samples_per_s > 0
 
 
+def workers_of(process):
+    """Those that the fork server started: grandchildren."""
+    own = {child.pid for child in process.children()}
+    return [child for child in process.children(recursive=True) if child.pid not in own]
+
+
 def test_ending_early_ends_the_workers(many, opened):
     data = opened(many, workers=2)
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    before = {child.pid for child in workers_of(psutil.Process())}
     steps = data.steps(0, Share())
     next(steps)
-    own = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
-    assert len(own) >= 2
+    own = [child for child in workers_of(psutil.Process()) if child.pid not in before]
+    assert len(own) == 2
     data.close()
-    psutil.wait_procs(own, SECONDS)
-    left = [child for child in own if child.is_running() and "preload" not in " ".join(child.cmdline())]
-    assert not left  # the fork server stays for the next ones
+    assert not gone(own)
 
 
 def test_a_worker_that_is_killed_is_one_line(many, opened):
