@@ -78,7 +78,8 @@ def test_nothing_else_is_ever_removed(folder):
     (run.out / "notes").write_text("mine")
     for step in (100, 200):
         run.publish(step, fill)
-    assert {"notes", "step_000002", "step_000200"} <= set(names(run.out)) and Path("/usr").is_dir()
+    assert names(run.out) == ["last", "notes", "step_000001", "step_000002", "step_000200"]
+    assert (run.out / "step_000001").is_dir() and Path("/usr").is_dir()
     with pytest.raises(CheckpointError, match=r"step_000002 is no checkpoint of a run"):
         run.publish(2, fill)
 
@@ -207,3 +208,56 @@ def test_a_kill_at_any_line_leaves_a_checkpoint_to_go_on_with(tmp_path):
     run(-1)
     left = [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".") and path.name != ".lock"]
     assert left == [] and len(list((tmp_path / "out").glob("step_*"))) == 1
+
+
+TOGETHER = """
+import sys
+from pathlib import Path
+from ki_edge.errors import KiEdgeError
+from ki_edge.train.parallel.checkpoints import Keep, RunFolder
+from ki_edge.train.parallel.processes import Processes
+
+processes, out = Processes(), Path(sys.argv[1])
+run = RunFolder(out, Keep(1, 0), processes)
+
+def fill(partial, failing=None):
+    with processes.together():
+        if processes.main:
+            (partial / "training").mkdir()
+        if processes.rank == failing:
+            raise ValueError("of process " + str(failing))
+    processes.wait()
+    (partial / f"part{processes.rank}").touch()
+
+def refused(step, failing):
+    try:
+        run.publish(step, lambda partial: fill(partial, failing))
+    except (KiEdgeError, ValueError) as error:
+        return str(error)
+    raise AssertionError("it was published")
+
+run.publish(100, fill)
+assert {path.name for path in run.folder(100).iterdir()} == {"part0", "part1", "training"}
+ours, theirs = "of process", "another process of this run failed"
+for failing in (0, 1):
+    assert (ours if processes.rank == failing else theirs) in refused(200, failing)
+if processes.main:
+    run.folder(300).mkdir()  # nobody's: it cannot be replaced
+processes.wait()
+assert ("is no checkpoint" if processes.main else theirs) in refused(300, None)
+run.publish(400, fill)
+processes.wait()
+assert [*run.steps()] == [400] and run.folder(300).is_dir() and not list(out.glob(".*partial*")), list(out.iterdir())
+run.close()
+processes.close()
+"""
+
+
+def test_what_fails_in_one_process_ends_in_all_and_leaves_nothing(tmp_path):
+    (tmp_path / "together.py").write_text(TOGETHER)
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*command, tmp_path / "together.py", tmp_path / "out"], capture_output=True, text=True, timeout=300, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -22,13 +22,15 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ki_edge.errors import ArgumentError, CheckpointError
 from ki_edge.files.publishing import publishing
 from ki_edge.files.reading import read_object
 from ki_edge.files.writing import write_file, writing
 
-from .processes import Processes
+if TYPE_CHECKING:
+    from .processes import Processes
 
 STEP = re.compile(r"step_(\d{6,12})", re.ASCII)
 STATE = "training"  # of a step's folder: what only training needs
@@ -78,9 +80,9 @@ class RunFolder:
                 _sweep(self.out)
 
     def steps(self) -> dict[int, Path]:
-        """The checkpoints by step, the oldest first."""
+        """The checkpoints by step, the oldest first; what has such a name and no training state is somebody else's."""
         found = {int(match[1]): path for path in self.out.iterdir() if (match := STEP.fullmatch(path.name))}
-        return {step: found[step] for step in sorted(found) if found[step].is_dir() and not found[step].is_symlink()}
+        return {step: found[step] for step in sorted(found) if _is_checkpoint(found[step])}
 
     def folder(self, step: int) -> Path:
         """Where the checkpoint of a step is, or will be."""
@@ -202,9 +204,13 @@ def _ranked(scores: dict[int, float]) -> list[int]:
     return sorted((step for step, value in scores.items() if not math.isnan(value)), key=lambda s: (-scores[s], -s))
 
 
+def _is_checkpoint(path: Path) -> bool:
+    return not path.is_symlink() and (path / STATE).is_dir()
+
+
 def _check_replaceable(path: Path) -> None:
     """CheckpointError for something at a checkpoint's place that is none of ours."""
-    if path.is_symlink() or not (path / STATE).is_dir():
+    if not _is_checkpoint(path):
         raise CheckpointError(f"{path} is no checkpoint of a run: move it away, or choose another folder")
 
 
