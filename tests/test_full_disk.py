@@ -13,7 +13,7 @@ from ki_edge.bundle import Manifest, write_bundle
 from ki_edge.bundle.linked import record_link
 from ki_edge.errors import BackendError, BundleError, CheckpointError, ContractError, ExportError, KiEdgeError
 from ki_edge.files.writing import write_file, writing
-from ki_edge.model.checkpoint import write_safetensors
+from ki_edge.model.checkpoint import write_tensors as write_trained
 from ki_edge.policy.contract import PolicyContract, generic
 from ki_edge.policy.fast import FastCodec
 from ki_edge.policy.normalize import NormStats, write_norm_stats
@@ -43,7 +43,7 @@ def link(folder):
 
 
 def training(folder):
-    write_safetensors({"a": torch.zeros(1000)}, folder / "file", {"step": "1"})
+    write_trained(folder / "file", {"a": (100_000,)}, [("a", torch.zeros(100_000))], {"format": "pt"})
 
 
 def weights(folder):

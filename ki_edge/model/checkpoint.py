@@ -132,11 +132,6 @@ def write_tensors(
         partial.unlink(missing_ok=True)
 
 
-def write_safetensors(state: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """`write_tensors` of tensors that are all there."""
-    write_tensors(path, {name: tuple(value.shape) for name, value in state.items()}, state.items(), metadata)
-
-
 def _header(shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]) -> tuple[dict[str, int], bytes]:
     """Where each tensor begins behind the header, and the header (safetensors: its length u64, JSON, spaces)."""
     places, entries, end = {}, {}, 0
