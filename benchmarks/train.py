@@ -1,4 +1,4 @@
-"""How fast a training step is, and where its time goes; what is measured and how: docs/training.md, "Speed".
+"""How fast a training step is, and where its time goes; what is measured and how: docs/training-at-size.md, "Speed".
 
     python benchmarks/train.py
     python benchmarks/train.py --preset base --batch 2 --rounds 3

@@ -1,4 +1,4 @@
-"""Tables of docs/training.md: training the full-size model, by arithmetic. No GPU and no weights are needed.
+"""Tables of docs/training-at-size.md: training the full-size model, by arithmetic. No GPU and no weights are needed.
 
 python benchmarks/training_plan.py
 """

@@ -213,8 +213,8 @@ def known(folder: Path, data: Path) -> Iterator[dict[str, Any]]:
 
 @pytest.fixture
 def names(known: dict[str, Any], block: Block) -> dict[str, Any]:
-    """A namespace for one block; in training.md an observation is a batch of tensors."""
-    own = dict(known["training"]) if block.page == "docs/training.md" else {}
+    """A namespace for one block; in knowledge-insulation.md an observation is a batch of tensors."""
+    own = dict(known["training"]) if block.page == "docs/knowledge-insulation.md" else {}
     exec("from ki_runtime import ControlLoop, LoopOptions, Policy", own)
     return {**known, **own}
 

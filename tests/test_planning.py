@@ -210,6 +210,6 @@ def test_impossible_setups_are_refused(make, message):
 
 
 def test_the_docs_hold_the_tables_that_the_benchmark_prints():
-    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / "docs" / "training-at-size.md").read_text(encoding="utf-8")
     for part in (bytes_table(), device_table(), scale_table(), assumptions()):
         assert "\n".join(part) in text
