@@ -3,9 +3,9 @@
     python benchmarks/openpi_step.py --depth 2 --rounds 3
 
 Runs in an environment of openpi's, not in ours: its source on PYTHONPATH beside this project's, torch, transformers
-4.53.2 with `src/openpi/models_pytorch/transformers_replace` copied over it, jax, flax, einops, augmax, orbax-checkpoint.
-The real widths with `--depth` layers in each transformer; forward and backward pass in float32, a round after the other,
-medians. Losses must be equal. Exit status 1 if they are not.
+4.53.2 with `src/openpi/models_pytorch/transformers_replace` copied over it, jax, flax, einops, augmax and orbax.
+The real widths with `--depth` layers in each transformer; forward and backward pass in float32, in turn, medians.
+Losses must be equal. Exit status 1 if they are not.
 """
 
 from __future__ import annotations
