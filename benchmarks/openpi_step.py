@@ -5,7 +5,7 @@
 Runs in an environment of openpi's, not in ours: its source on PYTHONPATH beside this project's, torch, transformers
 4.53.2 with `src/openpi/models_pytorch/transformers_replace` copied over it, jax, flax, einops, augmax and orbax.
 The real widths with `--depth` layers in each transformer; forward and backward pass in float32, in turn, medians.
-Losses must be equal. Exit status 1 if they are not.
+The tables of words stay as they are in both, to save memory. Losses must be equal. Exit status 1 if they are not.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def samples(config: Pi05Config, batch: int, tokens: int) -> tuple[Observation, A
     seen = torch.ones(batch, len(CAMERAS), dtype=torch.bool)
     valid = torch.ones(batch, tokens, dtype=torch.bool)
     theirs = SimpleNamespace(
-        images={name: images[:, at] for at, name in enumerate(CAMERAS)},
+        images={name: images[:, at].permute(0, 3, 1, 2) for at, name in enumerate(CAMERAS)},
         image_masks={name: seen[:, at] for at, name in enumerate(CAMERAS)},
         state=torch.zeros(batch, config.action_dim), tokenized_prompt=prompt, tokenized_prompt_mask=valid,
         token_ar_mask=None, token_loss_mask=None,
@@ -91,6 +91,9 @@ def main() -> int:
     torch.manual_seed(0)
     ours = Pi05(geometry(options.depth), knowledge_insulation=False).train()
     theirs = openpis_model(ours)
+    for model in (ours, theirs):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("embed_tokens" not in name and "lm_head" not in name)
     observation, given, actions, noise, times = samples(ours.config, options.batch, options.tokens)
     forms = {
         "openpi's step": (theirs, lambda: theirs.forward(given, actions, noise, times).mean()),
