@@ -6,7 +6,7 @@ import argparse
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,6 +66,9 @@ def _run(trainer: Trainer) -> None:
 
     quiet = not trainer.engine.main
     total = trainer.settings.steps
+    finished = trainer.step >= total
+    if finished and not quiet:
+        tell(f"the run was finished already, after {trainer.step} steps")
     with _stopped_by_sigterm(trainer), tqdm(total=total, initial=trainer.step, unit="step", smoothing=0.05,
                                             disable=True if quiet else None) as bar:  # fmt: skip
         shown: dict[str, str] = {}
@@ -73,6 +76,19 @@ def _run(trainer: Trainer) -> None:
             bar.update(trainer.step - bar.n)
             shown |= {name: f"{row[name]:.3f}" for name in SHOWN if isinstance(row.get(name), float)}
             bar.set_postfix(shown)
+            if bar.disable and not quiet:
+                tell(_line(row, shown, total))
+
+
+def _line(row: Mapping[str, Any], shown: Mapping[str, str], total: int) -> str:
+    """A row where there is no bar, such as in the log file of a batch system."""
+    parts = [
+        f"step {row['step']} of {total}",
+        *(f"{name} {shown[name]}" for name in SHOWN if name in row and name in shown),
+    ]
+    if speed := row.get("samples_per_s"):
+        parts.append(f"{speed:g} samples/s")
+    return ", ".join(parts)
 
 
 @contextmanager
@@ -94,6 +110,9 @@ def _say_end(trainer: Trainer, out: Path) -> None:
     lines = [where + (f", the best is {best}" if best is not None and best != checkpoint else "")]
     if trainer.step < trainer.settings.steps:
         lines.append(f"stopped; go on with: ki-train --resume -o {out}")
+    else:
+        chosen = "best" if best is not None else "last"
+        lines.append(f"next: ki-export {out / chosen} -o {out / 'bundle'}")
     show([*lines, f"how it went: {out / 'training' / 'train.html'}"])
 
 

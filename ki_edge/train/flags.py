@@ -105,9 +105,11 @@ def add_learning(parser: Parser) -> None:
     optimiser = parser.add_argument_group("optimiser")
     add_settings(optimiser, OPTIMISER)
     listed = ", ".join(GROUPS)
-    optimiser.add_argument("--freeze", action="append", metavar="GROUP", help=f"parameters that stay: {listed}")
-    optimiser.add_argument("--rate", action="append", metavar="GROUP=FACTOR", help="of a group's learning rate")
-    optimiser.add_argument("--lora", action="append", metavar="GROUP=RANK", help="train adapters of a group instead")
+    optimiser.add_argument("--freeze", action="append", metavar="GROUP,...", help=f"parameters that stay: {listed}")
+    optimiser.add_argument("--rate", action="append", metavar="GROUP=FACTOR,...", help="of a group's learning rate")
+    optimiser.add_argument(
+        "--lora", action="append", metavar="GROUP=RANK,...", help="train adapters of a group instead"
+    )
     optimiser.add_argument("--expert-only", action="store_true", default=None, help="freeze all but the action expert")
 
 
@@ -153,9 +155,9 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.freeze:
         given["freeze"] = tuple(name for text in arguments.freeze for name in text.split(","))
     if arguments.rate:
-        given["rates"] = tuple(_pair(text, "--rate", float) for text in arguments.rate)
+        given["rates"] = tuple(_pair(part, "--rate", float) for text in arguments.rate for part in text.split(","))
     if arguments.lora:
-        given["lora"] = tuple(_pair(text, "--lora", int) for text in arguments.lora)
+        given["lora"] = tuple(_pair(part, "--lora", int) for text in arguments.lora for part in text.split(","))
     return given
 
 

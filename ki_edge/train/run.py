@@ -28,6 +28,7 @@ from .record import NOTHING, Origin, RunRecord, code_facts
 from .step.recipes import with_recipe
 from .step.settings import TrainSettings
 from .step.training_data import Share
+from .summary import summary
 from .watching.log import RunLog
 from .watching.robot import Trial
 from .watching.trackers import Tracking, check_trackers
@@ -87,6 +88,8 @@ def open_run(request: Request, tell: Tell = lambda line: None) -> Trainer:
 def _opened(request: Request, folder: RunFolder, processes: Processes, say: Tell) -> Trainer:
     before = _before(request, folder)
     settings, origin = _settings(request, before, processes), _origin(request, before)
+    if before is not None and not request.accept_changes:  # what needs no data is known to fit before they are read
+        before.check(replace(before, settings=settings, origin=origin), request.out, accept=False)
     start = _start(origin, request.config, say)
     data = open_data(
         origin.datasets, start, settings,
@@ -105,6 +108,9 @@ def _opened(request: Request, folder: RunFolder, processes: Processes, say: Tell
     else:
         folder.clear()
     folder.keep = Keep.parse(settings.keep)
+    engine.base = origin.init or None
+    for line in summary(engine, data, settings, origin):
+        say(line)
     if processes.main:
         record.write(request.out)
     return _trainer(request, folder, engine, data, settings, say)
@@ -150,6 +156,8 @@ def _settings(request: Request, before: RunRecord | None, processes: Processes) 
         settings = replace(before.settings, **request.given)
     if request.trial is not None and not settings.eval_every:
         raise ArgumentError("--eval-robot: say how often with --eval-every")
+    if settings.eval_every and not settings.held_out and request.trial is None:
+        raise ArgumentError("--eval-every: there is nothing to evaluate on: say --held-out 0.1 or --eval-robot")
     return settings
 
 

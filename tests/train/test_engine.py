@@ -174,6 +174,22 @@ def test_ten_and_ten_steps_are_twenty_bit_for_bit(tmp_path, settings):
         assert torch.equal(value, second.average.values[name]), name
 
 
+def test_moments_in_eight_bits_are_saved_by_one_process(tmp_path):
+    """Several parameters have such moments; what their bytes stand for is one table for all, which no state holds."""
+    pytest.importorskip("bitsandbytes", reason="pip install 'ki-edge[adamw8bit]'")
+    config = replace(MICRO, vocab_size=1024, expert=replace(MICRO.expert, mlp_dim=512))
+    config = replace(config, backbone=replace(MICRO.backbone, mlp_dim=512))
+    settings = replace(SETTINGS, optimizer="adamw8bit")
+    straight, first = (Engine(random_model(config), settings) for _ in range(2))
+    train(straight, 0, 4)
+    train(first, 0, 2)
+    first.save_state(tmp_path)
+    second = Engine(random_model(config, seed=9), settings)
+    second.load_state(tmp_path)
+    train(second, 2, 4)
+    assert all(torch.equal(value, state(straight)[name]) for name, value in state(second).items())
+
+
 def test_a_state_before_the_first_step(tmp_path):
     engine = Engine(random_model(), SETTINGS)
     engine.save_state(tmp_path)

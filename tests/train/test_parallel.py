@@ -134,7 +134,7 @@ def test_a_checkpoint_of_shards_with_adapters_is_that_of_one_process(one, two):
 
 
 def test_accelerate_launches_it_too(two, tmp_path):
-    """The launcher that people know; its own choice of precision and strategy is not taken."""
+    """The launcher that people know, which starts one process on a CPU; its precision and strategy are not taken."""
     (tmp_path / "scenarios.json").write_text(json.dumps([{**BY_NAME["plain"], "name": "launched"}]))
     options = [
         "--cpu",

@@ -89,6 +89,14 @@ class MixedData:
         if taken <= KEPT_HELD:
             self._held[share] = kept
 
+    def sizes(self) -> list[tuple[str, int, float]]:
+        """Of each dataset: its name, samples that are trained on, and its share of every batch."""
+        mixture = self._assembler.mixture
+        return [
+            (n, int(size), float(share))
+            for n, size, share in zip(self.names, mixture.sizes, mixture.shares, strict=True)
+        ]
+
     @property
     def loader_samples_per_s(self) -> float | None:
         """Samples that the workers make in a second when they do not wait; None before the first batch."""

@@ -39,6 +39,11 @@ class Mixture:
         self._last: tuple[int, Int64] = (-1, np.zeros((0, 0), np.int64))  # a block and its counts
         self._before = [np.zeros(len(self.sizes), np.int64)]  # rows of each source before each block
 
+    @property
+    def shares(self) -> npt.NDArray[np.float64]:
+        """The share of every batch that each dataset has."""
+        return np.diff(self._edges)
+
     def plan(self, step: int) -> Plan:
         """The rows of a step's batch, in their order."""
         block, within = divmod(step, BLOCK)

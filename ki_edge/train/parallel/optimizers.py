@@ -17,6 +17,7 @@ from .processes import Processes
 from .sharding import local
 
 STEP = "step"  # of a parameter's moments: how many steps they have seen
+CODES = ("qmap1", "qmap2")  # what bytes stand for: constants, shared by all parameters
 
 
 class Optimizer:
@@ -63,7 +64,7 @@ class Optimizer:
         found = {}
         for name, parameter in self._stepped.items():
             for part, value in self._adam.state[parameter].items():
-                if part != STEP and isinstance(value, Tensor):
+                if part != STEP and part not in CODES and isinstance(value, Tensor):
                     found[f"{self._owner}{name}.{part}"] = value
         return found
 

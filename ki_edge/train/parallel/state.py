@@ -80,4 +80,4 @@ def _named(folder: Path, done: str) -> Iterator[None]:
 def _say(problem: BaseException) -> str:
     if isinstance(problem, OSError):
         return reason(problem)
-    return (str(problem) or type(problem).__name__).splitlines()[0][:200]
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0][:200]
