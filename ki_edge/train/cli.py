@@ -45,6 +45,8 @@ def train(arguments: argparse.Namespace) -> int:
 
     if arguments.resume and arguments.fresh:
         raise ArgumentError("--resume goes on with a run, --fresh starts over: say one of them")
+    if arguments.eval_episodes < 1:
+        raise ArgumentError(f"--eval-episodes {arguments.eval_episodes}: expected at least 1")
     trial = None if arguments.eval_robot is None else Trial(arguments.eval_robot, arguments.eval_episodes)
     request = Request(
         arguments.out, _origin(arguments), given_settings(arguments), recipe=arguments.recipe,

@@ -23,6 +23,7 @@ FORMAT = 2
 FREE = frozenset({"save_every", "log_every", "eval_every", "keep"})  # settings that change nothing that is computed
 SHOWN = 4
 CODE = ("train", "model", "policy")  # folders of this package that decide what a step computes
+PAIRS: Mapping[str, type] = {"rates": float, "lora": int}  # settings of (group, number) pairs
 NOTHING = "{out} holds no training run to resume: leave --resume out to start one"
 
 
@@ -125,7 +126,16 @@ def _read(kind: type[Any], content: object, path: Path) -> Any:
         whole = known[name] is float and type(value) is int
         if type(value) is not known[name] and not whole:
             raise CheckpointError(f"{path}: {name} is {value!r:.60}, expected {known[name].__name__}")
+        if isinstance(value, tuple) and not all(_is_item(item, PAIRS.get(name)) for item in value):
+            raise CheckpointError(f"{path}: {name} is {value!r:.60}: not what ki-train writes")
     return kind(**found)
+
+
+def _is_item(item: object, number: type | None) -> bool:
+    """A name, or where a `number` belongs to it a pair of both."""
+    if number is None or not isinstance(item, tuple):
+        return number is None and type(item) is str
+    return len(item) == 2 and type(item[0]) is str and type(item[1]) in {number, int}
 
 
 def _tuples(value: object) -> object:

@@ -35,6 +35,7 @@ from .watching.trackers import Tracking, check_trackers
 from .watching.watchers import Examiner, PageWatcher, TrackingWatcher
 
 CENTER_PICTURES = 512  # at least so many, if the data have them, make the mean picture
+MOST_THREADS = 4096
 Tell = Callable[[str], None]
 
 
@@ -70,8 +71,8 @@ def open_run(request: Request, tell: Tell = lambda line: None) -> Trainer:
     `fresh` was asked for, if there is nothing to resume, or if it would be resumed with something else; the errors of
     opening data, checkpoint and devices. Nothing of an earlier run is touched before everything is known to fit.
     """
-    if request.threads < 0:
-        raise ArgumentError(f"threads {request.threads}: expected at least 1, or 0 for all")
+    if not 0 <= request.threads <= MOST_THREADS:
+        raise ArgumentError(f"threads {request.threads!s:.40}: expected 1 to {MOST_THREADS}, or 0 for all")
     if request.threads:
         torch.set_num_threads(request.threads)
     check_trackers(request.trackers)
@@ -107,6 +108,8 @@ def _opened(request: Request, folder: RunFolder, processes: Processes, say: Tell
         engine.load_state(latest / STATE)
     else:
         folder.clear()
+    if (center := CenteredPatches.center_of(engine.model)) is not None:  # of the run's first data, whatever it has now
+        engine.finish = Folding(center)
     folder.keep = Keep.parse(settings.keep)
     engine.base = origin.init or None
     for line in summary(engine, data, settings, origin):
@@ -186,9 +189,7 @@ def _engine(start: Start, data: MixedData, settings: TrainSettings, strategy: st
         return Engine(model, settings, strategy=strategy, weights=weights)
     model, center = from_scratch(data.config, seed=settings.seed), _mean_picture(data, settings)
     CenteredPatches.install(model, center)
-    engine = Engine(model, settings, strategy=strategy)
-    engine.finish = Folding(center)
-    return engine
+    return Engine(model, settings, strategy=strategy)
 
 
 def _mean_picture(data: MixedData, settings: TrainSettings) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 
 from ki_edge.errors import ArgumentError, DatasetError, DivergedError
 from ki_edge.model import load_model
+from ki_edge.train.centering import CenteredPatches
 from ki_edge.train.parallel import engine as engines
 from ki_edge.train.record import Origin
 from ki_edge.train.run import Request, open_run
@@ -244,3 +245,13 @@ def test_precision_is_what_the_device_has(places, small_config, tmp_path, monkey
         trainer = open_run(Request(tmp_path / str(number), origin, settings, config=small_config, workers=0))
         trainer.close()
         assert trainer.settings.bfloat16 is found
+
+
+def test_other_data_leave_the_model_as_it_was(train):
+    """The mean picture belongs to the weights: it is that of the first data, also where a run goes on with others."""
+    first, _ = train("run", {"steps": 3})
+    assert CenteredPatches.center_of(first.engine.model).abs().sum() > 0
+    again, _ = train("run", {"steps": 3}, datasets=("second",), resume=True, accept_changes=True)
+    assert torch.equal(CenteredPatches.center_of(again.engine.model), CenteredPatches.center_of(first.engine.model))
+    saved = first.engine.averaged_state()
+    assert same(saved, again.engine.averaged_state())

@@ -144,6 +144,15 @@ def test_a_full_disk_leaves_what_was_there(folder, largest_file):
     assert [*run.steps()] == [300]
 
 
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "other").write_text("of somebody else")
+    (tmp_path / "out" / ".lock").symlink_to(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="out"):
+        RunFolder(tmp_path / "out", Keep(), Processes())
+    assert (tmp_path / "other").read_text() == "of somebody else"
+
+
 def test_a_folder_that_cannot_be_one(folder, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ArgumentError, match=r"file is a file: name a folder"):

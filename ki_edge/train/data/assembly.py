@@ -81,15 +81,16 @@ class Assembler:
             rows.append(
                 self._row(source, sample, (seed, DRAWS, step, row), (seed, AUGMENTATION, source, epoch, sample))
             )
-        return _collate(rows)
+        return _collate(rows, tokens=self.settings.fast_loss)
 
     def held_out(self, samples: Sequence[tuple[int, int]]) -> Batch:
         """Samples (source, number among its held out frames), each with draws of its own that are always the same."""
         seed = self.settings.seed
-        return _collate([
+        rows = [
             self._frame(source, self.actions[source].row(number, held=True), (seed, HELD_DRAWS, source, number), None)
             for source, number in samples
-        ])  # fmt: skip
+        ]
+        return _collate(rows, tokens=self.settings.fast_loss)
 
     def _row(self, source: int, sample: int, drawn: tuple[int, ...], augmented: tuple[int, ...]) -> Row:
         augmentation = augmented if self.settings.augment else None
@@ -184,11 +185,11 @@ class Assembler:
         return found
 
 
-def _collate(rows: Sequence[Row]) -> Batch:
-    """Rows as tensors; tokens are padded to the longest."""
+def _collate(rows: Sequence[Row], *, tokens: bool) -> Batch:
+    """Rows as tensors, tokens padded to the longest; `tokens`: whether the run has postfixes at all."""
     prompt, prompt_mask = _padded([row.prompt for row in rows])
+    # also where no row has one: every process and every step computes the same loss, of the same parameters
     postfix, postfix_mask = _padded([row.postfix for row in rows])
-    learns = bool(postfix_mask.any())
     width = rows[0].actions.shape[1]
     delay = [row.draws.delay for row in rows if row.draws.delay is not None]
     given = [row.draws.given for row in rows if row.draws.given is not None]
@@ -198,8 +199,8 @@ def _collate(rows: Sequence[Row]) -> Batch:
             camera_mask=torch.from_numpy(np.stack([row.mask for row in rows])),
             prompt_tokens=prompt,
             prompt_mask=prompt_mask,
-            fast_tokens=postfix if learns else None,
-            fast_mask=postfix_mask if learns else None,
+            fast_tokens=postfix if tokens else None,
+            fast_mask=postfix_mask if tokens else None,
         ),
         actions=torch.from_numpy(np.stack([row.actions for row in rows])),
         real=torch.from_numpy(np.stack([row.real for row in rows])),

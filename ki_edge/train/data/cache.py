@@ -11,6 +11,7 @@ each frame once, keeping some of them is as good as keeping any.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import shutil
 import zlib
@@ -97,8 +98,8 @@ def open_caches(
 
     ArgumentError for a bound that leaves no room; DatasetError for a folder that cannot be written and too little disk.
     """
-    if not gigabytes > 0:
-        raise ArgumentError(f"--cache-gb {gigabytes:g}: expected more than 0")
+    if not 0 < gigabytes < math.inf:
+        raise ArgumentError(f"--cache-gb {gigabytes:g}: expected more than 0, and a number")
     bound = int(gigabytes * 1e9)
     places = [folder / _digest(facts, shape) for _, facts, _, shape in wanted]
     try:

@@ -229,7 +229,8 @@ def _link(path: Path, name: str) -> None:
 
 def _locked(out: Path) -> int | None:
     """A descriptor that holds the folder's lock; None where the file system has no locks."""
-    descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    # no link is followed: what it points to would be emptied
+    descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -204,6 +204,7 @@ class Engine:
     def _tensors(self) -> dict[str, Tensor]:
         """Everything that a run goes on with, but for the step; the tensors themselves."""
         found = {f"weights.{name}": value.detach() for name, value in self.model.named_parameters()}
+        found |= {f"constants.{name}": value for name, value in self.model.named_buffers()}
         found |= {f"average.{name}": value for name, value in self.average.values.items()}
         return found | {f"optimizer.{name}": value for name, value in self.optimizer.tensors(self.step).items()}
 

@@ -11,6 +11,9 @@ GROUPS = ("vision", "projector", "backbone", "expert", "embeddings")  # of param
 BACKBONE_SIDE = ("vision", "projector", "backbone", "embeddings")  # what the flow loss never reaches, if insulated
 OPTIMIZERS = ("adamw", "adamw8bit")
 MAX_RANK = 1024  # of an adapter
+MOST = (1 << 31) - 1  # of anything that is counted
+COUNTS = ("steps", "batch", "accumulate", "flow_draws", "save_every", "log_every")  # at least 1 each
+OR_NONE = ("seed", "warmup", "decay_steps", "rtc_max_delay", "eval_every")  # 0 or more
 
 
 @dataclass(frozen=True)
@@ -60,28 +63,32 @@ class TrainSettings:
     keep: str = "last:3,best:1"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "flow_draws", "save_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ArgumentError(f"{name} {getattr(self, name)}: expected at least 1")
-        if self.decay_steps < 0 or (self.decay_steps and self.decay_steps <= self.warmup):
+        self._check_numbers()
+        if self.decay_steps and self.decay_steps <= self.warmup:
             raise ArgumentError(
                 f"decay_steps {self.decay_steps}: expected more than warmup ({self.warmup}), or 0: steps"
             )
-        if self.seed < 0:
-            raise ArgumentError(f"seed {self.seed}: expected 0 or more")
-        if self.rtc_max_delay < 0:
-            raise ArgumentError(f"rtc_max_delay {self.rtc_max_delay}: expected 0 or more")
         if not 0.0 <= self.rtc_offset < math.inf or (self.rtc_offset and not self.rtc_max_delay):
             raise ArgumentError(f"rtc_offset {self.rtc_offset}: expected 0 or more, above 0 only with rtc_max_delay")
-        if not (self.learning_rate > 0 and self.clip > 0 and self.warmup >= 0):
-            raise ArgumentError("learning_rate and clip must be positive, warmup 0 or more")
+        if not (0 < self.learning_rate < math.inf and self.clip > 0):
+            raise ArgumentError("learning_rate and clip must be positive, and the first one finite")
         self._check_optimizer()
         if not 0.0 <= self.ema < 1.0 or not 0.0 <= self.max_long <= 1.0:
             raise ArgumentError(f"ema {self.ema}: expected 0 <= value < 1; max_long {self.max_long}: 0 to 1")
 
+    def _check_numbers(self) -> None:
+        """Each by itself."""
+        for least, names in ((1, COUNTS), (0, OR_NONE)):
+            for name in names:
+                if not least <= getattr(self, name) <= MOST:
+                    raise ArgumentError(
+                        f"{name} {getattr(self, name)!s:.40}: expected at least {least}, at most {MOST}"
+                    )
+        for name in ("flow_weight", "fast_weight", "text_weight", "final_rate"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ArgumentError(f"{name} {getattr(self, name)}: expected 0 or more")
+
     def _check_optimizer(self) -> None:
-        if self.accumulate < 1:
-            raise ArgumentError(f"accumulate {self.accumulate}: expected at least 1")
         if self.optimizer not in OPTIMIZERS:
             raise ArgumentError(f"optimizer {self.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
         for name in ("beta1", "beta2"):

@@ -8,6 +8,7 @@ from ki_edge.errors import ArgumentError, DatasetError
 from ki_edge.policy.contract import PolicyContract
 from ki_edge.policy.images import fit_image
 from ki_edge.policy.normalize import read_norm_stats
+from ki_edge.train.data.encoding import TokenEncoder
 from ki_edge.train.step.batch import ACTIONS, TEXT
 from ki_edge.train.step.training_data import Share
 
@@ -70,6 +71,14 @@ def test_episodes_shorter_than_the_horizon_are_padded(many, opened):
     batch = next(data.steps(0, Share()))[0]
     real = {int(row): int(count) for row, count in zip(batch.row, batch.real.sum(dim=1), strict=True)}
     assert real[0] == 6 and real[5] == 1 and real[19] == 1 and real[10] == 9  # of episodes of 6, 1 and 9 frames
+
+
+def test_rows_without_a_postfix_have_an_empty_one(many, opened, monkeypatch):
+    """All processes and steps compute the same loss: where one had no tokens at all, the others would wait for it."""
+    monkeypatch.setattr(TokenEncoder, "_postfix", lambda self, spelled: np.zeros(0, np.int32))
+    data = opened(many, settings={"batch": 1, "held_out": 0.3})
+    for batch in (next(data.steps(0, Share()))[0], next(data.held_out(Share()))):
+        assert batch.observation.fast_tokens.shape == (1, 1) and not batch.observation.fast_mask.any()
 
 
 def test_a_step_needs_none_of_those_before(many, opened):
