@@ -22,7 +22,7 @@ FILE = "run.json"
 FORMAT = 2
 FREE = frozenset({"save_every", "log_every", "eval_every", "keep"})  # settings that change nothing that is computed
 SHOWN = 4
-CODE = ("train", "model", "policy")  # folders of this package that decide what a step computes
+CODE = ("train", "model", "policy", "recordings", "checkpoints")  # folders of this package that decide what is computed
 PAIRS: Mapping[str, type] = {"rates": float, "lora": int}  # settings of (group, number) pairs
 NOTHING = "{out} holds no training run to resume: leave --resume out to start one"
 
@@ -111,7 +111,8 @@ def code_facts() -> dict[str, str]:
     import torch
 
     digest, home = hashlib.sha256(), Path(__file__).parents[1]
-    for path in sorted(path for folder in CODE for path in (home / folder).rglob("*.py")):
+    folders = [path for folder in CODE for path in (home / folder).rglob("*.py")]
+    for path in sorted([*folders, *home.glob("*.py")]):
         digest.update(f"{path.relative_to(home)}\0".encode() + path.read_bytes())
     return {"code": digest.hexdigest()[:16], "torch": torch.__version__, "numpy": numpy.__version__}
 

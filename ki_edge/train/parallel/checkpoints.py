@@ -36,6 +36,13 @@ STEP = re.compile(r"step_(\d{6,12})", re.ASCII)
 STATE = "training"  # of a step's folder: what only training needs
 LAST, BEST = "last", "best"
 SCORES = "scores.json"
+OF_A_RUN = (
+    SCORES,
+    "track_id",
+    "predictions.json",
+    "log.jsonl",
+    "evaluation.jsonl",
+)  # what a fresh one does not go on with
 LOCK = ".lock"
 REMOVED = ".removed-"
 MOST = 10_000  # checkpoints that a run may be told to keep
@@ -131,7 +138,7 @@ class RunFolder:
         self._main_only(self._clear)
 
     def _clear(self) -> None:
-        for path in (self.out / LAST, self.out / BEST, self.out / STATE / SCORES):
+        for path in (self.out / LAST, self.out / BEST, *(self.out / STATE / name for name in OF_A_RUN)):
             if path.is_symlink() or path.is_file():
                 path.unlink()
         for path in self.steps().values():
