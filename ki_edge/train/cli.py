@@ -41,18 +41,14 @@ def build_parser() -> Parser:
 def train(arguments: argparse.Namespace) -> int:
     """Run what the command line asks for, with a progress bar."""
     from .run import Request, open_run
-    from .watching.robot import Trial
 
     if arguments.resume and arguments.fresh:
         raise ArgumentError("--resume goes on with a run, --fresh starts over: say one of them")
-    if arguments.eval_episodes < 1:
-        raise ArgumentError(f"--eval-episodes {arguments.eval_episodes}: expected at least 1")
-    trial = None if arguments.eval_robot is None else Trial(arguments.eval_robot, arguments.eval_episodes)
     request = Request(
         arguments.out, _origin(arguments), given_settings(arguments), recipe=arguments.recipe,
         resume=arguments.resume, fresh=arguments.fresh, accept_changes=arguments.accept_changes,
         strategy=arguments.strategy, threads=arguments.threads, workers=arguments.workers,
-        cache=arguments.cache, cache_gb=arguments.cache_gb, trial=trial, trackers=tuple(arguments.track or ()),
+        cache=arguments.cache, cache_gb=arguments.cache_gb, trackers=tuple(arguments.track or ()),
     )  # fmt: skip
     trainer = open_run(request, tell)
     try:
@@ -124,9 +120,9 @@ def _origin(arguments: argparse.Namespace) -> Origin:
     for name in ("map", "tokenizer", "fast", "init", "contract", "base"):
         value = getattr(arguments, name)
         values[name] = "" if value is None else _absolute(str(value))
-    for name in ("preset", "fast_placement", "lerobot_version"):
+    for name in ("preset", "fast_placement", "lerobot_version", "eval_robot"):
         values[name] = getattr(arguments, name) or ""
-    for name in ("horizon", "fast_vocabulary"):
+    for name in ("horizon", "fast_vocabulary", "eval_episodes"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ArgumentError(f"--{name.replace('_', '-')} {value}: expected at least 1")

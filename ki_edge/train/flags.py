@@ -134,7 +134,7 @@ def add_saving(parser: Parser) -> None:
     group.add_argument(
         "--eval-robot", metavar="ROBOT", help="let the exported bundle work on it, such as gym:FetchReach-v4"
     )
-    group.add_argument("--eval-episodes", type=int, default=20, help="of a robot's evaluation (20)")
+    group.add_argument("--eval-episodes", type=int, help="of a robot's evaluation (20)")
     group.add_argument("--track", action="append", metavar="NAME", help="also log to tensorboard, trackio or wandb")
     group.add_argument("--resume", action="store_true", help="go on where the run in OUT stopped, with its settings")
     group.add_argument("--accept-changes", action="store_true", help="resume although something is not as it was")

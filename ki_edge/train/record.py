@@ -20,7 +20,8 @@ from .step.settings import TrainSettings
 
 FILE = "run.json"
 FORMAT = 2
-FREE = frozenset({"save_every", "log_every", "eval_every", "keep"})  # settings that change nothing that is computed
+# what changes nothing that is learnt
+FREE = frozenset({"save_every", "log_every", "eval_every", "keep", "eval_robot", "eval_episodes"})
 SHOWN = 4
 CODE = ("train", "model", "policy", "recordings", "checkpoints")  # folders of this package that decide what is computed
 PAIRS: Mapping[str, type] = {"rates": float, "lora": int}  # settings of (group, number) pairs
@@ -43,6 +44,8 @@ class Origin:
     contract: str = ""
     base: str = ""
     lerobot_version: str = ""
+    eval_robot: str = ""
+    eval_episodes: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,13 +83,10 @@ class RunRecord:
     def differences(self, now: RunRecord) -> list[str]:
         """What a resumed run would change, a sentence each."""
         found = []
-        pairs = (
-            ("settings", asdict(self.settings), asdict(now.settings)),
-            ("origin", asdict(self.origin), asdict(now.origin)),
-        )
-        for kind, before, after in pairs:
+        for one, other in ((self.settings, now.settings), (self.origin, now.origin)):
+            before, after = asdict(one), asdict(other)  # type: ignore[call-overload]
             for name in before:
-                if before[name] != after[name] and not (kind == "settings" and name in FREE):
+                if before[name] != after[name] and name not in FREE:
                     found.append(f"{name}: the run has {_short(before[name])}, now {_short(after[name])}")
         for name in {**self.facts, **now.facts}:
             if self.facts.get(name) != now.facts.get(name):

@@ -34,6 +34,7 @@ from .watching.robot import Trial
 from .watching.trackers import Tracking, check_trackers
 from .watching.watchers import Examiner, PageWatcher, TrackingWatcher
 
+EPISODES = 20  # of a robot's evaluation, unless they are named
 CENTER_PICTURES = 512  # at least so many, if the data have them, make the mean picture
 MOST_THREADS = 4096
 Tell = Callable[[str], None]
@@ -60,7 +61,6 @@ class Request:
     workers: int | None = None
     cache: Path | None = None
     cache_gb: float = 20.0
-    trial: Trial | None = None
     trackers: tuple[str, ...] = ()
 
 
@@ -89,6 +89,7 @@ def open_run(request: Request, tell: Tell = lambda line: None) -> Trainer:
 def _opened(request: Request, folder: RunFolder, processes: Processes, say: Tell) -> Trainer:
     before = _before(request, folder)
     settings, origin = _settings(request, before, processes), _origin(request, before)
+    trial = _trial(origin, settings)
     if before is not None and not request.accept_changes:  # what needs no data is known to fit before they are read
         before.check(replace(before, settings=settings, origin=origin), request.out, accept=False)
     start = _start(origin, request.config, say)
@@ -116,11 +117,17 @@ def _opened(request: Request, folder: RunFolder, processes: Processes, say: Tell
         say(line)
     if processes.main:
         record.write(request.out)
-    return _trainer(request, folder, engine, data, settings, say)
+    return _trainer(request, folder, engine, data, settings, trial, say)
 
 
 def _trainer(
-    request: Request, folder: RunFolder, engine: Engine, data: MixedData, settings: TrainSettings, say: Tell
+    request: Request,
+    folder: RunFolder,
+    engine: Engine,
+    data: MixedData,
+    settings: TrainSettings,
+    trial: Trial | None,
+    say: Tell,
 ) -> Trainer:
     place, watchers, log = request.out / "training", list[Watcher](), None
     if engine.main:
@@ -131,7 +138,7 @@ def _trainer(
             config = {name: getattr(settings, name) for name in settings.__dataclass_fields__}
             tracking = Tracking(request.trackers, place, config, step=engine.step, tell=say)
             watchers.append(TrackingWatcher(tracking))
-    judge = Examiner(place, request.trial, tell=say) if settings.eval_every else None
+    judge = Examiner(place, trial, tell=say) if settings.eval_every else None
     return Trainer(engine, data, settings, folder, log, judge=judge, watchers=watchers)
 
 
@@ -157,11 +164,17 @@ def _settings(request: Request, before: RunRecord | None, processes: Processes) 
         settings = with_recipe(request.recipe, request.given, before.settings)
     else:
         settings = replace(before.settings, **request.given)
-    if request.trial is not None and not settings.eval_every:
-        raise ArgumentError("--eval-robot: say how often with --eval-every")
-    if settings.eval_every and not settings.held_out and request.trial is None:
-        raise ArgumentError("--eval-every: there is nothing to evaluate on: say --held-out 0.1 or --eval-robot")
     return settings
+
+
+def _trial(origin: Origin, settings: TrainSettings) -> Trial | None:
+    """The robot that checkpoints are tried out on, if any."""
+    trial = Trial(origin.eval_robot, origin.eval_episodes or EPISODES) if origin.eval_robot else None
+    if trial is not None and not settings.eval_every:
+        raise ArgumentError("--eval-robot: say how often with --eval-every")
+    if settings.eval_every and not settings.held_out and trial is None:
+        raise ArgumentError("--eval-every: there is nothing to evaluate on: say --held-out 0.1 or --eval-robot")
+    return trial
 
 
 def _origin(request: Request, before: RunRecord | None) -> Origin:

@@ -87,3 +87,10 @@ def test_without_a_run_there_is_nothing_to_resume(tmp_path):
 def test_the_code_has_a_digest():
     found = code_facts()
     assert len(found["code"]) == 16 and found == code_facts()
+
+
+def test_the_robot_of_evaluations_is_remembered_and_free(tmp_path):
+    tried = replace(RECORD, origin=replace(RECORD.origin, eval_robot="gym:FetchReach-v4", eval_episodes=5))
+    tried.write(tmp_path)
+    assert RunRecord.read(tmp_path).origin.eval_robot == "gym:FetchReach-v4"
+    assert not tried.differences(RECORD)
