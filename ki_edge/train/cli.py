@@ -134,6 +134,8 @@ def _origin(arguments: argparse.Namespace) -> Origin:
 
 def _absolute(text: str) -> str:
     """A path that exists, with its weight if it has one, from anywhere."""
+    if "\0" in text:
+        raise ArgumentError(f"{text!r:.80}: no path has a NUL character")
     path, colon, weight = text.rpartition(":")
     if Path(text).exists():
         return str(Path(text).absolute())

@@ -73,6 +73,7 @@ def test_from_a_checkpoint(episodes, tmp_path, capsys):
         (["--cache", "kept", "--cache-gb", "inf"], "--cache-gb inf"),
         (["--horizon", "0"], "--horizon 0: expected at least 1"),
         (["--init", "nowhere"], "nowhere"),
+        (["--init", "no\0where"], "no path has a NUL character"),
         (["--init", "x", "--preset", "tiny"], "leave --preset out"),
         (["--rate", "vision"], "--rate vision: expected GROUP=FACTOR"),
         (["--lora", "vision=x"], "--lora vision=x: expected GROUP=RANK"),
