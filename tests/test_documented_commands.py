@@ -31,6 +31,8 @@ STAND_INS = {
     "my_checkpoint/": "examples/fetch/checkpoint",
     "CHECKPOINT": "examples/fetch/checkpoint",
     "build/fetch/run/last": "examples/fetch/checkpoint",
+    "build/my_policy/best": "examples/fetch/checkpoint",
+    "build/my_policy/bundle": "bundle",
     "build/d4": "tests/data/openpi_a",
     "pi05_droid/": "tests/data/policies/o14_droid_finetune",
     "lerobot/pi05_libero_finetuned": "tests/data/policies/h_a01_q_2cam_480x640",

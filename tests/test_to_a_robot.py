@@ -11,7 +11,20 @@ from .test_documentation import SCRIPTS
 
 for package in ("pyarrow", "av"):
     pytest.importorskip(package, reason="pip install 'ki-edge[record]'")
-SHORT = ["--steps", "2", "--eval-every", "2", "--batch", "4", "--flow-draws", "1", "--workers", "0"]
+SHORT = [
+    "--steps",
+    "2",
+    "--eval-every",
+    "2",
+    "--held-out",
+    "0.3",
+    "--batch",
+    "4",
+    "--flow-draws",
+    "1",
+    "--workers",
+    "0",
+]
 PAGE = ROOT / "docs" / "training.md"
 
 

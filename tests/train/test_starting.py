@@ -88,7 +88,7 @@ MEASURED = """
 import json, re, sys
 from pathlib import Path
 sys.path[:0] = [sys.argv[1]]
-from test_start import MIDDLE, SETTINGS, opened, replace
+from test_starting import MIDDLE, SETTINGS, opened, replace
 from ki_edge.model import save_checkpoint
 from ki_edge.train.parallel.engine import Engine
 def memory(name):  # a process' own: what getrusage tells begins with its parent's
