@@ -84,7 +84,7 @@ class RunRecord:
         """What a resumed run would change, a sentence each."""
         found = []
         for one, other in ((self.settings, now.settings), (self.origin, now.origin)):
-            before, after = asdict(one), asdict(other)  # type: ignore[call-overload]
+            before, after = asdict(one), asdict(other)
             for name in before:
                 if before[name] != after[name] and name not in FREE:
                     found.append(f"{name}: the run has {_short(before[name])}, now {_short(after[name])}")
