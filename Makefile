@@ -3,7 +3,7 @@
 # make test-elsewhere   the same tests as a stranger's machine may run them: another user, random order, read-only home
 # make test-integrations   the wheel on other Pythons, the real LeRobot, openpi-client, rerun, Ray and Triton's client, in environments of their own (11 GB)
 # make lint    style and types only
-# make train-demo   demonstrations and training of the Fetch policy (about an hour and a half on two cores)
+# make train-demo   demonstrations and training of the Fetch policy (hours on two cores)
 
 PYTHON ?= python3
 VENV := .venv
