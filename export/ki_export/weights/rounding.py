@@ -6,8 +6,8 @@
 | fp8 | e4m3: 4 significant bits up to 448, smallest step 2^-9 | one an output: its largest magnitude at 448 |
 | nvfp4 | e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives | one in e4m3 for 16 inputs, times one in float32 for all |
 
-Rounding is to the nearest, ties to even, and saturates: what ONNX and TensorRT define. All scales of int8 and fp8 have
-8 significant bits, so that they are the same numbers in float32, float16 and bfloat16.
+Rounding is to the nearest, ties to even, and saturates: what ONNX and TensorRT define. Scales of int8 and fp8 are numbers
+that float16 and bfloat16 both have, so that a graph may multiply by them in any type.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Kind = Literal["int8", "fp8", "nvfp4"]
 KINDS: tuple[Kind, ...] = ("int8", "fp8", "nvfp4")
 LARGEST = {"int8": 127.0, "fp8": 448.0, "nvfp4": 6.0}  # magnitude of a value
 BLOCK = 16  # inputs that share a scale in nvfp4
-SIGNIFICANT = 8  # bits of a scale: bfloat16's
-SMALLEST_SCALE = 2.0**-14  # float16's smallest normal number: below it a scale would lose bits
+SIGNIFICANT = 8  # bits of a scale: bfloat16 has no more
+SMALLEST = 2.0**-24  # and float16 no smaller step
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,13 +71,14 @@ def round_e2m1(x: Tensor) -> Tensor:
 
 
 def scale_of(clip: Tensor, kind: Kind) -> Tensor:
-    """f32 scales of 8 bits, not below float16's normal numbers, so that `clip` is at the kind's largest value.
+    """f32 scales with which `clip` is at the largest value of int8 or fp8.
 
-    Rounded up, so that nothing below `clip` saturates. A clip of 0 has the smallest scale.
+    Rounded up, so that nothing below `clip` saturates; of 0 the smallest.
     """
-    exact = (clip.float() / LARGEST[kind]).clamp(min=SMALLEST_SCALE)
-    mantissa, exponent = torch.frexp(exact)
-    return torch.ldexp((mantissa * 2**SIGNIFICANT).ceil(), exponent - SIGNIFICANT)
+    exact = (clip.float() / LARGEST[kind]).clamp(min=SMALLEST)
+    _, exponent = torch.frexp(exact)
+    step = torch.exp2((exponent - SIGNIFICANT).float()).clamp(min=SMALLEST)
+    return (exact / step).ceil() * step
 
 
 def second_scale(clip: Tensor) -> Tensor:
