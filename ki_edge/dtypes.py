@@ -17,8 +17,9 @@ class DType:
     """One type.
 
     `name`: numpy's, PyTorch's and the manifest's; `stored`: safetensors'; `numpy`: of its bytes, little-endian, of
-    bfloat16 and float8 the bits; `onnx`: the number in onnx.proto; `ort` and `trt`: ONNX Runtime's and TensorRT's names; `short`:
-    on the command line, where it is a precision; `exponent`: the bits that are all set in infinities and NaN.
+    bfloat16 and float8 the bits; `onnx`: the number in onnx.proto; `ort` and `trt`: ONNX Runtime's and TensorRT's
+    names; `short`: on the command line, where it is a precision; `exponent`: the bits that are all set in infinities
+    and NaN.
     """
 
     name: str

@@ -37,11 +37,11 @@ class ExportOptions:
     `precision` of the matrix products, None: the target's default; `weights`: "float32", or "stored" to keep the
     checkpoint's own types in the file and widen while running; `link`: share the checkpoint's file instead of taking
     its bytes (a change of it is noticed when the bundle is opened; nothing protects a running robot); `calibrate`:
-    recorded observations for the range audit of fp16 and the scales of low products; `keep_fp32`: shell-style patterns of products that stay float32;
-    `sensitivity`: measure what each layer costs in 16 bits; `keep`: patterns of products that stay in 16 bits;
-    `budget_cosine`: of the actions, that low products have to hold, None: the precision's own; `attention` fused: one operator of opset 23 instead of
-    several; `rtc`: whether chunks can be made to continue the one before, None: for the target ort; `policy`: what the
-    checkpoint does not record.
+    recorded observations for the range audit of fp16 and the scales of low products; `keep_fp32`: shell-style patterns
+    of products that stay float32; `sensitivity`: measure what each layer costs in 16 bits; `keep`: patterns of products
+    that stay in 16 bits; `budget_cosine`: of the actions, which low products have to hold, None: the precision's own;
+    `attention` fused: one operator of opset 23 instead of several; `rtc`: whether chunks can be made to continue the
+    one before, None: for the target ort; `policy`: what the checkpoint does not record.
     """
 
     target: str = "ort"
@@ -89,9 +89,9 @@ class ExportOptions:
             other = "pack" if self.pack else f"precision {self.precision}"
             raise ArgumentError(f"--link shares the checkpoint's file, and {other} writes another: leave one out")
         if (self.calibrate is not None or self.keep_fp32 or self.sensitivity) and not self.sixteen:
-            flags = "--calibrate, --keep-fp32 and --sensitivity"
             raise ArgumentError(
-                f"{flags} are for precision fp16, bf16 and the low ones of TensorRT, not {self.precision}"
+                "--calibrate, --keep-fp32 and --sensitivity are for precision fp16 and bf16, and for int8, fp8 and nvfp4 "
+                f"of engines, not {self.precision}"
             )
         if self.calibrate is not None and self.precision == "bf16" and not self.sensitivity:
             raise ArgumentError("--calibrate has no effect with bf16, which needs no range audit: add --sensitivity")

@@ -85,7 +85,8 @@ def _weights(weights: Mapping[str, Any]) -> None:
 def _words(data: Mapping[str, Any]) -> None:
     if data["precision"] not in KNOWN_PRECISIONS:
         raise _Wrong(
-            f"precision {data['precision']!r:.40}, known are {', '.join(KNOWN_PRECISIONS)}: upgrade ki-edge, or export again"
+            f"precision {data['precision']!r:.40}, known are {', '.join(KNOWN_PRECISIONS)}: upgrade ki-edge, or export "
+            "again"
         )
     for name, version in data["tools"].items():
         if not isinstance(version, str):

@@ -35,10 +35,8 @@ def _check_place(path: Path, tensor: onnx.TensorProto) -> None:
     place = {entry.key: entry.value for entry in tensor.external_data}
     offset, length = int(place["offset"]), int(place["length"])
     size = (path.parent / place["location"]).stat().st_size
-    needed = math.ceil(
-        ir.DataType(tensor.data_type).itemsize * math.prod(tensor.dims)
-    )  # of four bits, half a byte each
-    if length != needed or offset + length > size:
+    width = ir.DataType(tensor.data_type).itemsize  # half a byte of four bits
+    if length != math.ceil(width * math.prod(tensor.dims)) or offset + length > size:
         raise ExportError(
             f"graph {path.stem}: '{tensor.name}' {list(tensor.dims)} at bytes {offset}..{offset + length} does not fit "
             f"{place['location']} of {size} bytes"

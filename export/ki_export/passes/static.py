@@ -1,16 +1,16 @@
-"""Products in eight and four bits for strongly typed engines: QuantizeLinear and DequantizeLinear around their operands.
+"""Products in eight and four bits for strongly typed engines: their operands quantised and dequantised in the graph.
 
 For the end, on graphs that `lower` has brought to 16 bits. A product Gemm(x, W, transB=1) of the base type becomes
 
     x -> [Mul 1/b] -> QuantizeLinear -> DequantizeLinear -+
     W.values, W.scales ----> DequantizeLinear ------------+-> Gemm -> Cast to float32, as before
 
-and engines fuse the two DequantizeLinear with the Gemm into one product of low values. What they need for it: the scales
-of operands are constants, one a tensor; those of weights one an output channel; every DequantizeLinear gives the base
-type; nothing stands between a DequantizeLinear and the product. Where the operand is a Cast of a float32 value, it is
-quantised from that, so that it is rounded once. Four bits have two scales, one in e4m3 for 16 inputs and one in float32
-for all, hence two DequantizeLinear in a chain; their activations are quantised by an operator of TensorRT's own, which
-computes the block's scales as they come, or stay in the base type.
+and engines fuse the two DequantizeLinear with the Gemm into one product of low values. What they need for it: the
+scales of operands are constants, one a tensor; those of weights one an output channel; every DequantizeLinear gives the
+base type; nothing stands between a DequantizeLinear and the product. Where the operand is a Cast of a float32 value, it
+is quantised from that, so that it is rounded once. Four bits have two scales, one in e4m3 for 16 inputs and one in
+float32 for all, hence two DequantizeLinear in a chain; their activations are quantised by an operator of TensorRT's
+own, which computes the blocks' scales as they come, or stay in the base type.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _raise_opset(model: ir.Model, opset: int) -> None:
 
 
 class _Rewriter:
-    """Rewrites one graph. `replaced`: weights and what they have become; `dynamic`: whether TensorRT's operator is used."""
+    """Rewrites one graph. `replaced`: weights and what they have become; `dynamic`: TensorRT's own operator is used."""
 
     def __init__(self, graph: ir.Graph, plan: LowPlan) -> None:
         self._graph, self._plan, self._base = graph, plan, BASES[plan.base]
@@ -209,7 +209,7 @@ class _Steps:
         inputs: Sequence[ir.Value],
         dtype: ir.DataType | None,
         shape: ir.Shape | None,
-        **attributes: int,
+        **attributes: Any,
     ) -> ir.Value:
         """A node's only output."""
         node = ir.node(op_type, inputs, attributes=attributes)
@@ -225,11 +225,5 @@ class _Steps:
     def constant(self, values: Any, dtype: ir.DataType) -> ir.Value:
         """Float32 numbers in another type, as a constant."""
         numbers = np.asarray(values, np.float32).astype(dtype.numpy())
-        return self.add_constant(ir.tensor(numbers, dtype=dtype))
-
-    def add_constant(self, tensor: ir.TensorProtocol) -> ir.Value:
-        """A Constant node's output."""
-        node = ir.node("Constant", [], attributes={"value": tensor})
-        node.outputs[0].type, node.outputs[0].shape = ir.TensorType(tensor.dtype), tensor.shape
-        self.insert(node)
-        return node.outputs[0]
+        tensor = ir.tensor(numbers, dtype=dtype)
+        return self.add("Constant", [], tensor.dtype, ir.Shape(tensor.shape), value=tensor)
