@@ -167,7 +167,7 @@ class _Study:
         kinds: list[Kind] = [self.request.precision]
         while (more := MORE_BITS[kinds[-1]]) is not None:
             kinds.append(more)
-        plans = {kind: LowPlan(kind, {}, {}, kept=dict(self.fixed)) for kind in kinds}
+        plans = {kind: LowPlan(kind, {}, {}, base="fp16", kept=dict(self.fixed)) for kind in kinds}
         for sites in tqdm(self._shared(), desc="scales", unit="operand", disable=None, leave=False):
             self._choose(sites, plans)
         balanced = sum(bool(product.balance) for product in plans[kinds[0]].products.values())
