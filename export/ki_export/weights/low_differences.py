@@ -60,7 +60,7 @@ def _balances(bundle: Bundle) -> Balances:
     """Site -> f32 [in] that its weight's columns were multiplied by. BundleError if the plan is malformed."""
     path: Path = bundle.file(PLAN)
     try:
-        plan = read_object(path, MAX_PLAN, BundleError)["low_bits"]
+        plan = read_object(path, BundleError, MAX_PLAN)["low_bits"]
         vectors = {key: np.exp2(np.asarray(powers, np.float32)) for key, powers in plan["balances"].items()}
         products = plan["products"].items()
         return {site: vectors[product["balance"]] for site, product in products if product.get("balance")}
