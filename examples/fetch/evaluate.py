@@ -23,7 +23,7 @@ from ki_runtime.robots import open_robot
 def open_policy(path: Path) -> Any:
     """A bundle through the runtime; a checkpoint through PyTorch (only then is torch imported).
 
-    A bundle for GPUs (16 bits and less) is computed in exactly its types, as they would: ONNX Runtime's CPU widens them.
+    A bundle for GPUs (16 bits and less) is computed in exactly its types: ONNX Runtime's CPU would widen them.
     """
     if (path / MANIFEST).is_file():
         from ki_runtime.policy.assets import read_assets

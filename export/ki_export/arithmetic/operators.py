@@ -20,7 +20,7 @@ from ki_edge.errors import ExportError
 
 from .low_bits import DYNAMIC, LOW_TYPES, dequantize_linear, dynamic_quantize, quantize_linear
 
-TYPES = {  # by ONNX's number of the type
+TYPES: Mapping[int, torch.dtype] = {  # by ONNX's number of the type
     **{number: getattr(torch, dtype.name) for number, dtype in BY_ONNX.items() if number not in LOW_TYPES},
     **LOW_TYPES,
 }

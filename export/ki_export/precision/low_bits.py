@@ -7,9 +7,11 @@ than the budget asks for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any
 
 import onnx_ir as ir
@@ -237,7 +239,7 @@ class _Search:
     def run(self) -> LowPlan:
         request = self._study.request
         kinds: list[Kind | None] = [*self._plans, None]
-        for kind, more in zip(kinds, kinds[1:], strict=False):
+        for kind, more in pairwise(kinds):
             assert kind is not None
             plan = self._plans[kind]
             cosine = self._measure(plan)
@@ -278,8 +280,8 @@ class _Search:
         return [cost.group for cost in costs]
 
     def _weights(self, sites: Iterable[str]) -> int:
-        shapes = (self._study.operands[site].product.weight for site in sites)
-        return sum(int(w.shape[0]) * int(w.shape[1]) for w in shapes if w is not None and w.shape is not None)  # type: ignore[arg-type]
+        found = (self._study.operands[site].product.weight for site in sites)
+        return sum(math.prod(w.shape.numpy()) for w in found if w is not None and w.shape is not None)
 
     def _keep(self, plan: LowPlan, more: Kind | None, ranked: Sequence[str]) -> LowPlan:
         """The fewest of the costliest layers that must have more bits: doubled until it holds, then halved."""
@@ -347,5 +349,5 @@ def _kept(request: LowRequest, operands: Mapping[str, Operands]) -> dict[str, st
         kept.update(dict.fromkeys(found, f"--keep {pattern}"))
     if request.precision == "int8":
         attention = (site for site, seen in operands.items() if seen.product.weight is None)
-        kept.update({site: "an attention's own product: probabilities need finer steps" for site in attention})
+        kept.update(dict.fromkeys(attention, "an attention's own product: probabilities need finer steps"))
     return kept

@@ -15,7 +15,7 @@ from ki_edge.checkpoints.layout.keys import checkpoint_key
 from ki_edge.dtypes import PRECISIONS
 from ki_edge.errors import ExportError
 from ki_export.graphs.tracing import quiet
-from ki_export.passes.low_plan import Kind, LowPlan
+from ki_export.passes.low_plan import LowPlan
 from ki_export.passes.static import quantize_static
 from ki_export.weights.low_bits import LowForm
 

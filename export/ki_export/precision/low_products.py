@@ -1,4 +1,4 @@
-"""Low products in the place of a graph's 16-bit ones, before any graph is rewritten: what they will compute, exactly."""
+"""Low products in the place of a graph's 16-bit ones, before any graph is rewritten: what they will compute."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ki_export.arithmetic.evaluator import Replacement
 from ki_export.arithmetic.low_bits import LowOperand, low_product
 from ki_export.passes.low_plan import LowPlan, LowProduct
 from ki_export.passes.products import matrix_products
-from ki_export.weights.rounding import BLOCK, Kind, round_blocks, round_values, round_weight
+from ki_export.weights.rounding import Kind, round_blocks, round_values, round_weight, times_blocks
 
 HELD = 400_000_000  # bytes of rounded weights that stay in memory over the steps
 
@@ -44,9 +44,7 @@ class RoundedWeights:
         return found
 
 
-def replacements(
-    plan: LowPlan, models: Mapping[str, ir.Model], weights: RoundedWeights
-) -> dict[ir.Node, Replacement]:
+def replacements(plan: LowPlan, models: Mapping[str, ir.Model], weights: RoundedWeights) -> dict[ir.Node, Replacement]:
     """What the plan's products compute, by node of the 16-bit graphs."""
     found: dict[ir.Node, Replacement] = {}
     for model in models.values():
@@ -78,9 +76,8 @@ def low_operand(x: Tensor, scale: float, kind: Kind) -> LowOperand:
     """An operand that comes at run time, with its static scale; of nvfp4 without one (0) as it is."""
     if kind == "nvfp4" and scale == 0:
         return LowOperand(x, torch.ones(()), whole=False)
-    if kind == "nvfp4":
-        values, scales = round_blocks(x, torch.tensor(scale))
-        blocks = values.unflatten(-1, (-1, BLOCK)) * scales[..., None]
-        return LowOperand(blocks.flatten(-2), torch.tensor(scale, dtype=torch.float32), whole=False)
     factor = torch.tensor(np.float32(scale))
+    if kind == "nvfp4":
+        values, scales = round_blocks(x, factor)
+        return LowOperand(times_blocks(values, scales), factor, whole=False)
     return LowOperand(round_values(x / factor, kind), factor, whole=kind == "int8")

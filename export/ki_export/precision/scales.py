@@ -1,9 +1,9 @@
 """Scales of static quantisation, chosen by the error that they leave, not by belief.
 
-For products of one operand x with weights W, what rounding does to x W^T is estimated channel by channel from rows that
-were seen: E[dx_j^2] |W_j|^2 + E[x_j^2] |dW_j|^2, summed over channels j. Two things are tried: to let the largest values
-saturate, and to balance: x_j / b_j and W_j * b_j, with powers of two b, between channels whose operands are large and
-channels whose weights are.
+For products of one operand x with weights W, what rounding does to x W^T is estimated channel by channel from rows
+that were seen: E[dx_j^2] |W_j|^2 + E[x_j^2] |dW_j|^2, summed over channels j. Two things are tried: to let the largest
+values saturate, and to balance: x_j / b_j and W_j * b_j, with powers of two b, between channels whose operands are
+large and channels whose weights are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ki_export.weights.rounding import Kind, round_blocks, round_values, round_weight, scale_of, second_scale
+from ki_export.weights.rounding import (
+    Kind,
+    round_blocks,
+    round_values,
+    round_weight,
+    scale_of,
+    second_scale,
+    times_blocks,
+)
 
 CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.12, 0.07)  # shares of the largest value that were seen
 HEADROOM = 1.1  # what other observations may exceed the largest by, where nothing is to saturate
@@ -80,7 +88,7 @@ def round_operand(x: Tensor, scale: float, kind: Kind) -> Tensor:
     """An operand as the graph rounds it with a static scale, f32."""
     if kind == "nvfp4":
         values, scales = round_blocks(x, torch.tensor(scale))
-        return (values.unflatten(-1, (scales.shape[-1], -1)) * scales[..., None]).flatten(-2) * scale
+        return times_blocks(values, scales) * scale
     return round_values(x / scale, kind) * scale
 
 
