@@ -23,14 +23,14 @@ from ki_runtime.robots import open_robot
 def open_policy(path: Path) -> Any:
     """A bundle through the runtime; a checkpoint through PyTorch (only then is torch imported).
 
-    A float16 or bfloat16 bundle is computed in exactly these types, as a GPU would: ONNX Runtime's CPU widens them.
+    A bundle for GPUs (16 bits and less) is computed in exactly its types: ONNX Runtime's CPU would widen them.
     """
     if (path / MANIFEST).is_file():
         from ki_runtime.policy.assets import read_assets
         from ki_runtime.policy.policy import Policy
 
         bundle = Bundle.open(path)
-        if bundle.manifest.precision in ("float16", "bfloat16"):
+        if bundle.manifest.precision not in ("float32", "int8"):
             from ki_export.arithmetic.session import arithmetic_sampler
 
             return Policy(arithmetic_sampler(bundle), read_assets(bundle))

@@ -19,7 +19,7 @@ from ki_edge.model import PiModel
 from ki_edge.model.streaming import EmbeddingRows
 from ki_export.arithmetic.evaluator import Evaluator, Shelf
 from ki_export.arithmetic.readers import FileWeights
-from ki_export.arithmetic.session import SIXTEEN_BITS
+from ki_export.arithmetic.session import ROUNDED
 from ki_runtime.backends.ort import load, weight_layout
 from ki_runtime.backends.registry import SessionOptions
 
@@ -43,7 +43,7 @@ def first_wrong_layer(
     bar = LAYER_BARS[bundle.manifest.precision]
     with _recorded(model) as expected:
         run()
-    if bundle.manifest.precision in SIXTEEN_BITS:
+    if bundle.manifest.precision in ROUNDED:
         return _first_wrong_value(bundle, graph, feeds, expected, bar)
     watched = _watched(bundle.graph(graph), {name: size for name, (size, _) in expected.items()})
     options = SessionOptions(prepack=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -15,25 +15,12 @@ from ki_edge.checkpoints.layout.keys import checkpoint_key
 from ki_edge.dtypes import PRECISIONS
 from ki_edge.errors import ExportError
 from ki_export.graphs.tracing import quiet
-from ki_export.passes.low_plan import Kind, LowPlan
+from ki_export.passes.low_plan import LowPlan
 from ki_export.passes.static import quantize_static
 from ki_export.weights.low_bits import LowForm
 
-from .calibration import Calibration
-from .simple_plan import simple_plan
+from .low_bits import LowRequest, plan_low_bits
 from .sixteen_bits import Lowered
-
-
-@dataclass(frozen=True)
-class LowRequest:
-    """`kind`: the low precision that was asked for; `observed`: what scales are measured on; `keep`: patterns of sites
-    that stay in 16 bits; `budget_cosine`: of the actions, None for the kind's own.
-    """
-
-    kind: Kind
-    observed: Calibration
-    keep: tuple[str, ...] = ()
-    budget_cosine: float | None = None
 
 
 def lower_further(
@@ -45,13 +32,15 @@ def lower_further(
     say: Callable[[str], object],
 ) -> Lowered:
     """Bring graphs in 16 bits to a plan's low products; the same with the plan and the weights' forms."""
-    assert lowered.audit is not None
-    plan = simple_plan(request.kind, lowered.audit, lowered.decision, models, request.keep)
+    decision = lowered.decision
+    request = replace(request, exponents=decision.exponents, kept=decision.kept)
+    planned = plan_low_bits(checkpoint, models, vocabulary, request, say)
+    plan = planned.plan
     with quiet():
         low = quantize_models(models, plan, lowered.decision.exponents)
     for kind, count in Counter(product.kind for product in plan.products.values()).items():
         say(f"{count} products in {kind}, {len(plan.kept)} kept in 16 bits")
-    return replace(lowered, plan=plan, low=low)
+    return replace(lowered, plan=plan, low=low, findings=planned.findings.to_json())
 
 
 def quantize_models(models: Mapping[str, ir.Model], plan: LowPlan, exponents: Mapping[str, int]) -> dict[str, LowForm]:
