@@ -22,9 +22,9 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from float16 import STEPS, Case, note, observations
 
 import ki_export.exporter
-from float16 import STEPS, Case, note, observations
 from ki_edge.bundle import Bundle
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.model import Observation, PiModel, load_model
@@ -41,7 +41,7 @@ BARS = {"fp16": 0.99999, "int8": 0.999, "fp8": 0.999, "nvfp4": 0.995}
 
 @dataclass(frozen=True)
 class Row:
-    """One precision. `cosines` and `errors` of each observation; `layers`: products by their kind; `bytes` of weights."""
+    """One precision. `cosines` and `errors` of each observation, `layers`: products by kind, `bytes` of weights."""
 
     precision: str
     cosines: list[float]
