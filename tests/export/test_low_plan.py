@@ -4,16 +4,19 @@ import pytest
 import torch
 
 from ki_edge.checkpoints import Checkpoint
-from ki_edge.errors import ArgumentError
+from ki_edge.errors import ArgumentError, BundleError, ParityError
 from ki_edge.model import Observation, load_model
 from ki_export.arithmetic.session import arithmetic_sampler
 from ki_export.exporter import export
 from ki_export.graphs.tracing import trace_all
 from ki_export.options import ExportOptions
+from ki_export.parity.bars import bars_of
 from ki_export.policies import decode_vocabulary
+from ki_export.precision import low_models, low_report
 from ki_export.precision.calibration import calibration
-from ki_export.precision.low_bits import LowRequest, cosines, plan_low_bits
+from ki_export.precision.low_bits import LowRequest, Planned, cosines, plan_low_bits
 from ki_export.precision.operands import observe_operands
+from ki_export.precision.ranges_report import read_ranges
 from ki_export.precision.rehearsal import STEPS, Rehearsal
 from ki_export.precision.scales import balancing, choose, round_operand
 from ki_export.precision.sixteen_bits import Request, lower_models
@@ -159,3 +162,42 @@ def test_scales_have_seen_every_step_with_all_cameras_and_with_one_absent(study)
         for side in sides:
             assert torch.isfinite(side.largest).all()
             assert side.rows.abs().amax() == side.largest.amax(), "the largest value is among the rows"
+
+
+def test_a_wrong_scale_is_caught_by_the_proof_and_told_in_one_line(checkpoint, tmp_path, monkeypatch):
+    def wrong(*given):
+        planned = plan_low_bits(*given)
+        products = {site: replace(one, operand=one.operand / 16) for site, one in planned.plan.products.items()}
+        return Planned(replace(planned.plan, products=products), planned.findings)
+
+    monkeypatch.setattr(low_models, "plan_low_bits", wrong)
+    options = ExportOptions(target="trt", precision="int8", model_only=True, fast_head=False)
+    with pytest.raises(ParityError, match=r"^(prefix|denoise|runtime): \S+ .*cosine distance .*cause: ") as caught:
+        export(checkpoint, tmp_path / "bundle", options)
+    assert "\n" not in str(caught.value) and not (tmp_path / "bundle").exists()
+
+
+def test_the_report_tells_what_layers_cost_and_what_more_bits_buy(study, checkpoint, tmp_path):
+    reached = 1 - plan(study, "int8")[0].findings.steps[-1]
+    budget = 1 - 0.9 * reached
+    options = ExportOptions(
+        target="trt", precision="int8", model_only=True, fast_head=False, budget_cosine=budget, verify=False
+    )
+    bundle = export(checkpoint, tmp_path / "bundle", options)
+    assert bundle.manifest.budget == budget
+    low = low_report.findings(read_ranges(bundle.path))
+    assert "8 synthetic observations and all 10 denoising steps" in low_report.summary(low)
+    assert next(low_report.bought(low))[0] == "every layer in int8"
+    assert len(list(low_report.bought(low))) > 1
+    rows = list(low_report.layers(low))
+    assert any("16 bits" in row[1] for row in rows) and any("int8" in row[1] for row in rows)
+    assert rows[0][3], "the costliest first"
+    assert low_report.picture(low).startswith(b"\x89PNG")
+    bars = bars_of(bundle.manifest.precision, bundle.manifest.budget)
+    assert bars["actions"].limit == pytest.approx(1 - budget)
+
+
+def test_a_damaged_account_of_low_bits_is_told(tmp_path):
+    (tmp_path / "ranges.json").write_text('{"low_findings": {"local": {}}, "low_bits": {}}')
+    with pytest.raises(BundleError, match="is not what an export writes"):
+        read_ranges(tmp_path)
