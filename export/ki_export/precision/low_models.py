@@ -42,9 +42,8 @@ def lower_further(
     for kind, count in Counter(product.kind for product in plan.products.values()).items():
         say(f"{count} products in {kind}, {len(plan.kept)} kept in 16 bits")
     if own := _own_weights(models, low):
-        say(
-            f"fast_decode keeps 16-bit weights of its own, {own / 1e9:.2f} GB of the bundle; --no-fast-head leaves it out"
-        )
+        size = f"{own / 1e9:.2f} GB of the bundle"
+        say(f"fast_decode keeps 16-bit weights of its own, {size}; --no-fast-head leaves it out")
     return replace(lowered, plan=plan, low=low, findings=planned.findings.to_json())
 
 
