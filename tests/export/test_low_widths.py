@@ -4,6 +4,7 @@ Weights are made as they are read, so there is no checkpoint on the disk; scales
 """
 
 import importlib.util
+import shutil
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "random_checkpoint.py"
 VOCABULARY = DecodeVocabulary(2048, 1024)
 TARGETS = {"int8": ((8, 6),), "fp8": ((8, 9), (12, 0)), "nvfp4": ((12, 0),)}
 BYTES = {"int8": 1.0, "fp8": 1.0, "nvfp4": 0.5625}  # of a parameter, its block's scale included
+PIECE = 4_194_301  # a prime number: no rows repeat
 DISK, MEMORY = 3_000_000_000, 3_000_000_000
 
 
@@ -37,7 +39,7 @@ class Made(TensorSource):
     def __init__(self, config):
         self.tensors = {key: StoredTensor("F32", shape) for key, shape in parameter_shapes(config).items()}
         self.files = ()
-        self._noise = np.random.default_rng(0).standard_normal(4_194_301).astype(np.float32)  # a prime: no repeated rows
+        self._noise = np.random.default_rng(0).standard_normal(PIECE).astype(np.float32)
 
     def rows(self, key, start, stop):
         shape = self.tensors[key].shape
@@ -57,7 +59,7 @@ def rtx():
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """(configuration, packed float32 graphs by name), two layers of the real widths and a small vocabulary."""
-    psutil, disk = pytest.importorskip("psutil"), __import__("shutil").disk_usage(tmp_path_factory.getbasetemp())
+    psutil, disk = pytest.importorskip("psutil"), shutil.disk_usage(tmp_path_factory.getbasetemp())
     if disk.free < DISK or psutil.virtual_memory().available < MEMORY:
         pytest.skip(f"needs {DISK / 1e9:.0f} GB of disk and {MEMORY / 1e9:.0f} GB of memory")
     spec = importlib.util.spec_from_file_location("random_checkpoint", SCRIPT)
@@ -115,4 +117,3 @@ def test_all_graphs_compile_and_their_weights_are_small(kind, real, rtx, tmp_pat
         made = compile_graph(rtx, tmp_path / f"{graph}.onnx", shapes[graph], engine, log, settings)
         wanted = BYTES[kind] * low_parameters + other_bytes
         assert wanted < made.size < 1.1 * wanted + 12e6, f"{graph}: {made.size / 1e6:.1f} MB of {wanted / 1e6:.1f}"
-        print(f"{kind} {graph}: {made.size / 1e6:.1f} MB of {wanted / 1e6:.1f}, {made.seconds:.1f} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -40,7 +41,18 @@ def lower_further(
         low = quantize_models(models, plan, lowered.decision.exponents)
     for kind, count in Counter(product.kind for product in plan.products.values()).items():
         say(f"{count} products in {kind}, {len(plan.kept)} kept in 16 bits")
+    if own := _own_weights(models, low):
+        size = f"{own / 1e9:.2f} GB of the bundle"
+        say(f"fast_decode keeps 16-bit weights of its own, {size}; --no-fast-head leaves it out")
     return replace(lowered, plan=plan, low=low, findings=planned.findings.to_json())
+
+
+def _own_weights(models: Mapping[str, ir.Model], low: Mapping[str, LowForm]) -> int:
+    """Bytes of the 16-bit weights in fast_decode that other graphs take in fewer bits."""
+    model = models.get(graphs.FAST_DECODE.name)
+    weights = {} if model is None else model.graph.initializers
+    shapes = [value.shape.numpy() for name, value in weights.items() if checkpoint_key(name) in low and value.shape]
+    return 2 * sum(math.prod(shape) for shape in shapes)
 
 
 def quantize_models(models: Mapping[str, ir.Model], plan: LowPlan, exponents: Mapping[str, int]) -> dict[str, LowForm]:
