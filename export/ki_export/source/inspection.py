@@ -94,7 +94,7 @@ class Inspection:
 
 
 def memory(config: Pi05Config, width: float, table: int) -> int:
-    """Bytes of the matrices that acting maps: those it reads at `width` bytes a number, the whole embedding at `table`."""
+    """Bytes of the matrices that acting maps: at `width` bytes a number, the whole embedding at `table`."""
     count = count_weights(config)
     return int(width * (count.vision + count.backbone + count.expert).matrices) + table * count.embedding.matrices
 
