@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ki_edge.bundle import Bundle
+from ki_edge.dtypes import LOW_PRECISIONS
 from ki_edge.model import PiModel
 from ki_edge.model.streaming import EmbeddingRows
 from ki_export.arithmetic.evaluator import Evaluator, Shelf
@@ -27,7 +28,13 @@ Array = npt.NDArray[Any]
 FLOAT = onnx.TensorProto.FLOAT
 SAMPLED = ".sampled"
 # times the layer's largest output: below it an error is rounding, or that of the layers before it
-LAYER_BARS = {"float32": 2e-5, "int8": 0.5, "float16": 2e-2, "bfloat16": 0.2}
+LAYER_BARS = {
+    "float32": 2e-5,
+    "int8": 0.5,
+    "float16": 2e-2,
+    "bfloat16": 0.2,
+    **dict.fromkeys(LOW_PRECISIONS.values(), 1.0),
+}
 LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Embedding, EmbeddingRows)
 SAMPLES = 1 << 18  # values kept of a layer's output, so that those of a large model fit into memory
 PRIMES = (1, 2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103)
