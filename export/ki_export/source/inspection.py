@@ -27,6 +27,7 @@ CASES = ((2, PROMPT), (3, 200))  # cameras present, tokens of the prompt; of a m
 SMALLEST = 0.1  # ms: below it an inference is all overhead, of which a roofline knows nothing
 STEPS = 10
 CELL = 40  # characters of a table cell
+PRODUCTS = {"16 bit": 2, "8 bit": 1}  # of which vendors give the rate
 # Bytes of a number in what is multiplied, and in the embedding table, which engines keep in 16 bits.
 TYPES = {"fp32": (4.0, 4), "16 bit": (2.0, 2), "8 bit": (1.0, 2), "4 bit": (0.5625, 2)}
 
@@ -159,7 +160,7 @@ def _floors(config: Pi05Config, device: Device, cases: Sequence[tuple[int, int]]
             {
                 "cameras": cameras,
                 "prompt": prompt,
-                **{name: sum(floor_ms(s, device, TYPES[name]) for s in found) for name in ("16 bit", "8 bit")},
+                **{name: sum(floor_ms(s, device, width) for s in found) for name, width in PRODUCTS.items()},
             }
         )
     return cells
