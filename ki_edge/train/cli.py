@@ -106,7 +106,9 @@ def _say_end(trainer: Trainer, out: Path) -> None:
     best = trainer.folder.best
     where = f"checkpoint {checkpoint} after {trainer.step} of {trainer.settings.steps} steps"
     lines = [where + (f", the best is {best}" if best is not None and best != checkpoint else "")]
-    if trainer.step < trainer.settings.steps:
+    if trainer.owes:
+        lines.append(f"stopped before this checkpoint was evaluated; go on with: ki-train --resume -o {out}")
+    elif trainer.step < trainer.settings.steps:
         lines.append(f"stopped; go on with: ki-train --resume -o {out}")
     else:
         chosen = "best" if best is not None else "last"

@@ -82,7 +82,7 @@ def open_run(request: Request, tell: Tell = lambda line: None) -> Trainer:
     try:
         return _opened(request, folder, processes, say)
     except BaseException:
-        folder.close()
+        folder.abandon()
         raise
 
 

@@ -41,7 +41,7 @@ class Robot:
 
     `name` is a folder's. `cameras`: the model's slots in order, with the dataset's keys. `stats`: of "state" and
     "actions". `tasks`: all instructions. Frames, evenly drawn, robot units: `frame_tasks` i64 [N] into `tasks`, `state`
-    f32 [N,s], `chunks` f32 [N,H,a].
+    f32 [N,s], `chunks` f32 [N,H,a]. `held_chunks` f32 [M,H,a]: of frames that are evaluated on.
     """
 
     name: str
@@ -54,6 +54,7 @@ class Robot:
     control_hz: float | None = None
     action_names: tuple[str, ...] | None = None
     delta_mask: tuple[bool, ...] | None = None  # of actions that `chunks` and `stats` have relative to the state
+    held_chunks: Float32 | None = None
 
 
 @dataclass(frozen=True, eq=False)

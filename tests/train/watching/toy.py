@@ -90,6 +90,9 @@ class ToyData:
     def where(self, source, row):
         return f"{self.names[source]} episode {row}"
 
+    def label(self, source, row):
+        return f"{self.names[source]}, episode {row}"
+
     def decode_actions(self, source, ids):
         parsed = self.ids.parse(np.asarray(ids), self.tokenizer)
         return self.codec.decode(parsed.fast_ids, HORIZON, len(SCALES[source])).actions if parsed.terminated else None
