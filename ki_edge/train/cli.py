@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 import warnings
@@ -50,13 +51,21 @@ def train(arguments: argparse.Namespace) -> int:
         strategy=arguments.strategy, threads=arguments.threads, workers=arguments.workers,
         cache=arguments.cache, cache_gb=arguments.cache_gb, trackers=tuple(arguments.track or ()),
     )  # fmt: skip
-    trainer = open_run(request, tell)
+    trainer = open_run(request, _say)
     try:
         _run(trainer)
         _say_end(trainer, arguments.out)
     finally:
         trainer.close()
     return 0
+
+
+def _say(line: str) -> None:
+    """A line on stderr, above the progress bar if there is one."""
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(file=sys.stderr):
+        tell(line)
 
 
 def _run(trainer: Trainer) -> None:
@@ -107,13 +116,17 @@ def _say_end(trainer: Trainer, out: Path) -> None:
     where = f"checkpoint {checkpoint} after {trainer.step} of {trainer.settings.steps} steps"
     lines = [where + (f", the best is {best}" if best is not None and best != checkpoint else "")]
     if trainer.owes:
-        lines.append(f"stopped before this checkpoint was evaluated; go on with: ki-train --resume -o {out}")
+        lines.append(f"stopped before this checkpoint was evaluated; go on with: ki-train --resume -o {_quoted(out)}")
     elif trainer.step < trainer.settings.steps:
-        lines.append(f"stopped; go on with: ki-train --resume -o {out}")
+        lines.append(f"stopped; go on with: ki-train --resume -o {_quoted(out)}")
     else:
         chosen = "best" if best is not None else "last"
-        lines.append(f"next: ki-export {out / chosen} -o {out / 'bundle'}")
+        lines.append(f"next: ki-export {_quoted(out / chosen)} -o {_quoted(out / 'bundle')}")
     show([*lines, f"how it went: {out / 'training' / 'train.html'}"])
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def _origin(arguments: argparse.Namespace) -> Origin:

@@ -30,6 +30,7 @@ from .step.settings import TrainSettings
 from .step.training_data import Share
 from .summary import summary
 from .watching.log import RunLog
+from .watching.old_ki import told_by_config
 from .watching.robot import Trial
 from .watching.trackers import Tracking, check_trackers
 from .watching.watchers import Examiner, PageWatcher, TrackingWatcher
@@ -103,6 +104,7 @@ def _opened(request: Request, folder: RunFolder, processes: Processes, say: Tell
     if before is not None:
         for line in before.check(record, request.out, accept=request.accept_changes):
             say(f"changed: {line}")
+    say(f"reading the weights of {origin.init} ..." if origin.init else "making a model, and its mean picture ...")
     engine = _engine(start, data, settings, request.strategy)
     latest = folder.latest()
     if before is not None and latest is not None:
@@ -189,6 +191,8 @@ def _origin(request: Request, before: RunRecord | None) -> Origin:
 
 def _start(origin: Origin, config: Pi05Config | None, say: Tell) -> Start:
     if origin.init:
+        if (suspicion := told_by_config(Path(origin.init))) is not None:
+            say(f"{suspicion} (python -m ki_edge.train.probe)")
         return Start.from_checkpoint(
             origin.init, tokenizer=origin.tokenizer or None, contract=origin.contract or None,
             lerobot_version=origin.lerobot_version or None, base=origin.base or None, say=say,

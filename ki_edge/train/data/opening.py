@@ -109,6 +109,7 @@ def _sources(
     for number, (dataset, name, features) in enumerate(zip(frames, names, maps, strict=True)):
         for line in features.lines(name):
             say(line)
+        say(f"{name}: reading the numbers of {len(dataset.episodes)} episodes ...")
         source = make_source(
             dataset, name, features, held_out=settings.held_out, seed=settings.seed, number=number
         )  # fmt: skip
@@ -151,6 +152,7 @@ def _recipe(
     say: Say,
 ) -> tuple[Recipe, TokenReport]:
     """Statistics and tokens that are fitted to the data, and how well the tokens do."""
+    say("measuring states and actions, fitting tokens to them ...")
     measured = [source.measured(horizon) for source in sources]
     for one in (one for both in measured for one in both.values()):
         for note in one.notes:
