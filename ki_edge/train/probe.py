@@ -3,7 +3,7 @@
 python -m ki_edge.train.probe CHECKPOINT DATASET...
 
 Flow loss with and without the tokens in view, on episodes that it was not trained on (give such a dataset). Exit status
-0 if it was not, 1 if it was, 2 for an error, 3 if it cannot be told: the policy does not know such data at all, or too few
+0 if it was not, 1 if it was, 2 for an error, 3 if it cannot be told: the policy has not learnt such data, or too few
 frames were looked at.
 """
 
