@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ki_edge.errors import DivergedError
+from ki_edge.planning.settings import TrainSettings
 
 from .parallel.checkpoints import STATE, RunFolder
 from .parallel.engine import Engine
 from .parallel.results import StepResult
 from .step.batch import ACTIONS, Batch
-from .step.settings import TrainSettings
 from .step.training_data import TrainingData
 from .watching.log import RunLog, by_group
 

@@ -20,11 +20,11 @@ import torch
 from ki_edge.commands import Parser, run_command, show, show_json, tell
 from ki_edge.errors import ArgumentError, CheckpointError
 from ki_edge.model import Pi05, load_model
+from ki_edge.planning.settings import TrainSettings
 
 from .data.opening import MixedData, open_data
 from .data.start import Start
 from .step.batch import Batch
-from .step.settings import TrainSettings
 from .step.training_data import Share
 from .watching.old_ki import Probe, probe, told_by_config
 

@@ -13,6 +13,8 @@ import torch
 
 from ki_edge.config import PRESETS, Pi05Config
 from ki_edge.errors import ArgumentError
+from ki_edge.planning.recipes import with_recipe
+from ki_edge.planning.settings import TrainSettings
 
 from .centering import CenteredPatches, Folding, mean_picture
 from .data.opening import MixedData, open_data
@@ -25,8 +27,6 @@ from .parallel.engine import Engine
 from .parallel.processes import Processes, has_bfloat16
 from .parallel.starting import open_start
 from .record import NOTHING, Origin, RunRecord, code_facts
-from .step.recipes import with_recipe
-from .step.settings import TrainSettings
 from .step.training_data import Share
 from .summary import summary
 from .watching.log import RunLog

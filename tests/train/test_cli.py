@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from ki_edge.checkpoints import Checkpoint
+from ki_edge.planning.settings import TrainSettings
 from ki_edge.train import cli, flags
-from ki_edge.train.step.settings import TrainSettings
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["--steps", "2", "--batch", "4", "--flow-draws", "1", "--log-every", "1", "--workers", "0", "--float32"]

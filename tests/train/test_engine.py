@@ -9,11 +9,11 @@ import torch
 
 from ki_edge.errors import ArgumentError, CheckpointError, DivergedError
 from ki_edge.model import load_model
+from ki_edge.planning.settings import GROUPS, TrainSettings
 from ki_edge.train.centering import CenteredPatches, Folding
 from ki_edge.train.parallel.engine import Engine
 from ki_edge.train.parallel.groups import group_of
 from ki_edge.train.step.batch import Batch
-from ki_edge.train.step.settings import GROUPS, TrainSettings
 
 sys.path.insert(0, str(Path(__file__).parent))
 from parallel_parts import MICRO, random_batch, random_model, train

@@ -13,9 +13,9 @@ import torch
 
 from ki_edge.errors import DatasetError, KiEdgeError
 from ki_edge.model import Observation
+from ki_edge.planning.settings import TrainSettings
 from ki_edge.policy.images import fit_image
 from ki_edge.train.step.batch import ACTIONS, TEXT, Batch
-from ki_edge.train.step.settings import TrainSettings
 
 from .augmentation import augment
 from .cache import FrameCache

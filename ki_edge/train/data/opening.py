@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ki_edge.errors import ArgumentError, DatasetError
-from ki_edge.train.step.settings import TrainSettings
+from ki_edge.planning.settings import TrainSettings
 
 from .asked import Wanted, named
 from .assembly import Assembler, TextSource

@@ -123,7 +123,7 @@ def test_two_processes_find_what_one_finds(found, toy, tokenizer_model, tmp_path
             from pathlib import Path
             import toy
             from ki_edge.train.parallel.engine import Engine
-            from ki_edge.train.step.settings import TrainSettings
+            from ki_edge.planning.settings import TrainSettings
             from ki_edge.train.watching.evaluation import evaluate
             engine = Engine(toy.toy_model(), TrainSettings(batch=2, bfloat16=False), strategy=sys.argv[1])
             values = []
