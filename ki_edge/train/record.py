@@ -21,7 +21,7 @@ FILE = "run.json"
 FORMAT = 2
 # what changes nothing that is learnt
 FREE = frozenset({"save_every", "log_every", "eval_every", "keep", "eval_robot", "eval_episodes"})
-SHOWN = 4
+SHOWN = 4  # differences that a message names
 # folders of this package that decide what is computed
 CODE = ("train", "planning", "model", "policy", "recordings", "checkpoints")
 PAIRS: Mapping[str, type] = {"rates": float, "lora": int}  # settings of (group, number) pairs

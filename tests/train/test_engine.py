@@ -58,7 +58,7 @@ def test_what_has_no_postfix_counts_in_no_mean_of_tokens():
     batch = random_batch(0, 4)
     batch.observation.fast_mask[1:3] = False
     engine = Engine(random_model(), SETTINGS)
-    each = engine.model.compute_loss(batch.observation, batch.actions, noise=batch.noise, time=batch.time).fast
+    each = engine.model.compute_loss(batch.observation, batch.actions, noise=batch.noise, time=batch.time).fast.detach()
     assert batch.counts()[1:].tolist() == [2, 0] and each[1:3].tolist() == [0, 0]
     result = engine.train_step([batch], 1e-3)
     assert result.terms["fast"] == pytest.approx(float(each[0] + each[3]) / 2, rel=1e-6)

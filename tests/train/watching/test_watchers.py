@@ -25,7 +25,7 @@ def test_an_evaluation_leaves_its_predictions_for_the_page(toy, toy_data, tmp_pa
     watcher.logged({"step": 5})
     watcher.saved(5, tmp_path)
     html = (tmp_path / PAGE).read_text(encoding="utf-8")
-    assert "Held-out chunks under the moving average of step 5" in html and "one, episode 2: lift the cube" in html
+    assert "Held-out chunks under the moving average of step 5" in html and "two, episode 1: fold the" in html
     assert "fold the &lt;b&gt;towel&lt;/b&gt;" in html and told == []
 
 
