@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from ki_edge.errors import CheckpointError
 from ki_edge.train.record import Origin
 from ki_edge.train.run import Request, open_run
 
@@ -104,3 +105,24 @@ def test_a_run_that_is_asked_to_stop_does_not_wait_for_an_evaluation(train, tmp_
     assert [row["step"] for row in evaluations(tmp_path / "cut")] == [2]
     assert not train("cut", resume=True).owes
     assert [row["step"] for row in evaluations(tmp_path / "cut")] == [2, 4, 6]
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(train, tmp_path, largest_file):
+    """And once there is room the run ends as if nothing had happened."""
+
+    def fill(trainer):
+        def publish(*arguments):
+            with largest_file(5_000 if trainer.step == 4 else 1 << 30):
+                return plain(*arguments)
+
+        plain, trainer.folder.publish = trainer.folder.publish, publish
+
+    with pytest.raises(CheckpointError, match="cannot be written|cannot write"):
+        train("cut", fill)
+    out = tmp_path / "cut"
+    assert (out / "last").readlink().name == "step_000003" and not (out / "step_000004").exists()
+    assert [row["step"] for row in evaluations(out)] == [2]
+    train("cut", resume=True)
+    train("whole")
+    assert evaluations(out) == evaluations(tmp_path / "whole")
+    assert [path.name for path in out.glob(".step*")] == []
