@@ -174,3 +174,14 @@ def test_sigterm_saves_and_ends_well(episodes, tmp_path):
     assert f"after {step} of 100000 steps" in said
     rows = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert rows[-1] == step
+
+
+def test_sigterm_before_the_first_step_leaves_nothing(episodes, tmp_path):
+    out = tmp_path / "out"
+    with command(episodes, "-o", out, *SHORT) as process:
+        while not (out / ".lock").exists():
+            assert process.poll() is None, process.communicate()
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode in (143, 0), errors  # a machine that is slow to be told may have taken its two steps
+    assert process.returncode == 0 or (not out.exists() and "interrupted" in errors)

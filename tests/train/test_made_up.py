@@ -117,7 +117,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(train, tmp_path, larges
 
         plain, trainer.folder.publish = trainer.folder.publish, publish
 
-    with pytest.raises(CheckpointError, match="cannot be written|cannot write"):
+    with pytest.raises(CheckpointError, match=r"cannot be written|cannot write"):
         train("cut", fill)
     out = tmp_path / "cut"
     assert (out / "last").readlink().name == "step_000003" and not (out / "step_000004").exists()
