@@ -75,8 +75,8 @@ class Probe:
         """As JSON values."""
         found = {"flow": self.without, "flow_with_tokens": self.seeing, "samples": self.samples}
         known = {"flow_of_nothing": self.nothing, "standard_errors": self.sure}
-        known = {name: value if math.isfinite(value) else None for name, value in known.items()}
-        return {**found, **known, "leaks": None if self.doubt else self.leaks, "doubt": self.doubt}
+        finite = {name: value if math.isfinite(value) else None for name, value in known.items()}
+        return {**found, **finite, "leaks": None if self.doubt else self.leaks, "doubt": self.doubt}
 
 
 def told_by_config(folder: Path) -> str | None:
