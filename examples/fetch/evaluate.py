@@ -96,9 +96,31 @@ def _padded(array: Any, width: int) -> Any:
     return np.pad(array, ((0, 0), (0, width - array.shape[1])))
 
 
+DRAWING = threading.RLock()  # software renderers crash when two threads draw at once
+
+
+class OneAtATime:
+    """A robot that only one thread moves or looks through at a time."""
+
+    def __init__(self, robot: Any) -> None:
+        self._robot = robot
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._robot, name)
+        if not callable(value):
+            return value
+
+        def call(*inputs: Any, **given: Any) -> Any:
+            with DRAWING:
+                return value(*inputs, **given)
+
+        return call
+
+
 def run_episodes(policy: Any, robot: str, options: LoopOptions) -> list[Any]:
     """The episodes of a loop, each with the success at its last and at any step."""
-    arm = open_robot(robot)
+    with DRAWING:
+        arm: Any = OneAtATime(open_robot(robot))
     try:
         return list(ControlLoop(policy, arm, options).run().episodes)
     finally:
