@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import onnx
 
 from ki_edge import flow
-from ki_edge.config import RealTime
+from ki_edge.config import Embeddings, RealTime
 from ki_edge.errors import ArgumentError
 from ki_export.graphs.tracing import MIN_OPSET
 from ki_export.weights.weights import Stored
@@ -36,7 +36,8 @@ class ExportOptions:
     its bytes (a change of it is noticed when the bundle is opened; nothing protects a running robot); `calibrate`:
     recorded observations for the range audit of fp16; `keep_fp32`: shell-style patterns of products that stay float32;
     `sensitivity`: measure what each layer costs in 16 bits; `attention` fused: one operator of opset 23 instead of
-    several; `rtc`: whether chunks can be made to continue the one before, None: for the target ort; `policy`: what the
+    several; `embeddings` host: graphs take rows of the embedding table, which the runtime reads from the weights file
+    and no device holds; `rtc`: whether chunks can be made to continue the one before, None: for the target ort; `policy`: what the
     checkpoint does not record.
     """
 
@@ -57,6 +58,7 @@ class ExportOptions:
     sensitivity: bool = False
     attention: Literal["decomposed", "fused"] = "decomposed"
     rtc: bool | None = None
+    embeddings: Embeddings = "graph"
     policy: PolicyRequest = field(default_factory=PolicyRequest)
 
     def __post_init__(self) -> None:
@@ -65,7 +67,11 @@ class ExportOptions:
         if self.target not in TARGETS:
             expected = ", ".join(TARGETS)
             raise ArgumentError(f"target {self.target!r}: expected one of {expected}{meant(self.target)}")
-        choices = {"precision": get_args(Precision), "weights": get_args(Stored)}
+        choices = {
+            "precision": get_args(Precision),
+            "weights": get_args(Stored),
+            "embeddings": get_args(Embeddings),
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ArgumentError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
