@@ -89,9 +89,9 @@ class Pi05Config:
     `pictures`: how pictures come in, as bytes, or as numbers in [-1, 1] where the policy's makers resized them in float
     (their margin may be -3). `rtc`: what the denoise graph can be told of the chunk before, so that a new one continues
     it (docs/real-time-chunking.md): nothing, where it is to be pulled ("guided"), or also which of its actions are
-    settled, which a policy must be trained for ("trained"). `embeddings`: whether graphs hold the table of embeddings and
-    take tokens, or take its rows, which the runtime reads from the weights file ("host"). No weight depends on these
-    three, so geometries that differ in them alone are equal.
+    settled, which a policy must be trained for ("trained"). `embeddings`: whether graphs hold the table of embeddings
+    and take tokens, or take its rows, which the runtime reads from the weights file ("host"). No weight depends on
+    these three, so geometries that differ in them alone are equal.
     """
 
     vision: VisionConfig

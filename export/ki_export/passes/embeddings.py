@@ -57,7 +57,7 @@ def _origin(value: ir.Value | None) -> ir.Value | None:
 
 
 def _widened(gather: ir.Node) -> list[ir.Value]:
-    """The rows in float32: as they are gathered, or behind the Casts that widen them. ValueError if others read them."""
+    """The rows in float32: as they are gathered, or behind Casts that widen them. ValueError if others read them."""
     rows = gather.outputs[0]
     if rows.dtype == ir.DataType.FLOAT:
         return [rows]

@@ -94,8 +94,8 @@ class DenoiseStage:
     """The denoise graph with its memory. `tensor(name)` reads a checkpoint tensor for the modulation table.
 
     `once` holds what an observation gives to the graph by name, the same for all steps: {"state": f32 [B, Z]} for a π0,
-    else nothing. `overlap`: the chunks before, for a graph that takes them; it is checked already. `tables`: where modulation tables
-    are kept, by their times; they outlive the stage.
+    else nothing. `overlap`: the chunks before, for a graph that takes them; it is checked already. `tables`: where
+    modulation tables are kept, by their times; they outlive the stage.
     """
 
     def __init__(
