@@ -19,7 +19,7 @@ from ki_edge import flow, graphs
 from ki_edge.bundle import Bundle, BundleWriter, DecodeVocabulary, Manifest, sha256, write_bundle
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.checkpoints.layout.keys import EMBEDDING
-from ki_edge.dtypes import PRECISIONS, STORED
+from ki_edge.dtypes import STORED
 from ki_edge.errors import CheckpointError, ExportError
 from ki_edge.files.writing import writing
 from ki_export.graphs.checker import check
@@ -28,6 +28,7 @@ from ki_export.passes.attention import fuse_attention
 from ki_export.passes.embeddings import take_rows
 from ki_export.passes.quantize import quantize
 from ki_export.passes.stored import keep_stored_types
+from ki_export.precision.low_models import LowRequest, lower_further
 from ki_export.precision.sixteen_bits import Lowered, Request, lower_models, observations
 from ki_export.source.examination import examine
 from ki_export.source.opening import CheckpointRef
@@ -104,14 +105,17 @@ def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOpti
     with _stage(say, "traced the graphs"):
         # every pass and audit sees tokens; that the table leaves the graphs comes last
         models = trace_all(replace(config, embeddings="graph"), vocabulary, options.opset, say)
-    if options.precision == "int8":
+    if options.precision == "int8" and options.low is None:
         with quiet():
             for model in models.values():
                 quantize(model, is_large)
     lowered = None
     if observed is not None:
-        request = Request(str(options.precision), observed, options.keep_fp32, options.sensitivity)
+        request = Request(options.base, observed, options.keep_fp32, options.sensitivity)
         lowered = lower_models(checkpoint, models, vocabulary, request, say)
+        if options.low is not None:
+            low = LowRequest(options.low, observed, options.keep, options.budget_cosine)
+            lowered = lower_further(checkpoint, models, vocabulary, lowered, low, say)
     if options.attention == "fused":
         with quiet():
             fused = sum(fuse_attention(model) for model in models.values())
@@ -130,7 +134,7 @@ def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOpti
 
 
 def _write(writer: BundleWriter, plan: Plan, options: ExportOptions, hashes: Future[Hashes]) -> Bundle:
-    forms = None if plan.lowered is None else plan.lowered.forms
+    forms, low = (None, None) if plan.lowered is None else (plan.lowered.forms, plan.lowered.low)
     weights = place_weights(
         plan.checkpoint,
         writer.folder,
@@ -139,6 +143,7 @@ def _write(writer: BundleWriter, plan: Plan, options: ExportOptions, hashes: Fut
         pack=options.pack,
         link=options.link,
         forms=forms,
+        low=low,
     )
     for name, model in plan.models.items():
         attach(model, plan.origins[name], weights)
@@ -187,7 +192,7 @@ def _manifest(plan: Plan, options: ExportOptions, weights: Weights, hashes: Hash
     origin = provenance(plan.checkpoint, hashes, weights.how)
     if plan.lowered is not None and plan.lowered.audit is not None:
         origin["calibration"] = plan.lowered.audit.source
-    precision = PRECISIONS[str(options.precision)].name
+    precision = options.recorded_precision
     return Manifest(
         model=config.to_dict(),
         contract=contract.to_json() if contract is not None else None,
@@ -198,6 +203,7 @@ def _manifest(plan: Plan, options: ExportOptions, weights: Weights, hashes: Hash
             "file": WEIGHTS,
             "types": precision if options.sixteen else options.weights,
             **_exponents(plan),
+            **_kinds(plan),
             **({"embeddings": weights.names[EMBEDDING]} if config.embeddings == "host" else {}),
             "runtime": {key: weights.names[key] for key in flow.modulation_weights(config)},
         },
@@ -213,6 +219,16 @@ def _exponents(plan: Plan) -> dict[str, dict[str, int]]:
     found = {} if plan.lowered is None else {key: form.exponent for key, form in plan.lowered.forms.items()}
     scaled = {key: exponent for key, exponent in found.items() if exponent}
     return {"exponents": scaled} if scaled else {}
+
+
+def _kinds(plan: Plan) -> dict[str, dict[str, list[str]]]:
+    """Which products are in eight or four bits, by their kind."""
+    if plan.lowered is None or plan.lowered.plan is None:
+        return {}
+    found: dict[str, list[str]] = {}
+    for site, product in plan.lowered.plan.products.items():
+        found.setdefault(product.kind, []).append(site)
+    return {"kinds": found}
 
 
 def _signatures(plan: Plan) -> dict[str, dict[str, Any]]:

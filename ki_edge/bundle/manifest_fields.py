@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ki_edge.dtypes import PRECISIONS
+from ki_edge.dtypes import KNOWN_PRECISIONS
 from ki_edge.errors import BundleError
 from ki_edge.graphs import GRAPHS
 
@@ -86,10 +86,10 @@ def _weights(weights: Mapping[str, Any]) -> None:
 
 
 def _words(data: Mapping[str, Any]) -> None:
-    known = [dtype.name for dtype in PRECISIONS.values()]
-    if data["precision"] not in known:
+    if data["precision"] not in KNOWN_PRECISIONS:
         raise _Wrong(
-            f"precision {data['precision']!r:.40}, known are {', '.join(known)}: upgrade ki-edge, or export again"
+            f"precision {data['precision']!r:.40}, known are {', '.join(KNOWN_PRECISIONS)}: upgrade ki-edge, or export "
+            "again"
         )
     for name, version in data["tools"].items():
         if not isinstance(version, str):

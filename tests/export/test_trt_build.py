@@ -494,7 +494,7 @@ class TestEstimates:
         memory.check_size("prefix", int(1.5e9), int(1e9), "float16", said.append)
         memory.check_size("prefix", int(2.1e9), int(1e9), "float32", said.append)
         assert len(said) == 2 and "1.50 GB for 1.00 GB of weights" in said[0]
-        with pytest.raises(BackendError, match="fell back to float32"):
+        with pytest.raises(BackendError, match="TensorRT widened them"):
             memory.check_size("prefix", int(2.0e9), int(1e9), "float16", said.append)
 
     def test_weights_beyond_the_gpu(self, rtx, monkeypatch) -> None:

@@ -18,7 +18,12 @@ from torch import Tensor
 from ki_edge.dtypes import BY_ONNX
 from ki_edge.errors import ExportError
 
-TYPES = {number: getattr(torch, dtype.name) for number, dtype in BY_ONNX.items()}  # by ONNX's number of the type
+from .low_bits import DYNAMIC, LOW_TYPES, dequantize_linear, dynamic_quantize, quantize_linear
+
+TYPES = {  # by ONNX's number of the type
+    **{number: getattr(torch, dtype.name) for number, dtype in BY_ONNX.items() if number not in LOW_TYPES},
+    **LOW_TYPES,
+}
 Attributes = Mapping[str, Any]
 Inputs = Sequence[Any]  # tensors, or None for an optional input that is left out
 Operator = Callable[[Inputs, Attributes], tuple[Tensor, ...]]
@@ -175,4 +180,7 @@ OPERATORS: Mapping[str, Operator] = {
     "Slice": _slice,
     "Gather": _gather,
     "Identity": lambda x, _: (x[0],),
+    "QuantizeLinear": quantize_linear,
+    "DequantizeLinear": dequantize_linear,
 }
+CUSTOM: Mapping[str, Mapping[str, Operator]] = {"trt": {DYNAMIC: dynamic_quantize}}  # by domain

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
@@ -15,7 +15,9 @@ from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import ExportError
 from ki_edge.files.writing import write_file
 from ki_export.graphs.tracing import quiet
+from ki_export.passes.low_plan import LowPlan
 from ki_export.policies import PolicyFiles
+from ki_export.weights.low_bits import LowForm
 from ki_export.weights.weights import StorageFormat, sources
 
 from .calibration import SYNTHETIC, Calibration, calibration
@@ -44,19 +46,24 @@ class Request:
 class Lowered:
     """What was done. `audit` is None for bfloat16; `forms`: checkpoint key -> how the weights file stores it.
 
-    `costs`: of every layer, if they were asked for.
+    `costs`: of every layer, if they were asked for. `plan`: what is in eight or four bits, None if nothing is, and
+    `low`: checkpoint key -> the form of the weights that are.
     """
 
     decision: Decision
     audit: Audit | None
     forms: Mapping[str, StorageFormat]
     costs: tuple[Cost, ...] = ()
+    plan: LowPlan | None = None
+    low: Mapping[str, LowForm] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write ranges.json: the decision and what it rests on."""
         found = {**self.decision.to_json(), **({} if self.audit is None else self.audit.to_json())}
         if self.costs:
             found["sensitivity"] = [cost.to_json() for cost in self.costs]
+        if self.plan is not None:
+            found["low_bits"] = self.plan.to_json()
         write_file(folder / RANGES, json.dumps(found, indent=1) + "\n", ExportError)
 
 

@@ -16,6 +16,9 @@ from ki_edge.dtypes import BY_NAME
 
 CAMERAS, PROMPT, FAST_TOKENS = 3, 200, 256  # the largest case that is counted
 F32 = 4
+BASE = "float16"  # of what is in neither 8 nor 4 bits, in a precision of WEIGHTS
+# Bytes that a weight takes with its scales; those of 8 bits have one an output channel, those of 4 one for 16.
+WEIGHTS: Mapping[str, float] = {"int8_static": 1.0, "float8": 1.0, "nvfp4": 0.5625}
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,9 @@ class Needs:
 
 def needs(config: Pi05Config, decode_rows: int, precision: str) -> Needs:
     """Of a policy in a precision of the manifest. `decode_rows`: columns of the FAST logits, 0 without FAST."""
-    low = BY_NAME[precision].nbytes
-    sizes = graph_bytes(config, decode_rows, low)
+    base = BY_NAME[BASE if precision in WEIGHTS else precision].nbytes
+    low = base  # of activations: those of a low product are widened behind it
+    sizes = graph_bytes(config, decode_rows, WEIGHTS.get(precision, base), base)
     tokens = CAMERAS * config.vision.patches + PROMPT
     horizon = config.action_horizon + config.has_state
     cache = 2 * config.backbone.depth * config.backbone.num_kv_heads * config.backbone.head_dim * F32

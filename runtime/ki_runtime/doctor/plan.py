@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from ki_edge.config import PI05
-from ki_edge.dtypes import BY_NAME
+from ki_edge.dtypes import BY_NAME, LOW_PRECISIONS
 from ki_edge.errors import BackendError
-from ki_runtime.gpu.device import PRECISIONS, check_precision
+from ki_runtime.gpu.device import NEEDS, PRECISIONS, check_precision
 from ki_runtime.trt.api import Api, parse_version
 from ki_runtime.trt.memory import needed
 
@@ -20,7 +20,9 @@ from .finding import in_bytes
 from .memory import Needs, needs
 
 FAST_ROWS = 2050  # columns of the FAST logits of the full-size model
-FLAGS = {name: BY_NAME[name].short for name in ("float16", "bfloat16", "float32")}
+FLAGS = {name: BY_NAME[name].short for name in ("float16", "bfloat16", "float32")} | {
+    name: short for short, name in LOW_PRECISIONS.items()
+}
 
 
 def tensorrt(version: str) -> Api:
@@ -46,7 +48,8 @@ def plan(board: Board, folder: Path | None) -> dict[str, Any]:
     if contents is not None:
         config, rows = contents.bundle.manifest.config, len(contents.bundle.manifest.vocabulary.ids)
     api = tensorrt(board.software[1])
-    rooms = {precision: room(board, needs(config, rows, precision), api) for precision in FLAGS}
+    possible = [precision for precision in FLAGS if board.capability >= NEEDS[precision]]
+    rooms = {precision: room(board, needs(config, rows, precision), api) for precision in possible}
     own = None if contents is None else contents.precision
     obstacle = None
     try:

@@ -80,10 +80,10 @@ def check_disk(folder: Path, weight_bytes: int) -> None:
 
 
 def check_size(graph: str, size: int, weight_bytes: int, precision: str, say: Callable[[str], object]) -> None:
-    """Compare an engine with its weights: BackendError if 16-bit weights became float32 ones, a line if it is large."""
+    """Compare an engine with its weights: BackendError if low weights were widened, a line if it is large."""
     times = (size - OVERHEAD) / max(1, weight_bytes)
     found = f"engine {graph} has {size / GB:.2f} GB for {weight_bytes / GB:.2f} GB of weights"
     if times > REFUSE and precision != "float32":
-        raise BackendError(f"{found}: TensorRT fell back to float32, so it is neither as fast nor as small as promised")
+        raise BackendError(f"{found}: TensorRT widened them, so it is neither as fast nor as small as promised")
     if times > WARN:
         say(f"{found}: TensorRT keeps some of them twice")
