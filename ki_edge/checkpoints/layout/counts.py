@@ -65,6 +65,7 @@ def count_weights(config: Pi05Config) -> Counts:
 
 def graph_bytes(config: Pi05Config, decode_rows: int, low: float, base: int | None = None) -> dict[str, int]:
     """Of each graph's weights, matrices at `low` bytes a number. `decode_rows`: columns of FAST logits, 0 without.
+    Without the embedding table where it stays in the host's memory; the rows that give logits stay in the graph.
 
     `base`: bytes of a number in what no precision of 8 or 4 bits takes, the embedding table and the FAST graph; None:
     `low` as well.
@@ -72,9 +73,11 @@ def graph_bytes(config: Pi05Config, decode_rows: int, low: float, base: int | No
     base = int(low) if base is None else base
     count = count_weights(config)
     rows = decode_rows if decode_rows < config.vocab_size else 0  # all of them are the embedding itself
-    decoding = count.embedding + count.backbone + count.rest + Count(rows * config.backbone.width)
+    table = Count() if config.embeddings == "host" else count.embedding
+    logits = count.embedding if decode_rows and not rows else table + Count(rows * config.backbone.width)
+    decoding = logits + count.backbone + count.rest
     return {
-        "prefix": (count.vision + count.backbone).nbytes(low) + count.embedding.nbytes(base),
+        "prefix": (count.vision + count.backbone).nbytes(low) + table.nbytes(base),
         "denoise": count.expert.nbytes(low),
         **({"fast_decode": decoding.nbytes(base)} if decode_rows else {}),
     }

@@ -48,6 +48,18 @@ class Needs:
         fast = self.graphs.get("fast_decode", GraphMemory(0, 0, 0))
         return self.acting + fast.weights + fast.kv
 
+    @property
+    def sequential(self) -> int:
+        """One graph at a time: the larger of those that act, K/V stay."""
+        acting = (self.graphs["prefix"], self.graphs["denoise"])
+        return max(graph.weights + graph.activations for graph in acting) + self.graphs["prefix"].kv
+
+    @property
+    def sequential_with_fast(self) -> int:
+        """The same with FAST, whose longer cache is there while it decodes."""
+        fast = self.graphs.get("fast_decode", GraphMemory(0, 0, 0))
+        return max(self.sequential, fast.weights + fast.activations + fast.kv + self.graphs["prefix"].kv)
+
 
 def needs(config: Pi05Config, decode_rows: int, precision: str) -> Needs:
     """Of a policy in a precision of the manifest. `decode_rows`: columns of the FAST logits, 0 without FAST."""

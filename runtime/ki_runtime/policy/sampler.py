@@ -107,9 +107,9 @@ class Sampler:
         the one that its export printed; `build`: build TensorRT engines that are missing, which takes minutes to tens
         of minutes; `trust_engines`: also load engines for the lean runtime that were not built here, which run code
         that they bring; `sequential`: keep one graph in memory at a time and load it again for every inference, which
-        is told with the seconds that it takes; `say`: told which backend was taken and why, and how building and proving engines come along;
-        None: to stderr, and the backend only if it is slow for this bundle, nothing proves it, or another that is
-        installed was passed over.
+        is told with the seconds that it takes; `say`: told which backend was taken and why, and how building and
+        proving engines come along; None: to stderr, and the backend only if it is slow for this bundle, nothing proves
+        it, or another that is installed was passed over.
 
         BundleError for a damaged bundle; BackendError for a backend that is missing, refuses a graph, does not
         reproduce the bundle's witness, or whose engines are missing and are not to be built: it says the command.

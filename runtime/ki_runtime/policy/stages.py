@@ -112,8 +112,8 @@ class SequentialStages(Stages):
         """One line for people: what it costs."""
         parts = ", ".join(f"{name} {self.seconds[name]:.2f}" for name in (graphs.PREFIX.name, graphs.DENOISE.name))
         return (
-            f"sequential: one graph in memory at a time; of every inference {self.cost:.2f} s are spent loading ({parts}), "
-            "in which a robot without a longer chunk holds"
+            f"sequential: one graph in memory at a time; of every inference {self.cost:.2f} s are spent loading "
+            f"({parts}), in which a robot without a longer chunk holds"
         )
 
     def _load(self, graph: str) -> Session:
@@ -125,7 +125,7 @@ class SequentialStages(Stages):
 
 
 def give_back() -> None:
-    """Return to the system what nothing refers to any more: sessions that know each other, and the heap's free pages."""
+    """Return to the system what nobody refers to any more: sessions that know themselves, free pages of the heap."""
     gc.collect()
     with suppress(OSError, AttributeError):  # of glibc alone
         ctypes.CDLL(None).malloc_trim(0)
