@@ -13,11 +13,11 @@ from ki_runtime.doctor.memory import needs
 
 from .conftest import random_model
 
-# Prefix and denoise graph of one size, 25 MB in 8 bits, with few activations.
+# Prefix and denoise graph of one size, 16 MB in 8 bits, with few activations.
 CONFIG = Pi05Config(
     vision=VisionConfig(width=16, depth=1, mlp_dim=24, num_heads=2, patch_size=7, image_size=14),
-    backbone=GemmaConfig(width=512, depth=2, mlp_dim=8192, num_heads=2, num_kv_heads=1, head_dim=32),
-    expert=GemmaConfig(width=512, depth=2, mlp_dim=8192, num_heads=2, num_kv_heads=1, head_dim=32),
+    backbone=GemmaConfig(width=512, depth=2, mlp_dim=5120, num_heads=2, num_kv_heads=1, head_dim=32),
+    expert=GemmaConfig(width=512, depth=2, mlp_dim=5120, num_heads=2, num_kv_heads=1, head_dim=32),
     vocab_size=640,
     action_dim=6,
     action_horizon=5,
@@ -40,8 +40,5 @@ def test_one_graph_at_a_time_takes_the_memory_of_the_largest(packed):
     one = process_memory(packed, *arguments, "--sequential").anonymous_peak
     need = needs(packed.manifest.config, 0, "int8")
     saved = need.acting - need.sequential
-    assert saved > 20e6  # a graph of 25 MB
-    print(
-        f"all {both / 1e6:.0f} MB, in turn {one / 1e6:.0f} MB, estimate {need.acting / 1e6:.0f}, {need.sequential / 1e6:.0f}"
-    )
+    assert saved > 14e6  # a graph of 16 MB
     assert 0.6 * saved < both - one < 1.6 * saved
