@@ -109,7 +109,7 @@ def test_the_proof_at_the_export_its_repetition_and_the_witness(checkpoint, tmp_
         assert bundle.manifest.parity["verified"] is True and len(read_witness(bundle)) > 1
         assert differing_weights(bundle, Checkpoint.open(checkpoint)) == []
     bundle = Bundle.open(tmp_path / "fp32")
-    assert compare_with_checkpoint(bundle, Checkpoint.open(checkpoint), print).passed
+    assert compare_with_checkpoint(bundle, Checkpoint.open(checkpoint), print).failures == []
     assert [verdict.passed for verdict in repeat_proof(bundle, "ort", print)] == [True, True]
     assert "prompt_embeddings" in profiles(bundle)["prefix"].shapes
     assert profiles(bundle)["prefix"]["prompt_embeddings"][2] == (1, 32, CONFIG.backbone.width)
