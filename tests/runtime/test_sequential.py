@@ -1,12 +1,17 @@
 """One graph in memory at a time: the same results, and never two sessions that live."""
 
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from ki_edge.errors import BackendError
+from ki_edge.errors import ArgumentError, BackendError
+from ki_runtime.control.flags import build_parser
+from ki_runtime.control.sources import check_source
 from ki_runtime.policy.sampler import Sampler
+from ki_runtime.serving.cli import _on_ray
+from ki_runtime.serving.ray_options import RayOptions
 
 from .conftest import FakeEngine
 
@@ -94,3 +99,12 @@ def test_what_it_costs_is_told(both):
     assert sequential._stages.describe().startswith(
         "sequential: one graph in memory at a time; of every inference 1.75 s are spent loading (prefix 1.25, denoise "
     )
+
+
+def test_who_cannot_run_in_turn_says_so():
+    """A server's own policy is its own affair, and replicas of a cluster keep their graphs."""
+    options = build_parser().parse_args(["--policy", "ws://localhost:1", "--robot", "replay:x.npz", "--sequential"])
+    with pytest.raises(ArgumentError, match="--sequential is for a bundle: not with --policy, whose server decides"):
+        check_source(options)
+    with pytest.raises(ArgumentError, match="--sequential is for a policy in this process"):
+        _on_ray(SimpleNamespace(sequential=True), RayOptions())

@@ -7,8 +7,10 @@ import pytest
 from ki_edge.checkpoints.layout.counts import count_weights
 from ki_edge.config import PI05
 from ki_runtime.doctor.boards import Board, find_board
+from ki_runtime.doctor.bundle import check_room
 from ki_runtime.doctor.memory import needs
 from ki_runtime.doctor.plan import plan, tensorrt
+from ki_runtime.doctor.system import Memory
 from ki_runtime.doctor.variants import COMFORT, elsewhere, mark, recommend, variants
 
 TABLE = 257_152 * 2048  # numbers
@@ -135,3 +137,12 @@ def test_a_bundle_whose_table_is_in_the_host(make_bundle):
     there = plan(SMALL, make_bundle(precision="float16", model=PI05.to_dict()).path)
     host = make_bundle("host", precision="float16", model=replace(PI05, embeddings="host").to_dict())
     assert there["fits"] is False and plan(SMALL, host.path)["fits"] is True
+
+
+def test_too_little_at_once_but_enough_in_turn():
+    """ki-doctor BUNDLE: a warning that names the flag, where it would be a problem without."""
+    need = needs(PI05, 0, "float16")  # 6.48 GB, in turn 5.86
+    said = {free: check_room(need, None, Memory(10**10, free, 0, None)) for free in (7 * 10**9, 6 * 10**9, 5 * 10**9)}
+    assert [finding.level for finding in said.values()] == ["ok", "warning", "problem"]
+    assert "--sequential takes 5.9 GB" in said[6 * 10**9].text and "--sequential" in said[6 * 10**9].fix
+    assert "--embeddings host" in said[5 * 10**9].fix

@@ -18,7 +18,9 @@ def take_rows(model: ir.Model, tokens: str, name: str) -> bool:
     """
     graph = model.graph
     table = graph.initializers.get(f"{EMBEDDING}.weight")
-    gathers = [] if table is None else [use.node for use in table.uses() if _takes_rows(use)]
+    gathers = (
+        [] if table is None else [use.node for use in table.uses() if use.node.op_type == "Gather" and use.idx == 0]
+    )
     if table is None or not gathers:
         return False
     place = next((at for at, value in enumerate(graph.inputs) if value.name == tokens), None)
@@ -43,10 +45,6 @@ def take_rows(model: ir.Model, tokens: str, name: str) -> bool:
     if not list(table.uses()):
         del graph.initializers[str(table.name)]
     return True
-
-
-def _takes_rows(use: ir.Usage) -> bool:
-    return use.node.op_type == "Gather" and use.idx == 0
 
 
 def _origin(value: ir.Value | None) -> ir.Value | None:

@@ -58,10 +58,11 @@ class EmbeddingTable:
         if tokens.size and not (tokens.min() >= 0 and tokens.max() <= most):
             bad = tokens[(tokens < 0) | (tokens > most)]
             raise ArgumentError(f"token {int(bad.reshape(-1)[0])} is outside the embedding table's 0..{most}")
-        found = self._rows[tokens.reshape(-1)].view(FLOATS[self._type].numpy)
+        found: npt.NDArray[Any] = self._rows[tokens.reshape(-1)].view(FLOATS[self._type].numpy)
         if self._type == "BF16":
             found = (found.astype(np.uint32) << 16).view(np.float32)
-        return found.astype(np.float32, copy=False).reshape(*tokens.shape, self.shape[1])
+        rows: F32 = found.astype(np.float32, copy=False)
+        return rows.reshape(*tokens.shape, self.shape[1])
 
 
 def table_of(bundle: Bundle) -> EmbeddingTable | None:
