@@ -130,7 +130,7 @@ def _ahead_of_time(arguments: argparse.Namespace, target: str) -> bool:
     from ki_edge.dtypes import LOW_PRECISIONS, PRECISIONS
     from ki_runtime.trt.targets import check_ahead
 
-    known = {short: dtype.name for short, dtype in PRECISIONS.items()} | LOW_PRECISIONS
+    known = {**{short: dtype.name for short, dtype in PRECISIONS.items()}, **LOW_PRECISIONS}
     check_ahead(arguments.compute_capability, known.get(arguments.precision, "float16"))
     return True
 
@@ -167,8 +167,8 @@ def _parser() -> Parser:
     )
     add(
         "--precision",
-        help="type in which layers are multiplied: fp32, fp16, bf16, int8, or for engines fp8 and nvfp4 (ort: fp32, else "
-        "fp16). int8 needs compute capability 7.5, fp8 8.9, nvfp4 10.0",
+        help="type in which layers are multiplied: fp32, fp16, bf16, int8, or for engines fp8 and nvfp4 (ort: fp32, "
+        "else fp16). In engines int8 needs compute capability 7.5, fp8 8.9, nvfp4 10.0",
     )
     add(
         "--calibrate",

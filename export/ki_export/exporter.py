@@ -28,7 +28,8 @@ from ki_export.passes.attention import fuse_attention
 from ki_export.passes.embeddings import take_rows
 from ki_export.passes.quantize import quantize
 from ki_export.passes.stored import keep_stored_types
-from ki_export.precision.low_models import LowRequest, lower_further
+from ki_export.precision.low_bits import LowRequest
+from ki_export.precision.low_models import lower_further
 from ki_export.precision.sixteen_bits import Lowered, Request, lower_models, observations
 from ki_export.source.examination import examine
 from ki_export.source.opening import CheckpointRef
@@ -111,10 +112,12 @@ def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOpti
                 quantize(model, is_large)
     lowered = None
     if observed is not None:
-        request = Request(options.base, observed, options.keep_fp32, options.sensitivity)
+        request = Request(options.base, observed, options.keep_fp32, options.sensitivity and options.low is None)
         lowered = lower_models(checkpoint, models, vocabulary, request, say)
         if options.low is not None:
-            low = LowRequest(options.low, observed, options.keep, options.budget_cosine)
+            low = LowRequest(
+                options.low, observed, options.keep, options.budget_cosine, sensitivity=options.sensitivity
+            )
             lowered = lower_further(checkpoint, models, vocabulary, lowered, low, say)
     if options.attention == "fused":
         with quiet():
@@ -205,6 +208,7 @@ def _manifest(plan: Plan, options: ExportOptions, weights: Weights, hashes: Hash
             **_exponents(plan),
             **_kinds(plan),
             **({"embeddings": weights.names[EMBEDDING]} if config.embeddings == "host" else {}),
+            **({} if options.budget_cosine is None else {"budget_cosine": options.budget_cosine}),
             "runtime": {key: weights.names[key] for key in flow.modulation_weights(config)},
         },
         decode_vocabulary={"first": vocabulary.first, "count": vocabulary.count, "extra": list(vocabulary.extra)},

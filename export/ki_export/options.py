@@ -96,8 +96,8 @@ class ExportOptions:
             raise ArgumentError(f"--link shares the checkpoint's file, and {other} writes another: leave one out")
         if (self.calibrate is not None or self.keep_fp32 or self.sensitivity) and not self.sixteen:
             raise ArgumentError(
-                "--calibrate, --keep-fp32 and --sensitivity are for precision fp16 and bf16, and for int8, fp8 and nvfp4 "
-                f"of engines, not {self.precision}"
+                "--calibrate, --keep-fp32 and --sensitivity are for precision fp16 and bf16, and for int8, fp8 and "
+                f"nvfp4 of engines, not {self.precision}"
             )
         if self.calibrate is not None and self.precision == "bf16" and not self.sensitivity:
             raise ArgumentError("--calibrate has no effect with bf16, which needs no range audit: add --sensitivity")

@@ -83,6 +83,9 @@ def _weights(weights: Mapping[str, Any]) -> None:
     for name, stored in runtime.items():
         if not isinstance(stored, str) or not _is_name(stored) or not _is_name(name):
             raise _Wrong(f"'weights.runtime' has {name[:80]!r}: {stored!r:.80}, expected names of tensors")
+    budget = weights.get("budget_cosine")
+    if budget is not None and (type(budget) is not float or not 0 < budget < 1):
+        raise _Wrong(f"'weights.budget_cosine' is {budget!r:.40}, expected a number between 0 and 1")
 
 
 def _words(data: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from ki_edge.errors import ExportError
 from ki_export.arithmetic.evaluator import Evaluator
-from ki_export.arithmetic.low_bits import E2M1, EXACT
+from ki_export.arithmetic.low_bits import E2M1, EXACT, LowOperand, low_product
 from ki_export.arithmetic.readers import FileWeights
 from ki_export.weights.rounding import BLOCK, KINDS, round_e2m1, round_e4m3, round_weight, scale_of
 
@@ -119,11 +119,8 @@ def test_int8_products_are_summed_in_whole_numbers(width, dtype):
 
 def test_a_whole_sum_beyond_float32_is_exact():
     """127 * 127 * 4096 and one more: float32 has no such number, so its sum would depend on the order."""
-    proto, inputs, weight, *_ = product("int8", 4 * EXACT, np.float32)
     high, one = np.full((1, 4 * EXACT), 127, np.int8), np.full((1, 4 * EXACT), 127, np.int8)
     one[0, -1] = 126
-    from ki_export.arithmetic.low_bits import LowOperand, low_product
-
     a = LowOperand(torch.from_numpy(high).float(), torch.tensor(1.0), whole=True)
     b = LowOperand(torch.from_numpy(one).float().T, torch.tensor(1.0), whole=True)
     expected = np.float32(127 * 127 * 4 * EXACT - 127)

@@ -98,7 +98,7 @@ def test_products_of_one_operand_share_its_rounding(lowered):
 def test_a_balance_is_multiplied_in_before_rounding(lowered):
     plan = plan_of("int8", lowered, attention="")
     quantize_static(lowered["prefix"], plan)
-    (up,) = [site for site in _gemms(lowered["prefix"], UP)]
+    (up,) = _gemms(lowered["prefix"], UP)
     balanced = up.node.inputs[0].producer().inputs[0].producer().inputs[0]
     factors = balanced.producer().inputs[1].const_value.numpy()
     assert balanced.producer().op_type == "Mul" and balanced.dtype == ir.DataType.FLOAT
@@ -138,7 +138,7 @@ def test_activations_stay_in_sixteen_bits_without_a_scale(lowered):
     products = {UP: LowProduct("nvfp4", 0.0)}
     quantize_static(lowered["prefix"], LowPlan("nvfp4", products, base="fp16"))
     assert "trt" not in lowered["prefix"].opset_imports
-    ((site),) = _gemms(lowered["prefix"], UP)
+    (site,) = _gemms(lowered["prefix"], UP)
     assert site.node.inputs[0].dtype == ir.DataType.FLOAT16
     assert site.node.inputs[0].producer().op_type == "Cast"
 

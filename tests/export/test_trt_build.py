@@ -476,6 +476,14 @@ class TestGraphs:
                 r"bfloat16 needs compute capability 8\.0 or newer, not 7\.5: export with --precision fp16",
             ),
             ("int8", (8, 6), "precision int8 is for the CPU: export the checkpoint with --target trt"),
+            ("int8_static", (7, 5), None),
+            ("int8_static", (7, 0), r"int8_static needs compute capability 7\.5 .* not 7\.0: .* --precision fp16"),
+            ("float8", (8, 9), None),
+            ("float8", (8, 7), r"float8 needs compute capability 8\.9 or newer, not 8\.7: .* --precision int8"),
+            ("nvfp4", (11, 0), None),
+            ("nvfp4", (9, 0), r"nvfp4 needs compute capability 10\.0 or newer, not 9\.0: .* --precision fp8"),
+            ("nvfp4", (8, 7), r"not 8\.7: export with --precision int8"),
+            ("nvfp4", (7, 0), r"not 7\.0: export with --precision fp16"),
         ],
     )
     def test_precision(self, precision, capability, message) -> None:

@@ -4,10 +4,12 @@ import json
 
 import pytest
 
+from ki_edge.config import PI05
 from ki_runtime.doctor import cli
 from ki_runtime.doctor.boards import BOARDS, find_board
 from ki_runtime.doctor.checkup import examine
 from ki_runtime.doctor.finding import in_bytes
+from ki_runtime.doctor.memory import needs
 from ki_runtime.doctor.plan import lines, plan
 from ki_runtime.gpu.device import Device
 from ki_runtime.trt.api import Api
@@ -37,6 +39,25 @@ def test_the_full_size_model_on_a_board(board, fits, said, capsys):
     row = next(line.split() for line in out.splitlines() if line.startswith("  float16 "))
     assert said in out and row[1:7] == ["device", "6.5", FITS[board.lower()], "11.6", AND_FAST[board.lower()], "5.9"]
     assert "run on" in out and "yet" in out  # what has never been tried
+
+
+@pytest.mark.parametrize(
+    ("board", "low"), [("orin-16gb", {"int8_static"}), ("rtx-4090", {"int8_static", "float8"}), ("h200", {"float8"}),
+                       ("thor", {"float8", "nvfp4"})],
+)  # fmt: skip
+def test_a_board_is_told_the_precisions_that_it_has(board, low):
+    found = plan(find_board(board), None)["precisions"]
+    assert low <= set(found) and ("nvfp4" in found) is ("nvfp4" in low) and ("float8" in found) is ("float8" in low)
+
+
+def test_low_weights_by_hand():
+    """A byte, and half a byte with a sixteenth of one for its block; the embedding table and FAST stay in 16 bits."""
+    sixteen, eight, four = (needs(PI05, 2050, name).graphs for name in ("float16", "float8", "nvfp4"))
+    table = 2 * 257152 * 2048
+    for name, rest in (("prefix", table), ("denoise", 0)):
+        assert eight[name].weights - rest == pytest.approx((sixteen[name].weights - rest) / 2, rel=0.01)
+        assert four[name].weights - rest == pytest.approx((sixteen[name].weights - rest) * 0.5625 / 2, rel=0.01)
+    assert eight["fast_decode"] == four["fast_decode"] == sixteen["fast_decode"]
 
 
 def test_every_board_is_in_the_help(capsys):

@@ -409,6 +409,10 @@ def test_no_room_for_engines(make_bundle, graphs):
 def test_precisions(make_bundle, graphs):
     eight = on_orin(make_bundle("eight", precision="int8"))
     assert "int8 is for the CPU" in why_not(eight, "trt") and runs(eight) == {"ort"}
+    low = make_bundle("low", precision="float8")
+    assert why_not(on_orin(low), "ort") == "it does not compute float8 on the CPU"
+    assert "8.9 or newer, not 8.7: export with --precision int8" in why_not(on_orin(low), "trt")
+    assert "trt" in runs(on_orin(make_bundle("static", precision="int8_static")))
     sixteen = make_bundle("sixteen", precision="bfloat16")
     assert why_not(on_orin(sixteen), "ort") == "it does not compute bfloat16 on the CPU"
     modules = {"onnxruntime": GPU_ORT, "tensorrt": tensorrt("11.4.1")}

@@ -22,6 +22,7 @@ from .fusion import Fused, Side, fused_products
 from .low_bits import LOW_TYPES, LowOperand, low_product, operand
 from .operators import CUSTOM, OPERATORS, TYPES
 
+Replacement = Callable[[Tensor, Tensor], Tensor]
 Watch = Callable[[ir.Node, Sequence[Tensor | None], Sequence[Tensor]], object]
 BUDGET = 700_000_000  # bytes of weights that stay in memory: π0.5's action expert in 16 bits
 
@@ -89,7 +90,7 @@ class _Step:
 
 
 class Evaluator:
-    """One graph. `weights` gives initializers without a value of their own.
+    """One graph. `weights` gives initializers without a value of their own; `replaced`: what some products are instead.
 
     Products of two dequantised operands are computed as one kernel (`low_bits.low_product`); with `fuse` False, node by
     node, which rounds the dequantised operands to the type that the graph gives them.
@@ -97,8 +98,15 @@ class Evaluator:
     declared type.
     """
 
-    def __init__(self, graph: ir.Graph, weights: WeightReader, *, fuse: bool = True) -> None:
-        self._graph, self._weights = graph, weights
+    def __init__(
+        self,
+        graph: ir.Graph,
+        weights: WeightReader,
+        *,
+        fuse: bool = True,
+        replaced: Mapping[ir.Node, Replacement] | None = None,
+    ) -> None:
+        self._graph, self._weights, self._replaced = graph, weights, replaced or {}
         self._prepared: dict[ir.Node, LowOperand] = {}
         self._prepared_bytes = 0
         self._constants: dict[ir.Value, Tensor] = {}
@@ -239,6 +247,10 @@ class Evaluator:
         known = OPERATORS if node.domain in ("", "ai.onnx") else CUSTOM.get(node.domain, {})
         if node.op_type not in known:
             raise ExportError(f"graph {self._graph.name}: operator {node.op_type} is not one of ours")
+        if node in self._replaced:
+            left, right = inputs[:2]
+            assert left is not None and right is not None
+            return (self._replaced[node](left, right),)
         try:
             return known[node.op_type](inputs, step.attributes)
         except (RuntimeError, ValueError, IndexError, TypeError, ExportError) as error:

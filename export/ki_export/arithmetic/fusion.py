@@ -76,4 +76,6 @@ def _side(value: Any) -> Side | None:
         return None
     scale = producer.inputs[1]
     scales = scale.producer() if scale is not None else None
-    return Side(producer, scales if scales is not None and scales.op_type == DEQUANTIZE else None, tuple(reversed(moves)))
+    return Side(
+        producer, scales if scales is not None and scales.op_type == DEQUANTIZE else None, tuple(reversed(moves))
+    )

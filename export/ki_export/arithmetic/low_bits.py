@@ -10,17 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import onnx
 import torch
 from torch import Tensor
 
 from ki_edge.errors import ExportError
-from ki_export.weights.rounding import BLOCK, round_blocks, round_e2m1, round_e4m3
+from ki_export.weights.rounding import BLOCK, round_blocks, round_e2m1, round_e4m3, times_blocks
 
 INT8, E4M3, E2M1 = torch.int8, torch.float8_e4m3fn, torch.float8_e5m2
 """PyTorch's types of low values. It has no unpacked e2m1; e5m2, of no other use here, holds all its numbers."""
 LOW = (INT8, E4M3, E2M1)
-LOW_TYPES = {onnx.TensorProto.INT8: INT8, onnx.TensorProto.FLOAT8E4M3FN: E4M3, onnx.TensorProto.FLOAT4E2M1: E2M1}
+LOW_TYPES: Mapping[int, torch.dtype] = {3: INT8, 17: E4M3, 23: E2M1}  # by ONNX's numbers
 EXACT = 1024  # int8 products whose sum float32 holds exactly: 1024 * 128 * 128 = 2^24
 DYNAMIC = "TRT_FP4DynamicQuantize"
 Attributes = Mapping[str, Any]
@@ -84,7 +83,7 @@ def _whole(a: Tensor, b: Tensor) -> Tensor:
     """The product of whole numbers, summed exactly, in float32."""
     if a.shape[-1] <= EXACT:
         return a @ b
-    parts = zip(a.split(EXACT, -1), b.split(EXACT, -2), strict=True)
+    parts = zip(torch.split(a, EXACT, -1), torch.split(b, EXACT, -2), strict=True)
     return torch.stack([(x @ y).int() for x, y in parts]).sum(0, dtype=torch.int32).float()
 
 
@@ -94,8 +93,7 @@ def operand(values: Tensor, scale: Tensor, a: Attributes, second: Tensor | None 
         return _plain(values, scale, a)
     if a.get("block_size", 0) != BLOCK or a.get("axis", 1) % values.ndim != values.ndim - 1:
         raise ExportError(f"a product of blocks is ours along the last axis in blocks of {BLOCK}")
-    blocks = values.float().unflatten(-1, (-1, BLOCK)) * scale.float()[..., None]
-    return LowOperand(blocks.flatten(-2), second.float(), whole=False)
+    return LowOperand(times_blocks(values.float(), scale.float()), second.float(), whole=False)
 
 
 def _plain(values: Tensor, scale: Tensor, a: Attributes) -> LowOperand:

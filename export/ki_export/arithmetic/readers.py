@@ -21,7 +21,9 @@ from ki_export.weights.weights import TensorSlice
 from .low_bits import E2M1
 from .operators import TYPES
 
-E2M1_NUMBERS = [sign * size for sign in (1.0, -1.0) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)]  # by their bits
+E2M1_NUMBERS = [
+    sign * size for sign in (1.0, -1.0) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+]  # by their bits
 
 
 def _own_pages(nbytes: int) -> npt.NDArray[np.uint8]:

@@ -25,7 +25,7 @@ from ki_edge.model import PiModel, load_model
 from ki_edge.model.streaming import BUDGET, streamed
 from ki_edge.proc import available_memory
 from ki_edge.progress import Progress
-from ki_export.arithmetic.session import SIXTEEN_BITS, arithmetic_sessions
+from ki_export.arithmetic.session import ROUNDED, arithmetic_sessions
 from ki_runtime.backends.registry import Backend, SessionOptions, choose_backend, connect, open_session
 from ki_runtime.backends.session import Session
 from ki_runtime.policy.embeddings import table_of
@@ -54,7 +54,7 @@ class ParityPair:
     ) -> None:
         self.bundle, self.model, self.method = bundle, model, method
         self.has_fast = bundle.manifest.has_fast if has_fast is None else has_fast
-        self.bars: Mapping[str, Bar] = bars_of(bundle.manifest.precision)
+        self.bars: Mapping[str, Bar] = bars_of(bundle.manifest.precision, bundle.manifest.budget)
         wanted = graphs.specs(bundle.manifest.config, fast=self.has_fast)
         self._sessions = {spec.name: open_graph(spec) for spec in wanted}
         self.sampler = Sampler(bundle, lambda spec: self._sessions[spec.name])
@@ -82,7 +82,7 @@ def feeds_of(bundle: Bundle, spec: GraphSpec, tensors: Sequence[Tensor]) -> dict
 def open_pair(bundle: Bundle, checkpoint: Checkpoint, method: Method, progress: Progress) -> ParityPair:
     """A bundle and its checkpoint's model, that held whole or read layer by layer."""
     checkpoint = checkpoint.with_rtc(bundle.manifest.config.rtc)
-    exact, whole = bundle.manifest.precision in SIXTEEN_BITS, method == "resident"
+    exact, whole = bundle.manifest.precision in ROUNDED, method == "resident"
     if whole:
         model = load_model(checkpoint, dtype=torch.float32)
     else:

@@ -31,7 +31,12 @@ class LowProduct:
 
     def to_json(self) -> dict[str, Any]:
         more: dict[str, Any] = {} if self.other is None else {"other": self.other}
-        return {"kind": self.kind, "operand": self.operand, **more, **({"balance": self.balance} if self.balance else {})}
+        return {
+            "kind": self.kind,
+            "operand": self.operand,
+            **more,
+            **({"balance": self.balance} if self.balance else {}),
+        }
 
 
 @dataclass(frozen=True, eq=False)

@@ -226,4 +226,4 @@ class _Steps:
         """Float32 numbers in another type, as a constant."""
         numbers = np.asarray(values, np.float32).astype(dtype.numpy())
         tensor = ir.tensor(numbers, dtype=dtype)
-        return self.add("Constant", [], tensor.dtype, ir.Shape(tensor.shape), value=tensor)
+        return self.add("Constant", [], tensor.dtype, ir.Shape(numbers.shape), value=tensor)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -15,25 +16,12 @@ from ki_edge.checkpoints.layout.keys import checkpoint_key
 from ki_edge.dtypes import PRECISIONS
 from ki_edge.errors import ExportError
 from ki_export.graphs.tracing import quiet
-from ki_export.passes.low_plan import Kind, LowPlan
+from ki_export.passes.low_plan import LowPlan
 from ki_export.passes.static import quantize_static
 from ki_export.weights.low_bits import LowForm
 
-from .calibration import Calibration
-from .simple_plan import simple_plan
+from .low_bits import LowRequest, plan_low_bits
 from .sixteen_bits import Lowered
-
-
-@dataclass(frozen=True)
-class LowRequest:
-    """`kind`: the low precision that was asked for; `observed`: what scales are measured on; `keep`: patterns of sites
-    that stay in 16 bits; `budget_cosine`: of the actions, None for the kind's own.
-    """
-
-    kind: Kind
-    observed: Calibration
-    keep: tuple[str, ...] = ()
-    budget_cosine: float | None = None
 
 
 def lower_further(
@@ -45,13 +33,26 @@ def lower_further(
     say: Callable[[str], object],
 ) -> Lowered:
     """Bring graphs in 16 bits to a plan's low products; the same with the plan and the weights' forms."""
-    assert lowered.audit is not None
-    plan = simple_plan(request.kind, lowered.audit, lowered.decision, models, request.keep)
+    decision = lowered.decision
+    request = replace(request, exponents=decision.exponents, kept=decision.kept)
+    planned = plan_low_bits(checkpoint, models, vocabulary, request, say)
+    plan = planned.plan
     with quiet():
         low = quantize_models(models, plan, lowered.decision.exponents)
     for kind, count in Counter(product.kind for product in plan.products.values()).items():
         say(f"{count} products in {kind}, {len(plan.kept)} kept in 16 bits")
-    return replace(lowered, plan=plan, low=low)
+    if own := _own_weights(models, low):
+        size = f"{own / 1e9:.2f} GB of the bundle"
+        say(f"fast_decode keeps 16-bit weights of its own, {size}; --no-fast-head leaves it out")
+    return replace(lowered, plan=plan, low=low, findings=planned.findings.to_json())
+
+
+def _own_weights(models: Mapping[str, ir.Model], low: Mapping[str, LowForm]) -> int:
+    """Bytes of the 16-bit weights in fast_decode that other graphs take in fewer bits."""
+    model = models.get(graphs.FAST_DECODE.name)
+    weights = {} if model is None else model.graph.initializers
+    shapes = [value.shape.numpy() for name, value in weights.items() if checkpoint_key(name) in low and value.shape]
+    return 2 * sum(math.prod(shape) for shape in shapes)
 
 
 def quantize_models(models: Mapping[str, ir.Model], plan: LowPlan, exponents: Mapping[str, int]) -> dict[str, LowForm]:

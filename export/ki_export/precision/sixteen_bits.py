@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -47,7 +48,7 @@ class Lowered:
     """What was done. `audit` is None for bfloat16; `forms`: checkpoint key -> how the weights file stores it.
 
     `costs`: of every layer, if they were asked for. `plan`: what is in eight or four bits, None if nothing is, and
-    `low`: checkpoint key -> the form of the weights that are.
+    `low`: checkpoint key -> the form of the weights that are, `findings`: what the plan rests on.
     """
 
     decision: Decision
@@ -56,6 +57,7 @@ class Lowered:
     costs: tuple[Cost, ...] = ()
     plan: LowPlan | None = None
     low: Mapping[str, LowForm] = field(default_factory=dict)
+    findings: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write ranges.json: the decision and what it rests on."""
@@ -64,6 +66,7 @@ class Lowered:
             found["sensitivity"] = [cost.to_json() for cost in self.costs]
         if self.plan is not None:
             found["low_bits"] = self.plan.to_json()
+            found["low_findings"] = dict(self.findings)
         write_file(folder / RANGES, json.dumps(found, indent=1) + "\n", ExportError)
 
 

@@ -4,10 +4,10 @@
 |---|---|---|
 | int8 | whole numbers from -127 to 127 | one an output: its largest magnitude at 127 |
 | fp8 | e4m3: 4 significant bits up to 448, smallest step 2^-9 | one an output: its largest magnitude at 448 |
-| nvfp4 | e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives | one in e4m3 for 16 inputs, times one in float32 for all |
+| nvfp4 | e2m1: 0, 0.5, 1, 1.5, 2, 3, 4, 6, negatives | one in e4m3 for 16 inputs, times one in float32 for all |
 
-Rounding is to the nearest, ties to even, and saturates: what ONNX and TensorRT define. Scales of int8 and fp8 are numbers
-that float16 and bfloat16 both have, so that a graph may multiply by them in any type.
+Rounding is to the nearest, ties to even, and saturates: what ONNX and TensorRT define. Scales of int8 and fp8 are
+numbers that float16 and bfloat16 both have, so that a graph may multiply by them in any type.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class LowWeight:
         """f32 [out, in] without what a product is multiplied by afterwards: exact in every kind."""
         if self.kind != "nvfp4":
             return self.values
-        return (self.values.unflatten(1, (-1, BLOCK)) * self.scales[..., None]).flatten(1)
+        return times_blocks(self.values, self.scales)
 
     @property
     def factor(self) -> Tensor:
@@ -86,6 +86,12 @@ def second_scale(clip: Tensor) -> Tensor:
     return (clip.float() / (LARGEST["nvfp4"] * LARGEST["fp8"])).clamp(min=torch.finfo(torch.float32).tiny)
 
 
+def times_blocks(values: Tensor, scales: Tensor) -> Tensor:
+    """`values` [..., n] times the scales [..., n / 16] of their blocks."""
+    blocks = values.reshape(*values.shape[:-1], -1, BLOCK) * scales[..., None]
+    return blocks.reshape(values.shape)
+
+
 def round_weight(weight: Tensor, kind: Kind) -> LowWeight:
     """A float32 weight [out, in] in a low kind. ValueError if nvfp4's blocks do not divide its width."""
     one = torch.ones(())
@@ -104,7 +110,7 @@ def round_blocks(x: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """
     if x.shape[-1] % BLOCK:
         raise ValueError(f"a width of {x.shape[-1]} has no blocks of {BLOCK}")
-    blocks = x.unflatten(-1, (-1, BLOCK))
+    blocks = x.reshape(*x.shape[:-1], -1, BLOCK)
     scales = round_e4m3(blocks.abs().amax(-1) / (LARGEST["nvfp4"] * second))
     whole = (scales * second)[..., None]
     values = round_e2m1(torch.where(whole > 0, blocks / whole, torch.zeros(())))

@@ -118,8 +118,8 @@ def of_engines(bundle: Bundle) -> str | None:
     if bundle.manifest.precision not in LOW_PRECISIONS.values():
         return None
     return (
-        f"precision {bundle.manifest.precision} is for TensorRT's engines: run ki-build on a GPU that has it, or export "
-        "for ONNX Runtime, --target ort with --precision fp32 or int8"
+        f"precision {bundle.manifest.precision} is for TensorRT's engines: ki-build makes them on a GPU that has it; "
+        "for ONNX Runtime export with --target ort and --precision fp32 or int8"
     )
 
 
