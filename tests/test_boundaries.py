@@ -93,7 +93,8 @@ DIRECTIONS: dict[str, str] = {
         "ki_export.policies ki_export.precision ki_export.source ki_export.weights"
     ),
     "ki_export.triton": (
-        "ki_edge ki_edge.bundle ki_edge.files ki_edge.policy ki_runtime ki_runtime.policy ki_runtime.trt"
+        "ki_edge ki_edge.bundle ki_edge.files ki_edge.policy ki_runtime ki_runtime.backends ki_runtime.policy "
+        "ki_runtime.trt"
     ),
     "ki_export": (
         "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.files ki_runtime.gpu "

@@ -29,7 +29,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "random_checkpoint.py"
 VOCABULARY = DecodeVocabulary(2048, 1024)
 TARGETS = {"int8": ((8, 6),), "fp8": ((8, 9), (12, 0)), "nvfp4": ((12, 0),)}
 BYTES = {"int8": 1.0, "fp8": 1.0, "nvfp4": 0.5625}  # of a parameter, its block's scale included
-PIECE = 4_194_301  # a prime number: no rows repeat
+PIECE = 4_194_319  # a prime number, so that no rows repeat; at least a piece of a source
 DISK, MEMORY = 3_000_000_000, 3_000_000_000
 
 
@@ -39,13 +39,15 @@ class Made(TensorSource):
     def __init__(self, config):
         self.tensors = {key: StoredTensor("F32", shape) for key, shape in parameter_shapes(config).items()}
         self.files = ()
-        self._noise = np.random.default_rng(0).standard_normal(PIECE).astype(np.float32)
+        noise = np.random.default_rng(0).standard_normal(PIECE).astype(np.float32)
+        self._noise = np.concatenate([noise, noise])
 
     def rows(self, key, start, stop):
         shape = self.tensors[key].shape
-        row, first = int(np.prod(shape[1:])), zlib.crc32(key.encode()) % len(self._noise)
-        places = np.arange(start * row + first, stop * row + first) % len(self._noise)
-        return (self._noise[places] * np.float32(row**-0.5)).reshape(stop - start, *shape[1:])
+        row, count = int(np.prod(shape[1:])), int(np.prod(shape[1:])) * (stop - start)
+        first = (zlib.crc32(key.encode()) + start * row) % PIECE
+        values = self._noise[first : first + count] if count <= PIECE else np.resize(self._noise[first:], count)
+        return (values * np.float32(row**-0.5)).reshape(stop - start, *shape[1:])
 
 
 @pytest.fixture(scope="module")
