@@ -45,7 +45,10 @@ class Stages:
         self._tables: dict[bytes, npt.NDArray[np.float32]] = {}
         self._facts: dict[str, Loaded | None] = {}
         self.seconds: dict[str, float] = {}
-        self._close()
+        self._prefix: PrefixStage | None = None
+        self._denoise: DenoiseStage | None = None
+        self._fast: FastStage | None = None
+        self._sessions: dict[str, Session] = {}
         self.prompt_bucket = self.prefix.prompt_bucket
         assert self.denoise is not None  # both are loaded once: what fails, fails here
 
@@ -92,10 +95,8 @@ class Stages:
 
     def _close(self) -> None:
         """Let go of all graphs."""
-        self._prefix: PrefixStage | None = None
-        self._denoise: DenoiseStage | None = None
-        self._fast: FastStage | None = None
-        self._sessions: dict[str, Session] = {}
+        self._prefix = self._denoise = self._fast = None
+        self._sessions = {}
 
 
 class SequentialStages(Stages):
