@@ -97,8 +97,8 @@ DIRECTIONS: dict[str, str] = {
         "ki_runtime.trt"
     ),
     "ki_export": (
-        "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.files ki_runtime.gpu "
-        "ki_runtime.trt ki_export.graphs ki_export.parity ki_export.passes ki_export.policies "
+        "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.checkpoints.layout ki_edge.files "
+        "ki_runtime.gpu ki_runtime.trt ki_export.graphs ki_export.parity ki_export.passes ki_export.policies "
         "ki_export.precision ki_export.source ki_export.triton ki_export.weights"
     ),
 }

@@ -8,16 +8,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-FILE = Path(__file__).parents[1] / "examples" / "fetch" / "evaluate.py"
+FOLDER = Path(__file__).parents[1] / "examples" / "fetch"
 
 
-@pytest.fixture(scope="module")
-def evaluate():
-    spec = importlib.util.spec_from_file_location("fetch_evaluate", FILE)
+@pytest.fixture
+def evaluate(monkeypatch):
+    """The script, whose neighbours it finds beside itself."""
+    monkeypatch.syspath_prepend(FOLDER)
+    spec = importlib.util.spec_from_file_location("fetch_evaluate", FOLDER / "evaluate.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def together(evaluate):
+    """The file of several robots at the same time."""
+    return sys.modules["together"]
 
 
 def asked(number):
@@ -27,7 +35,7 @@ def asked(number):
     return (images, mask, prompt, np.ones((1, number), bool)), {"noise": np.full((1, 2, 3), float(number))}
 
 
-def test_every_thread_gets_its_own_row(evaluate):
+def test_every_thread_gets_its_own_row(together):
     batches = []
 
     def sample(images, mask, prompt, prompt_mask, *, noise, num_steps):
@@ -35,14 +43,14 @@ def test_every_thread_gets_its_own_row(evaluate):
         assert prompt.shape == prompt_mask.shape and (prompt_mask.sum(1) == prompt[:, 0]).all()
         return noise + images[:, 0, :, :1, 0]
 
-    together = evaluate.Together(sample, 3)
+    batch = together.Together(sample, 3)
 
     def run(number):
         found = []
         for _ in range(number):  # threads that end early do not hold up the others
             inputs, given = asked(number)
-            found.append(together(*inputs, **given))
-        together.leave()
+            found.append(batch(*inputs, **given))
+        batch.leave()
         return found
 
     with ThreadPoolExecutor(3) as pool:
@@ -53,17 +61,17 @@ def test_every_thread_gets_its_own_row(evaluate):
     assert sum(batches) == 7 and batches == [3, 2, 1, 1]
 
 
-def test_an_error_reaches_every_thread(evaluate):
+def test_an_error_reaches_every_thread(together):
     def sample(*_, **__):
         raise ValueError("no")
 
-    together = evaluate.Together(sample, 2)
+    batch = together.Together(sample, 2)
 
     def run(number):
         inputs, given = asked(number)
         with pytest.raises(ValueError, match="no"):
-            together(*inputs, **given)
-        together.leave()
+            batch(*inputs, **given)
+        batch.leave()
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(run, (1, 2)))

@@ -75,6 +75,7 @@ def _export(arguments: argparse.Namespace) -> int:
         sensitivity=arguments.sensitivity,
         attention=arguments.attention,
         rtc=arguments.rtc,
+        embeddings=arguments.embeddings,
         policy=request(arguments),
     )
     try:
@@ -207,6 +208,13 @@ def _parser() -> Parser:
         action=argparse.BooleanOptionalAction,
         default=None,
         help="let chunks continue the one before: real-time chunking (on for ort, off for engines)",
+    )
+    add(
+        "--embeddings",
+        default="graph",
+        metavar="graph|host",
+        help="host: leave the table of embeddings in the weights file, from which the runtime reads the rows of an "
+        "observation; 1 GB less on the device at full size, the same results (%(default)s)",
     )
     add("--opset", type=int, default=20, metavar="N", help="ONNX opset of the graphs (%(default)s)")
     add = parser.add_argument_group("TensorRT").add_argument

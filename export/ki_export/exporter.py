@@ -18,12 +18,14 @@ import onnx_ir as ir
 from ki_edge import flow, graphs
 from ki_edge.bundle import Bundle, BundleWriter, DecodeVocabulary, Manifest, sha256, write_bundle
 from ki_edge.checkpoints import Checkpoint
+from ki_edge.checkpoints.layout.keys import EMBEDDING
 from ki_edge.dtypes import STORED
 from ki_edge.errors import CheckpointError, ExportError
 from ki_edge.files.writing import writing
 from ki_export.graphs.checker import check
 from ki_export.graphs.tracing import quiet, trace_all
 from ki_export.passes.attention import fuse_attention
+from ki_export.passes.embeddings import take_rows
 from ki_export.passes.quantize import quantize
 from ki_export.passes.stored import keep_stored_types
 from ki_export.precision.low_bits import LowRequest
@@ -58,7 +60,8 @@ class Plan:
     def used(self) -> set[str]:
         """Checkpoint keys that graphs or runtime read."""
         rows = (row.key for origin in self.origins.values() for row in origin.values())
-        return {*rows, *flow.modulation_weights(self.checkpoint.config)}
+        host = [EMBEDDING] if self.checkpoint.config.embeddings == "host" else []
+        return {*rows, *host, *flow.modulation_weights(self.checkpoint.config)}
 
 
 def export(
@@ -75,6 +78,7 @@ def export(
     if files is not None:
         opened = opened.with_pictures(files.contract.pictures)
     opened = opened.with_rtc(options.real_time(None if files is None else files.contract.rtc_max_delay))
+    opened = opened.with_embeddings(options.embeddings)
     if options.fast_head is None:  # decided once, for tracing, manifest and contract
         options = replace(options, fast_head=options.full_vocabulary or has_fast_head(opened.config, files))
     if files is not None and not options.fast_head:
@@ -102,7 +106,8 @@ def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOpti
         observed = observations(checkpoint, files, options.calibrate, scales=options.low is not None)
     say(f"tracing {', '.join(spec.name for spec in graphs.specs(config, fast=bool(vocabulary.ids)))}")
     with _stage(say, "traced the graphs"):
-        models = trace_all(config, vocabulary, options.opset, say)
+        # every pass and audit sees tokens; that the table leaves the graphs comes last
+        models = trace_all(replace(config, embeddings="graph"), vocabulary, options.opset, say)
     if options.precision == "int8" and options.low is None:
         with quiet():
             for model in models.values():
@@ -120,6 +125,10 @@ def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOpti
         with quiet():
             fused = sum(fuse_attention(model) for model in models.values())
         say(f"fused {fused} attentions: needs TensorRT 10.14 or newer, or TensorRT-RTX")
+    if options.embeddings == "host":
+        for model in models.values():
+            for tokens, rows in graphs.EMBEDDED.items():
+                take_rows(model, tokens, rows.name)
     origins = {name: sources(model, vocabulary) for name, model in models.items()}
     if options.weights == "stored":
         tensors = checkpoint.source.tensors
@@ -200,6 +209,7 @@ def _manifest(plan: Plan, options: ExportOptions, weights: Weights, hashes: Hash
             "types": precision if options.sixteen else options.weights,
             **_exponents(plan),
             **_kinds(plan),
+            **({"embeddings": weights.names[EMBEDDING]} if config.embeddings == "host" else {}),
             **({} if options.budget_cosine is None else {"budget_cosine": options.budget_cosine}),
             "runtime": {key: weights.names[key] for key in flow.modulation_weights(config)},
         },

@@ -10,7 +10,7 @@ from typing import Literal, cast, get_args
 import onnx
 
 from ki_edge import flow
-from ki_edge.config import RealTime
+from ki_edge.config import Embeddings, RealTime
 from ki_edge.dtypes import LOW_PRECISIONS, PRECISIONS
 from ki_edge.errors import ArgumentError
 from ki_export.graphs.tracing import MIN_OPSET
@@ -40,8 +40,9 @@ class ExportOptions:
     recorded observations for the range audit of fp16 and the scales of low products; `keep_fp32`: shell-style patterns
     of products that stay float32; `sensitivity`: measure what each layer costs in 16 bits; `keep`: patterns of products
     that stay in 16 bits; `budget_cosine`: of the actions, which low products have to hold, None: the precision's own;
-    `attention` fused: one operator of opset 23 instead of several; `rtc`: whether chunks can be made to continue the
-    one before, None: for the target ort; `policy`: what the checkpoint does not record.
+    `attention` fused: one operator of opset 23 instead of several; `embeddings` host: graphs take rows of the embedding
+    table, which the runtime reads from the weights file and no device holds; `rtc`: whether chunks can be made to
+    continue the one before, None: for the target ort; `policy`: what the checkpoint does not record.
     """
 
     target: str = "ort"
@@ -63,6 +64,7 @@ class ExportOptions:
     budget_cosine: float | None = None
     attention: Literal["decomposed", "fused"] = "decomposed"
     rtc: bool | None = None
+    embeddings: Embeddings = "graph"
     policy: PolicyRequest = field(default_factory=PolicyRequest)
 
     def __post_init__(self) -> None:
@@ -71,7 +73,11 @@ class ExportOptions:
         if self.target not in TARGETS:
             expected = ", ".join(TARGETS)
             raise ArgumentError(f"target {self.target!r}: expected one of {expected}{meant(self.target)}")
-        choices = {"precision": get_args(Precision), "weights": get_args(Stored)}
+        choices = {
+            "precision": get_args(Precision),
+            "weights": get_args(Stored),
+            "embeddings": get_args(Embeddings),
+        }
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ArgumentError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(known)}")

@@ -74,6 +74,9 @@ def _graphs(graphs: Mapping[str, Any]) -> None:
 
 
 def _weights(weights: Mapping[str, Any]) -> None:
+    table = weights.get("embeddings", "one")
+    if not isinstance(table, str) or not _is_name(table):
+        raise _Wrong(f"'weights.embeddings' is {table!r:.80}, expected the name of a tensor")
     runtime = weights.get("runtime", {})
     if not isinstance(runtime, dict) or len(runtime) > MAX_NAMES:
         raise _Wrong(f"'weights.runtime' must be an object of at most {MAX_NAMES} names")

@@ -383,8 +383,10 @@ def test_full_size_on_small_boards(make_bundle, graphs, monkeypatch):
     monkeypatch.setattr(bundle_checks, "needs", lambda *_: full)
     graphs["prefix"] = GraphFacts(20, [], full.graphs["prefix"].weights)
     bundle = make_bundle(precision="float16")
-    small = on_orin(bundle, memory=(8e9, 6e9, 0))
+    small = on_orin(bundle, memory=(8e9, 5.5e9, 0))
     assert "too little" in found(small, "model memory", "problem")[0].text
+    in_turn = on_orin(bundle, memory=(8e9, 6e9, 0))
+    assert "run it with --sequential" in found(in_turn, "model memory", "warning")[0].fix
     medium = on_orin(bundle, memory=(16e9, 14e9, 0))
     assert found(medium, "model memory", "ok")
     problem = found(medium, "engines", "problem")[0]

@@ -231,7 +231,7 @@ def _fast(pair: ParityPair, case: Case, observation: Observation, prefix: tuple[
     allowed = np.isin(columns, pair.model.decode_ids or columns)
 
     def replay(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
-        given = pair.run(graphs.FAST_DECODE, *inputs)
+        given = pair.run(graphs.fast_decode(pair.bundle.manifest.config), *inputs)
         logits, *new = (tensor.numpy() for tensor in outputs)
         second, best = np.partition(logits[0, allowed], -2)[-2:]
         error = np.abs(given["logits"][0, allowed] - logits[0, allowed]).max()

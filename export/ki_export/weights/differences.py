@@ -65,8 +65,9 @@ def exponents(bundle: Bundle) -> dict[str, int]:
 
 def _runtime(bundle: Bundle) -> Iterator[Stored]:
     """The weights that the runtime reads by itself."""
-    index = bundle.weights()
-    for key, name in bundle.manifest.weights["runtime"].items():
+    index, recorded = bundle.weights(), bundle.manifest.weights
+    table = {EMBEDDING: recorded["embeddings"]} if "embeddings" in recorded else {}
+    for key, name in {**recorded["runtime"], **table}.items():
         entry = index.entries[str(name)]
         yield Stored(key, index.path, entry.offset, entry.dtype)
 

@@ -63,18 +63,24 @@ def count_weights(config: Pi05Config) -> Counts:
     return Counts(**found)
 
 
-def graph_bytes(config: Pi05Config, decode_rows: int, low: float, base: int | None = None) -> dict[str, int]:
+def graph_bytes(
+    config: Pi05Config, decode_rows: int, low: float, base: int | None = None, decode: float | None = None
+) -> dict[str, int]:
     """Of each graph's weights, matrices at `low` bytes a number. `decode_rows`: columns of FAST logits, 0 without.
+    Without the embedding table where it stays in the host's memory; the rows that give logits stay in the graph.
 
-    `base`: bytes of a number in what no precision of 8 or 4 bits takes, the embedding table and the FAST graph; None:
-    `low` as well.
+    `base`: bytes of a number in what no precision of 8 or 4 bits takes, the embedding table and the rows that give
+    logits; `decode`: in the products of the FAST graph; None: as of `low`, and of `base`.
     """
     base = int(low) if base is None else base
+    decode = base if decode is None else decode
     count = count_weights(config)
     rows = decode_rows if decode_rows < config.vocab_size else 0  # all of them are the embedding itself
-    decoding = count.embedding + count.backbone + count.rest + Count(rows * config.backbone.width)
+    table = Count() if config.embeddings == "host" else count.embedding
+    logits = count.embedding if decode_rows and not rows else table + Count(rows * config.backbone.width)
+    decoding = (count.backbone + count.rest).nbytes(decode) + logits.nbytes(base)
     return {
-        "prefix": (count.vision + count.backbone).nbytes(low) + count.embedding.nbytes(base),
+        "prefix": (count.vision + count.backbone).nbytes(low) + table.nbytes(base),
         "denoise": count.expert.nbytes(low),
-        **({"fast_decode": decoding.nbytes(base)} if decode_rows else {}),
+        **({"fast_decode": decoding} if decode_rows else {}),
     }
