@@ -244,7 +244,10 @@ def test_other_schema(write, schema, message):
         ({"model": None}, "'model' must be dict, not NoneType"),
         ({"contract": 3}, "'contract' must be dict"),
         ({"precision": 32}, "'precision' must be str, not int"),
-        ({"precision": "fp4"}, "precision 'fp4', known are float32, float16, bfloat16, int8: upgrade"),
+        (
+            {"precision": "fp4"},
+            "precision 'fp4', known are float32, float16, bfloat16, int8, int8_static, float8, nvfp4: upgrade",
+        ),
         ({"precision": "float32\x1b[2J"}, r"precision 'float32\\x1b\[2J', known are"),
         ({"schema": True}, "no integer 'schema'"),
         ({"graphs": {"prefix": {"file": "prefix.onnx"}, "x" * 9000: {}}}, "expected prefix, denoise, fast_decode"),

@@ -101,7 +101,7 @@ def low_graphs(kind, config, packed, folder):
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-def test_all_graphs_compile_and_their_weights_are_small(kind, real, rtx, tmp_path):
+def test_graphs_compile_and_their_weights_are_small(kind, real, rtx, tmp_path):
     from ki_runtime.trt.compiling import Settings, compile_graph
 
     config, packed = real
@@ -113,7 +113,8 @@ def test_all_graphs_compile_and_their_weights_are_small(kind, real, rtx, tmp_pat
     assert sum(entries[key + ".values"].nbytes for key in low) + scales == BYTES[kind] * parameters > 1e8
     manifest = SimpleNamespace(config=config, contract=None, vocabulary=VOCABULARY, has_fast=True)
     shapes = profiles(manifest)
-    for graph, (low_parameters, other_bytes) in counts.items():
+    for graph in counts if kind == "nvfp4" else ("prefix", "denoise"):  # FAST in low bits is no bundle's default
+        low_parameters, other_bytes = counts[graph]
         settings, log = Settings(1 << 30, TARGETS[kind], False, None), tmp_path / "log"
         engine = tmp_path / "engine"
         made = compile_graph(rtx, tmp_path / f"{graph}.onnx", shapes[graph], engine, log, settings)
