@@ -17,7 +17,6 @@ from ki_runtime.trt.engines import EngineFile, Engines, identify
 
 from .test_doctor import Machine, found, orin
 
-
 FITS = {"orin-8gb": "no", "orin-16gb": "fits", "orin-32gb": "fits", "thor": "fits", "rtx-4090": "fits"}
 AND_FAST = {**FITS}
 
