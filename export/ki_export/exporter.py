@@ -101,7 +101,9 @@ def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOpti
     config = checkpoint.config
     vocabulary = decode_vocabulary(config, files, full=options.full_vocabulary, fast_head=bool(options.fast_head))
     # an unfit recording is told before minutes of tracing
-    observed = observations(checkpoint, files, options.calibrate) if options.sixteen else None
+    observed = None
+    if options.sixteen:
+        observed = observations(checkpoint, files, options.calibrate, scales=options.low is not None)
     say(f"tracing {', '.join(spec.name for spec in graphs.specs(config, fast=bool(vocabulary.ids)))}")
     with _stage(say, "traced the graphs"):
         # every pass and audit sees tokens; that the table leaves the graphs comes last

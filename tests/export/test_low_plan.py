@@ -1,11 +1,14 @@
 """Scales, balances, and which layers get more bits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import ArgumentError, BundleError, ParityError
 from ki_edge.model import Observation, load_model
+from ki_export import exporter
 from ki_export.arithmetic.session import arithmetic_sampler
 from ki_export.exporter import export
 from ki_export.graphs.tracing import trace_all
@@ -35,7 +38,7 @@ def study(checkpoint):
     opened = Checkpoint.open(checkpoint)
     vocabulary = decode_vocabulary(opened.config, None, full=False, fast_head=False)
     models = trace_all(opened.config, vocabulary, 20)
-    observed = calibration(opened.config, None, None, synthetic=3)
+    observed = calibration(opened.config, None, None, synthetic=6)
     lowered = lower_models(opened, models, vocabulary, Request("fp16", observed), lambda _: None)
     assert not lowered.decision.exponents
     return opened, models, vocabulary, observed
@@ -85,8 +88,9 @@ def test_a_single_outlier_saturates_only_if_that_costs_less():
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_what_a_plan_promises_is_what_its_bundle_computes(study, checkpoint, tmp_path, precision):
+def test_what_a_plan_promises_is_what_its_bundle_computes(study, checkpoint, tmp_path, monkeypatch, precision):
     opened, *_, observed = study
+    monkeypatch.setattr(exporter, "observations", lambda *_, **__: observed)
     planned, _ = plan(study, precision)
     assert planned.findings.holds and planned.findings.steps[-1] >= 0.9995
     options = ExportOptions(target="trt", precision=precision, model_only=True, fast_head=False, verify=False)
@@ -101,6 +105,7 @@ def test_what_a_plan_promises_is_what_its_bundle_computes(study, checkpoint, tmp
             exact.append(model.sample_actions(observation, noise=noise, num_steps=STEPS))
         arrays = [t.numpy() for t in (*inputs, tokens, torch.ones(tokens.shape, dtype=torch.bool))]
         given.append(torch.from_numpy(sampler.sample_actions(*arrays, noise=one.noise, num_steps=STEPS)))
+    # not the same bits: what float16 rounds in front of a rounding to 3 bits falls to its other side here and there
     assert 1 - min(cosines(given, exact)) == pytest.approx(1 - planned.findings.steps[-1], rel=0.7, abs=1e-6)
 
 
@@ -149,14 +154,14 @@ def test_what_is_asked_to_be_kept_is(study):
 
 def test_scales_have_seen_every_step_with_all_cameras_and_with_one_absent(study):
     opened, models, vocabulary, observed = study
-    assert {one.images.shape[1] for one in observed.observations} == {2, 3}
+    assert {one.images.shape[1] for one in observed.observations} == {1, 2, 3}
     acting = {name: models[name] for name in ("prefix", "denoise")}
     origins = {name: sources(model, vocabulary) for name, model in acting.items()}
     rehearsal = Rehearsal(opened, acting, origins, 1 << 30)
     found, _, states = observe_operands(rehearsal, acting, observed.observations)
-    assert len(states) == STEPS and len(states[0]) == 3
-    assert len(found["expert.layers.0.mlp.up_proj"].left.drawn) == 3 * STEPS
-    assert len(found["backbone.layers.0.mlp.up_proj"].left.drawn) == 3
+    assert len(states) == STEPS and len(states[0]) == 6
+    assert len(found["expert.layers.0.mlp.up_proj"].left.drawn) == 6 * STEPS
+    assert len(found["backbone.layers.0.mlp.up_proj"].left.drawn) == 6
     for seen in found.values():
         sides = [seen.left] if seen.product.weight is not None else [seen.left, seen.right]
         for side in sides:
@@ -186,7 +191,7 @@ def test_the_report_tells_what_layers_cost_and_what_more_bits_buy(study, checkpo
     bundle = export(checkpoint, tmp_path / "bundle", options)
     assert bundle.manifest.budget == budget
     low = low_report.findings(read_ranges(bundle.path))
-    assert "8 synthetic observations and all 10 denoising steps" in low_report.summary(low)
+    assert "24 synthetic observations and all 10 denoising steps" in low_report.summary(low)
     assert next(low_report.bought(low))[0] == "every layer in int8"
     assert len(list(low_report.bought(low))) > 1
     rows = list(low_report.layers(low))

@@ -282,6 +282,7 @@ def fill(partial, failing=None):
             raise ValueError("of process " + str(failing))
     processes.wait()
     (partial / f"part{processes.rank}").touch()
+    processes.wait()  # the main process renames the folder next
 
 def refused(step, failing):
     try:

@@ -24,7 +24,8 @@ def run(record_dataset, write_text_set, small_config, tmp_path_factory):
         record_dataset(root / name, size=8, seed=seed, lengths=lengths) for seed, name in enumerate(("first", "second"))
     ]
     datasets = tuple(map(str, places))
-    origin = Origin(datasets=(*datasets, str(write_text_set(root / "texts", size=8))), horizon=4)
+    mixture = (*datasets, str(write_text_set(root / "texts", size=8)))
+    origin = Origin(datasets=tuple(f"{one}:1" for one in mixture), horizon=4)
     request = Request(root / "out", origin, SETTINGS, config=small_config, workers=0, trackers=("tensorboard",))
     trainer = open_run(request, told.append)
     try:
@@ -52,7 +53,7 @@ def test_the_log_has_each_step_once_and_evaluations_of_their_own(run):
 
 def test_the_page_shows_it(run):
     html = (run[0] / "training" / "train.html").read_text(encoding="utf-8")
-    for words in ("Step 4", "Losses by dataset", "Evaluation on held-out episodes", "Predictions", "What was trained"):
+    for words in ("Step 4", "Losses by dataset", "Evaluation on held-out episodes", "Predictions", "data: first"):
         assert words in html, words
     assert list((run[0] / "training" / "tensorboard").iterdir())
 

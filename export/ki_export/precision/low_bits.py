@@ -40,6 +40,7 @@ from .sensitivity import group_of
 BARS: Mapping[Kind, float] = {"int8": 0.999, "fp8": 0.999, "nvfp4": 0.995}  # cosine of the actions, at least
 MARGIN = 0.5  # share of the distance from 1 that the budget allows: other observations are further off
 MORE_BITS: Mapping[Kind, Kind | None] = {"int8": None, "fp8": None, "nvfp4": "fp8"}  # None: 16 bits
+HELD_OUT = 3  # every third observation chooses no scale, so that the budget holds for what they have not seen
 WATCHED = 4  # observations that layers are tried alone on
 NAMES = (graphs.PREFIX.name, graphs.DENOISE.name)
 States = Sequence[Sequence[Tensor]]  # actions after each step, of each observation
@@ -157,9 +158,17 @@ class _Study:
         self.request, self._models = request, models
         self._checkpoint = checkpoint
         self._origins: dict[str, Mapping[str, TensorSlice]] = {n: sources(m, vocabulary) for n, m in models.items()}
-        self.observations: tuple[Observed, ...] = request.observed.observations
+        given = request.observed.observations
+        held = [one for at, one in enumerate(given) if at % HELD_OUT == HELD_OUT - 1]
+        seen = [one for at, one in enumerate(given) if at % HELD_OUT != HELD_OUT - 1]
+        self.observations: tuple[Observed, ...] = (*seen, *held)
         exact = Rehearsal(checkpoint, models, self._origins, BUDGET, request.exponents)
-        self.operands, self.prefixes, self.exact = observe_operands(exact, models, self.observations)
+        self.operands, self.prefixes, self.exact = observe_operands(exact, models, seen)
+        if held:
+            more = exact.prefix(held)
+            states = exact.states(held, more)
+            self.prefixes += more
+            self.exact = [[*one, *two] for one, two in zip(self.exact, states, strict=True)]
         self.fixed = _kept(request, self.operands)
         self.local: dict[str, dict[str, float]] = {}
         self._rounded: dict[Kind, RoundedWeights] = {}

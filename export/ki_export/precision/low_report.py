@@ -1,4 +1,4 @@
-"""Eight and four bits in a parity report: what each layer costs, what more bits for the costliest buy, and each step."""
+"""Eight and four bits in a parity report: what each layer costs, what more bits buy, and the error of each step."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from ki_export.weights.rounding import (
 )
 
 CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.12, 0.07)  # shares of the largest value that were seen
-HEADROOM = 1.1  # what other observations may exceed the largest by, where nothing is to saturate
+HEADROOM = {"int8": 1.15, "fp8": 1.5, "nvfp4": 1.5}  # over the largest that was seen, where nothing is to saturate
 STRENGTHS = (0.5, 0.75)  # of balancing: 1 takes all outliers out of the operand, 0 out of the weight
 WORTH = 0.85  # share of the error that balancing may leave: an operation more in the graph must pay
 SAMPLED = 256  # rows of a weight that the error is estimated on
@@ -51,14 +51,14 @@ def choose(rows: Tensor, largest: Tensor, weights: Sequence[Tensor], kind: Kind)
     norm = sum(float((rows @ weight.T).square().mean(0).sum()) for weight in sampled)
     if norm == 0:
         return Choice(_scale(largest.amax(), kind), None, 0.0, 0.0)
-    plain = min(_clips(rows, largest, sampled, kind, CLIPS[:1]))
-    scale_error, scale = min(_clips(rows, largest, sampled, kind, CLIPS))
-    best, balance = scale_error, None
+    (plain,) = _clips(rows, largest, sampled, kind, CLIPS[:1])
+    best, scale = _best(rows, largest, sampled, kind)
+    balance = None
     for strength in STRENGTHS:
         b = balancing(largest, weights, strength)
         if bool((b == 1).all()):
             continue
-        error, found = min(_clips(rows / b, largest / b, [weight * b for weight in sampled], kind, CLIPS))
+        error, found = _best(rows / b, largest / b, [weight * b for weight in sampled], kind)
         if error < best * (WORTH**2 if balance is None else 1.0):
             best, scale, balance = error, found, b
     return Choice(scale, balance, (best / norm) ** 0.5, (plain[0] / norm) ** 0.5)
@@ -79,7 +79,7 @@ def choose_alone(rows: Tensor, largest: Tensor, kind: Kind) -> tuple[float, floa
     norm = float(rows.square().sum())
     if norm == 0:
         return _scale(largest.amax(), kind), 0.0
-    tried = [(float(_error(rows, clip, kind).sum()), clip) for clip in _candidates(largest, CLIPS)]
+    tried = [(float(_error(rows, clip, kind).sum()), clip) for clip in _candidates(largest, CLIPS, kind)]
     error, clip = min(tried)
     return _scale(torch.tensor(clip), kind), (error / norm) ** 0.5
 
@@ -92,6 +92,13 @@ def round_operand(x: Tensor, scale: float, kind: Kind) -> Tensor:
     return round_values(x / scale, kind) * scale
 
 
+def _best(rows: Tensor, largest: Tensor, weights: Sequence[Tensor], kind: Kind) -> tuple[float, float]:
+    """(error, scale) of the share of the largest value that leaves least; all of it unless that pays."""
+    whole, *cut = _clips(rows, largest, weights, kind, CLIPS)
+    best = min(cut)
+    return best if best[0] < WORTH**2 * whole[0] else whole
+
+
 def _clips(
     rows: Tensor, largest: Tensor, weights: Sequence[Tensor], kind: Kind, shares: Sequence[float]
 ) -> Iterator[tuple[float, float]]:
@@ -99,13 +106,13 @@ def _clips(
     sizes = torch.stack([weight.square().sum(0) for weight in weights]).sum(0)
     changed = torch.stack([_weight_error(weight, kind) for weight in weights]).sum(0)
     fixed = float((rows.square().mean(0) * changed).sum())
-    for clip in _candidates(largest, shares):
+    for clip in _candidates(largest, shares, kind):
         yield float((_error(rows, clip, kind) * sizes).sum()) / len(rows) + fixed, _scale(torch.tensor(clip), kind)
 
 
-def _candidates(largest: Tensor, shares: Sequence[float]) -> list[float]:
+def _candidates(largest: Tensor, shares: Sequence[float], kind: Kind) -> list[float]:
     top = float(largest.amax())
-    return [top * (HEADROOM if share == 1.0 else share) for share in shares]
+    return [top * (HEADROOM[kind] if share == 1.0 else share) for share in shares]
 
 
 def _scale(clip: Tensor, kind: Kind) -> float:

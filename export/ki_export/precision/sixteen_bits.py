@@ -28,6 +28,7 @@ from .sensitivity import Cost, sensitivity
 
 LARGE = 1_000_000_000  # parameters of a model for which fewer synthetic observations do
 FEW = 3
+MANY, SOME = 24, 6  # for static scales, which saturate what they have not seen
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,13 @@ def lower_models(
     return Lowered(decision, found, stored, tuple(costs))
 
 
-def observations(checkpoint: Checkpoint, files: PolicyFiles | None, recorded: Path | None) -> Calibration:
-    """What the ranges of a checkpoint are measured on. DatasetError if a recording does not fit."""
+def observations(
+    checkpoint: Checkpoint, files: PolicyFiles | None, recorded: Path | None, *, scales: bool = False
+) -> Calibration:
+    """What ranges, and static `scales`, are measured on. DatasetError if a recording does not fit the checkpoint."""
     size = sum(tensor.elements for tensor in checkpoint.source.tensors.values())
-    count = FEW if size > LARGE else SYNTHETIC
+    few, many = (SOME, MANY) if scales else (FEW, SYNTHETIC)
+    count = few if size > LARGE else many
     return calibration(checkpoint.config, files, recorded, synthetic=count)
 
 

@@ -27,6 +27,7 @@ from .predictions import prediction_section
 
 PAGE, RUN = "train.html", "run.json"
 LOSSES = {"flow": "flow matching", "fast": "FAST tokens", "text": "words"}
+BY_DATASET = {"flow": "flow", "fast": "FAST", "text": "words"}
 TITLES = {
     "format": "Version of run.json", "settings": "Settings", "origin": "What it was started from",
     "facts": "Digests and facts of data, model and code",
@@ -65,7 +66,7 @@ def to_html(folder: Path) -> str:
     name = folder.resolve().parent.name
     sections = (
         ("Losses", _losses(rows)),
-        ("Losses by dataset", "".join(_grouped(rows, f"{name}/", label) for name, label in LOSSES.items())),
+        ("Losses by dataset", "".join(_grouped(rows, f"{name}/", label) for name, label in BY_DATASET.items())),
         ("Losses by task", _tasks(rows)),
         ("Evaluation on held-out episodes", _evaluation(evaluations)),
         ("Success on the robot", _robot(evaluations)),

@@ -87,4 +87,4 @@ def test_the_page_has_links_to_its_parts_and_words_of_a_text_set_by_its_name(run
     (folder / "run.json").write_text(json.dumps(content))
     html = to_html(folder)
     assert '<a href="#s0">Losses</a>' in html and '<h2 id="s0">Losses</h2>' in html
-    assert "words, texts" in html and "FAST tokens, texts" not in html
+    assert "words, texts" in html and "FAST, texts" not in html
