@@ -1,4 +1,4 @@
-"""What int8 graphs have besides 8-bit products: each rewrite on ONNX Runtime against numpy, and against the graph before."""
+"""What int8 graphs have besides 8-bit products: rewrites on ONNX Runtime against numpy and the graph before."""
 
 from dataclasses import replace
 

@@ -38,7 +38,7 @@ def split_modulation(model: ir.Model) -> None:
             gain.replace_all_uses_with(gains[split.row])
         shift.replace_all_uses_with(shifts[split.row])
         gate.replace_all_uses_with(gates[split.row])
-    weights = {vector for vector in gains}
+    weights = set(gains)
     for node in list(graph):
         if node.op_type == "Mul" and weights & set(node.inputs):
             _drop_ones(node, weights)
@@ -75,7 +75,9 @@ def _split(node: ir.Node, rows: ir.Value) -> _Split | None:
 
 def _adds_one(node: ir.Node) -> bool:
     other = ir.convenience.get_const_tensor(node.inputs[1]) if node.inputs[1] is not None else None
-    return node.op_type == "Add" and other is not None and other.numpy().size == 1 and float(other.numpy().item()) == 1.0
+    return (
+        node.op_type == "Add" and other is not None and other.numpy().size == 1 and float(other.numpy().item()) == 1.0
+    )
 
 
 def _vectors(steps: Steps, rows: ir.Value, count: int, width: int) -> list[list[ir.Value]]:
