@@ -28,7 +28,7 @@ def run(model, spec, config, seed=0):
 
     def draw(name, shape):
         rng = np.random.default_rng([seed, *name.encode()])
-        return (rng.standard_normal(shape) * 0.3).astype(F32)
+        return np.asarray(rng.standard_normal(shape) * 0.3, F32)
 
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
