@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
@@ -13,7 +14,9 @@ from ki_edge.bundle import DecodeVocabulary
 from ki_export.passes import CPU_PASSES
 from ki_export.passes.quantize import quantize
 from ki_export.passes.rotary import fuse_rotations
+from ki_runtime.backends import ort
 from ki_runtime.backends.ort import cpu_options
+from ki_runtime.backends.registry import SessionOptions
 
 from .conftest import CONFIG
 from .test_passes import Builder, ops
@@ -174,3 +177,19 @@ def test_what_a_gelu_gives_needs_no_smallest_value(approximate):
     assert np.isfinite(errors).all()
     relative = np.linalg.norm(engine.run(None, {"x": x})[0] - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
     assert relative.max() < 0.03
+
+
+def test_the_engine_keeps_a_sum_and_its_norm_apart(tmp_path, monkeypatch):
+    """Its kernel for both together is several times slower."""
+    b = Builder()
+    total = b.add("Add", b.input("x", "B", 3, 8), b.input("y", "B", 3, 8), shape=["B", 3, 8])
+    normed = b.add("LayerNormalization", total, b.weight("w", 8), b.weight("b", 8), shape=["B", 3, 8])
+    model = b.model(total, normed)
+    model.graph.name = "tested"
+    for value in model.graph.initializers.values():
+        value.const_value = ir.tensor(np.ones(8, F32), name=value.name)
+    options, optimized = cpu_options(packed=True), tmp_path / "optimized.onnx"
+    options.optimized_model_filepath = str(optimized)
+    monkeypatch.setattr(ort, "cpu_options", lambda *, packed: options)
+    ort.load(ir.to_proto(model).SerializeToString(), SessionOptions(1), ort.WeightLayout())
+    assert [node.op_type for node in onnx.load(optimized).graph.node] == ["Add", "LayerNormalization"]
