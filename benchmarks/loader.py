@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ki_edge.config import PRESETS
+from ki_edge.planning.settings import TrainSettings
 from ki_edge.train.data.mixed import MixedData
 from ki_edge.train.data.opening import open_data
 from ki_edge.train.data.start import Start
-from ki_edge.train.step.settings import TrainSettings
 from ki_edge.train.step.training_data import Share
 
 SECONDS = 10.0  # of each measurement at most

@@ -117,9 +117,9 @@ class _Clock:
 
 def time_loader(options: argparse.Namespace) -> dict[str, float]:
     """Samples a second that the loader has ready while nobody trains, by number of workers."""
+    from ki_edge.planning.settings import TrainSettings
     from ki_edge.train.data.opening import open_data
     from ki_edge.train.data.start import Start
-    from ki_edge.train.step.settings import TrainSettings
     from ki_edge.train.step.training_data import Share
 
     found = {}

@@ -21,6 +21,7 @@ MAX_PATCHES = 1 << 16  # tokens of a picture
 Variant = Literal["pi05", "pi0"]
 Pictures = Literal["uint8", "float32"]  # numpy type of the pictures that a policy's prefix graph takes
 RealTime = Literal["none", "guided", "trained"]  # how a chunk can be made to continue the one before it
+Embeddings = Literal["graph", "host"]  # where rows of the embedding table are taken: in the graphs, or before them
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,9 @@ class Pi05Config:
     `pictures`: how pictures come in, as bytes, or as numbers in [-1, 1] where the policy's makers resized them in float
     (their margin may be -3). `rtc`: what the denoise graph can be told of the chunk before, so that a new one continues
     it (docs/real-time-chunking.md): nothing, where it is to be pulled ("guided"), or also which of its actions are
-    settled, which a policy must be trained for ("trained"). No weight depends on these two, so geometries that differ
-    in them alone are equal.
+    settled, which a policy must be trained for ("trained"). `embeddings`: whether graphs hold the table of embeddings
+    and take tokens, or take its rows, which the runtime reads from the weights file ("host"). No weight depends on
+    these three, so geometries that differ in them alone are equal.
     """
 
     vision: VisionConfig
@@ -102,10 +104,16 @@ class Pi05Config:
     state_width: int | None = None
     pictures: Pictures = field(default="uint8", compare=False)
     rtc: RealTime = field(default="none", compare=False)
+    embeddings: Embeddings = field(default="graph", compare=False)
 
     def __post_init__(self) -> None:
         _check_sizes(self, "model")
-        closed = {"variant": get_args(Variant), "pictures": get_args(Pictures), "rtc": get_args(RealTime)}
+        closed = {
+            "variant": get_args(Variant),
+            "pictures": get_args(Pictures),
+            "rtc": get_args(RealTime),
+            "embeddings": get_args(Embeddings),
+        }
         for name, choices in closed.items():
             if getattr(self, name) not in choices:
                 known, given = ", ".join(choices), getattr(self, name)
@@ -143,17 +151,21 @@ class Pi05Config:
         return self.expert.modulated_norms, 3 * self.expert.width
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form; `from_dict` reads it back. `rtc` is in it where there is any: older versions read the rest."""
+        """JSON form; `from_dict` reads it back. `rtc` and `embeddings` are in it where they are not the default:
+        older versions read the rest.
+        """
         values = asdict(self)
-        if self.rtc == "none":
-            del values["rtc"]
+        for name, default in (("rtc", "none"), ("embeddings", "graph")):
+            if values[name] == default:
+                del values[name]
         return values
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Pi05Config:
         """Read `to_dict`'s form; CheckpointError names a missing or unknown field.
 
-        Without `variant` it is a π0.5, without `pictures` it takes bytes, without `rtc` nothing of the chunk before.
+        Without `variant` it is a π0.5, without `pictures` it takes bytes, without `rtc` nothing of the chunk before,
+        without `embeddings` tokens.
         """
         parts = {"vision": VisionConfig, "backbone": GemmaConfig, "expert": GemmaConfig}
         built = {name: _build(part, data.get(name), name) for name, part in parts.items()}

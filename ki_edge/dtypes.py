@@ -17,8 +17,9 @@ class DType:
     """One type.
 
     `name`: numpy's, PyTorch's and the manifest's; `stored`: safetensors'; `numpy`: of its bytes, little-endian, of
-    bfloat16 the bits; `onnx`: the number in onnx.proto; `ort` and `trt`: ONNX Runtime's and TensorRT's names; `short`:
-    on the command line, where it is a precision; `exponent`: the bits that are all set in infinities and NaN.
+    bfloat16 and float8 the bits; `onnx`: the number in onnx.proto; `ort` and `trt`: ONNX Runtime's and TensorRT's
+    names; `short`: on the command line, where it is a precision; `exponent`: the bits that are all set in infinities
+    and NaN.
     """
 
     name: str
@@ -40,11 +41,13 @@ FLOAT32 = DType("float32", "F32", "<f4", 1, "float", "FLOAT", "fp32", 0x7F800000
 FLOAT16 = DType("float16", "F16", "<f2", 10, "float16", "HALF", "fp16", 0x7C00)
 BFLOAT16 = DType("bfloat16", "BF16", "<u2", 16, "bfloat16", "BF16", "bf16", 0x7F80)
 INT8 = DType("int8", "I8", "i1", 3, "int8", "INT8", "int8")
+FLOAT8 = DType("float8_e4m3fn", "F8_E4M3", "u1", 17, "float8e4m3fn", "FP8")
 DTYPES = (
     FLOAT32,
     FLOAT16,
     BFLOAT16,
     INT8,
+    FLOAT8,
     DType("float64", "F64", "<f8", 11, "double", exponent=0x7FF0000000000000),
     DType("bool", "BOOL", "?", 9, "bool", "BOOL"),
     DType("uint8", "U8", "u1", 2, "uint8", "UINT8"),
@@ -60,3 +63,6 @@ STORED: Mapping[str, DType] = {dtype.stored: dtype for dtype in DTYPES}
 BY_ONNX: Mapping[int, DType] = {dtype.onnx: dtype for dtype in DTYPES}
 FLOATS = {dtype.stored: dtype for dtype in (FLOAT32, BFLOAT16, FLOAT16)}  # that a checkpoint's weights may have
 PRECISIONS: Mapping[str, DType] = {dtype.short: dtype for dtype in DTYPES if dtype.short}  # of matrix products
+# precisions of engines whose weights are stored low: on the command line -> in the manifest
+LOW_PRECISIONS: Mapping[str, str] = {"int8": "int8_static", "fp8": "float8", "nvfp4": "nvfp4"}
+KNOWN_PRECISIONS = (*(dtype.name for dtype in PRECISIONS.values()), *LOW_PRECISIONS.values())  # of the manifest

@@ -5,20 +5,22 @@ Every other place (export wrappers, TensorRT profiles, manifest, runtime checks,
     B batch                 N cameras present        P patches a camera (constant)    T prompt tokens
     S = N*P + T prefix      L layers (constant)      K kv heads (constant)            D head dim (constant)
     H horizon (constant)    A action dim (constant)  W expert width (constant)   C cache length   Q new tokens
+    E backbone width (constant)
     F decode vocabulary (constant)    h, w image size (constant)    Z width of π0's state (constant)
     M, R modulation (constant): M = 2L+1 modulated norms, R = 3W numbers each; π0's one embedding of the time is 1, W
 
 The denoise graph of a π0 has one input more than a π0.5's, the robot's state. With real-time chunking (`config.rtc`) it
 also takes the chunk before; with zeros there and nothing committed it is the same step, bit for bit. The prefix graph
-takes pictures as bytes, or as float32 in [-1, 1] where the policy's makers resized in float. Policies without a FAST
-head have no fast_decode.
+takes pictures as bytes, or as float32 in [-1, 1] where the policy's makers resized in float. Where the embedding table
+is kept in the host's memory (`config.embeddings`), prefix and fast_decode take its rows in the place of tokens.
+Policies without a FAST head have no fast_decode.
 `specs` gives the graphs of a policy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .config import Pi05Config, Pictures, RealTime
 
@@ -125,14 +127,33 @@ FAST_DECODE = GraphSpec(
 
 GRAPHS = (PREFIX, DENOISE, FAST_DECODE)
 
+# Rows of the embedding table, as they are stored but for their type, in the place of the tokens that they are of
+EMBEDDED = {
+    "prompt_tokens": TensorSpec("prompt_embeddings", "float32", ("B", "T", "E")),
+    "tokens": TensorSpec("token_embeddings", "float32", ("B", "Q", "E")),
+}
+EMBEDDINGS = tuple(tensor.name for tensor in EMBEDDED.values())
+
 # Symbols that stay free in the exported graphs; all others are constants of a policy.
 DYNAMIC = ("B", "N", "T", "S", "C", "Q")
 
 
 def specs(config: Pi05Config, *, fast: bool = False) -> tuple[GraphSpec, ...]:
     """The prefix and denoise graphs of one policy, with `fast` also fast_decode, in this order."""
-    acting = prefix(config.pictures), denoise(config)
-    return (*acting, FAST_DECODE) if fast else acting
+    acting = _embedded(prefix(config.pictures), config), denoise(config)
+    return (*acting, fast_decode(config)) if fast else acting
+
+
+def fast_decode(config: Pi05Config) -> GraphSpec:
+    """The graph of one policy that decodes FAST tokens."""
+    return _embedded(FAST_DECODE, config)
+
+
+def _embedded(spec: GraphSpec, config: Pi05Config) -> GraphSpec:
+    """The graph with embeddings in the place of tokens, where they are gathered in the host's memory."""
+    if config.embeddings == "graph":
+        return spec
+    return replace(spec, inputs=tuple(EMBEDDED.get(tensor.name, tensor) for tensor in spec.inputs))
 
 
 def denoise(config: Pi05Config) -> GraphSpec:
@@ -151,6 +172,7 @@ def sizes(config: Pi05Config, decode_vocabulary: int) -> dict[str, int]:
         "L": config.backbone.depth,
         "K": config.backbone.num_kv_heads,
         "D": config.backbone.head_dim,
+        "E": config.backbone.width,
         "H": config.action_horizon,
         "A": config.action_dim,
         "Z": config.state_size,

@@ -31,17 +31,17 @@ DIRECTIONS: dict[str, str] = {
     "ki_edge.recordings": "ki_edge ki_edge.files ki_edge.policy",
     "ki_edge.train.step": "ki_edge ki_edge.model",
     "ki_edge.train.data": (
-        "ki_edge ki_edge.checkpoints ki_edge.files ki_edge.model ki_edge.policy ki_edge.recordings ki_edge.train.step "
-        "ki_export.policies ki_export.source"
+        "ki_edge ki_edge.checkpoints ki_edge.files ki_edge.model ki_edge.planning ki_edge.policy ki_edge.recordings "
+        "ki_edge.train.step ki_export.policies ki_export.source"
     ),
     "ki_edge.train.parallel": (
         "ki_edge ki_edge.checkpoints ki_edge.checkpoints.layout ki_edge.checkpoints.peft ki_edge.files ki_edge.model "
-        "ki_edge.train.step"
+        "ki_edge.planning ki_edge.train.step"
     ),
     "ki_edge.train.watching": "ki_edge ki_edge.files ki_edge.model ki_edge.train.step",
     "ki_edge.train": (
-        "ki_edge ki_edge.files ki_edge.model ki_edge.train.data ki_edge.train.parallel ki_edge.train.step "
-        "ki_edge.train.watching"
+        "ki_edge ki_edge.files ki_edge.model ki_edge.planning ki_edge.train.data ki_edge.train.parallel "
+        "ki_edge.train.step ki_edge.train.watching"
     ),
     "ki_runtime": "ki_edge",
     "ki_runtime.backends": "ki_edge ki_edge.bundle",
@@ -61,8 +61,8 @@ DIRECTIONS: dict[str, str] = {
     ),
     "ki_runtime.trt": "ki_edge ki_edge.bundle ki_edge.files ki_edge.policy ki_runtime.backends ki_runtime.gpu",
     "ki_runtime.doctor": (
-        "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.checkpoints.layout ki_edge.planning ki_runtime.backends "
-        "ki_runtime.gpu ki_runtime.policy ki_runtime.trt"
+        "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.checkpoints.layout ki_edge.planning ki_edge.policy "
+        "ki_runtime.backends ki_runtime.gpu ki_runtime.policy ki_runtime.trt"
     ),
     "ki_export.bench": (
         "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.files ki_edge.model ki_edge.policy ki_runtime "
@@ -93,11 +93,12 @@ DIRECTIONS: dict[str, str] = {
         "ki_export.policies ki_export.precision ki_export.source ki_export.weights"
     ),
     "ki_export.triton": (
-        "ki_edge ki_edge.bundle ki_edge.files ki_edge.policy ki_runtime ki_runtime.policy ki_runtime.trt"
+        "ki_edge ki_edge.bundle ki_edge.files ki_edge.policy ki_runtime ki_runtime.backends ki_runtime.policy "
+        "ki_runtime.trt"
     ),
     "ki_export": (
-        "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.files ki_runtime.gpu "
-        "ki_runtime.trt ki_export.graphs ki_export.parity ki_export.passes ki_export.policies "
+        "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.checkpoints.layout ki_edge.files "
+        "ki_runtime.gpu ki_runtime.trt ki_export.graphs ki_export.parity ki_export.passes ki_export.policies "
         "ki_export.precision ki_export.source ki_export.triton ki_export.weights"
     ),
 }

@@ -32,6 +32,7 @@ STAND_INS = {
     "CHECKPOINT": "examples/fetch/checkpoint",
     "build/fetch/run/last": "examples/fetch/checkpoint",
     "build/my_policy/best": "examples/fetch/checkpoint",
+    "build/policy/last": "examples/fetch/checkpoint",
     "build/my_policy/bundle": "bundle",
     "build/d4": "tests/data/openpi_a",
     "pi05_droid/": "tests/data/policies/o14_droid_finetune",

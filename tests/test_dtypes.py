@@ -11,8 +11,10 @@ import torch
 from safetensors.numpy import save as save_numpy
 from safetensors.torch import save as save_torch
 
-from ki_edge.dtypes import BFLOAT16, DTYPES, FLOATS, PRECISIONS
+from ki_edge.dtypes import BFLOAT16, DTYPES, FLOAT8, FLOATS, KNOWN_PRECISIONS, LOW_PRECISIONS, PRECISIONS
 from ki_runtime.backends.ort import onnxruntime
+
+OURS = (BFLOAT16, FLOAT8)  # whose bits numpy knows as whole numbers alone
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
@@ -21,13 +23,13 @@ def test_every_package_means_the_same_type(dtype):
     assert wanted.itemsize == dtype.nbytes == ir.DataType(dtype.onnx).itemsize
     assert onnx.TensorProto.DataType.Name(dtype.onnx) == ir.DataType(dtype.onnx).name
     found = onnx.helper.tensor_dtype_to_np_dtype(dtype.onnx)
-    assert found.name == dtype.name and (dtype is BFLOAT16 or found == np.dtype(dtype.numpy))
+    assert found.name == dtype.name and (dtype in OURS or found == np.dtype(dtype.numpy))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: dtype.name)
 def test_safetensors_writes_the_name(dtype):
-    tensor = torch.zeros(1, dtype=getattr(torch, dtype.name)) if dtype is BFLOAT16 else np.zeros(1, dtype.numpy)
-    content = save_torch({"x": tensor}) if dtype is BFLOAT16 else save_numpy({"x": tensor})
+    tensor = torch.zeros(1, dtype=getattr(torch, dtype.name)) if dtype in OURS else np.zeros(1, dtype.numpy)
+    content = save_torch({"x": tensor}) if dtype in OURS else save_numpy({"x": tensor})
     (length,) = struct.unpack("<Q", content[:8])
     header = json.loads(content[8 : 8 + length])
     assert header["x"]["dtype"] == dtype.stored and header["x"]["data_offsets"] == [0, dtype.nbytes]
@@ -60,3 +62,5 @@ def test_weights_and_precisions():
     assert {short: dtype.name for short, dtype in PRECISIONS.items()} == {
         "fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"
     }  # fmt: skip
+    assert LOW_PRECISIONS == {"int8": "int8_static", "fp8": "float8", "nvfp4": "nvfp4"}
+    assert len(set(KNOWN_PRECISIONS)) == len(KNOWN_PRECISIONS) == 7

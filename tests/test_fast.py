@@ -9,6 +9,7 @@ import tokenizers
 
 from ki_edge.errors import ArgumentError, ContractError
 from ki_edge.policy.fast import FastCodec, FastIds, dct_matrix
+from ki_edge.policy.fast_fitting import fit_codec
 from ki_edge.policy.prompt import PromptTokenizer
 
 BEYOND = (2, 3)  # golden rows whose coefficients this codec cannot spell
@@ -86,7 +87,7 @@ def test_agrees_with_the_real_library(codec, golden, data):
 
 
 def test_half_a_character_is_a_problem():
-    codec = FastCodec.fit(np.random.default_rng(3).uniform(-40, 40, size=(5, 4, 2)), vocab_size=400)
+    codec = fit_codec(np.random.default_rng(3).uniform(-40, 40, size=(5, 4, 2)), vocab_size=400)
     first_byte = codec.tokenizer.encode(chr(0x80)).ids[:1]
     assert codec.decode(first_byte, 1, 1).problem == "the ids spell broken UTF-8 at coefficient 0"
 
@@ -106,7 +107,7 @@ def test_dct(size):
 
 def test_fit_save_load(tmp_path, data):
     chunks = np.cumsum(np.random.default_rng(0).normal(size=(60, 10, 4)) * 0.15, axis=1).clip(-1, 1)
-    codec = FastCodec.fit(chunks, scale=10, vocab_size=300)
+    codec = fit_codec(chunks, scale=10, vocab_size=300)
     codec.save(tmp_path)
     again = FastCodec.load(tmp_path)
     assert again.vocab_size == codec.vocab_size <= 300
@@ -125,23 +126,23 @@ def test_fit_save_load(tmp_path, data):
 
 def test_fit_is_repeatable_and_its_margin_widens_the_range():
     chunks = np.random.default_rng(2).uniform(-1, 1, size=(20, 8, 2))
-    first, second = (FastCodec.fit(chunks, vocab_size=400) for _ in range(2))
+    first, second = (fit_codec(chunks, vocab_size=400) for _ in range(2))
     assert first.tokenizer.to_str() == second.tokenizer.to_str()
     lowest = chunks.min() * np.ones((8, 2)) * 1.5
     with pytest.raises(ArgumentError, match="min_token"):
         first.encode(lowest)
-    wide = FastCodec.fit(chunks, vocab_size=400, margin=40)
+    wide = fit_codec(chunks, vocab_size=400, margin=40)
     assert wide.min_token == first.min_token - 40
     assert wide.decode(wide.encode(lowest), 8, 2).problem is None
 
 
 def test_fit_refuses():
     with pytest.raises(ArgumentError, match="vocab_size 10 is below"):
-        FastCodec.fit(np.random.default_rng(0).uniform(-1, 1, size=(5, 8, 2)), vocab_size=10)
+        fit_codec(np.random.default_rng(0).uniform(-1, 1, size=(5, 8, 2)), vocab_size=10)
     with pytest.raises(ArgumentError, match="finite chunks"):
-        FastCodec.fit(np.zeros((4, 2)))
+        fit_codec(np.zeros((4, 2)))
     with pytest.raises(ArgumentError, match="span too much"):
-        FastCodec.fit(np.linspace(-1e4, 1e4, 24).reshape(1, 12, 2))
+        fit_codec(np.linspace(-1e4, 1e4, 24).reshape(1, 12, 2))
 
 
 def test_load_refuses(tmp_path, codec):

@@ -15,7 +15,7 @@ from ki_edge.errors import BackendError, BundleError, CheckpointError, ContractE
 from ki_edge.files.writing import write_file, writing
 from ki_edge.model.checkpoint import write_tensors as write_trained
 from ki_edge.policy.contract import PolicyContract, generic
-from ki_edge.policy.fast import FastCodec
+from ki_edge.policy.fast_fitting import fit_codec
 from ki_edge.policy.normalize import NormStats, write_norm_stats
 from ki_export.weights.safetensors_writer import Part, copy_file, write_tensors
 from ki_export.weights.shared_file import own_file
@@ -35,7 +35,7 @@ def statistics(folder):
 
 
 def codec(folder):
-    FastCodec.fit(np.random.default_rng(0).uniform(-1, 1, (20, 5, 2)), vocab_size=60, margin=2).save(folder)
+    fit_codec(np.random.default_rng(0).uniform(-1, 1, (20, 5, 2)), vocab_size=60, margin=2).save(folder)
 
 
 def link(folder):

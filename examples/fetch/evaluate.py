@@ -13,48 +13,59 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from together import run_episodes, run_together
+
 from ki_edge.bundle import MANIFEST, Bundle
 from ki_edge.errors import KiEdgeError
-from ki_runtime.control.loop import ControlLoop
 from ki_runtime.control.options import MODES, LoopOptions
-from ki_runtime.robots import open_robot
 
 
-def open_policy(path: Path) -> Any:
+def open_policy(path: Path, backend: str = "") -> Any:
     """A bundle through the runtime; a checkpoint through PyTorch (only then is torch imported).
 
-    A float16 or bfloat16 bundle is computed in exactly these types, as a GPU would: ONNX Runtime's CPU widens them.
+    A bundle for GPUs (16 bits and less) is computed in exactly its types: ONNX Runtime's CPU would widen them.
+    `backend`: let this engine of the runtime's compute a bundle instead.
     """
     if (path / MANIFEST).is_file():
         from ki_runtime.policy.assets import read_assets
         from ki_runtime.policy.policy import Policy
 
         bundle = Bundle.open(path)
-        if bundle.manifest.precision in ("float16", "bfloat16"):
+        if not backend and bundle.manifest.precision not in ("float32", "int8"):
             from ki_export.arithmetic.session import arithmetic_sampler
 
             return Policy(arithmetic_sampler(bundle), read_assets(bundle))
-        return Policy.load(bundle)
+        return Policy.load(bundle, backend=backend or "auto")
     from ki_export.parity.reference import ReferencePolicy
 
     return ReferencePolicy(path)
 
 
-def evaluate(path: Path, robot: str, options: LoopOptions) -> dict[str, Any]:
+def evaluate(path: Path, robot: str, options: LoopOptions, together: int = 1, backend: str = "") -> dict[str, Any]:
     """Run all episodes with one policy; final and any-step success, and where the episodes ended."""
-    arm = open_robot(robot)
-    try:
-        report = ControlLoop(open_policy(path), arm, options).run()
-    finally:
-        arm.close()
+    policy, together = open_policy(path, backend), min(together, options.episodes)
+    if together > 1 and hasattr(policy, "sampler"):
+        episodes = run_together(policy, robot, options, together)
+    else:
+        episodes = run_episodes(policy, robot, options)
+    success = float(np.mean([bool(episode.success) for episode in episodes]))
     return {
         "policy": path.name,
         "runs": "bundle" if (path / MANIFEST).is_file() else "PyTorch",
-        "episodes": options.episodes,
-        "success": report.success_rate,
-        "success_any_step": report.success_rate_any,
-        "failed_seeds": [episode.seed for episode in report.episodes if not episode.success],
+        "episodes": len(episodes),
+        "success": success,
+        "interval": wilson(success, len(episodes)),
+        "success_any_step": float(np.mean([bool(episode.success_any) for episode in episodes])),
+        "failed_seeds": [episode.seed for episode in episodes if not episode.success],
     }
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95 % interval of a success rate of which `count` episodes were seen."""
+    z = 1.959964
+    middle, spread = share + z * z / (2 * count), z * (share * (1 - share) / count + z * z / (4 * count**2)) ** 0.5
+    return max(0.0, (middle - spread) / (1 + z * z / count)), min(1.0, (middle + spread) / (1 + z * z / count))
 
 
 def main() -> int:
@@ -67,6 +78,10 @@ def main() -> int:
     parser.add_argument("--execute", type=int, default=None, help="actions of a chunk before the next inference")
     parser.add_argument("--mode", choices=MODES, default="sync", help="how the loop waits for the policy")
     parser.add_argument("--delay", type=int, metavar="N", help="an inference takes N actions, on a simulated clock")
+    parser.add_argument(
+        "--together", type=int, default=1, metavar="N", help="bundles: N robots at the same time, inferences in batches"
+    )
+    parser.add_argument("--backend", default="", help="engine for bundles, as of ki-run: ort, openvino:bf16, ...")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     options = LoopOptions(
@@ -79,7 +94,9 @@ def main() -> int:
         close_robot=False,
     )
     try:
-        results = [evaluate(path, arguments.robot, options) for path in arguments.policy]
+        results = [
+            evaluate(path, arguments.robot, options, arguments.together, arguments.backend) for path in arguments.policy
+        ]
     except KiEdgeError as error:
         print(f"evaluate: error: {error}", file=sys.stderr)
         return 2
@@ -89,7 +106,9 @@ def main() -> int:
     for row in results:
         final, ever = 100 * row["success"], 100 * row["success_any_step"]
         name = f"{row['runs']:8} {row['policy']:20}"
-        print(f"{name} final {final:5.1f} %   at any step {ever:5.1f} %   of {row['episodes']}")
+        low, high = (100 * bound for bound in row["interval"])
+        interval = f"(95 %: {low:.1f} to {high:.1f})"
+        print(f"{name} final {final:5.1f} % {interval}   at any step {ever:5.1f} %   of {row['episodes']}")
     return 0
 
 

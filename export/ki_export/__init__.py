@@ -3,8 +3,8 @@
     from ki_export import ExportOptions, export
     bundle = export("checkpoint", "bundle", ExportOptions())
 
-Imports: graphs, parity, passes, policies, precision, source, triton, weights; of ki_edge: bundle, checkpoints, files;
-of ki_runtime: gpu, trt.
+Imports: graphs, parity, passes, policies, precision, source, triton, weights; of ki_edge: bundle, checkpoints,
+checkpoints.layout, files; of ki_runtime: gpu, trt.
 """
 
 from typing import TYPE_CHECKING

@@ -70,9 +70,12 @@ def _export(arguments: argparse.Namespace) -> int:
         weights="stored" if arguments.stored_types else "float32",
         calibrate=arguments.calibrate,
         keep_fp32=tuple(arguments.keep_fp32 or ()),
+        keep=tuple(arguments.keep or ()),
+        budget_cosine=arguments.budget_cosine,
         sensitivity=arguments.sensitivity,
         attention=arguments.attention,
         rtc=arguments.rtc,
+        embeddings=arguments.embeddings,
         policy=request(arguments),
     )
     try:
@@ -124,11 +127,11 @@ def _ahead_of_time(arguments: argparse.Namespace, target: str) -> bool:
         return False
     if target != "trt-rtx":
         raise ArgumentError(f"--compute-capability is for --target trt-rtx: engines of {target} are built on their GPU")
-    from ki_edge.dtypes import PRECISIONS
+    from ki_edge.dtypes import LOW_PRECISIONS, PRECISIONS
     from ki_runtime.trt.targets import check_ahead
 
-    chosen = PRECISIONS.get(arguments.precision)
-    check_ahead(arguments.compute_capability, "float16" if chosen is None else chosen.name)
+    known = {**{short: dtype.name for short, dtype in PRECISIONS.items()}, **LOW_PRECISIONS}
+    check_ahead(arguments.compute_capability, known.get(arguments.precision, "float16"))
     return True
 
 
@@ -164,9 +167,22 @@ def _parser() -> Parser:
     )
     add(
         "--precision",
-        help="type in which layers are multiplied: fp32, fp16, bf16, or int8 for the CPU (ort: fp32, else fp16)",
+        help="type in which layers are multiplied: fp32, fp16, bf16, int8, or for engines fp8 and nvfp4 (ort: fp32, "
+        "else fp16). In engines int8 needs compute capability 7.5, fp8 8.9, nvfp4 10.0",
     )
-    add("--calibrate", type=Path, metavar="FILE|DIR", help="fp16: measure ranges on these recorded observations")
+    add(
+        "--calibrate",
+        type=Path,
+        metavar="FILE|DIR",
+        help="fp16, and int8, fp8, nvfp4 of engines: measure ranges and scales on these recorded observations",
+    )
+    add("--keep", action="append", metavar="PATTERN", help="int8, fp8, nvfp4 of engines: layers that stay in 16 bits")
+    add(
+        "--budget-cosine",
+        type=float,
+        metavar="COSINE",
+        help="int8, fp8, nvfp4 of engines: keep layers in 16 bits until actions hold this (0.999; nvfp4: 0.995)",
+    )
     add("--keep-fp32", action="append", metavar="PATTERN", help="layers that stay in float32, such as 'vision.*'")
     add("--sensitivity", action="store_true", help="fp16, bf16: measure what each layer costs; a run of the model each")
     add(
@@ -192,6 +208,13 @@ def _parser() -> Parser:
         action=argparse.BooleanOptionalAction,
         default=None,
         help="let chunks continue the one before: real-time chunking (on for ort, off for engines)",
+    )
+    add(
+        "--embeddings",
+        default="graph",
+        metavar="graph|host",
+        help="host: leave the table of embeddings in the weights file, from which the runtime reads the rows of an "
+        "observation; 1 GB less on the device at full size, the same results (%(default)s)",
     )
     add("--opset", type=int, default=20, metavar="N", help="ONNX opset of the graphs (%(default)s)")
     add = parser.add_argument_group("TensorRT").add_argument

@@ -18,15 +18,19 @@ import onnx_ir as ir
 from ki_edge import flow, graphs
 from ki_edge.bundle import Bundle, BundleWriter, DecodeVocabulary, Manifest, sha256, write_bundle
 from ki_edge.checkpoints import Checkpoint
-from ki_edge.dtypes import PRECISIONS, STORED
+from ki_edge.checkpoints.layout.keys import EMBEDDING
+from ki_edge.dtypes import STORED
 from ki_edge.errors import CheckpointError, ExportError
 from ki_edge.files.writing import writing
 from ki_export.graphs.checker import check
 from ki_export.graphs.tracing import quiet, trace_all
 from ki_export.passes import CPU_PASSES
 from ki_export.passes.attention import fuse_attention
+from ki_export.passes.embeddings import take_rows
 from ki_export.passes.quantize import quantize
 from ki_export.passes.stored import keep_stored_types
+from ki_export.precision.low_bits import LowRequest
+from ki_export.precision.low_models import lower_further
 from ki_export.precision.sixteen_bits import Lowered, Request, lower_models, observations
 from ki_export.source.examination import examine
 from ki_export.source.opening import CheckpointRef
@@ -57,7 +61,8 @@ class Plan:
     def used(self) -> set[str]:
         """Checkpoint keys that graphs or runtime read."""
         rows = (row.key for origin in self.origins.values() for row in origin.values())
-        return {*rows, *flow.modulation_weights(self.checkpoint.config)}
+        host = [EMBEDDING] if self.checkpoint.config.embeddings == "host" else []
+        return {*rows, *host, *flow.modulation_weights(self.checkpoint.config)}
 
 
 def export(
@@ -74,6 +79,7 @@ def export(
     if files is not None:
         opened = opened.with_pictures(files.contract.pictures)
     opened = opened.with_rtc(options.real_time(None if files is None else files.contract.rtc_max_delay))
+    opened = opened.with_embeddings(options.embeddings)
     if options.fast_head is None:  # decided once, for tracing, manifest and contract
         options = replace(options, fast_head=options.full_vocabulary or has_fast_head(opened.config, files))
     if files is not None and not options.fast_head:
@@ -96,11 +102,14 @@ def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOpti
     config = checkpoint.config
     vocabulary = decode_vocabulary(config, files, full=options.full_vocabulary, fast_head=bool(options.fast_head))
     # an unfit recording is told before minutes of tracing
-    observed = observations(checkpoint, files, options.calibrate) if options.sixteen else None
+    observed = None
+    if options.sixteen:
+        observed = observations(checkpoint, files, options.calibrate, scales=options.low is not None)
     say(f"tracing {', '.join(spec.name for spec in graphs.specs(config, fast=bool(vocabulary.ids)))}")
     with _stage(say, "traced the graphs"):
-        models = trace_all(config, vocabulary, options.opset, say)
-    if options.precision == "int8":
+        # every pass and audit sees tokens; that the table leaves the graphs comes last
+        models = trace_all(replace(config, embeddings="graph"), vocabulary, options.opset, say)
+    if options.precision == "int8" and options.low is None:
         with quiet():
             for model in models.values():
                 for rewrite in CPU_PASSES:
@@ -108,12 +117,21 @@ def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOpti
                 quantize(model, is_large)
     lowered = None
     if observed is not None:
-        request = Request(str(options.precision), observed, options.keep_fp32, options.sensitivity)
+        request = Request(options.base, observed, options.keep_fp32, options.sensitivity and options.low is None)
         lowered = lower_models(checkpoint, models, vocabulary, request, say)
+        if options.low is not None:
+            low = LowRequest(
+                options.low, observed, options.keep, options.budget_cosine, sensitivity=options.sensitivity
+            )
+            lowered = lower_further(checkpoint, models, vocabulary, lowered, low, say)
     if options.attention == "fused":
         with quiet():
             fused = sum(fuse_attention(model) for model in models.values())
         say(f"fused {fused} attentions: needs TensorRT 10.14 or newer, or TensorRT-RTX")
+    if options.embeddings == "host":
+        for model in models.values():
+            for tokens, rows in graphs.EMBEDDED.items():
+                take_rows(model, tokens, rows.name)
     origins = {name: sources(model, vocabulary) for name, model in models.items()}
     if options.weights == "stored":
         tensors = checkpoint.source.tensors
@@ -124,7 +142,7 @@ def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOpti
 
 
 def _write(writer: BundleWriter, plan: Plan, options: ExportOptions, hashes: Future[Hashes]) -> Bundle:
-    forms = None if plan.lowered is None else plan.lowered.forms
+    forms, low = (None, None) if plan.lowered is None else (plan.lowered.forms, plan.lowered.low)
     weights = place_weights(
         plan.checkpoint,
         writer.folder,
@@ -133,6 +151,7 @@ def _write(writer: BundleWriter, plan: Plan, options: ExportOptions, hashes: Fut
         pack=options.pack,
         link=options.link,
         forms=forms,
+        low=low,
     )
     for name, model in plan.models.items():
         attach(model, plan.origins[name], weights)
@@ -181,7 +200,7 @@ def _manifest(plan: Plan, options: ExportOptions, weights: Weights, hashes: Hash
     origin = provenance(plan.checkpoint, hashes, weights.how)
     if plan.lowered is not None and plan.lowered.audit is not None:
         origin["calibration"] = plan.lowered.audit.source
-    precision = PRECISIONS[str(options.precision)].name
+    precision = options.recorded_precision
     return Manifest(
         model=config.to_dict(),
         contract=contract.to_json() if contract is not None else None,
@@ -192,6 +211,9 @@ def _manifest(plan: Plan, options: ExportOptions, weights: Weights, hashes: Hash
             "file": WEIGHTS,
             "types": precision if options.sixteen else options.weights,
             **_exponents(plan),
+            **_kinds(plan),
+            **({"embeddings": weights.names[EMBEDDING]} if config.embeddings == "host" else {}),
+            **({} if options.budget_cosine is None else {"budget_cosine": options.budget_cosine}),
             "runtime": {key: weights.names[key] for key in flow.modulation_weights(config)},
         },
         decode_vocabulary={"first": vocabulary.first, "count": vocabulary.count, "extra": list(vocabulary.extra)},
@@ -206,6 +228,16 @@ def _exponents(plan: Plan) -> dict[str, dict[str, int]]:
     found = {} if plan.lowered is None else {key: form.exponent for key, form in plan.lowered.forms.items()}
     scaled = {key: exponent for key, exponent in found.items() if exponent}
     return {"exponents": scaled} if scaled else {}
+
+
+def _kinds(plan: Plan) -> dict[str, dict[str, list[str]]]:
+    """Which products are in eight or four bits, by their kind."""
+    if plan.lowered is None or plan.lowered.plan is None:
+        return {}
+    found: dict[str, list[str]] = {}
+    for site, product in plan.lowered.plan.products.items():
+        found.setdefault(product.kind, []).append(site)
+    return {"kinds": found}
 
 
 def _signatures(plan: Plan) -> dict[str, dict[str, Any]]:

@@ -85,6 +85,12 @@ class Manifest:
             raise BundleError(f"manifest: {error}") from None
 
     @property
+    def budget(self) -> float | None:
+        """Cosine of the actions that a low precision was asked to hold; None for the precision's own."""
+        found = self.weights.get("budget_cosine")
+        return None if found is None else float(found)
+
+    @property
     def has_fast(self) -> bool:
         """Whether the bundle was exported with the FAST head."""
         return FAST_DECODE.name in self.graphs

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ki_edge.dtypes import PRECISIONS
+from ki_edge.dtypes import KNOWN_PRECISIONS
 from ki_edge.errors import BundleError
 from ki_edge.graphs import GRAPHS
 
@@ -74,19 +74,25 @@ def _graphs(graphs: Mapping[str, Any]) -> None:
 
 
 def _weights(weights: Mapping[str, Any]) -> None:
+    table = weights.get("embeddings", "one")
+    if not isinstance(table, str) or not _is_name(table):
+        raise _Wrong(f"'weights.embeddings' is {table!r:.80}, expected the name of a tensor")
     runtime = weights.get("runtime", {})
     if not isinstance(runtime, dict) or len(runtime) > MAX_NAMES:
         raise _Wrong(f"'weights.runtime' must be an object of at most {MAX_NAMES} names")
     for name, stored in runtime.items():
         if not isinstance(stored, str) or not _is_name(stored) or not _is_name(name):
             raise _Wrong(f"'weights.runtime' has {name[:80]!r}: {stored!r:.80}, expected names of tensors")
+    budget = weights.get("budget_cosine")
+    if budget is not None and (type(budget) is not float or not 0 < budget < 1):
+        raise _Wrong(f"'weights.budget_cosine' is {budget!r:.40}, expected a number between 0 and 1")
 
 
 def _words(data: Mapping[str, Any]) -> None:
-    known = [dtype.name for dtype in PRECISIONS.values()]
-    if data["precision"] not in known:
+    if data["precision"] not in KNOWN_PRECISIONS:
         raise _Wrong(
-            f"precision {data['precision']!r:.40}, known are {', '.join(known)}: upgrade ki-edge, or export again"
+            f"precision {data['precision']!r:.40}, known are {', '.join(KNOWN_PRECISIONS)}: upgrade ki-edge, or export "
+            "again"
         )
     for name, version in data["tools"].items():
         if not isinstance(version, str):

@@ -20,7 +20,7 @@ from ki_edge.checkpoints.layout.keys import (
     parameter_shapes,
 )
 from ki_edge.checkpoints.layout.source import F32, FileState, SafetensorsSource, StoredTensor, TensorSource, file_state
-from ki_edge.config import Pi05Config, Pictures, RealTime
+from ki_edge.config import Embeddings, Pi05Config, Pictures, RealTime
 from ki_edge.dtypes import FLOATS
 from ki_edge.errors import CheckpointError
 from ki_edge.files.safetensors_index import SafetensorsIndex
@@ -89,6 +89,10 @@ class Checkpoint:
     def with_rtc(self, rtc: RealTime) -> Checkpoint:
         """The same checkpoint of a policy whose chunks continue the one before in this way."""
         return replace(self, config=replace(self.config, rtc=rtc))
+
+    def with_embeddings(self, embeddings: Embeddings) -> Checkpoint:
+        """The same checkpoint for graphs that gather embeddings there."""
+        return replace(self, config=replace(self.config, embeddings=embeddings))
 
     def read(self, name: str) -> F32:
         """A tensor by the model's parameter name, float32."""

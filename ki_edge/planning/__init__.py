@@ -1,4 +1,4 @@
-"""What training would take, by arithmetic from a model's shapes: memory, communication, time. Without PyTorch.
+"""What training is told, recipes for it, and what it would take by arithmetic: memory, communication, time. No PyTorch.
 
 Imports: checkpoints.layout.
 """

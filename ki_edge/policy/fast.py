@@ -29,8 +29,6 @@ from .words import parse_tokenizer
 Float64 = npt.NDArray[np.float64]
 SURROGATES = 0xD800  # chr() from here on is no valid text
 REPLACEMENT = "\ufffd"  # what the byte-level decoder gives for broken UTF-8
-MAX_TOKEN_LENGTH = 10_000
-MIN_FREQUENCY = 2
 MAX_COEFFICIENT = SURROGATES  # of the DCT, quantised
 MAX_SCALE = 1_000_000
 MAX_CHUNK = 4096  # actions, or numbers of an action
@@ -73,7 +71,7 @@ class FastCodec:
             raise ArgumentError("FAST cannot encode NaN or infinite actions")
         if max(x.shape) > MAX_CHUNK:
             raise ArgumentError(f"FAST encodes chunks of up to {MAX_CHUNK} actions of as many numbers, got {x.shape}")
-        return _quantized(x, self.scale)
+        return quantized(x, self.scale)
 
     def encode(self, actions: npt.ArrayLike, *, lossy: bool = False) -> list[int]:
         """FAST ids of normalised, unpadded actions float [T, A] (about [-1, 1]).
@@ -124,51 +122,6 @@ class FastCodec:
 
     def _text(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
-
-    @classmethod
-    def fit(cls, chunks: npt.ArrayLike, *, scale: float = 10.0, vocab_size: int = 1024, margin: int = 0) -> "FastCodec":
-        """Fit a codec on normalised chunks float [N, T, A]; two fits of the same data are equal.
-
-        The alphabet holds every coefficient from the data's smallest - `margin` to its largest + `margin`, so all of
-        them can be spelled. The vocabulary may end up smaller than `vocab_size` if the data have too few repetitions.
-        """
-        return cls.fit_several([chunks], scale=scale, vocab_size=vocab_size, margin=margin)
-
-    @classmethod
-    def fit_several(
-        cls, sets: Sequence[npt.ArrayLike], *, scale: float = 10.0, vocab_size: int = 1024, margin: int = 0
-    ) -> "FastCodec":
-        """As `fit`, one codec for chunks of several robots: each of `sets` is float [N, T, A] with its own T and A."""
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-        if not isinstance(scale, int | float) or not 0 < scale <= MAX_SCALE:
-            raise ArgumentError(f"scale {scale!r:.60}: expected a number above 0, up to {MAX_SCALE}")
-        count(vocab_size, "vocab_size", 1 << 20)
-        count(margin, "margin", SURROGATES, least=0)
-        if not sets:
-            raise ArgumentError("FAST is fitted on at least one set of chunks")
-        quantized = [_quantized(_chunks(each), scale) for each in sets]  # [N, T, A] each
-        least, most = min(int(q.min()) for q in quantized), max(int(q.max()) for q in quantized)
-        min_token, span = least - margin, most - least + 2 * margin
-        if span >= SURROGATES:
-            raise ArgumentError(f"DCT coefficients {least}..{most} span too much: are the chunks normalised?")
-        pieces = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str("".join(map(chr, range(span + 1))))
-        alphabet = sorted({symbol for piece, _ in pieces for symbol in piece})
-        if vocab_size < len(alphabet):
-            raise ArgumentError(
-                f"vocab_size {vocab_size} is below the {len(alphabet)} symbols of coefficients {least}..{most}"
-            )
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, min_frequency=MIN_FREQUENCY, show_progress=False, special_tokens=[],
-            initial_alphabet=alphabet, max_token_length=MAX_TOKEN_LENGTH,
-        )  # fmt: skip
-        texts = ("".join(map(chr, row)) for q in quantized for row in (q - min_token).reshape(len(q), -1).tolist())
-        tokenizer.train_from_iterator(texts, trainer=trainer, length=sum(map(len, quantized)))
-        return cls(tokenizer, scale, min_token)
 
     @classmethod
     def load(cls, folder: str | Path) -> "FastCodec":
@@ -289,14 +242,7 @@ class FastIds:
         return FastParse(tuple(found), terminated=False)
 
 
-def _chunks(given: npt.ArrayLike) -> Float64:
-    x = numbers(given, "chunks")
-    if x.ndim != 3 or x.size == 0 or max(x.shape[1:]) > MAX_CHUNK or not np.isfinite(x).all():
-        raise ArgumentError(f"FAST is fitted on finite chunks of shape [n, horizon, action_dim], got {x.shape}")
-    return x
-
-
-def _quantized(x: Float64, scale: float) -> npt.NDArray[np.int64]:
+def quantized(x: Float64, scale: float) -> npt.NDArray[np.int64]:
     """DCT coefficients int64 [..., T, A] in steps of 1 / scale; ArgumentError for some that no codec spells."""
     with np.errstate(over="ignore", invalid="ignore"):
         q = np.around(dct_matrix(x.shape[-2]) @ x * scale)

@@ -1,4 +1,4 @@
 """Training with knowledge insulation (ki-train), in PyTorch.
 
-Imports: files, model, train.data, train.parallel, train.step, train.watching.
+Imports: files, model, planning, train.data, train.parallel, train.step, train.watching.
 """

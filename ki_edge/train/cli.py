@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,13 +51,22 @@ def train(arguments: argparse.Namespace) -> int:
         strategy=arguments.strategy, threads=arguments.threads, workers=arguments.workers,
         cache=arguments.cache, cache_gb=arguments.cache_gb, trackers=tuple(arguments.track or ()),
     )  # fmt: skip
-    trainer = open_run(request, tell)
+    with _on_sigterm(_end_now):  # nothing is learnt yet that could be saved
+        trainer = open_run(request, _say)
     try:
         _run(trainer)
         _say_end(trainer, arguments.out)
     finally:
         trainer.close()
     return 0
+
+
+def _say(line: str) -> None:
+    """A line on stderr, above the progress bar if there is one."""
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(file=sys.stderr):
+        tell(line)
 
 
 def _run(trainer: Trainer) -> None:
@@ -67,7 +77,7 @@ def _run(trainer: Trainer) -> None:
     finished = trainer.step >= total
     if finished and not quiet:
         tell(f"the run was finished already, after {trainer.step} steps")
-    with _stopped_by_sigterm(trainer), tqdm(total=total, initial=trainer.step, unit="step", smoothing=0.05,
+    with _on_sigterm(trainer.stop), tqdm(total=total, initial=trainer.step, unit="step", smoothing=0.05,
                                             disable=True if quiet else None) as bar:  # fmt: skip
         shown: dict[str, str] = {}
         for row in trainer.run():
@@ -89,14 +99,24 @@ def _line(row: Mapping[str, Any], shown: Mapping[str, str], total: int) -> str:
     return ", ".join(parts)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM came before there was anything to save."""
+
+    signum = signal.SIGTERM
+
+
 @contextmanager
-def _stopped_by_sigterm(trainer: Trainer) -> Iterator[None]:
-    """A machine that is taken away sends SIGTERM: the run is saved after its step, and ends well."""
-    before = signal.signal(signal.SIGTERM, trainer.stop)
+def _on_sigterm(handler: Callable[..., object]) -> Iterator[None]:
+    """A machine that is taken away sends SIGTERM: a run is saved after its step, and ends well."""
+    before = signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _end_now(*_: object) -> None:
+    raise _Terminated
 
 
 def _say_end(trainer: Trainer, out: Path) -> None:
@@ -106,12 +126,18 @@ def _say_end(trainer: Trainer, out: Path) -> None:
     best = trainer.folder.best
     where = f"checkpoint {checkpoint} after {trainer.step} of {trainer.settings.steps} steps"
     lines = [where + (f", the best is {best}" if best is not None and best != checkpoint else "")]
-    if trainer.step < trainer.settings.steps:
-        lines.append(f"stopped; go on with: ki-train --resume -o {out}")
+    if trainer.owes:
+        lines.append(f"stopped before this checkpoint was evaluated; go on with: ki-train --resume -o {_quoted(out)}")
+    elif trainer.step < trainer.settings.steps:
+        lines.append(f"stopped; go on with: ki-train --resume -o {_quoted(out)}")
     else:
         chosen = "best" if best is not None else "last"
-        lines.append(f"next: ki-export {out / chosen} -o {out / 'bundle'}")
+        lines.append(f"next: ki-export {_quoted(out / chosen)} -o {_quoted(out / 'bundle')}")
     show([*lines, f"how it went: {out / 'training' / 'train.html'}"])
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def _origin(arguments: argparse.Namespace) -> Origin:

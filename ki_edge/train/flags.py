@@ -10,9 +10,8 @@ from typing import Any
 
 from ki_edge.commands import Parser
 from ki_edge.errors import ArgumentError
-
-from .step.recipes import RECIPES
-from .step.settings import GROUPS, OPTIMIZERS, TrainSettings
+from ki_edge.planning.recipes import RECIPES
+from ki_edge.planning.settings import GROUPS, OPTIMIZERS, TrainSettings
 
 STEPS = {
     "steps": "optimiser steps",

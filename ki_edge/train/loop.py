@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ki_edge.errors import DivergedError
+from ki_edge.planning.settings import TrainSettings
 
 from .parallel.checkpoints import STATE, RunFolder
 from .parallel.engine import Engine
 from .parallel.results import StepResult
-from .step.batch import Batch
-from .step.settings import TrainSettings
+from .step.batch import ACTIONS, Batch
 from .step.training_data import TrainingData
 from .watching.log import RunLog, by_group
 
@@ -46,8 +46,11 @@ class Judge(Protocol):
     def evaluate(self, engine: Engine, data: TrainingData) -> Row:
         """Values by name; all processes call it at the same step."""
 
-    def try_out(self, checkpoint: Path, step: int) -> Row:
-        """Values of a complete checkpoint at work; in the main process only."""
+    def try_out(self, checkpoint: Path, step: int) -> Row | None:
+        """Values of a complete checkpoint at work; None if it was asked to stop. In the main process only."""
+
+    def stop(self) -> None:
+        """Ask for an early end of what is being tried out."""
 
     def score(self, row: Mapping[str, Any]) -> float | None:
         """How good a checkpoint with these values is, more is better; None if nothing was measured."""
@@ -70,6 +73,7 @@ class Trainer:
         self.engine, self.data, self.settings, self.folder, self.log = engine, data, settings, folder, log
         self.judge, self.watchers = judge, list(watchers)
         self._stopping = False
+        self.owes = False  # an evaluation that was due when the run was stopped; it is made up when it goes on
         self._clock = _Clock()
 
     @property
@@ -80,15 +84,20 @@ class Trainer:
     def stop(self, *_: object) -> None:
         """Ask for an end: the run is saved after the step that is being taken. Fit to be a signal's handler."""
         self._stopping = True
+        if self.judge is not None:
+            self.judge.stop()
 
     def run(self) -> Iterator[Row]:
         """Train to the last step, or to where a process was asked to stop; yields rows of the log and of evaluations.
 
-        A run that is finished already has its checkpoint written again, if that is missing.
+        A run that is finished already has its checkpoint written again, if that is missing. An evaluation that was due
+        when an earlier process ended is made up first.
         """
+        if self.step >= self.settings.steps and not self._is_saved():
+            self._save()
+        if self.engine.any(self._is_unjudged()):
+            yield from self._evaluated()
         if self.step >= self.settings.steps:
-            if not self._is_saved():
-                self._save()
             return
         steps = iter(self.data.steps(self.step, self.engine.share()))
         try:
@@ -119,15 +128,12 @@ class Trainer:
         last = step == settings.steps
         if step % settings.log_every == 0 or last:
             yield self._told(self._row(result))
-        judged = settings.eval_every and self.judge is not None and (step % settings.eval_every == 0 or last)
+        judged = self._is_judged()
         if judged or last or step % settings.save_every == 0:
             with self._clock.stopped():
-                values = (
-                    {"step": step, **self.judge.evaluate(self.engine, self.data)} if judged and self.judge else None
-                )
-                folder = self._save()
-                if values is not None:
-                    yield self._judged(values, folder)
+                self._save()  # first: a kill while it is judged loses nothing that was learnt
+                if judged:
+                    yield from self._evaluated()
 
     def _learn(self, batches: list[Batch]) -> StepResult:
         try:
@@ -153,6 +159,7 @@ class Trainer:
         row |= {f"rate/{name}": factor * row["rate"] for name, factor in self.settings.rates}
         row |= by_group(
             result.flow.numpy(), result.tokens.numpy(), result.source.numpy(), result.task.numpy(),
+            (result.kind == ACTIONS).numpy(),
             names=self.data.names, tasks=self.data.tasks,
         )  # fmt: skip
         seconds, waited, samples = self._clock.restart()
@@ -187,21 +194,42 @@ class Trainer:
         if self.engine.main:
             self.data.save_assets(folder)
 
-    def _judged(self, values: Row, folder: Path) -> Row:
-        """Try a checkpoint out, and keep what was found with it."""
+    # ------------------------------------------------------------------ evaluations
+
+    def _is_judged(self) -> bool:
+        """Whether an evaluation is due after this step."""
+        every, step = self.settings.eval_every, self.step
+        return bool(every) and self.judge is not None and (step % every == 0 or step >= self.settings.steps)
+
+    def _is_unjudged(self) -> bool:
+        """Whether the checkpoint of this step waits for an evaluation; known to the main process."""
+        if self.log is None or not self.step or not self._is_judged() or not self.folder.folder(self.step).is_dir():
+            return False
+        return all(row["step"] != self.step for row in self.log.evaluations())
+
+    def _evaluated(self) -> Iterator[Row]:
+        """Judge the checkpoint of this step, and keep what was found with it; nothing where the run is to stop."""
         assert self.judge is not None
+        if self.engine.any(self._stopping):
+            self.owes = True
+            return
+        values: Row | None = {"step": self.step, **self.judge.evaluate(self.engine, self.data)}
         worth: float | None = None
-        if self.engine.main:
-            values |= self.judge.try_out(folder, self.step)
-            worth = self.judge.score(values)
+        if self.engine.main and values is not None:
+            found = self.judge.try_out(self.folder.folder(self.step), self.step)
+            values = None if found is None else values | found
+            worth = None if values is None else self.judge.score(values)
         self.engine.wait_for_main(self.step)
         self.folder.score(self.step, math.nan if worth is None else worth)
+        if values is None:
+            self.owes = True
+            return
         if self.engine.main:
             if self.log is not None:
                 self.log.append_evaluation(values)
             for watcher in self.watchers:
                 watcher.evaluated(values)
-        return values
+        yield values
 
 
 class _Clock:

@@ -3,7 +3,8 @@
 python -m ki_edge.train.probe CHECKPOINT DATASET...
 
 Flow loss with and without the tokens in view, on episodes that it was not trained on (give such a dataset). Exit status
-0 if it was not, 1 if it was, 2 for an error.
+0 if it was not, 1 if it was, 2 for an error, 3 if it cannot be told: the policy has not learnt such data, or too few
+frames were looked at.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ import torch
 from ki_edge.commands import Parser, run_command, show, show_json, tell
 from ki_edge.errors import ArgumentError, CheckpointError
 from ki_edge.model import Pi05, load_model
+from ki_edge.planning.settings import TrainSettings
 
 from .data.opening import MixedData, open_data
 from .data.start import Start
 from .step.batch import Batch
-from .step.settings import TrainSettings
 from .step.training_data import Share
 from .watching.old_ki import Probe, probe, told_by_config
 
-LEAKS = 1
+LEAKS, UNKNOWN = 1, 3
 
 
 def probe_checkpoint(
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("datasets", nargs="+", metavar="DATASET", help="LeRobotDatasets that it was not trained on")
-    parser.add_argument("--samples", type=int, default=64, help="frames that are looked at (64)")
+    parser.add_argument("--samples", type=int, default=64, help="samples that are looked at (64)")
     parser.add_argument("--batch", type=int, default=8, help="of them at once (8)")
     parser.add_argument("--map", type=Path, metavar="FILE", help="which feature is which camera, state, action (JSON)")
     parser.add_argument("--json", action="store_true", help="print what was found as JSON")
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             show_json(found.to_json())
         else:
             show([found.line()])
-        return LEAKS if found.leaks else 0
+        return LEAKS if found.leaks else UNKNOWN if found.doubt else 0
 
     return run_command("ki_edge.train.probe", run, "nothing was written", needs="train")
 

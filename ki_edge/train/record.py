@@ -15,15 +15,15 @@ from typing import Any
 from ki_edge.errors import ArgumentError, CheckpointError
 from ki_edge.files.reading import read_object
 from ki_edge.files.writing import write_file, writing
-
-from .step.settings import TrainSettings
+from ki_edge.planning.settings import TrainSettings
 
 FILE = "run.json"
 FORMAT = 2
 # what changes nothing that is learnt
 FREE = frozenset({"save_every", "log_every", "eval_every", "keep", "eval_robot", "eval_episodes"})
-SHOWN = 4
-CODE = ("train", "model", "policy", "recordings", "checkpoints")  # folders of this package that decide what is computed
+SHOWN = 4  # differences that a message names
+# folders of this package that decide what is computed
+CODE = ("train", "planning", "model", "policy", "recordings", "checkpoints")
 PAIRS: Mapping[str, type] = {"rates": float, "lora": int}  # settings of (group, number) pairs
 NOTHING = "{out} holds no training run to resume: leave --resume out to start one"
 

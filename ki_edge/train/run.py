@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from ki_edge.config import PRESETS, Pi05Config
-from ki_edge.errors import ArgumentError
+from ki_edge.errors import ArgumentError, CheckpointError
+from ki_edge.planning.recipes import with_recipe
+from ki_edge.planning.settings import TrainSettings
 
 from .centering import CenteredPatches, Folding, mean_picture
 from .data.opening import MixedData, open_data
@@ -24,12 +26,11 @@ from .parallel.checkpoints import STATE, Keep, RunFolder
 from .parallel.engine import Engine
 from .parallel.processes import Processes, has_bfloat16
 from .parallel.starting import open_start
-from .record import NOTHING, Origin, RunRecord, code_facts
-from .step.recipes import with_recipe
-from .step.settings import TrainSettings
+from .record import NOTHING, SHOWN, Origin, RunRecord, code_facts
 from .step.training_data import Share
 from .summary import summary
 from .watching.log import RunLog
+from .watching.old_ki import told_by_config
 from .watching.robot import Trial
 from .watching.trackers import Tracking, check_trackers
 from .watching.watchers import Examiner, PageWatcher, TrackingWatcher
@@ -82,7 +83,7 @@ def open_run(request: Request, tell: Tell = lambda line: None) -> Trainer:
     try:
         return _opened(request, folder, processes, say)
     except BaseException:
-        folder.close()
+        folder.abandon()
         raise
 
 
@@ -100,13 +101,14 @@ def _opened(request: Request, folder: RunFolder, processes: Processes, say: Tell
         cache=request.cache, cache_gb=request.cache_gb, workers=request.workers, say=say,
     )  # fmt: skip
     record = RunRecord(settings, origin, {**_flat("model", data.config.to_dict()), **data.facts(), **code_facts()})
-    if before is not None:
-        for line in before.check(record, request.out, accept=request.accept_changes):
-            say(f"changed: {line}")
+    changed = [] if before is None else before.check(record, request.out, accept=request.accept_changes)
+    for line in changed:
+        say(f"changed: {line}")
+    say(f"reading the weights of {origin.init} ..." if origin.init else "making a model, and its mean picture ...")
     engine = _engine(start, data, settings, request.strategy)
     latest = folder.latest()
     if before is not None and latest is not None:
-        engine.load_state(latest / STATE)
+        _load(engine, latest, changed)
     else:
         folder.clear()
     if (center := CenteredPatches.center_of(engine.model)) is not None:  # of the run's first data, whatever it has now
@@ -140,6 +142,20 @@ def _trainer(
             watchers.append(TrackingWatcher(tracking))
     judge = Examiner(place, trial, tell=say) if settings.eval_every else None
     return Trainer(engine, data, settings, folder, log, judge=judge, watchers=watchers)
+
+
+def _load(engine: Engine, latest: Path, changed: Sequence[str]) -> None:
+    """The state of the run. CheckpointError, which names what was changed if it may be why the state does not fit."""
+    try:
+        engine.load_state(latest / STATE)
+    except CheckpointError as error:
+        if not changed:
+            raise
+        shown = "; ".join(changed[:SHOWN]) + ("; ..." if len(changed) > SHOWN else "")
+        raise CheckpointError(
+            f"with what was changed the run's state does not fit ({shown}): start another run from its weights, with "
+            f"--init {latest}. {error}"
+        ) from error
 
 
 def _before(request: Request, folder: RunFolder) -> RunRecord | None:
@@ -189,6 +205,8 @@ def _origin(request: Request, before: RunRecord | None) -> Origin:
 
 def _start(origin: Origin, config: Pi05Config | None, say: Tell) -> Start:
     if origin.init:
+        if (suspicion := told_by_config(Path(origin.init))) is not None:
+            say(f"{suspicion} (python -m ki_edge.train.probe)")
         return Start.from_checkpoint(
             origin.init, tokenizer=origin.tokenizer or None, contract=origin.contract or None,
             lerobot_version=origin.lerobot_version or None, base=origin.base or None, say=say,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ki_edge.planning.settings import TrainSettings
+
 from .data.mixed import MixedData
 from .parallel.engine import Engine
 from .record import Origin
-from .step.settings import TrainSettings
 
 NEW_MODELS = 2e-4  # a rate above it is for models from nothing
 

@@ -19,7 +19,7 @@ from ki_edge.bundle import Bundle, DecodeVocabulary
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.model import build, save_checkpoint
 from ki_edge.policy.contract import FastContract, generic
-from ki_edge.policy.fast import FastCodec
+from ki_edge.policy.fast_fitting import fit_codec
 from ki_edge.policy.normalize import NormStats, write_norm_stats
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
@@ -97,7 +97,7 @@ def traced():
 def save_policy(folder, tokenizer_model):
     """A policy checkpoint as ki-train writes it."""
     save_checkpoint(random_model(), folder, max_token_len=20)
-    codec = FastCodec.fit(np.random.default_rng(0).uniform(-1, 1, (20, 5, 2)), vocab_size=60, margin=2)
+    codec = fit_codec(np.random.default_rng(0).uniform(-1, 1, (20, 5, 2)), vocab_size=60, margin=2)
     codec.save(folder / "assets" / "fast")
     (folder / "assets" / "tokenizer.model").write_bytes(tokenizer_model)
     stats = NormStats(q01=[-1.0, 0.0], q99=[1.0, 3.0])

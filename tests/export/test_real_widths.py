@@ -22,6 +22,17 @@ DISK = 9_000_000_000  # bytes that checkpoint, bundle and engines take
 MEMORY = 9_000_000_000
 
 
+def observed():
+    """One recorded observation of one camera: the range audit takes each through the whole model."""
+    rng = np.random.default_rng(3)
+    return {
+        "image/base_0_rgb": rng.integers(0, 256, (1, 224, 224, 3)).astype(np.uint8),
+        "image_mask/base_0_rgb": np.ones(1, bool),
+        "tokenized_prompt": rng.integers(2, 4096, (1, 16)).astype(np.int32),
+        "tokenized_prompt_mask": np.ones((1, 16), bool),
+    }
+
+
 @pytest.fixture(scope="module")
 def hot(tmp_path_factory):
     """The export of 0.6 B parameters (the vocabulary is small) whose first backbone layer leaves float16's range."""
@@ -35,7 +46,8 @@ def hot(tmp_path_factory):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     script.write_checkpoint(folder / "checkpoint", depth=2, vocab=4096, hot=0)
-    options = ExportOptions(target="trt-rtx", model_only=True, verify=False)
+    np.savez(folder / "observed.npz", **observed())
+    options = ExportOptions(target="trt-rtx", model_only=True, verify=False, calibrate=folder / "observed.npz")
     yield folder / "checkpoint", export(folder / "checkpoint", folder / "bundle", options)
     shutil.rmtree(folder)
 

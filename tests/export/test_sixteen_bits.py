@@ -12,7 +12,7 @@ import ki_export.precision.sixteen_bits
 from ki_edge.bundle import Bundle
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.checkpoints.layout.keys import EMBEDDING
-from ki_edge.errors import ArgumentError, BackendError, ExportError
+from ki_edge.errors import BackendError, ExportError
 from ki_edge.model import Observation, load_model, save_checkpoint
 from ki_export.arithmetic.session import arithmetic_sampler
 from ki_export.cli import main
@@ -185,13 +185,12 @@ def test_sensitivity_tells_every_layer_apart(hot, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target", "trt", "--precision", "int8"], "precision int8 is for ONNX Runtime on a CPU"),
         (["--target", "trt", "--stored-types"], "precision fp16 stores its own: leave one out"),
         (["--calibrate", "."], "--calibrate, --keep-fp32 and --sensitivity are for"),
         (["--target", "trt", "--precision", "bf16", "--calibrate", "."], "--calibrate has no effect with bf16"),
         (["--target", "trt", "--keep-fp32", "nothing.*"], "--keep-fp32 'nothing.*' fits no matrix product"),
         (["--target", "trt", "--calibrate", "missing.npz"], "--calibrate missing.npz: no such file or folder"),
-        (["--precision", "fp8"], "precision 'fp8': expected one of fp32, fp16, bf16, int8"),
+        (["--precision", "fp9"], "precision 'fp9': expected one of fp32, fp16, bf16, int8, fp8, nvfp4"),
         (["--target", "tensorrt"], "target 'tensorrt': expected one of ort, trt, trt-rtx"),
     ],
 )
@@ -221,7 +220,7 @@ def test_a_weight_that_no_observation_used_is_refused_when_it_is_written(tmp_pat
         place_weights(Checkpoint.open(tmp_path / "c"), tmp_path, [EMBEDDING], forms={EMBEDDING: StorageFormat("F16")})
 
 
-def test_stored_weights_and_int8_keep_their_meaning():
-    with pytest.raises(ArgumentError):
-        ExportOptions(target="trt", precision="int8")
+def test_precisions_of_each_target():
     assert ExportOptions().precision == "fp32" and ExportOptions(target="trt-rtx").precision == "fp16"
+    assert ExportOptions(precision="int8").recorded_precision == "int8"
+    assert ExportOptions(target="trt", precision="int8").recorded_precision == "int8_static"

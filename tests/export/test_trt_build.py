@@ -477,6 +477,14 @@ class TestGraphs:
                 r"bfloat16 needs compute capability 8\.0 or newer, not 7\.5: export with --precision fp16",
             ),
             ("int8", (8, 6), "precision int8 is for the CPU: export the checkpoint with --target trt"),
+            ("int8_static", (7, 5), None),
+            ("int8_static", (7, 0), r"int8_static needs compute capability 7\.5 .* not 7\.0: .* --precision fp16"),
+            ("float8", (8, 9), None),
+            ("float8", (8, 7), r"float8 needs compute capability 8\.9 or newer, not 8\.7: .* --precision int8"),
+            ("nvfp4", (11, 0), None),
+            ("nvfp4", (9, 0), r"nvfp4 needs compute capability 10\.0 or newer, not 9\.0: .* --precision fp8"),
+            ("nvfp4", (8, 7), r"not 8\.7: export with --precision int8"),
+            ("nvfp4", (7, 0), r"not 7\.0: export with --precision fp16"),
         ],
     )
     def test_precision(self, precision, capability, message) -> None:
@@ -495,7 +503,7 @@ class TestEstimates:
         memory.check_size("prefix", int(1.5e9), int(1e9), "float16", said.append)
         memory.check_size("prefix", int(2.1e9), int(1e9), "float32", said.append)
         assert len(said) == 2 and "1.50 GB for 1.00 GB of weights" in said[0]
-        with pytest.raises(BackendError, match="fell back to float32"):
+        with pytest.raises(BackendError, match="TensorRT widened them"):
             memory.check_size("prefix", int(2.0e9), int(1e9), "float16", said.append)
 
     def test_weights_beyond_the_gpu(self, rtx, monkeypatch) -> None:

@@ -383,8 +383,10 @@ def test_full_size_on_small_boards(make_bundle, graphs, monkeypatch):
     monkeypatch.setattr(bundle_checks, "needs", lambda *_: full)
     graphs["prefix"] = GraphFacts(20, [], full.graphs["prefix"].weights)
     bundle = make_bundle(precision="float16")
-    small = on_orin(bundle, memory=(8e9, 6e9, 0))
+    small = on_orin(bundle, memory=(8e9, 5.5e9, 0))
     assert "too little" in found(small, "model memory", "problem")[0].text
+    in_turn = on_orin(bundle, memory=(8e9, 6e9, 0))
+    assert "run it with --sequential" in found(in_turn, "model memory", "warning")[0].fix
     medium = on_orin(bundle, memory=(16e9, 14e9, 0))
     assert found(medium, "model memory", "ok")
     problem = found(medium, "engines", "problem")[0]
@@ -409,6 +411,10 @@ def test_no_room_for_engines(make_bundle, graphs):
 def test_precisions(make_bundle, graphs):
     eight = on_orin(make_bundle("eight", precision="int8"))
     assert "int8 is for the CPU" in why_not(eight, "trt") and runs(eight) == {"ort"}
+    low = make_bundle("low", precision="float8")
+    assert why_not(on_orin(low), "ort") == "it does not compute float8 on the CPU"
+    assert "8.9 or newer, not 8.7: export with --precision int8" in why_not(on_orin(low), "trt")
+    assert "trt" in runs(on_orin(make_bundle("static", precision="int8_static")))
     sixteen = make_bundle("sixteen", precision="bfloat16")
     assert why_not(on_orin(sixteen), "ort") == "it does not compute bfloat16 on the CPU"
     modules = {"onnxruntime": GPU_ORT, "tensorrt": tensorrt("11.4.1")}

@@ -15,7 +15,7 @@ from ki_edge.model import Observation, Pi05, save_checkpoint
 from ki_edge.model.sampling import denoise_trace
 from ki_edge.overlap import nothing_before
 from ki_edge.policy.contract import FastContract, generic
-from ki_edge.policy.fast import FastCodec
+from ki_edge.policy.fast_fitting import fit_codec
 from ki_edge.policy.normalize import NormStats, write_norm_stats
 from ki_edge.policy.prompt import PromptTokenizer
 from ki_export.exporter import export
@@ -86,7 +86,7 @@ def exported(tmp_path_factory, tokenizer_model):
     folder = tmp_path_factory.mktemp("exported")
     model = random_model()
     save_checkpoint(model, folder / "checkpoint")
-    codec = FastCodec.fit(np.random.default_rng(0).uniform(-1, 1, (20, SHAPE[0], 2)), vocab_size=60, margin=2)
+    codec = fit_codec(np.random.default_rng(0).uniform(-1, 1, (20, SHAPE[0], 2)), vocab_size=60, margin=2)
     codec.save(folder / "checkpoint" / "assets" / "fast")
     (folder / "checkpoint" / "assets" / "tokenizer.model").write_bytes(tokenizer_model)
     stats = NormStats(q01=[-1.0, 0.0], q99=[1.0, 3.0])

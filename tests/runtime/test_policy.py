@@ -5,7 +5,8 @@ import pytest
 
 from ki_edge.errors import ArgumentError, BackendError, BundleError, ObservationError, PromptError
 from ki_edge.policy.contract import Camera, FastContract, generic
-from ki_edge.policy.fast import FastCodec, FastIds
+from ki_edge.policy.fast import FastIds
+from ki_edge.policy.fast_fitting import fit_codec
 from ki_edge.policy.normalize import NormStats, read_norm_stats, write_norm_stats
 from ki_edge.policy.prompt import PromptTokenizer
 from ki_edge.policy.transforms import InputPipeline, OutputPipeline
@@ -28,7 +29,7 @@ def contract(**changes):
 @pytest.fixture(scope="module")
 def codec():
     chunks = np.random.default_rng(0).uniform(-1, 1, (20, HORIZON, DIM))
-    return FastCodec.fit(chunks, scale=10.0, vocab_size=80, margin=2)
+    return fit_codec(chunks, scale=10.0, vocab_size=80, margin=2)
 
 
 @pytest.fixture

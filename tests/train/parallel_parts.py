@@ -10,11 +10,11 @@ import torch
 
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.model import Observation, Pi05, load_model
+from ki_edge.planning.settings import BACKBONE_SIDE
 from ki_edge.train.parallel.engine import Engine
 from ki_edge.train.parallel.groups import group_of
 from ki_edge.train.parallel.sharding import whole
 from ki_edge.train.step.batch import ACTIONS, TEXT, Batch
-from ki_edge.train.step.settings import BACKBONE_SIDE
 from ki_edge.train.step.training_data import Share
 
 MICRO = Pi05Config(

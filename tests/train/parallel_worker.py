@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from parallel_parts import MICRO, backward, evaluated, golden_model_and_batch, random_model, shared_out, train
 
+from ki_edge.planning.settings import TrainSettings
 from ki_edge.train.parallel.engine import Engine
 from ki_edge.train.parallel.sharding import whole
-from ki_edge.train.step.settings import TrainSettings
 
 
 def run(scenario: dict[str, Any], out: Path) -> None:

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.checkpoints.layout.keys import checkpoint_key
 from ki_edge.model import load_model, save_checkpoint
+from ki_edge.planning.settings import GROUPS, TrainSettings
 from ki_edge.train.parallel.engine import Engine
 from ki_edge.train.parallel.starting import open_start
-from ki_edge.train.step.settings import GROUPS, TrainSettings
 
 sys.path.insert(0, str(Path(__file__).parent))
 from parallel_parts import MICRO, random_batch, random_model, train

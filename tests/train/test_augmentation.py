@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from ki_edge.errors import ArgumentError
+from ki_edge.planning.settings import TrainSettings
 from ki_edge.train.data import assembly
 from ki_edge.train.data.augmentation import Change, augment, coloured, moved
 from ki_edge.train.data.opening import open_data
 from ki_edge.train.data.start import Start
 from ki_edge.train.data.texts import TextSet
 from ki_edge.train.step.batch import ACTIONS, TEXT
-from ki_edge.train.step.settings import TrainSettings
 from ki_edge.train.step.training_data import Share
 
 STILL = Change(top=0.5, left=0.5, angle=0.0, brightness=1.0, contrast=1.0, saturation=1.0)

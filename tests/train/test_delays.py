@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from ki_edge.errors import ArgumentError
+from ki_edge.planning.settings import TrainSettings
 from ki_edge.train.step.delays import FADE, shifted
-from ki_edge.train.step.settings import TrainSettings
 
 ACTIONS = np.arange(2 * 10 * 4, dtype=np.float32).reshape(2, 10, 4)
 

@@ -9,11 +9,11 @@ import torch
 
 from ki_edge.errors import ArgumentError, CheckpointError, DivergedError
 from ki_edge.model import load_model
+from ki_edge.planning.settings import GROUPS, TrainSettings
 from ki_edge.train.centering import CenteredPatches, Folding
 from ki_edge.train.parallel.engine import Engine
 from ki_edge.train.parallel.groups import group_of
 from ki_edge.train.step.batch import Batch
-from ki_edge.train.step.settings import GROUPS, TrainSettings
 
 sys.path.insert(0, str(Path(__file__).parent))
 from parallel_parts import MICRO, random_batch, random_model, train
@@ -51,6 +51,19 @@ def test_what_learns(settings, expected):
     train(engine, 0, 2)
     assert changed(engine, before) == expected
     assert {group_of(name) for name in engine.average.values} == expected
+
+
+def test_what_has_no_postfix_counts_in_no_mean_of_tokens():
+    """A chunk that is too long or cannot be spelled: the mean is over the others."""
+    batch = random_batch(0, 4)
+    batch.observation.fast_mask[1:3] = False
+    engine = Engine(random_model(), SETTINGS)
+    each = engine.model.compute_loss(batch.observation, batch.actions, noise=batch.noise, time=batch.time).fast.detach()
+    assert batch.counts()[1:].tolist() == [2, 0] and each[1:3].tolist() == [0, 0]
+    result = engine.train_step([batch], 1e-3)
+    assert result.terms["fast"] == pytest.approx(float(each[0] + each[3]) / 2, rel=1e-6)
+    assert result.tokens.isnan().tolist() == [False, True, True, False]
+    assert result.spelled.tolist() == [1, 0, 0, 1]
 
 
 def test_every_parameter_that_may_learn_gets_a_gradient():

@@ -58,6 +58,8 @@ def test_ten_kills_change_nothing(record_dataset, small_config, tmp_path):
         "log_every": 1,
         "flow_draws": 1,
         "bfloat16": False,
+        "held_out": 0.3,
+        "eval_every": 6,
     }
     request = {"config": small_config.to_dict(), "dataset": str(tmp_path / "dataset"), "settings": settings}
     random = np.random.default_rng()
@@ -105,6 +107,11 @@ def test_ten_kills_change_nothing(record_dataset, small_config, tmp_path):
     whole, cut = ([{name: row[name] for name in kept} for row in part] for part in rows)
     assert [row["step"] for row in cut] == list(range(1, STEPS + 1))
     assert cut == whole
+    found = [
+        [json.loads(line) for line in (tmp_path / name / "training" / "evaluation.jsonl").read_text().splitlines()]
+        for name in ("whole", "cut")
+    ]
+    assert [row["step"] for row in found[1]] == [6, 12, 18, 24] and found[1] == found[0]
     first, second = (load_file(tmp_path / name / "last" / "model.safetensors") for name in ("whole", "cut"))
     assert first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
     leftover = [path.name for path in out.iterdir() if path.name.startswith(".") and path.is_dir()]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ki_edge.errors import ArgumentError
-from ki_edge.train.step.recipes import RECIPES, find_recipe, table, with_recipe
-from ki_edge.train.step.settings import TrainSettings
+from ki_edge.planning.recipes import RECIPES, find_recipe, table, with_recipe
+from ki_edge.planning.settings import TrainSettings
 
 DOCS = Path(__file__).parents[2] / "docs" / "training.md"
 
@@ -61,5 +61,5 @@ def test_the_docs_have_the_table_and_every_source():
 
 
 def test_recipes_are_known_without_torch():
-    code = "import sys, ki_edge.train.step.recipes; sys.exit('torch' in sys.modules)"
+    code = "import sys, ki_edge.planning.recipes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0

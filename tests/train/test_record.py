@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from ki_edge.errors import ArgumentError, CheckpointError
+from ki_edge.planning.settings import TrainSettings
 from ki_edge.train.record import Origin, RunRecord, code_facts
-from ki_edge.train.step.settings import TrainSettings
 
 SETTINGS = TrainSettings(freeze=("vision",), rates=(("expert", 2.0),), lora=(("backbone", 4),))
 RECORD = RunRecord(

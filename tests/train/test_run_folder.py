@@ -71,6 +71,51 @@ def test_a_link_protects_what_the_settings_would_not_keep(folder):
     assert [*run.steps()] == [100, 300] and str((run.out / "best").readlink()) == "step_000100"
 
 
+def test_what_was_refused_leaves_nothing(folder, tmp_path):
+    run = folder(out=tmp_path / "some" / "where" / "out")
+    run.abandon()
+    assert not (tmp_path / "some").exists()
+    (tmp_path / "mine").mkdir()
+    folder(out=tmp_path / "mine").abandon()
+    assert list((tmp_path / "mine").iterdir()) == []
+    run = folder(out=tmp_path / "run")
+    run.publish(100, fill)
+    run.close()
+    folder(out=tmp_path / "run").abandon()
+    assert (tmp_path / "run" / ".lock").exists() and names(tmp_path / "run") == ["last", "step_000100"]
+
+
+def test_a_lock_that_was_taken_away_holds_nothing(folder, tmp_path, monkeypatch):
+    """Between opening and locking the file another run may be refused, and takes its lock along."""
+    import fcntl
+
+    flock, path = fcntl.flock, tmp_path / "out" / ".lock"
+
+    def late(descriptor, how):
+        if path.exists() and not taken:
+            taken.append(path.unlink())
+        return flock(descriptor, how)
+
+    taken = []
+    monkeypatch.setattr(fcntl, "flock", late)
+    folder()
+    assert path.exists() and "process" in path.read_text()
+    with pytest.raises(ArgumentError, match="another process trains into"):
+        folder()
+    assert path.exists()  # it is the other one's
+
+
+@pytest.mark.parametrize("name", ["training", "training/log.jsonl", "training/eval"])
+def test_no_link_is_written_through(folder, tmp_path, name):
+    (tmp_path / "elsewhere").mkdir()
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArgumentError, match=f"{name} is a link"):
+        folder()
+    assert not (tmp_path / "out" / ".lock").exists() and list((tmp_path / "elsewhere").iterdir()) == []
+
+
 def test_nothing_else_is_ever_removed(folder):
     run = folder("last:1")
     (run.out / "step_000001").mkdir(parents=True)
@@ -237,6 +282,7 @@ def fill(partial, failing=None):
             raise ValueError("of process " + str(failing))
     processes.wait()
     (partial / f"part{processes.rank}").touch()
+    processes.wait()  # the main process renames the folder next
 
 def refused(step, failing):
     try:

@@ -13,9 +13,9 @@ from ki_edge.checkpoints import Checkpoint
 from ki_edge.config import GemmaConfig
 from ki_edge.errors import ArgumentError, CheckpointError
 from ki_edge.model import Pi05, load_model, save_checkpoint
+from ki_edge.planning.settings import TrainSettings
 from ki_edge.train.parallel.engine import Engine
 from ki_edge.train.parallel.starting import open_start
-from ki_edge.train.step.settings import TrainSettings
 
 sys.path.insert(0, str(Path(__file__).parent))
 from parallel_parts import MICRO, random_model, train

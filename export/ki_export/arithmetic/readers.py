@@ -18,7 +18,12 @@ from ki_edge.checkpoints import TensorSource
 from ki_edge.errors import BundleError
 from ki_export.weights.weights import TensorSlice
 
+from .low_bits import E2M1
 from .operators import TYPES
+
+E2M1_NUMBERS = [
+    sign * size for sign in (1.0, -1.0) for size in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+]  # by their bits
 
 
 def _own_pages(nbytes: int) -> npt.NDArray[np.uint8]:
@@ -34,6 +39,12 @@ def _fill(file: RawIOBase, array: npt.NDArray[np.uint8]) -> None:
         if not count:
             raise BundleError("the weights file became shorter while it was read: copy the bundle again")
         done += count
+
+
+def _unpacked(packed: Tensor) -> Tensor:
+    """e2m1 numbers of bytes that hold two each, the first in the low half."""
+    halves = torch.stack([packed & 15, packed >> 4], -1).reshape(-1)
+    return torch.tensor(E2M1_NUMBERS).to(E2M1)[halves.long()]
 
 
 class CheckpointWeights:
@@ -83,12 +94,13 @@ class FileWeights:
         place, dtype = self._place(value)
         path, offset, length = self._bytes(place)
         shape = place.shape.numpy()
-        row = length // shape[0]
+        row = length // shape[0] if shape else length
         raw = _own_pages((stop - start) * row)
         with path.open("rb", buffering=0) as file:
             file.seek(offset + start * row)
             _fill(file, raw)
-        return torch.from_numpy(raw).view(dtype).reshape(stop - start, *shape[1:])
+        found = _unpacked(torch.from_numpy(raw)) if dtype == E2M1 else torch.from_numpy(raw).view(dtype)
+        return found.reshape(stop - start, *shape[1:]) if shape else found.reshape(())
 
     def rows(self, value: ir.Value, rows: Tensor) -> Tensor:
         """In the declared type, [*rows.shape, ...]."""
@@ -108,7 +120,7 @@ class FileWeights:
     def _bytes(self, place: ir.ExternalTensor) -> tuple[Path, int, int]:
         """File, offset and length of a tensor's bytes."""
         path = self._folder / Path(place.location).name
-        length = math.prod(place.shape.numpy()) * place.dtype.itemsize
+        length = math.ceil(math.prod(place.shape.numpy()) * place.dtype.itemsize)  # of e2m1 half a byte each
         offset = place.offset or 0
         if offset + length > path.stat().st_size:
             raise BundleError(f"{path} ends before '{place.name}': copy the bundle again")

@@ -13,6 +13,7 @@ import torch
 
 from ki_edge import graphs
 from ki_edge.bundle import Bundle
+from ki_edge.dtypes import LOW_PRECISIONS
 from ki_edge.graphs import GraphSpec
 from ki_runtime.backends.session import Binding, Buffer, HostBuffer, Session
 from ki_runtime.policy.sampler import Sampler
@@ -20,7 +21,7 @@ from ki_runtime.policy.sampler import Sampler
 from .evaluator import BUDGET, Evaluator, Shelf, WeightReader
 from .readers import FileWeights
 
-SIXTEEN_BITS = ("float16", "bfloat16")  # precisions whose graphs ONNX Runtime's CPU would widen
+ROUNDED = ("float16", "bfloat16", *LOW_PRECISIONS.values())  # of graphs that ONNX Runtime's CPU would widen
 
 
 class ArithmeticSession(Session):

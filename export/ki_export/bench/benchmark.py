@@ -36,7 +36,9 @@ def bench(bundle: str | Path | Bundle, options: BenchOptions, say: Say = lambda 
     setting = prepare(bundle, options)
     say("a fresh process that acts once")
     memory, startup = fresh_process(setting)
-    sampler = Sampler.open(setting.bundle, setting.backend, threads=setting.threads)
+    sampler = Sampler.open(
+        setting.bundle, setting.backend, threads=setting.threads, sequential=options.sequential, say=say
+    )
     works = _main_works(setting)
     peaks = PeakContenders(biggest(works), setting.threads)
     rivals = open_others(setting, say)

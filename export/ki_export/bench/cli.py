@@ -36,6 +36,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         others=tuple(arguments.others),
         picture_size=arguments.picture_size,
         dtypes=arguments.dtypes,
+        sequential=arguments.sequential,
     )
     picture = None if arguments.output is None else _place(arguments.output)
     try:
@@ -111,6 +112,7 @@ def _parser() -> Parser:
         "--picture-size", type=_size, metavar="HxW", help=f"of the cameras; default: {'x'.join(map(str, PICTURE_SIZE))}"
     )
     add("--fast-head", action="store_true", help="measure the decoding of FAST tokens too")
+    add("--sequential", action="store_true", help="one graph in memory at a time; loading it is part of each stage")
     add("--dtypes", type=_words, default=DTYPES, metavar="TYPE,...", help=f"of PyTorch; default: {','.join(DTYPES)}")
     add("--output", type=Path, metavar="PNG|FOLDER", help="write a picture and the JSON there")
     add("--json", action="store_true", help="print the report as JSON")

@@ -32,7 +32,8 @@ class BenchOptions:
 
     Every combination of `cameras`, `prompts` (tokens) and `steps` is measured. The first of each is the main case: it
     is drawn stage by stage, and compared with `others`: bundles, and checkpoints in PyTorch in each of `dtypes`.
-    `picture_size`: height and width of a policy's pictures before they are resized, None: PICTURE_SIZE.
+    `picture_size`: height and width of a policy's pictures before they are resized, None: PICTURE_SIZE. `sequential`:
+    one graph in memory at a time; loading it is part of each stage then.
     """
 
     backend: str = "auto"
@@ -46,6 +47,7 @@ class BenchOptions:
     others: tuple[Path, ...] = ()
     picture_size: tuple[int, int] | None = None
     dtypes: tuple[str, ...] = DTYPES
+    sequential: bool = False
 
     def __post_init__(self) -> None:
         for steps in self.steps:

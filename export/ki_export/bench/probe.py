@@ -64,7 +64,7 @@ def run_policy(options: argparse.Namespace) -> tuple[object, float]:
     """Open a bundle and let it act once: what was opened (it must live until its memory was read), and when it was."""
     from ki_runtime import Policy
 
-    policy = Policy.load(options.bundle, options.backend, threads=options.threads)
+    policy = Policy.load(options.bundle, options.backend, threads=options.threads, sequential=options.sequential)
     ready = time.perf_counter()
     policy.infer(black_observation(policy.contract), seed=0, num_steps=options.steps)
     return policy, ready
@@ -77,7 +77,7 @@ def run_model(options: argparse.Namespace) -> tuple[object, float]:
     from ki_edge.policy.images import model_pictures
     from ki_runtime import Sampler
 
-    sampler = Sampler.open(options.bundle, options.backend, threads=options.threads)
+    sampler = Sampler.open(options.bundle, options.backend, threads=options.threads, sequential=options.sequential)
     ready = time.perf_counter()
     config = sampler.config
     black = np.zeros((1, options.cameras, config.vision.image_size, config.vision.image_size, 3), np.uint8)
@@ -102,6 +102,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--sequential", action="store_true", help="one graph in memory at a time")
     parser.add_argument("--memory", action="store_true", help="watch the memory (disturbs the times)")
     options = parser.parse_args()
     watch = Watch()

@@ -61,5 +61,6 @@ def fresh_process(setting: Setting) -> tuple[Memory | None, Startup]:
     main = setting.cases[0]
     arguments = ["model", "--backend", setting.backend, "--threads", str(setting.threads)]
     arguments += ["--cameras", str(main.cameras), "--tokens", str(main.tokens), "--steps", str(main.steps)]
+    arguments += ["--sequential"] if setting.options.sequential else []
     memory = process_memory(setting.bundle, *arguments) if sys.platform.startswith("linux") else None
     return memory, start_once(setting.bundle.path, *arguments)

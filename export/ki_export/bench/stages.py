@@ -18,6 +18,7 @@ from ki_edge.policy.images import model_pictures
 from ki_edge.policy.transforms import read_images
 from ki_runtime.backends.registry import SessionOptions, connect
 from ki_runtime.policy.decode import Choices, FastStage
+from ki_runtime.policy.embeddings import table_of
 from ki_runtime.policy.prefix import PrefixStage, prepare_inputs
 from ki_runtime.policy.sampler import Sampler
 
@@ -96,8 +97,9 @@ def bundle_contender(sampler: Sampler, inputs: Inputs, noise: F32, steps: int) -
 def fast_contender(bundle: Bundle, backend: str, threads: int, inputs: Inputs) -> Contender:
     """FAST decoding behind a prefix: the first token, and each one after it. Nothing ends a row."""
     opened = connect(bundle, backend, SessionOptions(threads))
-    prefix_spec, _ = graphs.specs(bundle.manifest.config)
-    prefix_stage, fast = PrefixStage(opened.open(prefix_spec)), FastStage(opened.open(graphs.FAST_DECODE))
+    prefix_spec, _, fast_spec = graphs.specs(bundle.manifest.config, fast=True)
+    table = table_of(bundle)
+    prefix_stage, fast = PrefixStage(opened.open(prefix_spec), table), FastStage(opened.open(fast_spec), table)
     kept = prepare_inputs(*inputs.arrays, bundle.manifest.config)
     prefix = prefix_stage.run(kept)
     ids = bundle.manifest.vocabulary.ids
@@ -134,7 +136,7 @@ class Works:
         self._bundle = bundle
         manifest = bundle.manifest
         self._sizes = graphs.sizes(manifest.config, len(manifest.vocabulary.ids))
-        self._prefix, self._denoise = graphs.specs(manifest.config)
+        self._prefix, self._denoise, self._fast = graphs.specs(manifest.config, fast=True)
         self._found: dict[tuple[object, ...], Work] = {}
 
     def prefix(self, case: Case) -> Work:
@@ -148,7 +150,7 @@ class Works:
     def fast(self, case: Case, new: int) -> Work:
         """One run of the decode graph that is fed `new` tokens; the cache is what `fast_contender` ends with."""
         length = self.tokens(case) + FORCED + 1 + (DECODED if new == 1 else 0)
-        return self._count(graphs.FAST_DECODE, {"Q": new, "C": length})
+        return self._count(self._fast, {"Q": new, "C": length})
 
     def tokens(self, case: Case) -> int:
         """Prefix tokens of a case (S)."""

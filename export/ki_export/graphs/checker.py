@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 
 from ki_edge.errors import ExportError
 
@@ -34,8 +35,8 @@ def _check_place(path: Path, tensor: onnx.TensorProto) -> None:
     place = {entry.key: entry.value for entry in tensor.external_data}
     offset, length = int(place["offset"]), int(place["length"])
     size = (path.parent / place["location"]).stat().st_size
-    width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    if length != width * math.prod(tensor.dims) or offset + length > size:
+    width = ir.DataType(tensor.data_type).itemsize  # half a byte of four bits
+    if length != math.ceil(width * math.prod(tensor.dims)) or offset + length > size:
         raise ExportError(
             f"graph {path.stem}: '{tensor.name}' {list(tensor.dims)} at bytes {offset}..{offset + length} does not fit "
             f"{place['location']} of {size} bytes"

@@ -91,7 +91,42 @@ BFLOAT16 = {
     "actions_direction": Bar(1e-3, False, BFLOAT16_REASON, COSINE),
 }
 
-BARS = {"float32": FLOAT32, "int8": INT8, "float16": FLOAT16, "bfloat16": BFLOAT16}  # by the manifest's precision
+LOW_REASON = (
+    "products of {} bits, the rest in float16: the direction must hold; what the layers' errors come to is held by the "
+    "actions, for which the costliest layers have more bits"
+)
+SHARED = {"greedy_ids": FLOAT16["greedy_ids"], "changed_weights": FLOAT16["changed_weights"]}
+FAST_HEAD = {name: FLOAT16[name] for name in ("logits", "new_k", "new_v")}  # the FAST graph keeps 16 bits
+
+
+def _low(bits: str, actions: float, inside: float, reason: str) -> dict[str, Bar]:
+    """Bars of engines' eight and four bits: cosine distances of the actions, and of what comes before them."""
+    why = LOW_REASON.format(bits)
+    return {
+        **FLOAT32,
+        **dict.fromkeys(("prefix_k", "prefix_v", "velocity"), Bar(inside, False, why, COSINE)),
+        **FAST_HEAD,
+        "x_next": Bar(actions, False, "one step; hides the velocity's error behind the x that it started from", COSINE),
+        "x": Bar(actions, False, "as the actions, which it becomes", COSINE),
+        "actions": Bar(actions, False, reason, COSINE),
+        **SHARED,
+    }
+
+
+LOW = {
+    "int8_static": _low("8", 1e-3, 2e-2, "cosine 0.999 on every observation; success on a robot decides"),
+    "float8": _low("8", 1e-3, 2e-2, "cosine 0.999 on every observation; success on a robot decides"),
+    "nvfp4": _low("4", 5e-3, 1e-1, "cosine 0.995 on every observation; success on a robot decides"),
+}
+BUDGETED = ("x_next", "x", "actions")  # what a bundle's own budget of the actions holds
+
+BARS = {  # by the manifest's precision
+    "float32": FLOAT32,
+    "int8": INT8,
+    "float16": FLOAT16,
+    "bfloat16": BFLOAT16,
+    **LOW,
+}
 
 # What the witness of a bundle holds every engine to, wherever it runs: the actions, their direction, two runs apart.
 SAME_KERNELS = "one engine, the same kernels and inputs: only sums that are added in no fixed order may differ"
@@ -121,15 +156,30 @@ WITNESS = {
         "actions_direction": INT8["actions"],
         "apart": Bar(1e-3, False, SAME_KERNELS),
     },
+    **{
+        precision: {
+            "actions": Bar(1.0, True, "of a range from -1 to 1: what the direction below allows to a single number"),
+            "actions_direction": bars["actions"],
+            "apart": Bar(1e-2, False, SAME_KERNELS),
+        }
+        for precision, bars in LOW.items()
+    },
 }
 FAST_TIE = 16.0  # times the proving engine's error of the logits: other engines, and the K/V before, add theirs
 
 
-def bars_of(precision: str) -> Mapping[str, Bar]:
-    """The bars of a bundle's precision; ArgumentError for one that has none."""
+def bars_of(precision: str, budget: float | None = None) -> Mapping[str, Bar]:
+    """The bars of a bundle's precision; ArgumentError for one that has none.
+
+    `budget`: cosine of the actions that the export of a low precision was asked to hold.
+    """
     if precision not in BARS:
         raise ArgumentError(f"no bars for precision '{precision}': expected one of {', '.join(BARS)}")
-    return BARS[precision]
+    bars = BARS[precision]
+    if budget is None or precision not in LOW:
+        return bars
+    asked = Bar(1.0 - budget, False, f"--budget-cosine {budget:g}", COSINE)
+    return {**bars, **dict.fromkeys(BUDGETED, asked)}
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ class Comparison:
 
     `answers`: the reference's results by case; `precision`: the bundle's; `method`: how the reference was held:
     "resident", "streamed", "recorded";
-    `explanation`: one line about the first failure, None if there is none.
+    `explanation`: one line about the first failure, None if there is none; `budget`: cosine that the bundle was asked
+    to hold.
     """
 
     reference: str
@@ -68,11 +69,12 @@ class Comparison:
     measurements: list[Measurement] = field(default_factory=list)
     traces: tuple[Array, Array] | None = None
     explanation: str | None = None
+    budget: float | None = None
 
     @property
     def bars(self) -> Mapping[str, Bar]:
         """What was allowed."""
-        return bars_of(self.precision)
+        return bars_of(self.precision, self.budget)
 
     @property
     def failures(self) -> list[Measurement]:
@@ -87,7 +89,8 @@ class Comparison:
 @torch.no_grad()
 def compare(pair: ParityPair, cases: Sequence[Case], progress: Progress) -> Comparison:
     """Every tensor of every case against the model."""
-    result = Comparison("the PyTorch model", pair.bundle.manifest.precision, pair.method)
+    manifest = pair.bundle.manifest
+    result = Comparison("the PyTorch model", manifest.precision, pair.method, budget=manifest.budget)
     for case in cases:
         found, traces, answer = _compare_case(pair, case, progress)
         if case is cases[0] and pair.model.config.rtc != "none":
@@ -228,7 +231,7 @@ def _fast(pair: ParityPair, case: Case, observation: Observation, prefix: tuple[
     allowed = np.isin(columns, pair.model.decode_ids or columns)
 
     def replay(inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
-        given = pair.run(graphs.FAST_DECODE, *inputs)
+        given = pair.run(graphs.fast_decode(pair.bundle.manifest.config), *inputs)
         logits, *new = (tensor.numpy() for tensor in outputs)
         second, best = np.partition(logits[0, allowed], -2)[-2:]
         error = np.abs(given["logits"][0, allowed] - logits[0, allowed]).max()

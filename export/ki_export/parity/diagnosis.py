@@ -22,6 +22,7 @@ from .bars import Measurement
 from .cases import CONTINUING, Case
 from .comparison import RUNTIME, Comparison, observe, watched
 from .localize import first_wrong_layer
+from .pair import feeds_of
 
 ORDER = [*(spec.name for spec in graphs.GRAPHS), RUNTIME]
 GRAPH_CAUSE = (
@@ -85,7 +86,7 @@ def summary(failure: Measurement) -> str:
 
 def _wrong_layer(graph: str, bundle: Bundle, model: PiModel, case: Case) -> str | None:
     spec, tensors = _inputs(graph, bundle, model, case)
-    feeds = {t.name: x.numpy().astype(t.dtype) for t, x in zip(spec.inputs, tensors, strict=True)}
+    feeds = feeds_of(bundle, spec, tensors)
     methods = {"prefix": model.prefix_forward, "denoise": model.denoise_step, "fast_decode": model.fast_decode_step}
     return first_wrong_layer(bundle, graph, feeds, model, lambda: methods[graph](*tensors))  # type: ignore[operator]
 
@@ -94,7 +95,7 @@ def _inputs(graph: str, bundle: Bundle, model: PiModel, case: Case) -> tuple[Gra
     """What the model itself feeds to a graph first."""
     observation = observe(case)
     if graph == "prefix":
-        return graphs.specs(model.config)[0], tuple(torch.from_numpy(array) for array in case.inputs)
+        return graphs.specs(bundle.manifest.config)[0], tuple(torch.from_numpy(array) for array in case.inputs)
     if graph == "denoise":
         times = denoise_times(case.num_steps, bundle.manifest.sampling["time_convention"])
         row = model.modulation(torch.from_numpy(times[:1]))[0]
@@ -106,4 +107,4 @@ def _inputs(graph: str, bundle: Bundle, model: PiModel, case: Case) -> tuple[Gra
     seen: list[tuple[Tensor, ...]] = []
     with watched(model, bundle.manifest.vocabulary.ids, lambda inputs, outputs: seen.append(inputs)):
         model.sample_fast_tokens(observation, max_tokens=1, forced=case.forced, constrained=bool(model.decode_ids))
-    return graphs.FAST_DECODE, seen[0]
+    return graphs.fast_decode(bundle.manifest.config), seen[0]

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ki_edge.bundle import Bundle
+from ki_edge.dtypes import LOW_PRECISIONS
 from ki_edge.model import PiModel
 from ki_edge.model.streaming import EmbeddingRows
 from ki_export.arithmetic.evaluator import Evaluator, Shelf
 from ki_export.arithmetic.readers import FileWeights
-from ki_export.arithmetic.session import SIXTEEN_BITS
+from ki_export.arithmetic.session import ROUNDED
 from ki_runtime.backends.ort import load, weight_layout
 from ki_runtime.backends.registry import SessionOptions
 
@@ -27,7 +28,13 @@ Array = npt.NDArray[Any]
 FLOAT = onnx.TensorProto.FLOAT
 SAMPLED = ".sampled"
 # times the layer's largest output: below it an error is rounding, or that of the layers before it
-LAYER_BARS = {"float32": 2e-5, "int8": 0.5, "float16": 2e-2, "bfloat16": 0.2}
+LAYER_BARS = {
+    "float32": 2e-5,
+    "int8": 0.5,
+    "float16": 2e-2,
+    "bfloat16": 0.2,
+    **dict.fromkeys(LOW_PRECISIONS.values(), 1.0),
+}
 LAYERS = (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.Embedding, EmbeddingRows)
 SAMPLES = 1 << 18  # values kept of a layer's output, so that those of a large model fit into memory
 PRIMES = (1, 2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97, 101, 103)
@@ -43,7 +50,7 @@ def first_wrong_layer(
     bar = LAYER_BARS[bundle.manifest.precision]
     with _recorded(model) as expected:
         run()
-    if bundle.manifest.precision in SIXTEEN_BITS:
+    if bundle.manifest.precision in ROUNDED:
         return _first_wrong_value(bundle, graph, feeds, expected, bar)
     watched = _watched(bundle.graph(graph), {name: size for name, (size, _) in expected.items()})
     options = SessionOptions(prepack=False)

@@ -7,7 +7,7 @@ large one reads each layer's weights as it runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -25,9 +25,10 @@ from ki_edge.model import PiModel, load_model
 from ki_edge.model.streaming import BUDGET, streamed
 from ki_edge.proc import available_memory
 from ki_edge.progress import Progress
-from ki_export.arithmetic.session import SIXTEEN_BITS, arithmetic_sessions
+from ki_export.arithmetic.session import ROUNDED, arithmetic_sessions
 from ki_runtime.backends.registry import Backend, SessionOptions, choose_backend, connect, open_session
 from ki_runtime.backends.session import Session
+from ki_runtime.policy.embeddings import table_of
 from ki_runtime.policy.sampler import Sampler
 
 from .bars import Bar, bars_of
@@ -53,28 +54,35 @@ class ParityPair:
     ) -> None:
         self.bundle, self.model, self.method = bundle, model, method
         self.has_fast = bundle.manifest.has_fast if has_fast is None else has_fast
-        self.bars: Mapping[str, Bar] = bars_of(bundle.manifest.precision)
-        wanted = graphs.specs(model.config, fast=self.has_fast)
+        self.bars: Mapping[str, Bar] = bars_of(bundle.manifest.precision, bundle.manifest.budget)
+        wanted = graphs.specs(bundle.manifest.config, fast=self.has_fast)
         self._sessions = {spec.name: open_graph(spec) for spec in wanted}
         self.sampler = Sampler(bundle, lambda spec: self._sessions[spec.name])
 
     def run(self, spec: GraphSpec, *tensors: Tensor) -> dict[str, Array]:
         """One graph on the reference's tensors, given in the contract's order."""
-        feeds = {
-            wanted.name: np.array(tensor.numpy(), wanted.dtype, order="C")
-            for wanted, tensor in zip(spec.inputs, tensors, strict=True)
-        }
-        return self._sessions[spec.name].run(feeds)
+        return self._sessions[spec.name].run(feeds_of(self.bundle, spec, tensors))
 
     def steps(self, layers: int) -> int | None:
         """Progress steps of a stage in which so many `layers` of the model run; None if it does not tell."""
         return layers if self.method == "streamed" else None
 
 
+def feeds_of(bundle: Bundle, spec: GraphSpec, tensors: Sequence[Tensor]) -> dict[str, Array]:
+    """A graph's inputs by name from the reference's tensors; embeddings of tokens where the graph takes those."""
+    table, feeds = table_of(bundle), {}
+    for wanted, tensor in zip(spec.inputs, tensors, strict=True):
+        if table is not None and wanted.name in graphs.EMBEDDINGS:
+            feeds[wanted.name] = table.rows(tensor.numpy())
+        else:
+            feeds[wanted.name] = np.array(tensor.numpy(), wanted.dtype, order="C")
+    return feeds
+
+
 def open_pair(bundle: Bundle, checkpoint: Checkpoint, method: Method, progress: Progress) -> ParityPair:
     """A bundle and its checkpoint's model, that held whole or read layer by layer."""
     checkpoint = checkpoint.with_rtc(bundle.manifest.config.rtc)
-    exact, whole = bundle.manifest.precision in SIXTEEN_BITS, method == "resident"
+    exact, whole = bundle.manifest.precision in ROUNDED, method == "resident"
     if whole:
         model = load_model(checkpoint, dtype=torch.float32)
     else:

@@ -13,7 +13,7 @@ from ki_edge.errors import ArgumentError, ParityError
 from ki_edge.policy.contract import PolicyContract
 from ki_edge.proc import peak_memory
 from ki_edge.progress import Progress
-from ki_export.arithmetic.session import SIXTEEN_BITS
+from ki_export.arithmetic.session import ROUNDED
 from ki_export.weights.differences import differing_weights
 from ki_runtime.backends.registry import choose_backend
 from ki_runtime.policy.decode import read_tokenizer
@@ -55,7 +55,7 @@ def prove(writer: BundleWriter, bundle: Bundle, checkpoint: Checkpoint, say: Say
     write_report(writer.folder, comparison, bundle)
     report = to_json(comparison, {})
     verdict = {key: report[key] for key in ("verified", "reference", "method", "cases", "actions", "worst")}
-    if bundle.manifest.precision not in SIXTEEN_BITS:  # those are proven in exact arithmetic, by no engine
+    if bundle.manifest.precision not in ROUNDED:  # those are proven in exact arithmetic, by no engine
         verdict["proven_by"] = proving_environment(choose_backend("ort").setting(bundle, tuple(bundle.manifest.graphs)))
     peak = peak_memory()
     memory = "" if peak is None else f", peak memory {peak / 1e9:.1f} GB"

@@ -22,7 +22,7 @@ from ki_edge.errors import DatasetError, KiEdgeError
 from ki_edge.flow import denoise_times, step_size
 from ki_edge.policy.contract import PolicyContract
 from ki_edge.recordings.model_inputs import PROMPTS, read_arrays, recorded_pictures
-from ki_export.arithmetic.session import SIXTEEN_BITS, arithmetic_sampler
+from ki_export.arithmetic.session import ROUNDED, arithmetic_sampler
 from ki_runtime.backends.registry import connect
 from ki_runtime.policy.sampler import Sampler
 
@@ -53,7 +53,7 @@ def compare_with_recording(
     if not set(KNOWN) & set(recorded):
         raise DatasetError(f"{outputs}: none of {', '.join(KNOWN)} in it, only {', '.join(sorted(recorded)[:8])}")
     given = read_arrays(inputs or outputs.with_name("inputs.npz"), "" if inputs else "; or name them with --inputs")
-    exact = bundle.manifest.precision in SIXTEEN_BITS and backend is None
+    exact = bundle.manifest.precision in ROUNDED and backend is None
     sampler = arithmetic_sampler(bundle) if exact else _sampler(bundle, backend or "ort")
     try:
         return _compared(bundle, sampler, outputs, recorded, given)

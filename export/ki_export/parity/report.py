@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ki_edge.bundle import Bundle
+from ki_edge.dtypes import LOW_PRECISIONS
 from ki_edge.errors import ExportError
 from ki_edge.files.writing import write_file
-from ki_export.precision import ranges_report
+from ki_export.precision import low_report, ranges_report
 from ki_export.source.provenance import tool_versions
 
 from .bars import CHANGED, COSINE, MAX_ABS, Bar, Measurement
@@ -35,6 +36,7 @@ DEPLOY = (
     "first action."
 )
 LONG = 50  # characters of a table cell from which on it is broken into lines
+UNSURE = ("int8", *LOW_PRECISIONS.values())  # precisions whose actions differ visibly
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1d1d1f; max-width: 860px; margin: 2.5em auto; padding: 0 1em; }
 h1 { font-size: 1.6em; margin-bottom: 0.2em; } h2 { font-size: 1.15em; margin-top: 2em; }
@@ -118,8 +120,8 @@ def to_html(comparison: Comparison, facts: Mapping[str, Any], bundle: Bundle) ->
 def _advice(comparison: Comparison) -> str:
     if comparison.failures:
         return f"No. {comparison.explanation or 'An error is larger than its bar.'}"
-    more = ", and in int8 they differ visibly: measure its success before you rely on it"
-    return DEPLOY.format(precision=comparison.precision, more=more if comparison.precision == "int8" else "")
+    more = f", and in {comparison.precision} they differ visibly: measure its success before you rely on it"
+    return DEPLOY.format(precision=comparison.precision, more=more if comparison.precision in UNSURE else "")
 
 
 def _closest(m: Measurement) -> str:
@@ -135,13 +137,29 @@ def _figure(caption: str, png: bytes) -> str:
     )
 
 
+def _low_bits(found: ranges_report.Found) -> str:
+    low = low_report.findings(found)
+    if low is None:
+        return ""
+    columns = ("layer", "its products", "error of their results", "of the actions, alone", "cosine", "MB saved")
+    layers = _table(columns, low_report.layers(low))
+    head = ("more bits for", "bits", "smallest cosine of the actions")
+    return (
+        f"<h2>Eight and four bits</h2>\n<p>{escape(low_report.summary(low))}</p>\n"
+        f"{_figure('How far the actions are off after each denoise step', low_report.picture(low))}\n"
+        f"<h3>What more bits for the costliest layers buy</h3>\n{_table(head, low_report.bought(low))}\n"
+        f"<h3>Error by layer</h3>\n<p>L2, relative. Layers are tried alone only where the budget does not hold with "
+        f"all of them low, or with --sensitivity.</p>\n{layers}\n"
+    )
+
+
 def _ranges(found: ranges_report.Found | None) -> str:
     if found is None:
         return ""
-    sensitivity = ""
+    sensitivity = _low_bits(found)
     if costs := list(ranges_report.costs(found)):
         columns = ("in 16 bits alone", "largest error of the actions", "relative", "MB more in float32")
-        sensitivity = f"<h2>Sensitivity</h2>\n{_table(columns, costs)}\n"
+        sensitivity += f"<h2>Sensitivity</h2>\n{_table(columns, costs)}\n"
     if "ranges" not in found:
         return sensitivity
     head = ("product", "graph", "operand", "result", "weight", "headroom", "what was done")

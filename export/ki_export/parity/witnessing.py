@@ -95,7 +95,7 @@ def _gather(manifest: Manifest, fast: Continuation | None, answers: Sequence[tup
         num_steps=cases[0].num_steps,
         actions=actions,
         max_abs=np.array([bars["actions"].at(size) for size in sizes]),
-        cosine_distance=bars[DIRECTION].limit,
+        cosine_distance=bars[DIRECTION].limit if manifest.budget is None else 1.0 - manifest.budget,
         apart=bars["apart"].limit,
         fast=fast,
     )

@@ -171,7 +171,7 @@ def _synthetic(config: Pi05Config, files: PolicyFiles | None, count: int) -> Ite
     for seed in range(count):
         rng = np.random.default_rng(seed)
         cameras = CAMERAS if files is None else len(files.contract.cameras)
-        present = max(1, cameras - (seed % 2))
+        present = max(1, cameras - seed % max(2, cameras))  # all, and each number of absent ones in turn
         images = np.stack([_picture(rng, seed + at, config.vision.image_size) for at in range(present)])[None]
         images = model_pictures(images, config.pictures)
         if config.pictures == "float32" and seed % 2:  # every other observation as a wide camera's pictures arrive
@@ -186,7 +186,8 @@ def _synthetic(config: Pi05Config, files: PolicyFiles | None, count: int) -> Ite
 
 def _prompt(rng: np.random.Generator, seed: int, config: Pi05Config, files: PolicyFiles | None) -> Array:
     if files is None:
-        return rng.integers(2, config.vocab_size, (1, PROMPT), np.int32)
+        length = PROMPT if seed % 2 == 0 else 1 + 7 * seed % PROMPT
+        return rng.integers(2, config.vocab_size, (1, length), np.int32)
     state = rng.uniform(-1.0, 1.0, files.contract.state_dim).astype(np.float32)
     try:
         tokens = files.tokenizer.encode(INSTRUCTIONS[seed % len(INSTRUCTIONS)], state)

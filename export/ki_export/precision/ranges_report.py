@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from ki_edge.errors import BundleError
 from ki_edge.files.reading import read_object
 
+from . import low_report
 from .ranges import KINDS, LARGEST, MARGIN, RANGES, scaling
 
 LAYER = re.compile(r"(vision|backbone|expert)\b.*\blayers\.(\d{1,4})\.")
@@ -42,6 +43,11 @@ def _check(found: Found) -> None:
         picture(found)
         summary(found)
     list(costs(found))
+    if (low := low_report.findings(found)) is not None:
+        list(low_report.layers(low))
+        list(low_report.bought(low))
+        low_report.summary(low)
+        low_report.picture(low)
 
 
 def summary(found: Found) -> str:

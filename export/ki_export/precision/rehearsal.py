@@ -13,7 +13,7 @@ from torch import Tensor
 from ki_edge import flow, graphs
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.overlap import nothing_before
-from ki_export.arithmetic.evaluator import Evaluator, Shelf, Watch
+from ki_export.arithmetic.evaluator import Evaluator, Replacement, Shelf, Watch
 from ki_export.arithmetic.readers import CheckpointWeights
 from ki_export.weights.weights import TensorSlice
 
@@ -28,7 +28,7 @@ Prefixes = list[dict[str, Tensor]]
 class Rehearsal:
     """Traced graphs by name, in float32 or lowered. `budget`: bytes of weights that stay in memory over the steps.
 
-    `exponents`: weights by site that are divided by 2^k.
+    `exponents`: weights by site that are divided by 2^k; `replaced`: what some products of the graphs are instead.
     """
 
     def __init__(
@@ -38,9 +38,10 @@ class Rehearsal:
         origins: Mapping[str, Mapping[str, TensorSlice]],
         budget: int,
         exponents: Mapping[str, int] | None = None,
+        replaced: Mapping[ir.Node, Replacement] | None = None,
     ) -> None:
         self._checkpoint, self._models, self._origins = checkpoint, models, origins
-        self._budget, self._exponents = budget, exponents
+        self._budget, self._exponents, self._replaced = budget, exponents, replaced
 
     def prefix(self, observations: Sequence[Observed], watch: Watch | None = None) -> Prefixes:
         """K/V and mask of each observation."""
@@ -48,6 +49,13 @@ class Rehearsal:
 
     def actions(self, observations: Sequence[Observed], prefixes: Prefixes, watch: Watch | None = None) -> list[Tensor]:
         """Actions f32 [1,H,A] of each observation after STEPS steps."""
+        return self.states(observations, prefixes, watch)[-1]
+
+    def states(
+        self, observations: Sequence[Observed], prefixes: Prefixes, watch: Watch | None = None
+    ) -> list[list[Tensor]]:
+        """What the actions are after each of STEPS steps: f32 [1,H,A] of each observation."""
+        states = []
         checkpoint, evaluator = self._checkpoint, self._evaluator(graphs.DENOISE.name)
         times = flow.denoise_times(STEPS, checkpoint.time_convention)
         table = torch.from_numpy(flow.modulation_table(checkpoint.source.array, times, checkpoint.config))
@@ -66,7 +74,8 @@ class Rehearsal:
             found = evaluator.run([{**feed, "modulation": row} for feed in feeds], watch)
             for feed, made in zip(feeds, found, strict=True):
                 feed["x_t"] = made["x_next"]
-        return [feed["x_t"] for feed in feeds]
+            states.append([feed["x_t"] for feed in feeds])
+        return states
 
     def decode(
         self,
@@ -84,7 +93,8 @@ class Rehearsal:
     def _evaluator(self, name: str) -> Evaluator:
         reader = CheckpointWeights(self._checkpoint.source, self._origins[name], self._exponents)
         loops = name == graphs.DENOISE.name  # all others run once, so keeping their weights gains nothing
-        return Evaluator(self._models[name].graph, Shelf(reader, self._budget) if loops else reader)
+        weights = Shelf(reader, self._budget) if loops else reader
+        return Evaluator(self._models[name].graph, weights, replaced=self._replaced)
 
 
 def _prefix_feed(observed: Observed) -> dict[str, Tensor]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -15,7 +16,9 @@ from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import ExportError
 from ki_edge.files.writing import write_file
 from ki_export.graphs.tracing import quiet
+from ki_export.passes.low_plan import LowPlan
 from ki_export.policies import PolicyFiles
+from ki_export.weights.low_bits import LowForm
 from ki_export.weights.weights import StorageFormat, sources
 
 from .calibration import SYNTHETIC, Calibration, calibration
@@ -25,6 +28,7 @@ from .sensitivity import Cost, sensitivity
 
 LARGE = 1_000_000_000  # parameters of a model for which fewer synthetic observations do
 FEW = 3
+MANY, SOME = 24, 6  # for static scales, which saturate what they have not seen
 
 
 @dataclass(frozen=True)
@@ -44,19 +48,26 @@ class Request:
 class Lowered:
     """What was done. `audit` is None for bfloat16; `forms`: checkpoint key -> how the weights file stores it.
 
-    `costs`: of every layer, if they were asked for.
+    `costs`: of every layer, if they were asked for. `plan`: what is in eight or four bits, None if nothing is, and
+    `low`: checkpoint key -> the form of the weights that are, `findings`: what the plan rests on.
     """
 
     decision: Decision
     audit: Audit | None
     forms: Mapping[str, StorageFormat]
     costs: tuple[Cost, ...] = ()
+    plan: LowPlan | None = None
+    low: Mapping[str, LowForm] = field(default_factory=dict)
+    findings: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write ranges.json: the decision and what it rests on."""
         found = {**self.decision.to_json(), **({} if self.audit is None else self.audit.to_json())}
         if self.costs:
             found["sensitivity"] = [cost.to_json() for cost in self.costs]
+        if self.plan is not None:
+            found["low_bits"] = self.plan.to_json()
+            found["low_findings"] = dict(self.findings)
         write_file(folder / RANGES, json.dumps(found, indent=1) + "\n", ExportError)
 
 
@@ -93,10 +104,13 @@ def lower_models(
     return Lowered(decision, found, stored, tuple(costs))
 
 
-def observations(checkpoint: Checkpoint, files: PolicyFiles | None, recorded: Path | None) -> Calibration:
-    """What the ranges of a checkpoint are measured on. DatasetError if a recording does not fit."""
+def observations(
+    checkpoint: Checkpoint, files: PolicyFiles | None, recorded: Path | None, *, scales: bool = False
+) -> Calibration:
+    """What ranges, and static `scales`, are measured on. DatasetError if a recording does not fit the checkpoint."""
     size = sum(tensor.elements for tensor in checkpoint.source.tensors.values())
-    count = FEW if size > LARGE else SYNTHETIC
+    few, many = (SOME, MANY) if scales else (FEW, SYNTHETIC)
+    count = few if size > LARGE else many
     return calibration(checkpoint.config, files, recorded, synthetic=count)
 
 

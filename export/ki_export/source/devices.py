@@ -3,7 +3,7 @@
     time of a stage = max(operations / peak, bytes / bandwidth)
 
 Operations count multiply and add; weights are read once by the vision tower and the backbone and once a step by the
-action expert. Peaks are the vendors' figures for dense matrix products (16-bit with float32 accumulation, 8-bit).
+action expert. Peaks are the vendors' figures for dense products (16-bit with float32 accumulation, 8-bit, 4-bit).
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def stages(config: Pi05Config, *, cameras: int, prompt: int, steps: int) -> tupl
     )
 
 
-def floor_ms(stage: Stage, device: Device, weight_bytes: int) -> float:
-    """Milliseconds of a stage with weights and products of 2 bytes or 1."""
-    peak = device.peak16 if weight_bytes == 2 else device.peak8
+def floor_ms(stage: Stage, device: Device, weight_bytes: float) -> float:
+    """Milliseconds of a stage with weights and products of 2 bytes, 1, or fewer where the device has such products."""
+    peak = device.peak16 if weight_bytes >= 2 else device.peak8 if weight_bytes >= 1 else device.peak4 or device.peak8
     seconds = max(stage.operations / (1e12 * peak), weight_bytes * stage.weights / (1e9 * device.bandwidth))
     return 1e3 * stage.runs * seconds

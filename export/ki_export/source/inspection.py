@@ -27,7 +27,9 @@ CASES = ((2, PROMPT), (3, 200))  # cameras present, tokens of the prompt; of a m
 SMALLEST = 0.1  # ms: below it an inference is all overhead, of which a roofline knows nothing
 STEPS = 10
 CELL = 40  # characters of a table cell
-TYPES = {"fp32": 4, "16 bit": 2, "8 bit": 1}
+PRODUCTS = {"16 bit": 2, "8 bit": 1}  # of which vendors give the rate
+# Bytes of a number in what is multiplied, and in the embedding table, which engines keep in 16 bits.
+TYPES = {"fp32": (4.0, 4), "16 bit": (2.0, 2), "8 bit": (1.0, 2), "4 bit": (0.5625, 2)}
 
 
 def inspect(
@@ -69,7 +71,7 @@ class Inspection:
             "origins": {} if policy is None else dict(policy.known),
             "missing": self.missing,
             "command": self.found.command,
-            "memory_gb": {name: memory(config, width) / 1e9 for name, width in TYPES.items()},
+            "memory_gb": {name: memory(config, *widths) / 1e9 for name, widths in TYPES.items()},
             "floor_ms": {device.name: _floors(config, device, _cases(contract)) for device in DEVICES},
         }
 
@@ -92,10 +94,10 @@ class Inspection:
         return [*lines, "", "missing:", *self.found.missing_lines()]
 
 
-def memory(config: Pi05Config, width: int) -> int:
-    """Bytes of the matrices that acting maps, at `width` bytes a number: those it reads, and the whole embedding."""
+def memory(config: Pi05Config, width: float, table: int) -> int:
+    """Bytes of the matrices that acting maps: at `width` bytes a number, the whole embedding at `table`."""
     count = count_weights(config)
-    return width * (count.vision + count.embedding + count.backbone + count.expert).matrices
+    return int(width * (count.vision + count.backbone + count.expert).matrices) + table * count.embedding.matrices
 
 
 def _model_lines(found: Mapping[str, Any], config: Pi05Config) -> list[str]:
@@ -158,7 +160,7 @@ def _floors(config: Pi05Config, device: Device, cases: Sequence[tuple[int, int]]
             {
                 "cameras": cameras,
                 "prompt": prompt,
-                **{name: sum(floor_ms(s, device, TYPES[name]) for s in found) for name in ("16 bit", "8 bit")},
+                **{name: sum(floor_ms(s, device, width) for s in found) for name, width in PRODUCTS.items()},
             }
         )
     return cells

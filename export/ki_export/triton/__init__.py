@@ -5,7 +5,7 @@
 
 `model.py` runs inside Triton and nowhere else.
 
-Imports: of ki_edge: bundle, files, policy; of ki_runtime: itself, policy, trt.
+Imports: of ki_edge: bundle, files, policy; of ki_runtime: itself, backends, policy, trt.
 """
 
 from .repository import BACKENDS, write_repository

@@ -21,6 +21,7 @@ from ki_edge.commands import tell
 from ki_edge.errors import ArgumentError, ExportError
 from ki_edge.files.publishing import publishing
 from ki_edge.files.writing import write_file
+from ki_runtime.backends.ort import of_engines
 from ki_runtime.policy.assets import read_assets
 from ki_runtime.trt.engines import FOLDER
 
@@ -50,6 +51,8 @@ def write_repository(bundle: str | Path, repository: str | Path, target: str = "
             "Runtime or its TensorRT"
         )
     opened = Bundle.open(bundle, say=say)
+    if target == "ort" and (reason := of_engines(opened)) is not None:
+        raise ExportError(f"{opened.path}: {reason}; or --triton with --target trt")
     contract = read_assets(opened).contract
     graphs = opened.manifest.graphs
     plans = {name: plans_of(opened, name, say) for name in graphs} if target == "trt" else {}

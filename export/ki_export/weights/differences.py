@@ -20,6 +20,7 @@ from ki_export.graphs.wrappers import UNEMBEDDING, runs
 from ki_export.passes.quantize import Int8Weight
 
 from .int8 import quantize_weight
+from .low_differences import differing_low_weights
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ def differing_weights(bundle: Bundle, checkpoint: Checkpoint) -> list[str]:
         for key, parts in _quantized(external, checkpoint.source).items():
             if key not in found and not _quantized_equal(bundle, key, *parts, checkpoint.source):
                 found.append(key)
+        found += [key for key in differing_low_weights(bundle, external, checkpoint.source, scaled) if key not in found]
         for tensor in external.values():
             stored = _stored(bundle, checkpoint, tensor)
             if stored is None or stored.key in found:
@@ -63,8 +65,9 @@ def exponents(bundle: Bundle) -> dict[str, int]:
 
 def _runtime(bundle: Bundle) -> Iterator[Stored]:
     """The weights that the runtime reads by itself."""
-    index = bundle.weights()
-    for key, name in bundle.manifest.weights["runtime"].items():
+    index, recorded = bundle.weights(), bundle.manifest.weights
+    table = {EMBEDDING: recorded["embeddings"]} if "embeddings" in recorded else {}
+    for key, name in {**recorded["runtime"], **table}.items():
         entry = index.entries[str(name)]
         yield Stored(key, index.path, entry.offset, entry.dtype)
 

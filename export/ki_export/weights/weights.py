@@ -28,10 +28,12 @@ from ki_export.graphs.wrappers import UNEMBEDDING, runs
 
 from .finite import check_finite, finite_pieces
 from .int8 import SCALES, VALUES, Int8Weights, split_key
+from .low_bits import LowForm, LowWeights, split_low
 from .safetensors_writer import Part, write_tensors
 from .shared_file import link_file, own_file
 
 WEIGHTS = "weights.safetensors"
+FOUR_BITS = ir.DataType.FLOAT4E2M1
 LARGEST_F16 = 65504.0
 Stored = Literal["float32", "stored"]  # types in the file: all float32, or as the checkpoint stores them
 
@@ -89,14 +91,16 @@ def place_weights(
     pack: bool = False,
     link: bool = False,
     forms: Mapping[str, StorageFormat] | None = None,
+    low: Mapping[str, LowForm] | None = None,
 ) -> Weights:
     """Put weights.safetensors into `folder`, holding at least the checkpoint keys `used`. ExportError if it cannot.
 
-    `forms`: keys that are stored in another way than `stored` says; `link`: share the checkpoint's file, which must
+    `forms`: keys that are stored in another way than `stored` says; `low`: keys whose parts are stored in eight or four
+    bits, each under a key of its own; `link`: share the checkpoint's file, which must
     hold what the graphs need, as they need it.
     """
-    keys, path, forms = sorted(set(used)), folder / WEIGHTS, forms or {}
-    names = None if pack or forms else _names_in_one_file(checkpoint.source, keys, stored)
+    keys, path, forms, low = sorted(set(used)), folder / WEIGHTS, forms or {}, low or {}
+    names = None if pack or forms or low else _names_in_one_file(checkpoint.source, keys, stored)
     if names is not None:
         check_finite(checkpoint.source, keys)
         file = checkpoint.source.files[0]
@@ -107,7 +111,7 @@ def place_weights(
             f"{checkpoint.path}: --link needs one safetensors file with every weight in the type that the graphs take "
             "(float32, or any with --stored-types): leave it out"
         )
-    parts = _parts(checkpoint.source, keys, stored, forms)
+    parts = _parts(checkpoint.source, keys, stored, forms, low)
     tensors = checkpoint.source.tensors
     same = all(part.name in tensors and part.dtype == tensors[part.name].dtype for part in parts)
     digest = write_tensors(path, parts, {"format": "pt"})
@@ -119,17 +123,19 @@ def attach(model: ir.Model, origins: Mapping[str, TensorSlice], weights: Weights
     for name, rows in origins.items():
         value = model.graph.initializers[name]
         entry = weights.index.entries[weights.names[rows.key]]
-        shape = entry.shape if rows.count is None else (rows.count, *entry.shape[1:])
+        dtype, stored = ir.DataType(STORED[entry.dtype].onnx), entry.shape
+        if value.dtype == FOUR_BITS and entry.dtype == "U8":
+            dtype, stored = FOUR_BITS, (*stored[:-1], 2 * stored[-1])  # two values a byte
+        shape = stored if rows.count is None else (rows.count, *stored[1:])
         if value.shape is None or tuple(value.shape) != shape:
             raise ExportError(f"graph {model.graph.name}: '{name}' is {value.shape}, but its weights are {list(shape)}")
-        dtype = ir.DataType(STORED[entry.dtype].onnx)
         if value.dtype is not None and value.dtype != dtype:
             raise ExportError(f"graph {model.graph.name}: '{name}' is {value.dtype}, but its weights are {entry.dtype}")
-        row = entry.nbytes // entry.shape[0]
+        row = entry.nbytes // (stored[0] if stored else 1)
         value.const_value = ir.ExternalTensor(
             WEIGHTS,
             offset=entry.offset + rows.first * row,
-            length=shape[0] * row,
+            length=row * (shape[0] if shape else 1),
             dtype=dtype,
             shape=ir.Shape(shape),
             name=name,
@@ -150,12 +156,21 @@ def _names_in_one_file(source: TensorSource, keys: Iterable[str], stored: Stored
     return names
 
 
-def _parts(source: TensorSource, keys: Iterable[str], stored: Stored, forms: Mapping[str, StorageFormat]) -> list[Part]:
+def _parts(
+    source: TensorSource,
+    keys: Iterable[str],
+    stored: Stored,
+    forms: Mapping[str, StorageFormat],
+    low: Mapping[str, LowForm],
+) -> list[Part]:
     """The tensors of the weights file: as the checkpoint stores them, widened, rounded, or quantised."""
-    weights, parts = Int8Weights(source), []
-    for key in _in_file_order(source, keys):
-        base, kind = split_key(key)
+    weights, low_weights, parts = Int8Weights(source), LowWeights(source, low), []
+    for key in _in_file_order(source, keys, low):
+        base, kind = _split(key, low)
         rows, *columns = source.tensors[base].shape
+        if base in low and kind:
+            parts.append(Part(key, *low_weights.layout(base, kind), partial(low_weights.pieces, base, kind)))
+            continue
         if kind == VALUES:
             parts.append(Part(key, "I8", (*columns, rows), partial(weights.values, base)))
         elif kind == SCALES:
@@ -191,13 +206,19 @@ def _formed(source: TensorSource, key: str, form: StorageFormat) -> Iterator[npt
         yield encode(values * factor, form.dtype)
 
 
-def _in_file_order(source: TensorSource, keys: Iterable[str]) -> list[str]:
+def _split(key: str, low: Mapping[str, LowForm]) -> tuple[str, str]:
+    """A checkpoint key and which part of what it has become is meant, "" for the tensor itself."""
+    base, part = split_low(key)
+    return (base, part) if base in low else split_key(key)
+
+
+def _in_file_order(source: TensorSource, keys: Iterable[str], low: Mapping[str, LowForm]) -> list[str]:
     """So that a file is read from its beginning to its end."""
 
     order = {key: at for at, key in enumerate(source.tensors)}  # layer after layer where there are no places
 
     def position(key: str) -> tuple[str, int, str]:
-        base, kind = split_key(key)
+        base, kind = _split(key, low)
         place = source.tensors[base].place
         return ("", order[base], kind) if place is None else (place.index.path.name, place.offset, kind)
 

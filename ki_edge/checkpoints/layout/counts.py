@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from math import prod
@@ -24,9 +25,9 @@ class Count:
     def __add__(self, other: Count) -> Count:
         return Count(self.matrices + other.matrices, self.vectors + other.vectors)
 
-    def nbytes(self, low: int) -> int:
+    def nbytes(self, low: float) -> int:
         """With matrices at `low` bytes a number."""
-        return low * self.matrices + 4 * self.vectors
+        return math.ceil(low * self.matrices) + 4 * self.vectors
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,24 @@ def count_weights(config: Pi05Config) -> Counts:
     return Counts(**found)
 
 
-def graph_bytes(config: Pi05Config, decode_rows: int, low: int) -> dict[str, int]:
-    """Of each graph's weights, matrices at `low` bytes a number. `decode_rows`: columns of FAST logits, 0 without."""
+def graph_bytes(
+    config: Pi05Config, decode_rows: int, low: float, base: int | None = None, decode: float | None = None
+) -> dict[str, int]:
+    """Of each graph's weights, matrices at `low` bytes a number. `decode_rows`: columns of FAST logits, 0 without.
+    Without the embedding table where it stays in the host's memory; the rows that give logits stay in the graph.
+
+    `base`: bytes of a number in what no precision of 8 or 4 bits takes, the embedding table and the rows that give
+    logits; `decode`: in the products of the FAST graph; None: as of `low`, and of `base`.
+    """
+    base = int(low) if base is None else base
+    decode = base if decode is None else decode
     count = count_weights(config)
     rows = decode_rows if decode_rows < config.vocab_size else 0  # all of them are the embedding itself
-    decoding = count.embedding + count.backbone + count.rest + Count(rows * config.backbone.width)
-    found = {
-        "prefix": count.vision + count.embedding + count.backbone,
-        "denoise": count.expert,
+    table = Count() if config.embeddings == "host" else count.embedding
+    logits = count.embedding if decode_rows and not rows else table + Count(rows * config.backbone.width)
+    decoding = (count.backbone + count.rest).nbytes(decode) + logits.nbytes(base)
+    return {
+        "prefix": (count.vision + count.backbone).nbytes(low) + table.nbytes(base),
+        "denoise": count.expert.nbytes(low),
         **({"fast_decode": decoding} if decode_rows else {}),
     }
-    return {name: part.nbytes(low) for name, part in found.items()}

@@ -13,9 +13,9 @@ import torch
 
 from ki_edge.errors import DatasetError, KiEdgeError
 from ki_edge.model import Observation
+from ki_edge.planning.settings import TrainSettings
 from ki_edge.policy.images import fit_image
 from ki_edge.train.step.batch import ACTIONS, TEXT, Batch
-from ki_edge.train.step.settings import TrainSettings
 
 from .augmentation import augment
 from .cache import FrameCache
@@ -51,11 +51,14 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class TextSource:
-    """A text set in a mixture. `slots`: the number of the slot that takes a picture, by its name."""
+    """A text set in a mixture. `slots`: the number of the slot that takes a picture, by its name; `trained`, `held`:
+    which of its samples are trained on and which held out, i64."""
 
     name: str
     texts: TextSet
     slots: dict[str, int]
+    trained: npt.NDArray[np.int64]
+    held: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,19 +87,21 @@ class Assembler:
         return _collate(rows, tokens=self.settings.fast_loss)
 
     def held_out(self, samples: Sequence[tuple[int, int]]) -> Batch:
-        """Samples (source, number among its held out frames), each with draws of its own that are always the same."""
+        """Samples (source, number among its held out ones), each with draws of its own that are always the same."""
         seed = self.settings.seed
         rows = [
-            self._frame(source, self.actions[source].row(number, held=True), (seed, HELD_DRAWS, source, number), None)
-            for source, number in samples
+            self._row(source, number, (seed, HELD_DRAWS, source, number), None, held=True) for source, number in samples
         ]
         return _collate(rows, tokens=self.settings.fast_loss)
 
-    def _row(self, source: int, sample: int, drawn: tuple[int, ...], augmented: tuple[int, ...]) -> Row:
+    def _row(
+        self, source: int, sample: int, drawn: tuple[int, ...], augmented: tuple[int, ...] | None, held: bool = False
+    ) -> Row:
         augmentation = augmented if self.settings.augment else None
         if source < len(self.actions):
-            return self._frame(source, self.actions[source].row(sample), drawn, augmentation)
-        return self._text(source, sample, drawn, augmentation)
+            return self._frame(source, self.actions[source].row(sample, held), drawn, augmentation)
+        spoken = self.texts[source - len(self.actions)]
+        return self._text(source, int((spoken.held if held else spoken.trained)[sample]), drawn, augmentation)
 
     def _frame(self, number: int, row: int, drawn: tuple[int, ...], augmented: tuple[int, ...] | None) -> Row:
         source, recipe = self.actions[number], self.recipe

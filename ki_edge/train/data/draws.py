@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ki_edge.planning.settings import TrainSettings
 from ki_edge.train.step.delays import draw_delays, shifted
-from ki_edge.train.step.settings import TrainSettings
 
 Float32 = npt.NDArray[np.float32]
 DRAWS, HELD_DRAWS, AUGMENTATION = 31, 32, 33  # tell the random numbers of one purpose from another's

@@ -100,6 +100,10 @@ class TokenEncoder:
         prompt = 1 + len(self._words(self.tokenizer.text(task, self._state(state))))
         return prompt, -1 if spelled is None else len(self.ids.postfix(spelled, self.tokenizer))
 
+    def spells(self, chunk: npt.ArrayLike) -> bool:
+        """Whether a normalised chunk [H,a] has a postfix, which its FAST loss is of."""
+        return len(self._postfix(self._spell(chunk))) > 0
+
     def reconstruct(self, chunk: npt.ArrayLike) -> npt.NDArray[np.float64] | None:
         """What a normalised chunk [H,a] becomes in FAST tokens and back, f64 [H,a]; None if it cannot be spelled."""
         spelled = self._spell(chunk)

@@ -18,9 +18,9 @@ from ki_edge.train.step.training_data import Share
 from .assembly import Assembler
 from .loading import Pace, StepItems, load
 from .recipe import Recipe
+from .source import evaluated
 from .token_report import TokenReport
 
-MOST_HELD = 256  # samples of each dataset that are evaluated on
 KEPT_HELD = 512_000_000  # bytes of evaluated batches that stay in memory
 
 
@@ -63,17 +63,17 @@ class MixedData:
             self._stop(batches)
 
     def held_out(self, share: Share) -> Iterator[Batch]:
-        """Samples of the episodes that were held out, the same ones with the same draws each time.
+        """Samples of the episodes and texts that were held out, the same ones with the same draws each time.
 
-        Of each dataset at most MOST_HELD, evenly over its frames. All processes get as many batches, of equal sizes.
+        Of each dataset at most `source.MOST_HELD`, evenly over them. Each is in one process's share; where they cannot
+        be shared out evenly the first processes have one more.
         """
         if share in self._held:
             yield from self._held[share]
             return
         settings, kept = self._assembler.settings, list[Batch]()
         size = max(1, settings.batch // (share.world * share.accumulate))
-        own = self._held_samples()
-        own = own[: len(own) // share.world * share.world][share.rank :: share.world]
+        own = self._held_samples()[share.rank :: share.world]
         items = [("held", tuple(own[at : at + size])) for at in range(0, len(own), size)]
         batches = load(self._assembler, items, min(self.workers, len(items)), Pace(1))
         self._running.append(batches)
@@ -121,6 +121,12 @@ class MixedData:
             return self._assembler.actions[source].told(row)
         return self._assembler.texts[source - len(self._assembler.actions)].texts.where(row)
 
+    def label(self, source: int, row: int) -> str:
+        """The same with the dataset's name instead of its path, for pages."""
+        if source < len(self._assembler.actions):
+            return f"{self.names[source]}, {self._assembler.actions[source].place(row)}"
+        return f"{self.names[source]}, {self._assembler.texts[source - len(self._assembler.actions)].texts.place(row)}"
+
     def save_assets(self, folder: Path) -> None:
         """Write contract.json and assets/ into a checkpoint folder that is being made."""
         self.recipe.save_assets(folder)
@@ -138,13 +144,10 @@ class MixedData:
                 cache.close()
 
     def _held_samples(self) -> list[tuple[int, int]]:
-        """(source, number among its held out frames), dataset by dataset in turn."""
-        found = []
-        for number, source in enumerate(self._assembler.actions):
-            count = source.held_samples
-            picked = np.unique(np.linspace(0, count - 1, min(count, MOST_HELD)).round().astype(int)) if count else []
-            found.append([(number, int(one)) for one in picked])
-        return [one for some in found for one in some]
+        """(source, number among its held out samples), dataset by dataset."""
+        counts = [source.held_samples for source in self._assembler.actions]
+        counts += [len(source.held) for source in self._assembler.texts]
+        return [(number, one) for number, count in enumerate(counts) for one in evaluated(count)]
 
     def _stop(self, batches: Iterator[Batch]) -> None:
         if batches in self._running:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ki_edge.errors import ArgumentError, DatasetError
-from ki_edge.train.step.settings import TrainSettings
+from ki_edge.planning.settings import TrainSettings
 
 from .asked import Wanted, named
 from .assembly import Assembler, TextSource
@@ -21,7 +21,7 @@ from .mapping import Slots, map_features, read_map
 from .mixed import MixedData
 from .mixture import Mixture
 from .recipe import Choice, Recipe, Robot
-from .source import ActionSource, make_source, picture_of
+from .source import ActionSource, make_source, picture_of, split
 from .start import Start
 from .statistics import Measured
 from .texts import SAMPLES, TextSet
@@ -75,15 +75,15 @@ def open_data(
     recipe, report = _recipe(
         start, sources, sets, horizon, replace(choice or Choice(), rtc_max_delay=settings.rtc_max_delay), settings, say
     )
-    spoken = [TextSource(one.name, given, _text_slots(given, sources)) for one, given in zip(texts, sets, strict=True)]
+    spoken = _spoken(texts, sets, sources, settings)
     ordered = [*recorded, *texts]
-    sizes = [source.samples for source in sources] + [len(given) for given in sets]
+    sizes = [source.samples for source in sources] + [len(one.trained) for one in spoken]
     weights = _weights(ordered, sizes, say)
     caches = _caches(cache, cache_gb, sources, recipe, say)
     tasks, places = _tasks(sources, texts)
     mixture = Mixture(sizes, weights, settings.batch, settings.seed)
     assembler = Assembler(tuple(sources), tuple(spoken), places, recipe, settings, mixture, tuple(caches))
-    facts = _facts(ordered, weights, sources, sets, recipe)
+    facts = _facts(ordered, weights, sources, spoken, recipe)
     return MixedData(assembler, tasks, facts, default_workers() if workers is None else workers, report)
 
 
@@ -109,6 +109,7 @@ def _sources(
     for number, (dataset, name, features) in enumerate(zip(frames, names, maps, strict=True)):
         for line in features.lines(name):
             say(line)
+        say(f"{name}: reading the numbers of {len(dataset.episodes)} episodes ...")
         source = make_source(
             dataset, name, features, held_out=settings.held_out, seed=settings.seed, number=number
         )  # fmt: skip
@@ -137,6 +138,7 @@ def _robot(source: ActionSource, measured: Mapping[str, Measured], seed: int, ho
         control_hz=source.control_hz,
         action_names=source.action_names,
         delta_mask=source.delta_mask,
+        held_chunks=source.held_chunks(horizon),
     )
 
 
@@ -150,6 +152,7 @@ def _recipe(
     say: Say,
 ) -> tuple[Recipe, TokenReport]:
     """Statistics and tokens that are fitted to the data, and how well the tokens do."""
+    say("measuring states and actions, fitting tokens to them ...")
     measured = [source.measured(horizon) for source in sources]
     for one in (one for both in measured for one in both.values()):
         for note in one.notes:
@@ -169,6 +172,17 @@ def _tasks(sources: Sequence[ActionSource], texts: Sequence[Wanted]) -> tuple[li
     places = [tuple(number[task] for task in source.tasks) for source in sources]
     places += [(len(found) + at,) for at in range(len(texts))]
     return [*found, *(one.name for one in texts)], tuple(places)
+
+
+def _spoken(
+    wanted: Sequence[Wanted], sets: Sequence[TextSet], sources: Sequence[ActionSource], settings: TrainSettings
+) -> list[TextSource]:
+    """The text sets as sources, numbered behind those of actions."""
+    found = []
+    for number, (one, given) in enumerate(zip(wanted, sets, strict=True), len(sources)):
+        trained, held = split(len(given), settings.held_out, settings.seed, number)
+        found.append(TextSource(one.name, given, _text_slots(given, sources), trained, held))
+    return found
 
 
 def _text_slots(texts: TextSet, sources: Sequence[ActionSource]) -> dict[str, int]:
@@ -226,15 +240,16 @@ def _facts(
     wanted: Sequence[Wanted],
     weights: Sequence[float],
     sources: Sequence[ActionSource],
-    sets: Sequence[TextSet],
+    spoken: Sequence[TextSource],
     recipe: Recipe,
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for at, (one, weight) in enumerate(zip(wanted, weights, strict=True)):
         found[f"data.{one.name}.weight"] = weight / sum(weights)
         if at >= len(sources):
-            texts = sets[at - len(sources)]
-            found |= {f"data.{one.name}.samples": len(texts), f"data.{one.name}.digest": texts.digest}
+            texts = spoken[at - len(sources)]
+            told = {"samples": len(texts.texts), "held_out": len(texts.held), "digest": texts.texts.digest}
+            found |= {f"data.{one.name}.{key}": value for key, value in told.items()}
             continue
         source = sources[at]
         told = {

@@ -18,6 +18,7 @@ from ki_edge.errors import ArgumentError, CheckpointError, ContractError, Datase
 from ki_edge.files.writing import write_file, writing
 from ki_edge.policy.contract import Camera, FastContract, Feature, PolicyContract, generic
 from ki_edge.policy.fast import FastCodec, FastIds
+from ki_edge.policy.fast_fitting import fit_codec
 from ki_edge.policy.normalize import NormStats, norm_stats_json, normalize, unnormalize
 from ki_edge.policy.prompt import Int32, PromptTokenizer
 from ki_edge.policy.words import is_json
@@ -41,7 +42,7 @@ class Robot:
 
     `name` is a folder's. `cameras`: the model's slots in order, with the dataset's keys. `stats`: of "state" and
     "actions". `tasks`: all instructions. Frames, evenly drawn, robot units: `frame_tasks` i64 [N] into `tasks`, `state`
-    f32 [N,s], `chunks` f32 [N,H,a].
+    f32 [N,s], `chunks` f32 [N,H,a]. `held_chunks` f32 [M,H,a]: of frames that are evaluated on.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Robot:
     control_hz: float | None = None
     action_names: tuple[str, ...] | None = None
     delta_mask: tuple[bool, ...] | None = None  # of actions that `chunks` and `stats` have relative to the state
+    held_chunks: Float32 | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +227,7 @@ def _codec(start: Start, chunks: Sequence[npt.NDArray[np.float64]], choice: Choi
     size = choice.vocabulary or (SMALL_CODEC if numbers <= SMALL_CHUNK else LARGE_CODEC)
     if start.fast is not None and not choice.placement:  # it takes the place that the checkpoint has for it
         size = min(size, start.fast.size)
-    return FastCodec.fit_several(chunks, vocab_size=size, margin=MARGIN)
+    return fit_codec(*chunks, vocab_size=size, margin=MARGIN)
 
 
 def _place(start: Start, words: PromptTokenizer, codec: FastCodec, choice: Choice) -> FastIds:

@@ -22,6 +22,7 @@ from .statistics import BLOCK, Measured, measure
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
+MOST_HELD = 256  # samples of each dataset that are evaluated on
 HELD, TAKEN = 21, 22  # tell the random numbers of one purpose from another's
 
 
@@ -73,6 +74,12 @@ class ActionSource:
         ends = self.arrays["held_ends"]
         return int(ends[-1]) if len(ends) else 0
 
+    def held_chunks(self, horizon: int) -> Float32:
+        """Of the held-out frames that are evaluated on, f32 [n,H,a], as `sample` has them."""
+        rows = [self.row(number, held=True) for number in evaluated(self.held_samples)]
+        chunks = [self.chunk(row, horizon)[0] for row in rows] or [np.zeros((horizon, self.action_dim), np.float32)]
+        return relative(np.stack(chunks), self.arrays["state"][rows or [0]], self.delta_mask)[: len(rows)]
+
     def episode(self, row: int) -> tuple[int, int]:
         """The place of a frame's episode in the dataset, and the frame's number in it."""
         at = int(np.searchsorted(self.arrays["starts"], row, "right")) - 1
@@ -80,8 +87,12 @@ class ActionSource:
 
     def told(self, row: int) -> str:
         """The frame's dataset, episode and number, for messages."""
+        return f"{self.where}, {self.place(row)}"
+
+    def place(self, row: int) -> str:
+        """The frame's episode and number."""
         at, step = self.episode(row)
-        return f"{self.where}, episode {self.arrays['numbers'][at]}, frame {step}"
+        return f"episode {self.arrays['numbers'][at]}, frame {step}"
 
     def task(self, row: int) -> str:
         """The frame's instruction."""
@@ -151,7 +162,7 @@ def make_source(
             f"{frames.path}, episode {frames.episodes[at]}: no task says what is done in it, and a policy is told: "
             'give "prompt" in --map FILE'
         )
-    trained, held = _split(len(frames.episodes), held_out, (seed, HELD, number))
+    trained, held = split(len(frames.episodes), held_out, seed, number)
     lengths = np.diff(numbers.starts)
     arrays = {
         **columns,
@@ -188,11 +199,19 @@ def make_source(
     )
 
 
-def _split(episodes: int, share: float, key: tuple[int, ...]) -> tuple[Int64, Int64]:
-    """Which episodes are trained on, and which held out: at least one of several, never all."""
-    held = min(episodes - 1, max(1, round(share * episodes))) if share > 0 else 0
-    order = np.random.default_rng(key).permutation(episodes)
+def split(count: int, share: float, seed: int, number: int) -> tuple[Int64, Int64]:
+    """Which episodes, or text samples, are trained on, and which held out: at least one of several, never all.
+
+    `number`: of the source in its mixture.
+    """
+    held = min(count - 1, max(1, round(share * count))) if share > 0 else 0
+    order = np.random.default_rng((seed, HELD, number)).permutation(count)
     return np.sort(order[held:]).astype(np.int64), np.sort(order[:held]).astype(np.int64)
+
+
+def evaluated(count: int) -> list[int]:
+    """Which of so many held-out samples are evaluated on: at most MOST_HELD, evenly over them."""
+    return [int(one) for one in np.unique(np.linspace(0, count - 1, min(count, MOST_HELD)).round())] if count else []
 
 
 def _names(frames: Frames, features: tuple[str, ...], kind: str) -> tuple[str, ...]:

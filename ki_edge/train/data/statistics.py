@@ -24,6 +24,7 @@ QUANTILES = (0.01, 0.99)
 HALF, LOW = 16, 0xFFFF
 BLOCK = 65_536  # rows
 FAR = 1000.0  # normalised: beyond it a number is said to be far outside
+NOISE = 1e-7  # of the largest movement among a feature's numbers: one that moves less is told
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +58,13 @@ def measure(blocks: Blocks, what: str, names: tuple[str, ...] = ()) -> Measured:
                 f"{name} is the same in 98 of 100 frames: its range is taken from {low[at]:.6g} to {high[at]:.6g}, not "
                 "between quantiles"
             )
+    span = q99 - q01
+    for at in np.flatnonzero((span > 0) & (span <= NOISE * span.max())):
+        name = f"{what}[{at}]" + (f" ({names[at]})" if at < len(names) else "")
+        notes.append(
+            f"{name} moves by {span[at]:.3g}, others by up to {span.max():.3g}: if that is noise, it is learnt as "
+            "movement, and a --map FILE without it is better"
+        )
     width = q99 - q01 + 1e-6
     outside = np.maximum(q01 - low, high - q99) / width * 2
     for at in np.flatnonzero(outside > FAR):

@@ -73,7 +73,11 @@ class TextSet:
 
     def where(self, index: int) -> str:
         """The sample's file and line, for messages."""
-        return f"{self.folder / SAMPLES}, line {self._lines[index][0]}"
+        return f"{self.folder / SAMPLES}, {self.place(index)}"
+
+    def place(self, index: int) -> str:
+        """The sample's line."""
+        return f"line {self._lines[index][0]}"
 
     def texts(self) -> list[tuple[str, str]]:
         """Question and answer of every sample."""

@@ -28,7 +28,9 @@ class SetTokens:
     """Of one dataset: tokens of each measured frame's prompt and postfix, i64 [N], and what FAST makes of its actions.
 
     `error`: f64 [N', a], the largest of each spelled chunk, in robot units; `normalised`: the same in the model's.
-    `frames`: that the dataset trains on, of which N were measured.
+    `ranges`: f64 [a], from the least to the most of each number, in robot units.
+    `frames`: that the dataset trains on, of which N were measured. `held`: frames that are evaluated on, and how many
+    of them have no postfix.
     """
 
     name: str
@@ -38,6 +40,8 @@ class SetTokens:
     action_names: tuple[str, ...]
     error: Float64
     normalised: Float64
+    ranges: Float64
+    held: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,13 +96,18 @@ class TokenReport:
                 cure = ", or ".join(name for name, count in cures.items() if count)
                 raise DatasetError(f"{told}; --max-long allows {100 * most:g} %: {cure}")
             lines.append(f"{told}; such an instruction loses its last words, such a chunk has no FAST loss")
-        return lines
+        return lines + [
+            f"{one.name}: {one.held[1]} of {one.held[0]} held-out frames have actions that FAST, fitted on the others, "
+            "cannot spell: they count in no held-out FAST number; more episodes, or another --seed, would cover them"
+            for one in self.sets
+            if one.held[1]
+        ]
 
     def lines(self) -> list[str]:
         """A line for each dataset, for the user."""
         return [
             f"{one.name}: prompts of {_spread(one.prompt)}, FAST of {_spread(one.postfix[one.postfix >= 0])} tokens; "
-            f"largest error of a chunk, mean over chunks: {_errors(one)}"
+            f"what FAST changes at most in a chunk, mean over chunks (of the range): {_errors(one)}"
             for one in self.sets
         ]
 
@@ -113,6 +122,8 @@ class TokenReport:
                 **{f"fast_{name}": value for name, value in _lengths(one.postfix[one.postfix >= 0]).items()},
                 "too_long": int(((one.prompt > self.max_prompt) | (one.postfix > self.max_postfix)).sum()),
                 "not_spelled": int((one.postfix == UNSPELLED).sum()),
+                "held_out": one.held[0],
+                "held_out_not_spelled": one.held[1],
             }
             for one in self.sets
         ]
@@ -122,6 +133,7 @@ class TokenReport:
                 "number": name,
                 "mean_error": float(one.error[:, at].mean()),
                 "largest_error": float(one.error[:, at].max()),
+                "range": float(one.ranges[at]),
                 "mean_error_normalised": float(one.normalised[:, at].mean()),
                 "largest_error_normalised": float(one.normalised[:, at].max()),
             }
@@ -179,7 +191,10 @@ def _measured(recipe: Recipe, source: int, robot: Robot, frames: int) -> SetToke
         back = np.stack(found)
         normalised = np.abs(back - chunks[kept]).max(axis=1)
         error = np.abs(recipe.unnormalize_actions(source, back) - robot.chunks[kept]).max(axis=1)
-    return SetTokens(robot.name, frames, prompt, postfix, names, error, normalised)
+    held = recipe.normalize_actions(source, robot.held_chunks) if robot.held_chunks is not None else ()
+    unspelled = sum(not recipe.encoder.spells(chunk) for chunk in held)
+    ranges = np.ptp(robot.chunks, axis=(0, 1)).astype(np.float64)
+    return SetTokens(robot.name, frames, prompt, postfix, names, error, normalised, ranges, (len(held), unspelled))
 
 
 def _lengths(counts: npt.NDArray[np.int64]) -> dict[str, float]:
@@ -197,5 +212,8 @@ def _spread(counts: npt.NDArray[np.int64]) -> str:
 def _errors(one: SetTokens) -> str:
     if not len(one.error):
         return "none could be spelled"
-    parts = [f"{name} {value:.3g}" for name, value in zip(one.action_names, one.error.mean(axis=0), strict=True)]
+    parts = [
+        f"{name} {value:.3g} ({100 * value / width:.2g} %)" if width else f"{name} {value:.3g}"
+        for name, value, width in zip(one.action_names, one.error.mean(axis=0), one.ranges, strict=True)
+    ]
     return ", ".join(parts[:8]) + (f" and {len(parts) - 8} more" if len(parts) > 8 else "")

@@ -1,4 +1,4 @@
 """Training on the devices there are: processes, sharding, precision, optimisers, averages, adapters, state on disk.
 
-Imports: checkpoints, checkpoints.layout, checkpoints.peft, files, model, train.step.
+Imports: checkpoints, checkpoints.layout, checkpoints.peft, files, model, planning, train.step.
 """

@@ -10,14 +10,12 @@ All processes of a run must see the folder.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
 import re
 import secrets
 import shutil
-import socket
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -28,6 +26,8 @@ from ki_edge.errors import ArgumentError, CheckpointError
 from ki_edge.files.publishing import publishing
 from ki_edge.files.reading import read_object
 from ki_edge.files.writing import write_file, writing
+
+from .lock import LOCK, locked
 
 if TYPE_CHECKING:
     from .processes import Processes
@@ -43,7 +43,6 @@ OF_A_RUN = (
     "log.jsonl",
     "evaluation.jsonl",
 )  # what a fresh one does not go on with
-LOCK = ".lock"
 REMOVED = ".removed-"
 MOST = 10_000  # checkpoints that a run may be told to keep
 KEEP = re.compile(r"(last|best):(\d{1,5})", re.ASCII)
@@ -77,14 +76,25 @@ class RunFolder:
         """ArgumentError if another process trains into it, CheckpointError if it cannot be made or read."""
         self.out, self.keep, self._processes = Path(out), keep, processes
         self._lock: int | None = None
+        self._made: list[Path] = []  # of what a refused command leaves nothing: the lock, folders
         with processes.together():
             if processes.main:
                 if self.out.exists() and not self.out.is_dir():
                     raise ArgumentError(f"{out} is a file: name a folder for the run")
-                with writing(self.out, CheckpointError):
-                    self.out.mkdir(parents=True, exist_ok=True)
-                    self._lock = _locked(self.out)
-                _sweep(self.out)
+                try:
+                    self._take()
+                except BaseException:
+                    self.abandon()
+                    raise
+
+    def _take(self) -> None:
+        """Make and lock the folder."""
+        with writing(self.out, CheckpointError):
+            self._made = [path for path in (self.out / LOCK, self.out, *self.out.parents) if not path.exists()]
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._lock = locked(self.out)
+        _refuse_links(self.out / STATE)
+        _sweep(self.out)
 
     def steps(self) -> dict[int, Path]:
         """The checkpoints by step, the oldest first; what has such a name and no training state is somebody else's."""
@@ -143,6 +153,17 @@ class RunFolder:
                 path.unlink()
         for path in self.steps().values():
             _remove(path)
+
+    def abandon(self) -> None:
+        """Close a folder into which nothing was trained: what was made for this run alone is gone again."""
+        lock = self.out / LOCK
+        for path in self._made:
+            with suppress(OSError):  # a folder that is not empty stays
+                if path != lock:
+                    path.rmdir()
+                elif self._lock is not None:  # else it is another process's
+                    path.unlink()
+        self.close()
 
     def close(self) -> None:
         """Let go of the lock."""
@@ -234,24 +255,12 @@ def _link(path: Path, name: str) -> None:
             made.unlink(missing_ok=True)
 
 
-def _locked(out: Path) -> int | None:
-    """A descriptor that holds the folder's lock; None where the file system has no locks."""
-    # no link is followed: what it points to would be emptied
-    descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.read(descriptor, 100).decode("ascii", "replace").strip()
-        os.close(descriptor)
-        raise ArgumentError(
-            f"another process trains into {out} ({holder or 'unknown'}): wait for it, end it, or name another folder"
-        ) from None
-    except OSError:
-        os.close(descriptor)
-        return None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode("ascii", "replace"), 0)
-    return descriptor
+def _refuse_links(folder: Path) -> None:
+    """ArgumentError if what a run writes to would be somewhere else."""
+    inside = folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ()
+    for path in (folder, *inside):
+        if path.is_symlink():
+            raise ArgumentError(f"{path} is a link, and a run writes into folders of its own: name another folder")
 
 
 def _sweep(out: Path) -> None:

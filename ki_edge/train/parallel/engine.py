@@ -15,10 +15,10 @@ from ki_edge.errors import ArgumentError
 from ki_edge.model import Pi05
 from ki_edge.model.checkpoint import write_checkpoint
 from ki_edge.model.layers import Layer
+from ki_edge.planning.settings import BACKBONE_SIDE, TrainSettings
 from ki_edge.proc import peak_memory
 from ki_edge.train.step.batch import Batch
 from ki_edge.train.step.objective import Objective, Terms
-from ki_edge.train.step.settings import BACKBONE_SIDE, TrainSettings
 from ki_edge.train.step.training_data import Share
 
 from . import state

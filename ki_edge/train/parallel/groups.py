@@ -8,7 +8,7 @@ from torch import nn
 
 from ki_edge.errors import ArgumentError
 from ki_edge.model import Pi05
-from ki_edge.train.step.settings import BACKBONE_SIDE, GROUPS
+from ki_edge.planning.settings import BACKBONE_SIDE, GROUPS
 
 EMBEDDINGS = "backbone.embed_tokens."
 

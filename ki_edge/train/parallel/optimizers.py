@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ki_edge.errors import ArgumentError
-from ki_edge.train.step.settings import TrainSettings
+from ki_edge.planning.settings import TrainSettings
 
 from .groups import group_of
 from .processes import Processes

@@ -13,7 +13,7 @@ from ki_edge.train.step.objective import Terms
 
 from .processes import Processes
 
-COLUMNS = ("flow", "tokens", "kind", "source", "task", "row")  # of what is gathered of every sample
+COLUMNS = ("flow", "tokens", "spelled", "kind", "source", "task", "row")  # of what is gathered of every sample
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,16 @@ class StepResult:
     """Of one step, the same on every process.
 
     `terms`: flow, fast, text that the step had samples of, each its mean over the whole step; `total`, what was
-    minimised. `flow`, `tokens` f64 [n]: each sample's own means, NaN where it has none; `kind`, `source`, `task`, `row`
-    i64 [n]; all on the CPU, samples process by process, batch by batch. `grad_norm`: before clipping.
+    minimised. `flow`, `tokens` f64 [n]: each sample's own means, NaN where it has none; `spelled` (whether it has a
+    postfix), `kind`, `source`, `task`, `row` i64 [n]. All on the CPU, samples process by process, batch by batch.
+    `grad_norm`: before clipping.
     """
 
     terms: dict[str, float]
     grad_norm: float
     flow: Tensor
     tokens: Tensor
+    spelled: Tensor
     kind: Tensor
     source: Tensor
     task: Tensor
@@ -42,7 +44,9 @@ def gathered(
     shares = processes.sum(torch.stack([part.shares for part in terms]).sum(dim=0).double())
     total = processes.sum(torch.stack([part.total for part in terms]).sum().double())
     columns = [
-        torch.stack([part.flow, part.tokens, batch.kind, batch.source, batch.task, batch.row], dim=1).double()
+        torch.stack(
+            [part.flow, part.tokens, batch.spelled, batch.kind, batch.source, batch.task, batch.row], dim=1
+        ).double()
         for batch, part in zip(batches, terms, strict=True)
     ]
     rows = processes.gather(torch.cat(columns)).cpu()
@@ -62,7 +66,7 @@ def is_finite(result: StepResult) -> bool:
 def diverged(step: int, result: StepResult, *, tokens: bool) -> DivergedError:
     """Names the samples whose own loss is not finite, if that is the reason."""
     flow = (result.kind == ACTIONS) & ~torch.isfinite(result.flow)
-    bad = flow | ~torch.isfinite(result.tokens) if tokens else flow
+    bad = flow | ((result.spelled > 0) & ~torch.isfinite(result.tokens)) if tokens else flow
     samples = [(int(result.source[at]), int(result.row[at])) for at in bad.nonzero().flatten()]
     what = "the loss" if samples else "the gradient"
     return DivergedError(

@@ -61,11 +61,17 @@ class Batch:
         return _map(self, lambda tensor: tensor.pin_memory())
 
     def counts(self) -> Tensor:
-        """What each term of TERMS is a mean over, f64 [3]: numbers of free actions, samples of each kind."""
+        """What each term of TERMS is a mean over, f64 [3]: numbers of free actions, samples with a postfix by kind."""
         free = self.free.reshape(-1, len(self), self.real.shape[1])
         numbers = (free * self.dims.sum(dim=1)[None, :, None]).sum()
-        is_action = self.kind == ACTIONS
-        return torch.stack([numbers, is_action.sum(), (~is_action).sum()]).double()
+        is_action, spelled = self.kind == ACTIONS, self.spelled
+        return torch.stack([numbers, (spelled & is_action).sum(), (spelled & ~is_action).sum()]).double()
+
+    @property
+    def spelled(self) -> Tensor:
+        """Which samples have a postfix, bool [B]: a chunk that is too long or cannot be spelled has none."""
+        mask = self.observation.fast_mask
+        return torch.zeros_like(self.kind, dtype=torch.bool) if mask is None else mask.any(dim=1)
 
     @property
     def free(self) -> Tensor:

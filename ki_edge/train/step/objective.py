@@ -55,7 +55,7 @@ class Objective(nn.Module):
         with torch.no_grad():
             absent = torch.full_like(each_flow, torch.nan)
             flow = torch.where(numbers > 0, each_flow.detach() / numbers.clamp(min=1), absent)
-            seen = absent if losses.fast is None else losses.fast.detach()
+            seen = absent if losses.fast is None else torch.where(batch.spelled, losses.fast.detach(), absent)
         total = torch.stack([weight * share for weight, share in zip(self.weights, shares, strict=True)]).sum()
         return Terms(total, shares.detach(), flow, seen)
 

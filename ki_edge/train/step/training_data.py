@@ -35,10 +35,16 @@ class TrainingData(Protocol):
         """This process's batches for step `first` and those after, to the last one, each as `accumulate` batches."""
 
     def held_out(self, share: Share) -> Iterator[Batch]:
-        """Samples of the episodes that were held out, always the same draws, in batches; empty if none were."""
+        """A process's share of the samples that were held out, always the same draws, in batches; empty if none were.
+
+        Every sample is in exactly one share, so shares may differ by one.
+        """
 
     def where(self, source: int, row: int) -> str:
         """A sample's dataset, episode and frame, for messages."""
+
+    def label(self, source: int, row: int) -> str:
+        """The same with the dataset's name instead of its path, for pages."""
 
     def decode_actions(self, source: int, ids: npt.ArrayLike) -> npt.NDArray[np.float64] | None:
         """Normalised actions f64 [H,a] that a postfix's ids spell, with "Action: " or without; None: none."""

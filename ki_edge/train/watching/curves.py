@@ -68,12 +68,14 @@ def chart(
     axis: str = "step",
     log: bool = False,
     zero: bool = False,
+    one: bool = False,
     width: int = WIDTH,
     height: int = 190,
 ) -> str:
     """The curves in one panel, with a legend above it where it has labels; "" where there is nothing to draw.
 
-    `log`: the vertical axis is logarithmic, if all values are above 0. `zero`: it begins at 0 or below.
+    `log`: the vertical axis is logarithmic, if all values are above 0. `zero`: it begins at 0 or below; `one`: it
+    ends at 1 or above.
     """
     curves = [thin for curve in curves if np.isfinite((thin := _thinned(curve)).y).any()]
     if not curves:
@@ -81,7 +83,8 @@ def chart(
     values = np.concatenate([curve.y[np.isfinite(curve.y)] for curve in curves])
     places = np.concatenate([curve.x for curve in curves])
     log = log and float(values.min()) > 0
-    panel = _Panel((float(places.min()), float(places.max())), _limits(values, log, zero), log, (width, height))
+    limits = _limits(np.append(values, 1.0) if one else values, log, zero)
+    panel = _Panel((float(places.min()), float(places.max())), limits, log, (width, height))
     parts = [*panel.grid(axis), *(part for curve in curves for part in panel.curve(curve))]
     svg = f'<svg class="chart" viewBox="0 0 {width} {height}" role="img">{"".join(parts)}</svg>'
     return legend([(curve.label, curve.colour) for curve in curves if curve.label]) + svg
@@ -111,6 +114,8 @@ class _Panel:
             yield f'<text x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{_number(value)}</text>'
         foot = self._height - 9
         for value in _round_numbers(*self._x, self._width // 130):
+            if value != round(value):  # steps and places are whole
+                continue
             yield f'<text x="{self._right(value):.1f}" y="{foot}" text-anchor="middle">{_number(value)}</text>'
         yield f'<text x="8" y="{foot}">{escape(axis)}</text>'
 

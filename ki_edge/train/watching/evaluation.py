@@ -21,12 +21,14 @@ from ki_edge.model.loss import postfix_cross_entropy
 from ki_edge.train.step.batch import ACTIONS, Batch
 from ki_edge.train.step.training_data import Share, TrainingData
 
-# Each is a mean. Errors are absolute, over recorded actions: in robot units, and in those of the model.
+# Each is a mean. Errors are absolute, over recorded actions: in robot units, and in those of the model. `text` and
+# `text_accuracy`: of the samples of text sets; `not_spelled`: share of recorded chunks that FAST has no tokens for.
 METRICS = (
     "flow", "fast", "fast_accuracy", "text", "text_accuracy", "action_error", "action_error_normalised",
-    "fast_action_error", "fast_action_error_normalised", "fast_undecodable",
+    "fast_action_error", "fast_action_error_normalised", "fast_undecodable", "not_spelled",
 )  # fmt: skip
-BY_DATASET = ("flow", "fast", "action_error")
+BY_DATASET = ("flow", "fast", "text", "action_error", "action_error_normalised", "fast_action_error", "not_spelled")
+IN_UNITS = ("action_error", "fast_action_error")  # no mean over robots, whose units differ
 PREFIX = "held_out_"
 Float64 = npt.NDArray[np.float64]
 
@@ -47,7 +49,8 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """A chunk of a held-out sample in robot units, f64 [h,a], h of it recorded; `fast` None: the tokens spell none."""
+    """A chunk of a held-out sample in robot units, f64 [h,a], h of it recorded; `fast` None: the tokens spell none, or
+    `spelled` is false: FAST has none for the recorded chunk, so nothing was asked for."""
 
     where: str
     task: str
@@ -55,12 +58,13 @@ class Prediction:
     recorded: Float64
     flow: Float64
     fast: Float64 | None
+    spelled: bool = True
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """`values`: held_out_flow and so on, of what there was; of a mixture also held_out_flow/NAME. `predictions`: of the
-    first samples of the main process, none elsewhere."""
+    """`values`: held_out_flow and so on, of what there was; of a mixture also held_out_flow/NAME, and of robots whose
+    units differ held_out_action_error/NAME alone. `predictions`: of samples of the main process, none elsewhere."""
 
     values: dict[str, float]
     predictions: tuple[Prediction, ...] = ()
@@ -69,7 +73,7 @@ class Evaluation:
 def evaluate(engine: Engine, data: TrainingData, *, num_steps: int = 10, shown: int = 4) -> Evaluation:
     """All held-out samples, under the moving average; no values if nothing was held out.
 
-    `num_steps` of denoising; `shown`: predictions that are kept to be looked at.
+    `num_steps` of denoising; `shown`: predictions that are kept to be looked at, evenly over the samples.
     """
     sums = torch.zeros(len(data.names), len(METRICS), 2, dtype=torch.float64)
     found: list[Prediction] = []
@@ -80,13 +84,14 @@ def evaluate(engine: Engine, data: TrainingData, *, num_steps: int = 10, shown: 
                 scores = _Scores(sums, data, batch, sample)
                 scores.add_losses()
                 scores.add_actions()
-                if engine.main and len(found) < shown:
-                    found += scores.predictions(shown - len(found))
+                if engine.main:
+                    found += scores.predictions()
     if engine.world > 1:
         shared = sums.to(engine.device)
         torch.distributed.all_reduce(shared)
         sums = shared.cpu()
-    return Evaluation(_means(sums.numpy(), data.names), tuple(found))
+    kept = sorted({int((at + 0.5) * len(found) / shown) for at in range(shown)}) if found else []
+    return Evaluation(_means(sums.numpy(), data.names), tuple(found[at] for at in kept))
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +147,7 @@ class _Scores:
         self._sums, self._data, self._predicted = sums.numpy(), data, predicted
         self._batch = batch = batch.to("cpu")
         self._source = batch.source.numpy()
+        self._said: dict[int, Float64 | None] = {}
         self._acts = np.flatnonzero((batch.kind == ACTIONS).numpy() & batch.real.any(dim=1).numpy())
 
     def add_losses(self) -> None:
@@ -165,25 +171,29 @@ class _Scores:
         for row in self._acts:
             recorded, real, dims = self._recorded(row)
             self._add_error(row, "action_error", self._predicted.sampled[row][real][:, dims], recorded)
-            if (spelled := self._spelled(row)) is None:
+            spelled = self._spelled(row)
+            if self._predicted.said is not None:
+                self._add(row, "not_spelled", float(spelled is None))
+            if spelled is None:
                 continue
             self._add(row, "fast_undecodable", float(len(spelled) == 0))
             if len(spelled):
                 self._add_error(row, "fast_action_error", spelled[real], recorded)
 
-    def predictions(self, most: int) -> Iterator[Prediction]:
-        """The first samples' chunks, in robot units."""
-        for row in self._acts[:most]:
+    def predictions(self) -> Iterator[Prediction]:
+        """The samples' chunks, in robot units."""
+        for row in self._acts:
             source = int(self._source[row])
             recorded, real, dims = self._recorded(row)
             spelled = self._spelled(row)
             yield Prediction(
-                self._data.where(source, int(self._batch.row[row])),
+                self._data.label(source, int(self._batch.row[row])),
                 self._data.tasks[int(self._batch.task[row])],
                 tuple(self._data.action_names(source)),
                 self._robot(row, recorded),
                 self._robot(row, self._predicted.sampled[row][real][:, dims]),
                 None if spelled is None or not len(spelled) else self._robot(row, spelled[real]),
+                spelled is not None or self._predicted.said is None,
             )
 
     def _recorded(self, row: int) -> tuple[Float64, npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
@@ -193,6 +203,11 @@ class _Scores:
 
     def _spelled(self, row: int) -> Float64 | None:
         """Normalised actions f64 [H,a] of the likeliest tokens, empty if they spell none; None without a postfix."""
+        if row not in self._said:
+            self._said[row] = self._decoded(row)
+        return self._said[row]
+
+    def _decoded(self, row: int) -> Float64 | None:
         mask = self._batch.observation.fast_mask
         if self._predicted.said is None or mask is None or not bool(mask[row].any()):
             return None
@@ -214,7 +229,8 @@ class _Scores:
 
 def _means(sums: Float64, names: Sequence[str]) -> dict[str, float]:
     """Of all datasets, and of some by dataset."""
-    found = _divided(sums.sum(axis=0), METRICS, "")
+    robots = int((sums[:, METRICS.index("action_error"), 1] > 0).sum())
+    found = _divided(sums.sum(axis=0), [name for name in METRICS if robots < 2 or name not in IN_UNITS], "")
     if len(names) > 1:
         for index, name in enumerate(names):
             found |= _divided(sums[index], BY_DATASET, f"/{name}")

@@ -11,6 +11,22 @@ import numpy as np
 from .curves import Curve, chart, table
 
 MOST_ROWS, MOST_VALUES = 64, 4096
+WORDS = {
+    "fast_ids": "FAST ids in the codec",
+    "highest_id": "the first of them in the vocabulary, others follow downwards",
+    "vocabulary": "words of the model's vocabulary",
+    "steps_a_unit": "steps to which a coefficient of 1 is rounded",
+    "longest_prompt_allowed": "tokens of a prompt, at most",
+    "longest_postfix_allowed": "tokens of a chunk, at most",
+    "datasets": "Tokens by dataset",
+    "actions": "What FAST changes in a chunk at most, by number of an action",
+    "chunks_by_fast_tokens": "chunks by their FAST tokens",
+    "prompt_tokens_mean": "prompt, mean", "prompt_tokens_p99": "99 %", "prompt_tokens_max": "longest",
+    "fast_tokens_mean": "FAST, mean", "fast_tokens_p99": "99 % of FAST", "fast_tokens_max": "longest FAST",
+    "held_out_not_spelled": "of them not spelled",
+    "mean_error": "mean over chunks", "largest_error": "largest", "mean_error_normalised": "mean, normalised",
+    "largest_error_normalised": "largest, normalised",
+}  # fmt: skip
 
 
 def fast_section(content: Mapping[str, Any]) -> str:
@@ -41,7 +57,7 @@ def _objects(entries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _words(name: object) -> str:
-    return str(name).replace("_", " ")[:80]
+    return WORDS.get(str(name), str(name).replace("_", " ")[:80])
 
 
 def _text(value: object) -> str:

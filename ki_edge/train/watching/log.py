@@ -77,21 +77,24 @@ def by_group(
     tokens: npt.ArrayLike,
     source: npt.ArrayLike,
     task: npt.ArrayLike,
+    acts: npt.ArrayLike,
     *,
     names: Sequence[str],
     tasks: Sequence[str],
 ) -> dict[str, float]:
-    """Means by dataset and by task of a step's samples: `flow/NAME`, `fast/NAME`, `task/TEXT`; none of one dataset.
+    """Means by dataset and by task of a step's samples: `flow/NAME`, `fast/NAME` or of a text set `text/NAME`,
+    `task/TEXT`; none of one dataset.
 
-    flow, tokens float [N], NaN where a sample has none; source, task int [N]. Of the tasks the first MOST_TASKS.
+    flow, tokens float [N], NaN where a sample has none; source, task int [N]; acts bool
+    [N]: whether it is of actions, not text. Of the tasks the first MOST_TASKS.
     """
     flow, tokens = np.asarray(flow, np.float64), np.asarray(tokens, np.float64)
-    source, task = np.asarray(source), np.asarray(task)
+    source, task, acts = np.asarray(source), np.asarray(task), np.asarray(acts, np.bool_)
     found: dict[str, float] = {}
     if len(names) > 1:
         for index, name in enumerate(names):
-            for term, values in (("flow", flow), ("fast", tokens)):
-                if known := _mean(values[source == index]):
+            for term, values, own in (("flow", flow, acts), ("fast", tokens, acts), ("text", tokens, ~acts)):
+                if known := _mean(values[own & (source == index)]):
                     found[f"{term}/{name}"] = known[0]
     if len(tasks) > 1:
         for index, text in enumerate(tasks[:MOST_TASKS]):

@@ -22,8 +22,10 @@ from ki_edge.model.loss import embed_fast_sequence
 from ki_edge.train.step.batch import ACTIONS, Batch
 
 LOWER = 0.8  # of the loss without the tokens: a checkpoint whose loss with them is below that was trained with them
-SURE = 3.0  # standard errors that the difference of a sample must have
-LEAST = 8  # samples that say anything
+SURE = 3.0  # standard errors that the difference of a frame must have
+LEAST = 8  # frames that say anything
+LEARNT = 0.8  # of the loss of predicting nothing: a policy that is not below that knows these data in neither way
+ROUNDING = 1e-6  # of a loss: a smaller difference is none
 # fields of config.json that the code had which trained so; LeRobot and OpenTau, who do it right, have others
 OLD_FIELDS = ("ki_fast_token_loss_weight", "ki_fast_loss_weight")
 RETRAIN = (
@@ -34,31 +36,47 @@ RETRAIN = (
 
 @dataclass(frozen=True)
 class Probe:
-    """Flow loss of `samples` without and with their FAST tokens in view of the expert; `sure`: standard errors by which
-    a sample's loss without them is higher."""
+    """Flow loss of `samples` different frames without and with their FAST tokens in view of the expert; `sure`:
+    standard errors by which a frame's loss without them is higher; `nothing`: the loss of a velocity of 0."""
 
     without: float
     seeing: float
     samples: int
     sure: float
+    nothing: float = math.inf
 
     @property
     def leaks(self) -> bool:
         """Whether it was trained with them in view."""
         return self.seeing < LOWER * self.without and self.sure > SURE
 
+    @property
+    def doubt(self) -> str | None:
+        """Why it cannot be told; None if it can."""
+        if self.leaks:
+            return None
+        if min(self.without, self.seeing) > LEARNT * self.nothing:
+            return f"the policy has not learnt such data (predicting nothing has a loss of {self.nothing:.4g})"
+        if self.seeing < LOWER * self.without:
+            return f"the difference is {self.sure:.1f} standard errors, {SURE:g} are needed: look at more --samples"
+        return None
+
     def line(self) -> str:
         """What was found, for people."""
         figures = (
             f"flow loss {self.without:.4g} as it acts, {self.seeing:.4g} with the FAST tokens in view, over "
-            f"{self.samples} samples"
+            f"{self.samples} frames, {self.sure:.1f} standard errors apart"
         )
+        if self.doubt is not None:
+            return f"{figures}: cannot tell: {self.doubt}"
         return f"{figures}: {RETRAIN if self.leaks else 'it was not trained with them in view'}"
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         found = {"flow": self.without, "flow_with_tokens": self.seeing, "samples": self.samples}
-        return {**found, "standard_errors": self.sure, "leaks": self.leaks}
+        known = {"flow_of_nothing": self.nothing, "standard_errors": self.sure}
+        finite = {name: value if math.isfinite(value) else None for name, value in known.items()}
+        return {**found, **finite, "leaks": None if self.doubt else self.leaks, "doubt": self.doubt}
 
 
 def told_by_config(folder: Path) -> str | None:
@@ -75,9 +93,11 @@ def told_by_config(folder: Path) -> str | None:
 
 
 def probe(model: Pi05, batches: Iterable[Batch]) -> Probe:
-    """Of samples that it was not trained on, on the model's device. DatasetError for fewer than 8 with FAST tokens."""
-    without: list[float] = []
-    seeing: list[float] = []
+    """Of samples that it was not trained on, on the model's device. DatasetError for fewer than 8 with FAST tokens.
+
+    A frame that comes again, with other noise, makes its own loss more exact and counts once.
+    """
+    frames: dict[tuple[int, int], list[tuple[float, float, float]]] = {}
     model.eval()
     for batch in batches:
         moved = batch.to(next(model.parameters()).device)
@@ -86,16 +106,24 @@ def probe(model: Pi05, batches: Iterable[Batch]) -> Probe:
             continue
         rows = (moved.kind == ACTIONS) & mask.any(dim=1) & moved.real.any(dim=1)
         with torch.no_grad():
-            for found, tokens in ((without, False), (seeing, True)):
-                found += _flow(model, moved, tokens=tokens)[rows].tolist()
-    if len(without) < LEAST:
-        raise DatasetError(f"{len(without)} samples with FAST tokens, at least {LEAST} are needed to say anything")
-    apart = torch.tensor(without, dtype=torch.float64) - torch.tensor(seeing, dtype=torch.float64)
-    error = float(apart.std()) / math.sqrt(len(apart))
-    return Probe(
-        sum(without) / len(without), sum(seeing) / len(seeing), len(without),
-        float(apart.mean()) / error if error else math.copysign(math.inf, float(apart.mean())),
-    )  # fmt: skip
+            found = torch.stack([_flow(model, moved, tokens=tokens) for tokens in (False, True)] + [_nothing(moved)])
+        for at in rows.nonzero().flatten().tolist():
+            one, two, three = found[:, at].double().tolist()
+            frames.setdefault((int(batch.source[at]), int(batch.row[at])), []).append((one, two, three))
+    if len(frames) < LEAST:
+        raise DatasetError(f"{len(frames)} samples with FAST tokens, at least {LEAST} are needed to say anything")
+    each = torch.tensor([[sum(part) / len(seen) for part in zip(*seen, strict=True)] for seen in frames.values()],
+                        dtype=torch.float64)  # fmt: skip
+    without, seeing, nothing = each.mean(dim=0).tolist()
+    return Probe(without, seeing, len(each), _standard_errors(each[:, 0] - each[:, 1], without), nothing)
+
+
+def _standard_errors(apart: Tensor, loss: float) -> float:
+    """By how many a mean difference is above 0; 0 for what rounding makes of none."""
+    mean, error = float(apart.mean()), float(apart.std()) / math.sqrt(len(apart))
+    if abs(mean) <= ROUNDING * abs(loss):
+        return 0.0
+    return mean / error if error > 0 else math.copysign(math.inf, mean)
 
 
 def flow_with_tokens(model: Pi05, batch: Batch) -> Tensor:
@@ -119,6 +147,15 @@ def _flow(model: Pi05, batch: Batch, *, tokens: bool) -> Tensor:
         squares = flow_with_tokens(model, batch)
     else:
         squares = model.compute_loss(batch.observation, batch.actions, noise=batch.noise, time=batch.time).flow
+    return _mean(batch, squares)
+
+
+def _nothing(batch: Batch) -> Tensor:
+    """The same of a velocity of 0."""
+    return _mean(batch, (batch.noise - batch.actions.repeat(len(batch.noise) // len(batch), 1, 1)).square())
+
+
+def _mean(batch: Batch, squares: Tensor) -> Tensor:
     draws = len(batch.noise) // len(batch)
     counts = (batch.real[:, :, None] & batch.dims[:, None, :]).to(squares.dtype)  # [B,H,A]
     total = (squares.reshape(draws, *counts.shape) * counts).sum(dim=(0, 2, 3))

@@ -22,10 +22,16 @@ from . import curves
 from .curves import Curve, chart, smoothed, table
 from .fast_report import fast_section
 from .log import EVALUATIONS, LOG, Row, column, read_rows
+from .overview import overview
 from .predictions import prediction_section
 
 PAGE, RUN = "train.html", "run.json"
 LOSSES = {"flow": "flow matching", "fast": "FAST tokens", "text": "words"}
+BY_DATASET = {"flow": "flow", "fast": "FAST", "text": "words"}
+TITLES = {
+    "format": "Version of run.json", "settings": "Settings", "origin": "What it was started from",
+    "facts": "Digests and facts of data, model and code",
+}  # fmt: skip
 MOST_GROUPS = 8  # curves in one panel
 LAST = 12  # evaluations in the table
 LONG = 200  # characters of a value in a table
@@ -60,7 +66,7 @@ def to_html(folder: Path) -> str:
     name = folder.resolve().parent.name
     sections = (
         ("Losses", _losses(rows)),
-        ("Losses by dataset", _grouped(rows, "flow/", "flow") + _grouped(rows, "fast/", "FAST")),
+        ("Losses by dataset", "".join(_grouped(rows, f"{name}/", label) for name, label in BY_DATASET.items())),
         ("Losses by task", _tasks(rows)),
         ("Evaluation on held-out episodes", _evaluation(evaluations)),
         ("Success on the robot", _robot(evaluations)),
@@ -68,24 +74,21 @@ def to_html(folder: Path) -> str:
         ("Learning rate and gradient", _optimisation(rows)),
         ("Throughput and memory", _throughput(rows)),
         ("FAST", fast_section(_object(folder / "fast.json"))),
-        ("What was trained", _facts(run)),
+        ("All settings and facts", _facts(run)),
     )
-    body = "".join(f"<h2>{title}</h2>{content}" for title, content in sections if content)
+    shown = [(title, content) for title, content in sections if content]
+    links = ", ".join(f'<a href="#s{at}">{title}</a>' for at, (title, _) in enumerate(shown))
+    body = "".join(f'<h2 id="s{at}">{title}</h2>{content}' for at, (title, content) in enumerate(shown))
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Training {escape(name)}</title><style>{STYLE}{curves.STYLE}</style></head><body>
 <h1>Training {escape(name)}</h1>
-<p>{escape(_summary(rows, run))}</p>
+{overview(folder, rows, evaluations, run)}
 {_tiles(rows, evaluations)}
+<p class="note">{links}</p>
 {body}
 </body></html>
 """
-
-
-def _summary(rows: Sequence[Row], run: Mapping[str, Any]) -> str:
-    steps = run.get("settings", {}).get("steps") if isinstance(run.get("settings"), dict) else None
-    of = f" of {steps:,}" if isinstance(steps, int) else ""
-    return f"Step {rows[-1]['step']:,}{of}." if rows else "Nothing was logged yet."
 
 
 def _tiles(rows: Sequence[Row], evaluations: Sequence[Row]) -> str:
@@ -94,7 +97,7 @@ def _tiles(rows: Sequence[Row], evaluations: Sequence[Row]) -> str:
     wanted = (
         (rows, "flow", "flow loss"), (rows, "fast", "FAST loss"), (rows, "samples_per_s", "samples/s"),
         (rows, "loader_samples_per_s", "loader, samples/s"), (evaluations, "held_out_flow", "held-out flow"),
-        (evaluations, "held_out_action_error", "held-out action error"),
+        (evaluations, "held_out_action_error_normalised", "held-out action error, normalised"),
         (evaluations, "robot_success", "robot success"),
     )  # fmt: skip
     for where, name, label in wanted:
@@ -167,15 +170,17 @@ def _evaluation(evaluations: Sequence[Row]) -> str:
     steps = column(evaluations, "step")
     panels = (
         (("held_out_flow", "flow"), ("held_out_fast", "FAST tokens"), ("held_out_text", "words")),
-        (("held_out_action_error", "error of sampled actions, robot units"),
-         ("held_out_fast_action_error", "error of decoded FAST actions, robot units")),
+        (("held_out_action_error_normalised", "error of sampled actions, normalised"),
+         ("held_out_fast_action_error_normalised", "error of decoded FAST actions, normalised")),
         (("held_out_fast_accuracy", "FAST tokens right"), ("held_out_text_accuracy", "words right"),
-         ("held_out_fast_undecodable", "FAST that spells no actions")),
+         ("held_out_fast_undecodable", "FAST that spells no actions"),
+         ("held_out_not_spelled", "recorded chunks that FAST cannot spell")),
     )  # fmt: skip
     drawn = [
         chart(
             [Curve(label, steps, column(evaluations, name), at, dots=True) for at, (name, label) in enumerate(panel)],
             zero=index == 2,
+            one=index == 2,
             height=170,
         )
         for index, panel in enumerate(panels)
@@ -187,7 +192,20 @@ def _evaluation(evaluations: Sequence[Row]) -> str:
         if any(name in row for name in names)
     ]
     heads = ("step", *(name.removeprefix("held_out_").replace("_", " ") for name in names))
-    return "".join(drawn) + (table(heads, cells) if cells else "")
+    units = '<p class="note">Errors are means over recorded actions; where not normalised, in robot units.</p>'
+    return "".join(drawn) + (table(heads, cells) + units if cells else "") + _by_dataset(evaluations)
+
+
+def _by_dataset(evaluations: Sequence[Row]) -> str:
+    """The newest evaluation of a mixture, a row for each dataset."""
+    newest = evaluations[-1] if evaluations else {}
+    known = [
+        name.removeprefix("held_out_").split("/", 1) for name in newest if name.startswith("held_out_") and "/" in name
+    ]
+    metrics, names = (list(dict.fromkeys(pair[at] for pair in known)) for at in range(2))
+    cells = [(name, *(_cell(newest.get(f"held_out_{metric}/{name}")) for metric in metrics)) for name in names]
+    heads = (f"dataset, step {newest.get('step')}", *(metric.replace("_", " ") for metric in metrics))
+    return table(heads, cells) if cells else ""
 
 
 def _robot(evaluations: Sequence[Row]) -> str:
@@ -195,10 +213,11 @@ def _robot(evaluations: Sequence[Row]) -> str:
     steps = column(tried, "step")
     drawn = chart(
         [
+            Curve("success at any time", steps, column(tried, "robot_success_any"), 0, "thick", dots=True),
             Curve("success at the end", steps, column(tried, "robot_success"), 2, dots=True),
-            Curve("success at any time", steps, column(tried, "robot_success_any"), 0, "dashed"),
         ],
         zero=True,
+        one=True,
         height=170,
     )
     failed = [
@@ -223,7 +242,8 @@ def _facts(run: Mapping[str, Any]) -> str:
     parts = []
     for title, content in run.items():
         leaves = list(_leaves(content)) if isinstance(content, dict) else [("", _cell(content))]
-        parts.append(f"<details><summary>{escape(str(title))}</summary>{table(('what', 'value'), leaves)}</details>")
+        told = TITLES.get(title, str(title))
+        parts.append(f"<details><summary>{escape(told)}</summary>{table(('what', 'value'), leaves)}</details>")
     return "".join(parts)
 
 

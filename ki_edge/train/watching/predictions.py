@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 PREDICTIONS = "predictions.json"
 MOST_SHOWN, MOST_DIMS, MOST_ACTIONS = 6, 32, 4096
+NO_ACTIONS = "Its likeliest tokens spell no actions."
+UNSPELLED = "FAST has no tokens for these recorded actions: they lie outside what it was fitted on."
 KEYS = (("recorded", 7), ("sampled by flow matching", 0), ("decoded from FAST tokens", 1))
 
 
@@ -37,6 +39,7 @@ def save_predictions(folder: Path, step: int, predictions: Sequence[Prediction])
                 "recorded": _plain(one.recorded),
                 "flow": _plain(one.flow),
                 "fast": None if one.fast is None else _plain(one.fast),
+                "spelled": one.spelled,
             }
             for one in predictions
         ],
@@ -76,7 +79,8 @@ def _one(content: Any) -> str:
         panels.append(
             f'<div><span class="note">{escape(name)}</span>{chart(drawn, axis="action", width=420, height=150)}</div>'
         )
-    none = "" if fast is not None else '<p class="note">Its likeliest tokens spell no actions.</p>'
+    why = UNSPELLED if content.get("spelled") is False else NO_ACTIONS
+    none = "" if fast is not None else f'<p class="note">{why}</p>'
     title = f"{content.get('where')}: {content.get('task')}"
     return f'<h3>{escape(title)}</h3>{none}<div class="panels">{"".join(panels)}</div>'
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,14 @@ from ki_edge.files.writing import writing
 
 CHILD, EXPORT, RUN = "ki_edge.train.watching.child", "ki_export.cli", "ki_runtime.control.cli"
 MAX_REPORT = 64_000_000  # bytes of what ki-run --json prints
+LOOK = 0.5  # seconds between looks whether an evaluation is to stop
 TAIL = 4000  # bytes of a log whose last line says why a command failed
 # What a launcher says of the training's own processes is none of these commands' business.
 OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Stopped(Exception):
+    """An evaluation was to stop, and nothing was measured."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,14 @@ class Trial:
             )
 
 
-def evaluate_robot(checkpoint: Path, trial: Trial, folder: Path) -> dict[str, Any]:
+def evaluate_robot(
+    checkpoint: Path, trial: Trial, folder: Path, stopping: Callable[[], bool] = lambda: False
+) -> dict[str, Any]:
     """Export a checkpoint's folder and run it; what happened is kept in `folder` (OUT/training/eval/step_N).
 
     Returns `robot_success` (the rate at the episodes' ends), `robot_success_any` (at any time), `robot_episodes`,
     `robot_seconds`, or `robot_error`, one line, where an evaluation failed. CheckpointError only if `folder` cannot
-    be written.
+    be written; Stopped once `stopping` says so.
     """
     started = time.monotonic()
     with writing(folder, CheckpointError):
@@ -67,11 +74,10 @@ def evaluate_robot(checkpoint: Path, trial: Trial, folder: Path) -> dict[str, An
         shutil.rmtree(folder / "bundle", ignore_errors=True)
     bundle, report = folder / "bundle", folder / "run.json"
     try:
-        _command(
-            EXPORT, [str(checkpoint), "-o", str(bundle), "--force", *trial.export], folder / "export", trial.seconds
-        )
+        export = [str(checkpoint), "-o", str(bundle), "--force", *trial.export]
+        _command(EXPORT, export, folder / "export", trial.seconds, stopping)
         arguments = [str(bundle), "--robot", trial.robot, "--episodes", str(trial.episodes), "--seed", str(trial.seed)]
-        _command(RUN, [*arguments, "--json", *trial.run], folder / "run", trial.seconds, report)
+        _command(RUN, [*arguments, "--json", *trial.run], folder / "run", trial.seconds, stopping, report)
         found = _success(report)
     except KiEdgeError as error:
         return {"robot_error": str(error)}
@@ -88,7 +94,14 @@ def _success(report: Path) -> dict[str, Any]:
     return {"robot_success": rates[0], "robot_success_any": rates[1], "robot_episodes": len(episodes)}
 
 
-def _command(module: str, arguments: Sequence[str], log: Path, seconds: float, output: Path | None = None) -> None:
+def _command(
+    module: str,
+    arguments: Sequence[str],
+    log: Path,
+    seconds: float,
+    stopping: Callable[[], bool],
+    output: Path | None = None,
+) -> None:
     """Run a command of this project to its end. RobotError with its last line if it fails or takes too long.
 
     Its messages are in LOG.log; what it prints too, or in `output`. Whatever ends the wait ends the command.
@@ -102,13 +115,24 @@ def _command(module: str, arguments: Sequence[str], log: Path, seconds: float, o
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=errors, env=environment, start_new_session=True
         )
     try:
-        status = process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        raise RobotError(f"{module} took longer than {seconds:g} s: see {messages}") from None
+        status = _waited(process, seconds, stopping)
     finally:
         _end(process)
+    if status is None:
+        raise RobotError(f"{module} took longer than {seconds:g} s: see {messages}")
     if status != 0:
         raise RobotError(f"{module} ended with status {status}: {_last_line(messages)} (see {messages})")
+
+
+def _waited(process: subprocess.Popen[bytes], seconds: float, stopping: Callable[[], bool]) -> int | None:
+    """The exit status of a command; None if it takes too long."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        if stopping():
+            raise Stopped
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(min(left, LOOK))
+    return None
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

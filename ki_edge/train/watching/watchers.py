@@ -15,7 +15,7 @@ from ki_edge.train.step.training_data import TrainingData
 from .evaluation import PREFIX, Engine, Evaluation, evaluate
 from .page import write_page
 from .predictions import save_predictions
-from .robot import Trial, evaluate_robot
+from .robot import Stopped, Trial, evaluate_robot
 from .trackers import Tracking
 
 Row = dict[str, Any]
@@ -32,24 +32,39 @@ class Examiner:
     def __init__(self, folder: Path, trial: Trial | None = None, *, tell: Tell, num_steps: int = 10) -> None:
         self._folder, self._trial, self._tell, self._num_steps = folder, trial, tell, num_steps
         self._found = Evaluation({})
+        self._stopping = False
+
+    def stop(self) -> None:
+        """A robot's evaluation that is under way ends, without a result."""
+        self._stopping = True
 
     def evaluate(self, engine: Engine, data: TrainingData) -> Row:
         """See `ki_edge.train.watching.evaluation.evaluate`."""
         self._found = evaluate(engine, data, num_steps=self._num_steps)
         return dict(self._found.values)
 
-    def try_out(self, checkpoint: Path, step: int) -> Row:
-        """See `evaluate_robot`; also keeps the predictions of the evaluation before."""
+    def try_out(self, checkpoint: Path, step: int) -> Row | None:
+        """See `evaluate_robot`; also keeps the predictions of the evaluation before. None if it was stopped."""
         try:
             if self._found.predictions:
                 save_predictions(self._folder, step, self._found.predictions)
             if self._trial is None:
                 return {}
-            found = evaluate_robot(checkpoint, self._trial, self._folder / "eval" / f"step_{step:06d}")
+            self._tell(f"step {step}: exporting it for {self._trial.episodes} episodes on {self._trial.robot} ...")
+            folder = self._folder / "eval" / f"step_{step:06d}"
+            found = evaluate_robot(checkpoint, self._trial, folder, lambda: self._stopping)
+        except Stopped:
+            self._tell(f"step {step}: its evaluation on the robot was stopped; --resume makes it up")
+            return None
         except CheckpointError as error:
             found = {"robot_error": str(error)}
         if "robot_error" in found:
             self._tell(f"step {step}: no success was measured: {found['robot_error']}")
+        else:
+            self._tell(
+                f"step {step}: success in {100 * found['robot_success']:.0f} % of {found['robot_episodes']} episodes "
+                f"({found['robot_seconds']:.0f} s with the export)"
+            )
         return found
 
     def score(self, row: Mapping[str, Any]) -> float | None:

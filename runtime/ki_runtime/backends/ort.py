@@ -22,7 +22,7 @@ import numpy as np
 
 from ki_edge import graphs
 from ki_edge.bundle import Bundle
-from ki_edge.dtypes import BY_NAME
+from ki_edge.dtypes import BY_NAME, LOW_PRECISIONS
 from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_edge.graphs import Dim, GraphSpec, TensorSpec
 from ki_edge.proc import cpu_info
@@ -102,12 +102,27 @@ class OrtSession(Session):
 
 def obstacle(bundle: Bundle | None, package: str) -> str | None:
     """Why ONNX Runtime's CPU provider cannot run this bundle, or None."""
+    if bundle is not None and (reason := of_engines(bundle)) is not None:
+        return reason
     if bundle is not None and bundle.manifest.precision == "bfloat16":
         return (
             "ONNX Runtime has no bfloat16 products on a CPU: run the bundle on a GPU, "
             "or export with --precision fp32 or int8"
         )
     return None
+
+
+def of_engines(bundle: Bundle) -> str | None:
+    """Why ONNX Runtime does not run a bundle whose products are in eight or four bits for TensorRT; None for others.
+
+    It would widen each weight whenever it is used: slower than float16, and not what the engines compute.
+    """
+    if bundle.manifest.precision not in LOW_PRECISIONS.values():
+        return None
+    return (
+        f"precision {bundle.manifest.precision} is for TensorRT's engines: ki-build makes them on a GPU that has it; "
+        "for ONNX Runtime export with --target ort and --precision fp32 or int8"
+    )
 
 
 def connect(bundle: Bundle, package: str, options: SessionOptions) -> GraphOpener:

@@ -17,6 +17,7 @@ MODE_HELP = (
 ROBOT_HELP = "gym:ID, replay:FILE, lerobot:TYPE, openpi:MODULE:CLASS, MODULE:CLASS, or one of an installed package"
 CONTRACT_HELP = "with --policy: the contract where the server does not tell it; or a name of openpi's, e.g. pi05_droid"
 TRUST_HELP = "load engines that were built elsewhere and bring code of their own to run"
+SEQUENTIAL_HELP = "keep one graph in memory at a time and load it for every inference: for small boards, and slow"
 
 
 def build_parser() -> Parser:
@@ -89,6 +90,7 @@ def _add_engine(add: Callable[..., object]) -> None:
     add("--backend", default="auto", metavar="NAME", help=f"{', '.join(NAMES)}; default: the fastest one that can")
     add("--threads", type=int, metavar="N", help="CPU threads of the engine; default: its own choice")
     add("--trust-engines", action="store_true", help=TRUST_HELP)
+    add("--sequential", action="store_true", help=SEQUENTIAL_HELP)
     add("--verify", action="store_true", help="check the bundle's hashes before running")
     add(
         "--digest",

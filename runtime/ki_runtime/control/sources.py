@@ -20,6 +20,7 @@ OF_BUNDLES: Mapping[str, Any] = {
     "verify": False,
     "digest": None,
     "trust_engines": False,
+    "sequential": False,
     "self_check": None,
 }
 SERVERS = ("ws://", "wss://")
@@ -65,6 +66,7 @@ def _load(options: argparse.Namespace) -> Any:
         verify=options.verify if options.digest is None else options.digest,
         build=True,
         trust_engines=options.trust_engines,
+        sequential=options.sequential,
         say=tell,
     )
 

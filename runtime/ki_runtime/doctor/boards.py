@@ -19,7 +19,7 @@ CARD_UNTRIED = "No engine has been run on such a card yet"
 @dataclass(frozen=True)
 class Board:
     """Memory in GB, the host's too on Jetsons (`shared`). Where known: bandwidth in GB/s, peaks in 1e12 operations a
-    second of dense matrix products (16-bit with float32 accumulation, 8-bit).
+    second of dense matrix products (16-bit with float32 accumulation, 8-bit, 4-bit where there are any).
     """
 
     key: str
@@ -31,6 +31,7 @@ class Board:
     bandwidth: float = 0.0
     peak16: float = 0.0
     peak8: float = 0.0
+    peak4: float = 0.0
 
     @property
     def shared(self) -> bool:
@@ -47,9 +48,9 @@ BOARDS = (
     Board("orin-16gb", "Jetson Orin NX 16 GB", 16, (8, 7), ORIN, JETSON_UNTRIED),
     Board("orin-32gb", "Jetson AGX Orin 32 GB", 32, (8, 7), ORIN, JETSON_UNTRIED),
     Board("orin-64gb", "Jetson AGX Orin 64 GB", 64, (8, 7), ORIN, JETSON_UNTRIED, 204.8, 42.5, 85.0),
-    Board("thor", "Jetson Thor", 128, (11, 0), THOR, JETSON_UNTRIED, 273.0, 259.0, 517.0),
+    Board("thor", "Jetson Thor", 128, (11, 0), THOR, JETSON_UNTRIED, 273.0, 259.0, 517.0, 1035.0),
     Board("rtx-4090", "RTX 4090", 24, (8, 9), CARD, CARD_UNTRIED, 1008.0, 165.0, 330.0),
-    Board("rtx-5090", "RTX 5090", 32, (12, 0), CARD, CARD_UNTRIED, 1792.0, 209.5, 419.0),
+    Board("rtx-5090", "RTX 5090", 32, (12, 0), CARD, CARD_UNTRIED, 1792.0, 209.5, 419.0, 1676.0),
     Board("h200", "H200", 141, (9, 0), CARD, CARD_UNTRIED, 4800.0, 989.0, 1979.0),
 )
 

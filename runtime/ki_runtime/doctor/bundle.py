@@ -82,7 +82,11 @@ def check_room(need: Needs, gpu: Gpu | None, memory: Memory | None) -> Finding |
         f"{in_bytes(have)} {'on the GPU' if own else 'available'}"
     )
     if need.acting > have:
-        fix = "stop other programs, export with a smaller --precision, or use a larger board"
+        fix = "stop other programs, export with --embeddings host or a smaller --precision, or use a larger board"
+        if need.sequential <= have:
+            fits = f"--sequential takes {in_bytes(need.sequential)} and loads before every chunk"
+            found = f"too little at once: {text}; {fits}"
+            return Finding("warning", "model memory", found, f"run it with --sequential, or {fix}")
         return Finding("problem", "model memory", f"too little: {text}", fix)
     if need.with_fast > have:
         fix = "do not call infer_fast here: the engine for FAST is loaded at its first use"

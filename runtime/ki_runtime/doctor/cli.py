@@ -78,6 +78,7 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--for",
+        "--board",
         dest="board",
         metavar="BOARD",
         help="does a bundle, or without one the full-size model, fit this board: orin-8gb, orin-16gb, orin-32gb, "

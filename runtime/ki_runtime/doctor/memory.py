@@ -16,6 +16,9 @@ from ki_edge.dtypes import BY_NAME
 
 CAMERAS, PROMPT, FAST_TOKENS = 3, 200, 256  # the largest case that is counted
 F32 = 4
+BASE = "float16"  # of what is in neither 8 nor 4 bits, in a precision of WEIGHTS
+# Bytes that a weight takes with its scales; those of 8 bits have one an output channel, those of 4 one for 16.
+WEIGHTS: Mapping[str, float] = {"int8_static": 1.0, "float8": 1.0, "nvfp4": 0.5625}
 
 
 @dataclass(frozen=True)
@@ -45,11 +48,27 @@ class Needs:
         fast = self.graphs.get("fast_decode", GraphMemory(0, 0, 0))
         return self.acting + fast.weights + fast.kv
 
+    @property
+    def sequential(self) -> int:
+        """One graph at a time: the larger of those that act, K/V stay."""
+        acting = (self.graphs["prefix"], self.graphs["denoise"])
+        return max(graph.weights + graph.activations for graph in acting) + self.graphs["prefix"].kv
+
+    @property
+    def sequential_with_fast(self) -> int:
+        """The same with FAST, whose longer cache is there while it decodes."""
+        fast = self.graphs.get("fast_decode", GraphMemory(0, 0, 0))
+        return max(self.sequential, fast.weights + fast.activations + fast.kv + self.graphs["prefix"].kv)
+
 
 def needs(config: Pi05Config, decode_rows: int, precision: str) -> Needs:
     """Of a policy in a precision of the manifest. `decode_rows`: columns of the FAST logits, 0 without FAST."""
-    low = BY_NAME[precision].nbytes
-    sizes = graph_bytes(config, decode_rows, low)
+    base = BY_NAME[{"int8": "float32"}.get(precision, BASE if precision in WEIGHTS else precision)].nbytes
+    low = base  # of activations: those of a low product are widened behind it
+    if precision == "int8":  # the CPU's: 8 bits in every graph, the rest in float32
+        sizes = graph_bytes(config, decode_rows, 1, base, decode=1)
+    else:
+        sizes = graph_bytes(config, decode_rows, WEIGHTS.get(precision, base), base)
     tokens = CAMERAS * config.vision.patches + PROMPT
     horizon = config.action_horizon + config.has_state
     cache = 2 * config.backbone.depth * config.backbone.num_kv_heads * config.backbone.head_dim * F32

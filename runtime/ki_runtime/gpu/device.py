@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ki_edge.dtypes import LOW_PRECISIONS
 from ki_edge.errors import ArgumentError, BackendError
 
 Capability = tuple[int, int]
 GIB = 1 << 30
-BF16_NEEDS: Capability = (8, 0)
-PRECISIONS = ("float32", "float16", "bfloat16")
+# Precisions of engines and the first compute capability that has each.
+NEEDS: Mapping[str, Capability] = {
+    "float32": (0, 0),
+    "float16": (0, 0),
+    "bfloat16": (8, 0),
+    "nvfp4": (10, 0),
+    "float8": (8, 9),
+    "int8_static": (7, 5),
+}
+PRECISIONS = tuple(NEEDS)
 
 
 @dataclass(frozen=True)
@@ -67,9 +76,20 @@ def check_precision(precision: str, capabilities: Sequence[Capability]) -> None:
         raise BackendError(
             f"precision {precision} is for the CPU: export the checkpoint with --target trt --precision fp16"
         )
-    old = [capability for capability in capabilities if capability < BF16_NEEDS]
-    if precision == "bfloat16" and old:
+    needed = NEEDS[precision]
+    old = [capability for capability in capabilities if capability < needed]
+    if old:
         raise BackendError(
-            f"bfloat16 needs compute capability 8.0 or newer, not {describe_capabilities(old)}: "
-            "export with --precision fp16"
+            f"{precision} needs compute capability {describe_capabilities([needed])} or newer, not "
+            f"{describe_capabilities(old)}: export with --precision {_nearest(precision, old)}"
         )
+
+
+def _nearest(precision: str, capabilities: Sequence[Capability]) -> str:
+    """What ki-export can write in place of a precision for GPUs of all these capabilities: the lowest that is left."""
+    low = {manifest: short for short, manifest in LOW_PRECISIONS.items()}
+    if precision in low:
+        for other, needed in NEEDS.items():
+            if other in low and NEEDS[other] < NEEDS[precision] and min(capabilities) >= needed:
+                return low[other]
+    return "fp16"

@@ -24,7 +24,7 @@ from ki_edge import graphs
 from ki_edge.bundle import Bundle
 from ki_edge.errors import BackendError, DeviceMemoryError
 from ki_edge.graphs import GraphSpec
-from ki_runtime.backends.ort import check_signature, onnxruntime
+from ki_runtime.backends.ort import check_signature, of_engines, onnxruntime
 from ki_runtime.backends.registry import GraphOpener, NotInstalled, SessionOptions, Setting
 from ki_runtime.backends.session import Binding, Bucket, Buffer, Session, first_line
 from ki_runtime.gpu.device import check_precision
@@ -55,6 +55,7 @@ def obstacle(bundle: Bundle | None, package: str) -> str | None:
         device = Cuda.load().device()
         if bundle is not None:
             check_precision(bundle.manifest.precision, [device.capability])
+            return of_engines(bundle)
     except BackendError as error:
         return str(error)
     return None

@@ -23,6 +23,7 @@ from ki_edge.policy.contract import PolicyContract
 from ki_edge.policy.prompt import PromptTokenizer
 from ki_runtime.backends.session import Binding, Buffer, Session, Storage
 
+from .embeddings import EmbeddingTable, token_input
 from .prefix import Bool, Int32, Prefix, PrefixInputs
 from .room import clean
 
@@ -72,10 +73,10 @@ class Chooser(Protocol):
 
 
 class FastStage:
-    """The fast_decode graph with its cache."""
+    """The fast_decode graph with its cache. `table` as of `PrefixStage`."""
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    def __init__(self, session: Session, table: EmbeddingTable | None = None) -> None:
+        self._session, self._table = session, table
         self.forget()
 
     def run(
@@ -91,7 +92,8 @@ class FastStage:
         with clean(self):
             # fed: the last prompt token, the forced ones and all sampled ones but the last
             capacity = prefix.mask.shape[1] + len(forced) + max_tokens
-            text = _Text(self._cache(inputs.batch, self._session.cache_bucket.fit(capacity)), prefix, inputs)
+            cache = self._cache(inputs.batch, self._session.cache_bucket.fit(capacity))
+            text = _Text(cache, prefix, inputs, self._table)
             opening = np.empty((inputs.batch, 1 + len(forced)), np.int32)
             opening[:, 0] = text.last_tokens
             opening[:, 1:] = forced
@@ -133,7 +135,7 @@ class FastStage:
 class _Feed:
     """What one run with so many tokens reads and writes besides the cache."""
 
-    tokens: Buffer  # i32 [B, Q]
+    tokens: Buffer  # i32 [B, Q], or their embeddings f32 [B, Q, E]
     positions: Buffer  # i32 [B, Q]
     logits: Buffer  # f32 [B, F]
     new_k: Buffer  # f32 [L, B, K, Q, D]
@@ -155,11 +157,12 @@ class _Cache:
         """The graph bound for `count` tokens."""
         if count not in self._feeds:
             self._symbols["Q"] = count
-            names = ("tokens", "positions", "logits", "new_k", "new_v")
-            buffers = {name: self._take(name) for name in names}
-            cache = {"cache_k": self.k, "cache_v": self.v, "cache_mask": self.mask}
+            buffers = {name: self._take(name) for name in ("positions", "logits", "new_k", "new_v")}
+            given = token_input(self._session.inputs).name
+            tokens = self._take(given)
+            cache = {given: tokens, "cache_k": self.k, "cache_v": self.v, "cache_mask": self.mask}
             binding = self._session.sequence((self._session.bind({**buffers, **cache}),))
-            self._feeds[count] = _Feed(**buffers, binding=binding)
+            self._feeds[count] = _Feed(tokens=tokens, **buffers, binding=binding)
         return self._feeds[count]
 
     def _take(self, name: str) -> Buffer:
@@ -169,8 +172,10 @@ class _Cache:
 class _Text:
     """A prefix and every token fed since, in a cache."""
 
-    def __init__(self, cache: _Cache, prefix: Prefix, inputs: PrefixInputs) -> None:
-        self._cache = cache
+    def __init__(
+        self, cache: _Cache, prefix: Prefix, inputs: PrefixInputs, table: EmbeddingTable | None = None
+    ) -> None:
+        self._cache, self._table = cache, table
         cache.k.place(prefix.k, 0)
         cache.v.place(prefix.v, 0)
         valid = inputs.mask(cache.patches)  # [B, tokens of the inputs], which a padded prefix exceeds
@@ -187,7 +192,7 @@ class _Text:
         """Feed tokens i32 [B, Q] and keep their K/V; gives the logits f32 [B, F] of what follows them."""
         count = tokens.shape[1]
         feed = self._cache.feed(count)
-        feed.tokens.write(tokens)
+        feed.tokens.write(tokens if self._table is None else self._table.rows(tokens))
         feed.positions.write(self._next[:, None] + np.arange(count, dtype=np.int32))
         self._cache.mask.write(self._mask)
         feed.binding.run()

@@ -94,11 +94,20 @@ class DenoiseStage:
     """The denoise graph with its memory. `tensor(name)` reads a checkpoint tensor for the modulation table.
 
     `once` holds what an observation gives to the graph by name, the same for all steps: {"state": f32 [B, Z]} for a π0,
-    else nothing. `overlap`: the chunks before, for a graph that takes them; it is checked already.
+    else nothing. `overlap`: the chunks before, for a graph that takes them; it is checked already. `tables`: where
+    modulation tables are kept, by their times; they outlive the stage.
     """
 
-    def __init__(self, session: Session, tensor: TensorReader, config: Pi05Config, convention: str) -> None:
+    def __init__(
+        self,
+        session: Session,
+        tensor: TensorReader,
+        config: Pi05Config,
+        convention: str,
+        tables: dict[bytes, F32] | None = None,
+    ) -> None:
         self._session = session
+        self._tables = {} if tables is None else tables
         self._tensor, self._config, self._convention = tensor, config, convention
         self.forget()
 
@@ -198,6 +207,14 @@ class DenoiseStage:
 
     def _modulation(self, times: F32) -> F32:
         """What a step is told of each time, f32 [times, M, R]; BackendError if it is not finite."""
+        key = times.tobytes()
+        if key not in self._tables:
+            for stale in list(self._tables)[: len(self._tables) - MAX_TABLES]:  # and that of committed actions
+                del self._tables[stale]
+            self._tables[key] = self._computed(times)
+        return self._tables[key]
+
+    def _computed(self, times: F32) -> F32:
         with np.errstate(all="ignore"):  # of weights that are not finite, which is told below
             table = flow.modulation_table(self._tensor, times, self._config)
         if not np.isfinite(table).all():

@@ -62,6 +62,7 @@ class Policy:
         verify: bool | str = False,
         build: bool = False,
         trust_engines: bool = False,
+        sequential: bool = False,
         say: Callable[[str], object] | None = None,
     ) -> Policy:
         """Open a bundle as a policy. Arguments and errors as of `Sampler.open`.
@@ -69,7 +70,14 @@ class Policy:
         BundleError names what is missing if the bundle holds the model alone.
         """
         sampler = Sampler.open(
-            bundle, backend, threads=threads, verify=verify, build=build, trust_engines=trust_engines, say=say
+            bundle,
+            backend,
+            threads=threads,
+            verify=verify,
+            build=build,
+            trust_engines=trust_engines,
+            sequential=sequential,
+            say=say,
         )
         return cls(sampler, read_assets(sampler.bundle), say or tell)
 

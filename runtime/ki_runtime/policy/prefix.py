@@ -19,14 +19,17 @@ import numpy.typing as npt
 from ki_edge.arguments import array_of
 from ki_edge.config import Pi05Config
 from ki_edge.errors import ArgumentError
+from ki_edge.graphs import EMBEDDED
 from ki_edge.policy.images import HIGHEST, LOWEST
 from ki_runtime.backends.session import Binding, Bucket, Buffer, Session, Storage
 
+from .embeddings import EmbeddingTable
 from .room import clean
 
 Bool = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
 MAX_PLANS = 32
+EMBEDDINGS = EMBEDDED["prompt_tokens"].name
 # What one call may ask for: far above every policy, so that a slip does not take all memory.
 MAX_BATCH, MAX_CAMERAS, MAX_PROMPT = 1024, 64, 4096
 
@@ -168,10 +171,13 @@ class _Plan:
 
 
 class PrefixStage:
-    """The prefix graph with its memory. Bindings are kept per shape; all shapes share one memory."""
+    """The prefix graph with its memory. Bindings are kept per shape; all shapes share one memory.
 
-    def __init__(self, session: Session) -> None:
-        self._session = session
+    `table`: the embeddings, for a graph that takes their rows in the place of tokens.
+    """
+
+    def __init__(self, session: Session, table: EmbeddingTable | None = None) -> None:
+        self._session, self._table = session, table
         self.forget()
 
     @property
@@ -191,9 +197,17 @@ class PrefixStage:
         with clean(self):
             plan = self._plan(inputs)
             for name, buffer in plan.inputs.items():
-                buffer.write(_padded(getattr(inputs, name), buffer.shape))
+                if self._table is not None and name == EMBEDDINGS:
+                    buffer.write(self._table.rows(_padded(inputs.prompt_tokens, buffer.shape[:2])))
+                else:
+                    buffer.write(_padded(getattr(inputs, name), buffer.shape))
             choose(plan).run()
         return plan.prefix
+
+    def wait(self) -> None:
+        """Until the last run is done, where a device only queued it."""
+        if self._plans:
+            next(reversed(self._plans.values())).prefix.mask.read()
 
     def drop_oldest(self) -> bool:
         """Let go of the plan that was not used for longest, and with it of what others bound to its K/V."""

@@ -81,8 +81,7 @@ class Prover:
     def _setting(self, part: str, sampler: Sampler) -> Setting:
         """What computes this part: the engines that the sampler has loaded, whatever lies on the disk by now."""
         setting = self.backend.setting(self.bundle, GRAPHS[part])
-        found = [sampler.session(graph) for graph in GRAPHS[part]]
-        loaded = [session.loaded for session in found if session is not None and session.loaded is not None]
+        loaded = [facts for graph in GRAPHS[part] if (facts := sampler.facts(graph)) is not None]
         if not loaded:
             return setting
         environment = {

@@ -45,7 +45,8 @@ def prove_opened(sampler: Sampler, say: Callable[[str], object]) -> Verdict | No
     """
     if sampler.backend is None or not has_witness(sampler.bundle.manifest):
         return None
-    verdict = Prover(sampler.bundle, sampler.backend, SessionOptions(say=say)).repeat(ACTIONS, sampler)
+    options = SessionOptions(record=False if sampler.sequential else None, say=say)
+    verdict = Prover(sampler.bundle, sampler.backend, options).repeat(ACTIONS, sampler)
     if not verdict.passed:
         raise BackendError(refusal(sampler.backend.name, verdict, sampler.bundle))
     return verdict

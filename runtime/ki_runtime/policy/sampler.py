@@ -19,16 +19,17 @@ from ki_edge.errors import ArgumentError, BackendError
 from ki_edge.graphs import GraphSpec
 from ki_edge.overlap import Overlap
 from ki_runtime.backends.registry import Backend, Connection, SessionOptions, check_name, connect
-from ki_runtime.backends.session import Bucket, Session
+from ki_runtime.backends.session import Bucket, Loaded, Session
 
-from .decode import Choices, Chooser, FastStage, check_decoding, check_words, choices_of
-from .denoise import DenoiseStage, runtime_weights
+from .decode import Choices, Chooser, check_decoding, check_words, choices_of
+from .denoise import DenoiseStage
 from .drawing import drawing
 from .opening import detached, folder_of, sampling_of
 from .prefix import PrefixInputs, PrefixStage, prepare_inputs, prepare_state
 from .proof import Prover
-from .room import Result, Stage, within_memory
+from .room import Result, within_memory
 from .sampler_arguments import check_finite, check_overlap, noise_of
+from .stages import SequentialStages, Stages
 from .verdict import ACTIONS, FAST
 
 F32 = npt.NDArray[np.float32]
@@ -63,23 +64,26 @@ class Trace:
 
 
 class Sampler:
-    """The graphs of a bundle over one backend. Calls from several threads wait for each other."""
+    """The graphs of a bundle over one backend. Calls from several threads wait for each other.
+
+    `sequential`: one graph in memory at a time, loaded again for every inference.
+    """
 
     def __init__(
-        self, bundle: Bundle, open_graph: Callable[[GraphSpec], Session], backend: Backend | None = None
+        self,
+        bundle: Bundle,
+        open_graph: Callable[[GraphSpec], Session],
+        backend: Backend | None = None,
+        *,
+        sequential: bool = False,
     ) -> None:
         self.bundle = bundle
         self.backend = backend  # what runs it, and why the backends before it were passed over; None: not by name
         self._times = local()
-        self._open_graph = open_graph
         self._lock = Lock()
         self._config = bundle.manifest.config
         convention, self._num_steps = sampling_of(bundle)
-        prefix, denoise = graphs.specs(self._config)
-        self._sessions: dict[str, Session] = {}  # by graph
-        self._prefix = PrefixStage(self._opened(prefix))
-        self._denoise = DenoiseStage(self._opened(denoise), runtime_weights(bundle), self._config, convention)
-        self._fast: FastStage | None = None  # opened at its first use
+        self._stages = (SequentialStages if sequential else Stages)(bundle, open_graph, convention)
         self._unproven: Prover | None = None  # what proves FAST tokens before the first of them
         self._proving = RLock()
         self._choices: dict[bool, Choices] = {}
@@ -94,6 +98,7 @@ class Sampler:
         verify: bool | str = False,
         build: bool = False,
         trust_engines: bool = False,
+        sequential: bool = False,
         say: Callable[[str], object] | None = None,
     ) -> Sampler:
         """Open a bundle folder, or take an opened one.
@@ -101,9 +106,10 @@ class Sampler:
         `threads`: CPU threads of a graph; `verify`: check all hashes, and as text also that the bundle has this digest,
         the one that its export printed; `build`: build TensorRT engines that are missing, which takes minutes to tens
         of minutes; `trust_engines`: also load engines for the lean runtime that were not built here, which run code
-        that they bring; `say`: told which backend was taken and why, and how building and proving engines come along;
-        None: to stderr, and the backend only if it is slow for this bundle, nothing proves it, or another that is
-        installed was passed over.
+        that they bring; `sequential`: keep one graph in memory at a time and load it again for every inference, which
+        is told with the seconds that it takes; `say`: told which backend was taken and why, and how building and
+        proving engines come along; None: to stderr, and the backend only if it is slow for this bundle, nothing proves
+        it, or another that is installed was passed over.
 
         BundleError for a damaged bundle; BackendError for a backend that is missing, refuses a graph, does not
         reproduce the bundle's witness, or whose engines are missing and are not to be built: it says the command.
@@ -114,9 +120,18 @@ class Sampler:
             if isinstance(bundle, Bundle) and verify is False
             else Bundle.open(folder_of(bundle), verify=verify, say=say or tell)
         )
-        options = SessionOptions(threads, say=say or tell, verify=verify is not False, build=build, trust=trust_engines)
-        first = graphs.specs(opened.manifest.config)
-        sampler = cls._proven(opened, connect(opened, backend, options, first), options)
+        options = SessionOptions(
+            threads,
+            record=False if sequential else None,  # a record dies with its session
+            say=say or tell,
+            verify=verify is not False,
+            build=build,
+            trust=trust_engines,
+        )
+        first = () if sequential else graphs.specs(opened.manifest.config)
+        sampler = cls._proven(opened, connect(opened, backend, options, first), options, sequential)
+        if isinstance(sampler._stages, SequentialStages):
+            options.say(sampler._stages.describe())
         chosen = sampler.backend
         precision = opened.manifest.precision
         if chosen is not None and (say is not None or chosen.surprising(precision)):
@@ -125,12 +140,12 @@ class Sampler:
         return sampler
 
     @classmethod
-    def _proven(cls, bundle: Bundle, connection: Connection, options: SessionOptions) -> Sampler:
+    def _proven(cls, bundle: Bundle, connection: Connection, options: SessionOptions, sequential: bool) -> Sampler:
         """The sampler of the first backend that reproduces the witness; FAST tokens are proven when they are wanted."""
         while True:
             sampler: Sampler | None = None
             try:
-                sampler = cls(bundle, connection.open, connection.backend)
+                sampler = cls(bundle, connection.open, connection.backend, sequential=sequential)
                 prover = Prover(bundle, connection.backend, options)
                 sampler.backend = replace(connection.backend, proof=prover.require(ACTIONS, sampler))
                 sampler._unproven = prover
@@ -155,12 +170,17 @@ class Sampler:
     @property
     def prompt_bucket(self) -> Bucket:
         """The lengths that prompts are padded to."""
-        return self._prefix.prompt_bucket
+        return self._stages.prompt_bucket
 
     @property
     def num_steps(self) -> int:
         """Denoising steps when a call does not say."""
         return self._num_steps
+
+    @property
+    def sequential(self) -> bool:
+        """Whether one graph is in memory at a time."""
+        return self._stages.sequential
 
     def sample_actions(
         self,
@@ -269,14 +289,14 @@ class Sampler:
         self._prove_fast()
 
         def run() -> Int64:
-            choices, stage = chooser(), self._fast_stage()
+            choices = chooser()
             tokens: Int64 = np.empty((inputs.batch, 0), np.int64)
             start = middle = time.perf_counter_ns()
             if stop is None or not stop():
                 prefix = self._prefix.run(inputs)
                 middle = time.perf_counter_ns()
                 if stop is None or not stop():
-                    tokens = stage.run(prefix, inputs, choices, max_tokens, forced, stop)
+                    tokens = self._stages.fast.run(prefix, inputs, choices, max_tokens, forced, stop)
             self._times.last = StageTimes(prefix=middle - start, fast=time.perf_counter_ns() - middle)
             return tokens
 
@@ -288,7 +308,7 @@ class Sampler:
         """
         self._check_fast()
         with self._lock:
-            self._fast_stage()
+            assert self._stages.fast is not None
 
     def trace(
         self,
@@ -323,9 +343,10 @@ class Sampler:
         """One call at a time, within the device's memory; what the host's cannot hold is an error of the backend."""
         with self._lock:
             try:
-                return within_memory(self._stages, run)
+                return within_memory(self._stages.loaded, run)
             except MemoryError as error:
-                self._prefix.forget()
+                for stage in self._stages.loaded():
+                    stage.forget()
                 raise BackendError(f"the host's memory does not suffice for this call: {error}") from None
 
     def _steps(self, num_steps: int | None) -> int:
@@ -356,18 +377,18 @@ class Sampler:
                     self._unproven = prover
                     raise
 
-    def _stages(self) -> tuple[Stage, ...]:
-        return (self._prefix, self._denoise) if self._fast is None else (self._fast, self._prefix, self._denoise)
-
     def session(self, graph: str) -> Session | None:
         """The session of a graph; None while it is not open."""
-        return self._sessions.get(graph)
+        return self._stages.session(graph)
 
-    def _opened(self, spec: GraphSpec) -> Session:
-        self._sessions[spec.name] = self._open_graph(spec)
-        return self._sessions[spec.name]
+    def facts(self, graph: str) -> Loaded | None:
+        """What a graph was made of when it was last loaded, where that is more than the bundle's own graph."""
+        return self._stages.facts(graph)
 
-    def _fast_stage(self) -> FastStage:
-        if self._fast is None:
-            self._fast = FastStage(self._opened(graphs.FAST_DECODE))
-        return self._fast
+    @property
+    def _prefix(self) -> PrefixStage:
+        return self._stages.prefix
+
+    @property
+    def _denoise(self) -> DenoiseStage:
+        return self._stages.denoise

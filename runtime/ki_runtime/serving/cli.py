@@ -66,6 +66,7 @@ def _here(options: argparse.Namespace, server_options: ServerOptions) -> tuple[E
         threads=options.threads,
         verify=options.verify,
         trust_engines=options.trust_engines,
+        sequential=options.sequential,
         prompt=options.prompt,
         largest_batch=server_options.largest_batch,
         say=_say,
@@ -75,6 +76,8 @@ def _here(options: argparse.Namespace, server_options: ServerOptions) -> tuple[E
 
 def _on_ray(options: argparse.Namespace, replicas: RayOptions) -> tuple[Engine, Callable[[], Engine]]:
     """The policy in replicas of a Ray cluster, and what a reload calls."""
+    if options.sequential:
+        raise ArgumentError("--sequential is for a policy in this process: replicas of a cluster keep their graphs")
     from .ray_engine import RayEngine
 
     engine = RayEngine(options.bundle, replicas, _say)

@@ -32,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, metavar="N", help="CPU threads of the engine; default: all cores but one")
     add("--prompt", metavar="TEXT", help="what robots will be told: prompts of its length are prepared")
     add("--trust-engines", action="store_true", help="also load engines for the lean runtime that were not built here")
+    add("--sequential", action="store_true", help="keep one graph in memory at a time and load it for every inference")
     add("--verify", action="store_true", help="check the bundle's hashes before serving")
     add_ray(parser)
     add = parser.add_argument_group("bounds").add_argument

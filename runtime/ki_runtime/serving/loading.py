@@ -33,6 +33,7 @@ class ServedBundle:
         threads: int | None = None,
         verify: bool | str = False,
         trust_engines: bool = False,
+        sequential: bool = False,
         prompt: str | None = None,
         largest_batch: int = 1,
         say: Callable[[str], object] = tell,
@@ -40,6 +41,7 @@ class ServedBundle:
         self._folder, self._backend, self._verify = Path(folder), backend, verify
         self._threads = spare_cores() if threads is None else threads
         self._trust, self._prompt, self._largest, self._say = trust_engines, prompt, largest_batch, say
+        self._sequential = sequential
 
     def open(self) -> LocalEngine:
         """Errors as of `Policy.load`."""
@@ -62,6 +64,7 @@ class ServedBundle:
             verify=verify,
             build=True,
             trust_engines=self._trust,
+            sequential=self._sequential,
             say=self._say,
         )
 

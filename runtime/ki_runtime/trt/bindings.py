@@ -55,7 +55,7 @@ class TensorRTSession(Session):
         self._eager: WeakValueDictionary[Shapes, Context] = WeakValueDictionary()
         self.records, self._short, self.replays = shared.options.record is not False, False, 0
         if spec.name == graphs.PREFIX.name:
-            self.prompt_bucket = Bucket(PROMPT_BUCKET, self.contexts.limit("prompt_tokens", 1))
+            self.prompt_bucket = Bucket(PROMPT_BUCKET, self.contexts.limit("prompt_mask", 1))
         if spec.name == graphs.FAST_DECODE.name:
             self.cache_bucket = Bucket(CACHE_BUCKET, self.contexts.limit("cache_mask", 1))
 

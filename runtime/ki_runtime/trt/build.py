@@ -187,7 +187,8 @@ def _compile(
         made = compile_graph(api, bundle.graph(name), identity.profiles[name], path, log, settings)
         check_size(name, made.size, graph.weight_bytes, identity.precision, say)
         files[name] = EngineFile(path.name, made.size, made.sha256, graph.weight_bytes, round(made.seconds, 1))
-        say(f"compiled {name}: {made.size / 1e6:.1f} MB ({made.seconds:.1f} s)")
+        sizes = f"{made.size / 1e6:.1f} MB for {graph.weight_bytes / 1e6:.1f} MB of weights"
+        say(f"compiled {name}: {sizes} ({made.seconds:.1f} s)")
     Engines(folder, identity, files).write()
 
 

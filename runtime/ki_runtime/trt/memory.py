@@ -63,13 +63,24 @@ def check_memory(api: Api, graph: str, weight_bytes: int, device: Device | None 
     if have is not None and have < need:
         raise BackendError(
             f"compiling {graph} ({weight_bytes / GB:.1f} GB of weights) needs about {need / GB:.1f} GB of memory, "
-            f"{have / GB:.1f} GB are free: close other programs, add swap, or pass --ignore-memory to try all the same"
+            f"{have / GB:.1f} GB are free: close other programs, add swap, pass --ignore-memory to try all the same, "
+            f"or {elsewhere(api)}"
         )
     if gpu is not None and gpu < weight_bytes:
         raise BackendError(
             f"graph {graph} has {weight_bytes / GB:.1f} GB of weights and the GPU {gpu / GB:.1f} GB of memory: "
             "export with --precision fp16, or use a larger GPU"
         )
+
+
+def elsewhere(api: Api) -> str:
+    """Where else engines can be compiled: TensorRT's belong to one GPU, those of TensorRT-RTX to none."""
+    if api.is_rtx:
+        return "compile on another PC, which needs no GPU (--compute-capability), and copy the bundle with its engines/"
+    return (
+        "build on a machine with the same GPU (of a Jetson: module, JetPack and power mode) and TensorRT "
+        f"{api.version_text}, and copy the bundle with its engines/"
+    )
 
 
 def check_disk(folder: Path, weight_bytes: int) -> None:
@@ -80,10 +91,10 @@ def check_disk(folder: Path, weight_bytes: int) -> None:
 
 
 def check_size(graph: str, size: int, weight_bytes: int, precision: str, say: Callable[[str], object]) -> None:
-    """Compare an engine with its weights: BackendError if 16-bit weights became float32 ones, a line if it is large."""
+    """Compare an engine with its weights: BackendError if low weights were widened, a line if it is large."""
     times = (size - OVERHEAD) / max(1, weight_bytes)
     found = f"engine {graph} has {size / GB:.2f} GB for {weight_bytes / GB:.2f} GB of weights"
     if times > REFUSE and precision != "float32":
-        raise BackendError(f"{found}: TensorRT fell back to float32, so it is neither as fast nor as small as promised")
+        raise BackendError(f"{found}: TensorRT widened them, so it is neither as fast nor as small as promised")
     if times > WARN:
         say(f"{found}: TensorRT keeps some of them twice")

@@ -59,8 +59,12 @@ def connect(bundle: Bundle, package: str, options: SessionOptions) -> GraphOpene
     else:
         acting = _without_building(fitting, api)
 
+    found = dict(acting.of)  # looked for once, however often a graph is opened
+
     def engines(graph: str) -> Engines:
-        return acting.of[graph] if graph in acting.of else fitting((graph,)).of[graph]
+        if graph not in found:
+            found[graph] = fitting((graph,)).of[graph]
+        return found[graph]
 
     can = options.build and api.can_build
     again = (lambda broken: rebuild(bundle, api, device, broken, options.say)) if can else None

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
+from ki_edge.planning.settings import TrainSettings
 from ki_edge.train.data.opening import open_data
 from ki_edge.train.data.start import Start
-from ki_edge.train.step.settings import TrainSettings
 
 PARTS = {"state": ["observation.joints", "observation.gripper"]}
 

@@ -7,9 +7,9 @@ import signal
 import sys
 
 from ki_edge.config import TINY
+from ki_edge.planning.settings import TrainSettings
 from ki_edge.train.data.opening import open_data
 from ki_edge.train.data.start import Start
-from ki_edge.train.step.settings import TrainSettings
 from ki_edge.train.step.training_data import Share
 
 

@@ -134,7 +134,8 @@ def test_what_is_held_out_is_never_trained_on(many, opened):
                           workers=1).held_out(Share()), strict=True):  # fmt: skip
         same(one, other)
     shares = [list(data.held_out(Share(rank, 2))) for rank in range(2)]
-    assert [len(batch) for batch in shares[0]] == [len(batch) for batch in shares[1]]
+    parts = [[int(row) for batch in share for row in batch.row] for share in shares]
+    assert sorted(parts[0] + parts[1]) == sorted(held) and 0 <= len(parts[0]) - len(parts[1]) <= 1  # each once
     assert not list(opened(many).held_out(Share()))
     stats = data.recipe.stats[0]["actions"]
     assert stats.mean.tolist() != opened(many).recipe.stats[0]["actions"].mean.tolist()  # of what is trained on
@@ -181,6 +182,18 @@ def test_text_samples_in_the_same_batch(small_dataset, small_texts, opened):
     assert counts[1] + counts[2] == 8 and counts[2] == 4
     with pytest.raises(ArgumentError, match="no dataset of actions"):
         opened(small_texts)
+
+
+def test_texts_are_held_out_too(small_dataset, small_texts, opened):
+    settings = {"steps": 6, "batch": 8, "held_out": 0.4}
+    data = opened(f"{small_dataset}:1", f"{small_texts}:1", settings=settings)
+    trained = {int(batch.row[at]) for batch, at in rows(data) if batch.kind[at] == TEXT}
+    held = [
+        int(row) for batch in data.held_out(Share()) for row, k in zip(batch.row, batch.kind, strict=True) if k == TEXT
+    ]
+    assert len(held) == 2 and set(held) | trained == set(range(5)) and not set(held) & trained
+    assert data.facts()["data.texts.held_out"] == 2 and data.sizes()[1][1] == 3
+    assert data.label(1, held[0]) == f"texts, line {held[0] + 1}"
 
 
 def test_relative_actions(many, samples, opened):

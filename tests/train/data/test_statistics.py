@@ -46,6 +46,14 @@ def test_a_number_that_seldom_moves_keeps_its_range():
     )
 
 
+def test_noise_beside_movement_is_told():
+    """A gripper that was never used: what a simulator's rounding leaves of it."""
+    values = np.random.default_rng(0).uniform(-1, 1, (500, 2)).astype(np.float32) * np.float32([1.0, 2.5e-8])
+    (note,) = measure(blocks(values), "action", ("x", "gripper")).notes
+    assert note.startswith("action[1] (gripper) moves by 4.9") and "if that is noise" in note
+    assert measure(blocks(values[:, 1:]), "action").notes == ()  # all of it is small
+
+
 def test_outliers_are_told():
     values = np.random.default_rng(0).uniform(-1, 1, (2000, 2)).astype(np.float32)
     values[5, 1] = 1e6

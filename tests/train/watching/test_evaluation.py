@@ -65,7 +65,7 @@ def test_errors_of_sampled_actions_are_in_robot_units_over_recorded_actions(foun
             apart[source] += (error * toy.SCALES[source]).ravel().tolist()
             plain += error.ravel().tolist()
     values = found.values
-    assert values[PREFIX + "action_error"] == pytest.approx(np.mean(apart[0] + apart[1]), rel=1e-5)
+    assert PREFIX + "action_error" not in values  # of robots whose units differ there is no mean
     assert values[PREFIX + "action_error_normalised"] == pytest.approx(np.mean(plain), rel=1e-5)
     for source, name in enumerate(("one", "two")):
         assert values[f"{PREFIX}action_error/{name}"] == pytest.approx(np.mean(apart[source]), rel=1e-5)
@@ -94,11 +94,11 @@ def test_tokens_that_spell_the_recorded_actions_have_the_codecs_error_alone(toy,
 
 def test_predictions_are_what_a_robot_would_get(found, toy, toy_data):
     assert len(found.predictions) == 4
-    for row, prediction in enumerate(found.predictions):
+    for row, prediction in zip((1, 3, 5, 7), found.predictions, strict=True):  # spread over the eight samples
         source = row % 2
-        assert prediction.where == f"{toy_data.names[source]} episode {row}"
+        assert prediction.where == f"{toy_data.names[source]}, episode {row}"
         assert prediction.task == toy_data.tasks[source] and len(prediction.names) == len(toy.SCALES[source])
-        length = 2 if row == 3 else toy.HORIZON  # the fourth is padded after two
+        length = 2 if row in (3, 7) else toy.HORIZON  # every fourth is padded after two
         expected = toy_data.actions[row][:length, : len(toy.SCALES[source])] * toy.SCALES[source]
         np.testing.assert_allclose(prediction.recorded, expected, atol=1e-5)
         assert prediction.flow.shape == prediction.recorded.shape
@@ -123,7 +123,7 @@ def test_two_processes_find_what_one_finds(found, toy, tokenizer_model, tmp_path
             from pathlib import Path
             import toy
             from ki_edge.train.parallel.engine import Engine
-            from ki_edge.train.step.settings import TrainSettings
+            from ki_edge.planning.settings import TrainSettings
             from ki_edge.train.watching.evaluation import evaluate
             engine = Engine(toy.toy_model(), TrainSettings(batch=2, bfloat16=False), strategy=sys.argv[1])
             values = []

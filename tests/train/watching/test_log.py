@@ -83,17 +83,18 @@ def test_what_is_no_file_is_refused_in_one_line(tmp_path):
 def test_means_by_dataset_and_task():
     nan = math.nan
     found = by_group(
-        [1.0, 3.0, nan, 5.0], [2.0, nan, 4.0, nan], [0, 0, 1, 1], [0, 1, 2, 1],
-        names=["lerobot/a", "b"], tasks=["lift", "fold <b>", "asked"],
+        [1.0, 3.0, nan, 5.0, nan], [2.0, nan, 4.0, nan, 7.0], [0, 0, 1, 1, 2], [0, 1, 2, 1, 2],
+        [True, True, True, True, False],
+        names=["lerobot/a", "b", "questions"], tasks=["lift", "fold <b>", "asked"],
     )  # fmt: skip
     assert found == {
-        "flow/lerobot/a": 2.0, "fast/lerobot/a": 2.0, "flow/b": 5.0, "fast/b": 4.0,
+        "flow/lerobot/a": 2.0, "fast/lerobot/a": 2.0, "flow/b": 5.0, "fast/b": 4.0, "text/questions": 7.0,
         "task/lift": 1.0, "task/fold <b>": 4.0,
     }  # fmt: skip
 
 
 def test_one_dataset_of_one_task_adds_no_columns():
-    assert by_group([1.0], [2.0], [0], [0], names=["a"], tasks=["lift"]) == {}
+    assert by_group([1.0], [2.0], [0], [0], [True], names=["a"], tasks=["lift"]) == {}
 
 
 def test_the_number_of_tasks_in_a_row_is_bounded():
@@ -103,6 +104,7 @@ def test_the_number_of_tasks_in_a_row_is_bounded():
         np.ones(count),
         np.zeros(count),
         np.arange(count),
+        np.ones(count),
         names=["a"],
         tasks=["x" * 200] * count,
     )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ki_edge.errors import DatasetError
-from ki_edge.train.watching.old_ki import RETRAIN, Probe, flow_with_tokens, probe, told_by_config
+from ki_edge.train.watching.old_ki import RETRAIN, Probe, _standard_errors, flow_with_tokens, probe, told_by_config
 
 STEPS = 120
 
@@ -52,11 +52,24 @@ def test_a_model_that_was_trained_right_is_not(toy, blind_data):
 
     found = probe(trained(toy, blind_data, insulated), blind_data.held_out(toy.Share()))
     assert not found.leaks and found.seeing > 0.9 * found.without
-    assert "was not trained with them in view" in found.line()
+    assert found.doubt is None and "was not trained with them in view" in found.line()
 
 
 def test_an_untrained_model_is_no_suspect(toy, toy_data):
-    assert not probe(toy.toy_model(), toy_data.held_out(toy.Share())).leaks
+    found = probe(toy.toy_model(), toy_data.held_out(toy.Share()))
+    assert not found.leaks and found.to_json()["leaks"] is None
+    assert "cannot tell: the policy has not learnt such data" in found.line()
+
+
+def test_a_frame_that_comes_again_counts_once(toy, toy_data):
+    """More draws of the same frames are no more frames."""
+    batches = [toy_data.rows(list(range(8)), seed) for seed in range(5)]
+    assert probe(toy.toy_model(), batches).samples == 8
+
+
+def test_what_rounding_makes_is_no_difference():
+    assert _standard_errors(torch.tensor([1e-8, 2e-8, 1e-8], dtype=torch.float64), 1.0) == 0.0
+    assert _standard_errors(torch.tensor([0.1, 0.2, 0.1], dtype=torch.float64), 1.0) == pytest.approx(4.0)
 
 
 def test_without_tokens_in_view_both_losses_are_the_same_where_there_is_no_postfix(toy, blind_data):
@@ -76,7 +89,9 @@ def test_too_few_samples_say_nothing(toy, tokenizer_model):
 
 def test_a_small_or_unsure_difference_is_no_finding():
     assert Probe(1.0, 0.5, 100, 10.0).leaks
-    assert not Probe(1.0, 0.9, 100, 10.0).leaks and not Probe(1.0, 0.5, 100, 2.0).leaks
+    assert not Probe(1.0, 0.9, 100, 10.0).leaks and Probe(1.0, 0.9, 100, 10.0).doubt is None
+    unsure = Probe(1.0, 0.5, 100, 2.0)
+    assert not unsure.leaks and "2.0 standard errors, 3 are needed" in unsure.line()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ki_edge.errors import ArgumentError
-from ki_edge.train.watching.robot import Trial, evaluate_robot
+from ki_edge.train.watching.robot import Stopped, Trial, evaluate_robot
 
 
 def test_the_shipped_policy_succeeds_as_the_bundle_that_is_exported_of_it(fetch_checkpoint, tmp_path):
@@ -45,6 +45,21 @@ def test_an_evaluation_that_takes_too_long_is_ended(fetch_checkpoint, tmp_path):
     assert not (tmp_path / "eval" / "bundle").exists()
 
 
+def test_an_evaluation_that_is_stopped_ends_its_command(fetch_checkpoint, tmp_path):
+    """A machine that is taken away does not wait for twenty episodes."""
+    asked = []
+
+    def stopping():
+        asked.append(1)
+        return len(asked) > 1  # once the export runs
+
+    started = time.monotonic()
+    with pytest.raises(Stopped):
+        evaluate_robot(fetch_checkpoint, Trial("gym:FetchReach-v4"), tmp_path / "eval", stopping)
+    assert len(asked) == 2 and time.monotonic() - started < 60
+    assert not (tmp_path / "eval" / "bundle").exists() and not (tmp_path / "eval" / "run.log").exists()
+
+
 def test_only_simulated_robots_are_moved():
     with pytest.raises(ArgumentError, match=r"--eval-robot 'lerobot:so101': expected a simulated one, gym:NAME"):
         Trial("lerobot:so101")
@@ -66,7 +81,7 @@ def test_a_command_ends_with_a_training_that_is_killed(tmp_path):
         """
         from pathlib import Path
         from ki_edge.train.watching.robot import _command
-        _command("slow", [], Path("slow"), 600.0)
+        _command("slow", [], Path("slow"), 600.0, lambda: False)
         """
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}

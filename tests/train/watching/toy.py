@@ -8,7 +8,8 @@ import torch
 
 from ki_edge.config import GemmaConfig, Pi05Config, VisionConfig
 from ki_edge.model import Observation, Pi05
-from ki_edge.policy.fast import FastCodec, FastIds
+from ki_edge.policy.fast import FastIds
+from ki_edge.policy.fast_fitting import fit_codec
 from ki_edge.policy.prompt import PromptTokenizer, pad
 from ki_edge.train.step.batch import ACTIONS, TEXT, Batch
 from ki_edge.train.step.training_data import Share
@@ -47,7 +48,7 @@ class ToyData:
         self.dims = np.arange(WIDTH)[None] < np.array([3, 2, 0])[self.source][:, None]
         self.real = np.arange(HORIZON)[None] < np.where(np.arange(count + texts) % 4 == 3, 2, HORIZON)[:, None]
         self.real &= (self.kind == ACTIONS)[:, None]
-        self.codec = FastCodec.fit(random.uniform(-1, 1, (50, HORIZON, 3)), vocab_size=200, margin=8)
+        self.codec = fit_codec(random.uniform(-1, 1, (50, HORIZON, 3)), vocab_size=200, margin=8)
         self.ids = FastIds(CONFIG.vocab_size - 1, self.codec.vocab_size)
         self.batch, self._held_out, self.seed = batch, held_out, seed
 
@@ -89,6 +90,9 @@ class ToyData:
 
     def where(self, source, row):
         return f"{self.names[source]} episode {row}"
+
+    def label(self, source, row):
+        return f"{self.names[source]}, episode {row}"
 
     def decode_actions(self, source, ids):
         parsed = self.ids.parse(np.asarray(ids), self.tokenizer)

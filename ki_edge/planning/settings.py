@@ -96,10 +96,14 @@ class TrainSettings:
                 raise ArgumentError(f"{name} {getattr(self, name)}: expected 0 <= value < 1")
         if not 0.0 <= self.weight_decay < math.inf:
             raise ArgumentError(f"weight_decay {self.weight_decay}: expected 0 or more")
-        for flag, groups in (("freeze", self.freeze), ("rate", dict(self.rates)), ("lora", dict(self.lora))):
-            for name in groups:
+        for flag, pairs in (("freeze", [(n, 0) for n in self.freeze]), ("rate", self.rates), ("lora", self.lora)):
+            for name, _ in pairs:
                 if name not in GROUPS:
                     raise ArgumentError(f"{flag} {name}: no such group of parameters, there are {', '.join(GROUPS)}")
+            if len(dict(pairs)) < len(pairs):
+                names = [name for name, _ in pairs]
+                twice = next(name for name in names if names.count(name) > 1)
+                raise ArgumentError(f"{flag} {twice}: it is given twice, say it once")
         for name, factor in self.rates:
             if not 0.0 < factor < math.inf:
                 raise ArgumentError(f"rate {name}={factor}: expected a factor above 0; --freeze {name} lets it stay")
