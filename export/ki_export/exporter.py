@@ -24,6 +24,7 @@ from ki_edge.errors import CheckpointError, ExportError
 from ki_edge.files.writing import writing
 from ki_export.graphs.checker import check
 from ki_export.graphs.tracing import quiet, trace_all
+from ki_export.passes import CPU_PASSES
 from ki_export.passes.attention import fuse_attention
 from ki_export.passes.embeddings import take_rows
 from ki_export.passes.quantize import quantize
@@ -111,6 +112,8 @@ def _plan(checkpoint: Checkpoint, files: PolicyFiles | None, options: ExportOpti
     if options.precision == "int8" and options.low is None:
         with quiet():
             for model in models.values():
+                for rewrite in CPU_PASSES:
+                    rewrite(model)
                 quantize(model, is_large)
     lowered = None
     if observed is not None:

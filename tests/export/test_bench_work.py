@@ -183,6 +183,18 @@ def test_the_engines_own_products(tmp_path, op, inputs, attributes, kind):
     assert work.flops == {kind: 2 * 5 * 8 * 12} and work.written == 5 * 12 * 4
 
 
+def test_the_engines_own_rotation_counts_as_free(tmp_path):
+    tables = [constant(name, TensorProto.FLOAT, 5, 4) for name in ("cos", "sin")]
+    nodes = [
+        helper.make_node("RotaryEmbedding", ["x", "first", "cos", "sin"], ["h"], domain="com.microsoft"),
+        helper.make_node("MatMul", ["h", "w"], ["y"]),
+    ]
+    weights = [*tables, constant("first", TensorProto.INT64, 1), constant("w", TensorProto.FLOAT, 8, 12)]
+    work = count(toy(tmp_path, nodes, weights), SPEC, {"B": 1, "T": 5})
+    assert work.products == {Product("float32", 5, 8, 12): 1}
+    assert work.uncounted == ()
+
+
 def test_products_of_activations_and_broadcast_heads(tmp_path):
     nodes = [
         helper.make_node("Transpose", ["x"], ["t"], perm=[0, 2, 1]),

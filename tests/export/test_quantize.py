@@ -133,8 +133,8 @@ def test_a_gated_mlp_computes_with_8_bits_and_scales_narrow_rows_only():
     assert [parts.weight for parts in quantize(model, lambda name: True)] == list(shapes)
     # one quantised input for gate and up, one for down
     assert ops(model).count("QuantizeLinear") == 2
-    assert ops(model).count("MatMulInteger") == 3
-    # gate and down are multiplied by their rows' shares, [3*B, 1]; up is not, down's shares are by up's
+    assert ops(model).count("MatMulIntegerToFloat") == 3
+    # gate and down are multiplied by their rows' factors, [3*B, 1]; up is not, down's factors are by up's
     wide = [node for node in model.graph if node.op_type == "Mul" and _comes_from_product(node.inputs[0])]
     assert len(wide) == 2
     rows = x.reshape(6, 24)
@@ -147,17 +147,16 @@ def test_a_gated_mlp_computes_with_8_bits_and_scales_narrow_rows_only():
 
 
 def _comes_from_product(value):
-    """The factor is what follows a Cast of an integer product: (Cast * scales)."""
     producer = value.producer()
-    first = producer.inputs[0].producer() if producer is not None and producer.op_type == "Mul" else None
-    return first is not None and first.op_type == "Cast"
+    return producer is not None and producer.op_type == "MatMulIntegerToFloat"
 
 
 def test_the_engine_runs_a_product_and_its_scales_as_one_kernel(tmp_path):
-    """What the speed rests on; the graph itself is standard ONNX."""
+    """What the speed rests on."""
     model = gated_model()
     quantize(model, lambda name: True)
-    assert {node.domain for node in model.graph} == {""}
+    assert {node.op_type for node in model.graph if node.domain} == {"MatMulIntegerToFloat"}
+    assert model.opset_imports["com.microsoft"] == 1
     weights = {"gate.weight": (10, 24), "up.weight": (10, 24), "down.weight": (4, 10)}
     session(model, {name: np.ones(shape, np.float32) for name, shape in weights.items()})
     options = onnxruntime.SessionOptions()
@@ -184,6 +183,7 @@ def test_other_weights_stay():
     model = linear_model(bias=True)
     assert quantize(model, lambda name: False) == []
     assert ops(model) == ["Gemm"]
+    assert "com.microsoft" not in model.opset_imports
 
 
 def refused():

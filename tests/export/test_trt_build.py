@@ -448,6 +448,7 @@ class TestGraphs:
             ("10.3.0", "Gelu", 23, r"opset 23 needs TensorRT 10\.11, installed is 10\.3\.0: export with --opset 20"),
             ("11.4.0", "Gelu", 99, "opset 99 needs a newer TensorRT than exists yet"),
             ("11.4.0", "MatMulInteger", 20, "no TensorRT imports MatMulInteger"),
+            ("11.4.0", "com.microsoft.MatMulIntegerToFloat", 20, "no TensorRT imports com.microsoft.MatMulInteger"),
         ],
     )
     def test_what_a_graph_needs_of_tensorrt(self, version, operator, opset, message) -> None:

@@ -22,6 +22,7 @@ SMALL = 64  # elements: no list of dimensions is longer
 NBITS = "MatMulNBits"
 # operators of ONNX Runtime's own domain whose first output is the product of the first two inputs
 PRODUCTS = ("DynamicQuantizeMatMul", "MatMulIntegerToFloat", NBITS)
+ROTATION = "RotaryEmbedding"  # one of them whose output is as its input
 
 
 class Shapes:
@@ -63,6 +64,8 @@ class Shapes:
             return
         if node.op_type in PRODUCTS:
             self._types[node.output[0]] = self._product(node)
+        elif node.op_type == ROTATION:
+            self._types[node.output[0]] = self._types[node.input[0]]
         elif node.domain in ("", "ai.onnx"):
             self._infer(node, inputs)
             self._compute(node, inputs)

@@ -15,7 +15,7 @@ from ki_edge.dtypes import BY_ONNX, FLOAT32, FLOATS
 from ki_edge.errors import BundleError
 from ki_edge.graphs import GraphSpec
 
-from .shapes import Shapes
+from .shapes import ROTATION, Shapes
 
 INT8 = "int8"
 PACKED: Mapping[int, int] = {TensorProto.INT4: 2, TensorProto.UINT4: 2}  # elements in a byte
@@ -81,7 +81,7 @@ def count(path: Path, spec: GraphSpec, sizes: Mapping[str, int]) -> Work:
                     f"{path}: {node.op_type} '{node.name}': the shape of {error} cannot be inferred, so its work "
                     "cannot be counted; export the checkpoint again"
                 ) from None
-        elif node.op_type in UNCOUNTED or node.domain not in ("", "ai.onnx"):
+        elif node.op_type in UNCOUNTED or (node.domain not in ("", "ai.onnx") and node.op_type != ROTATION):
             uncounted.add(f"{node.domain}:{node.op_type}".lstrip(":"))
     names = [value.name for value in graph.graph.input if value.name not in constants]
     read = sum(map(shapes.nbytes, names)) + sum(_read(graph, tensor, shapes) for tensor in constants.values())

@@ -13,10 +13,12 @@ from .cleanup import clean_up
 from .constants import fold_constants
 from .identities import remove_identities
 from .linear import use_stored_weights
+from .modulation import split_modulation
 from .names import name_layers
 from .norms import divide_by_root
 from .positions import count_by_sums
 from .reshapes import simplify_reshapes
+from .rotary import fuse_rotations
 from .transposes import simplify_transposes
 
 PASSES: tuple[Callable[[ir.Model], None], ...] = (
@@ -31,4 +33,7 @@ PASSES: tuple[Callable[[ir.Model], None], ...] = (
     name_layers,
 )
 
-__all__ = ["PASSES"]
+# for whole graphs that ONNX Runtime's CPU provider is to run, before their layers become 8-bit products
+CPU_PASSES: tuple[Callable[[ir.Model], None], ...] = (split_modulation, fuse_rotations)
+
+__all__ = ["CPU_PASSES", "PASSES"]

@@ -2,29 +2,35 @@
 
 A Gemm(x, W, b, transB=1) becomes, with m = max |x| / 127 of each row of x and s = max |W| / 127 of each row of W,
 
-    y = (round(x / m) @ round(W / s)^T) * (max(m) * s) * (m / max(m)) + b
+    y = (round(x / m) @ round(W / s)^T) * s * m + b
 
 The product is exact in int32. Rows are tokens, and each has its own scale because a few tokens of a language model are
 far larger than the rest: with one scale for all, the rest would be rounded away. Activations are unsigned around 128,
-the form for which x86 has instructions. The two factors are apart because engines apply the first, a scalar times a
-vector, while they store the product. The second, the row's share, is a pass over memory of its own; where the product
-is a factor of the next layer's input, as up_proj's is, it is applied behind that layer, where rows are short.
+the form for which x86 has instructions.
+
+ONNX Runtime applies s, a factor a column, while it stores the product (its operator MatMulIntegerToFloat). A factor a
+row is a pass over memory of its own. So factors move to where they cost least: the gate of a residual branch, one
+number a channel, into s; m behind the next layer where y is a factor of its input, as up_proj's is, and into the
+cosines and sines where y is rotated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from .cleanup import clean_up
+from .rotary import COSINES, ROTATION, SINES
+from .steps import Steps, use_engine_operators
 
 LEVELS = 127  # largest magnitude of a quantised value
 ZERO = 128  # what stands for zero in activations
 TINY = 1e-30  # instead of the largest magnitude of a row of zeros
+GELU_DEPTH = 0.17005  # no Gelu, of either kind, is below the negative of this
+PRODUCT = "MatMulIntegerToFloat"
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,10 @@ class Int8Weight:
 
 @dataclass(frozen=True)
 class QuantizedActivation:
-    """A quantised activation: uint8 [rows, in], scale f32 [] of its largest row, what each row has of it [rows, 1]."""
+    """A quantised activation: uint8 [rows, in], what a row's integers are to be multiplied with f32 [rows, 1]."""
 
     values: ir.Value
-    scale: ir.Value
-    shares: ir.Value
+    factors: ir.Value
 
 
 def quantize(model: ir.Model, chosen: Callable[[str], bool]) -> list[Int8Weight]:
@@ -71,6 +76,8 @@ def quantize(model: ir.Model, chosen: Callable[[str], bool]) -> list[Int8Weight]
             quantizer.rewrite(node, found[weight])
     for weight in found:
         del model.graph.initializers[str(weight.name)]
+    if found:
+        use_engine_operators(model)
     clean_up(model)
     return list(found.values())
 
@@ -103,41 +110,48 @@ class _Quantizer:
         self._graph = graph
         self._rows: dict[ir.Value, QuantizedActivation] = {}
         self._zeros: dict[str, ir.Value] = {}  # by the number of rows
-        self._shared: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}  # a product: itself before its shares, the shares
+        self._plain: dict[ir.Value, QuantizedProduct] = {}  # layers' outputs that have no bias
+        self._turned: dict[tuple[ir.Value, ir.Value], ir.Value] = {}  # a table of cosines or sines, times rows' factors
 
     def rewrite(self, gemm: ir.Node, parts: Int8Weight) -> None:
         """Put the products of `parts` in the place of a Gemm."""
-        x, output, steps = gemm.inputs[0], gemm.outputs[0], _Steps()
+        x, output, steps = gemm.inputs[0], gemm.outputs[0], Steps()
         if x is None or x.shape is None or output.shape is None:
             raise ValueError(f"the input of '{parts.weight}' has no shape")
         if x not in self._rows:
             self._rows[x] = self._quantize(steps, x)
         rows, initializers = self._rows[x], self._graph.initializers
-        product = steps.add("MatMulInteger", rows.values, initializers[parts.values], steps.constant(ZERO, np.uint8))
-        product = steps.add("Cast", product, to=int(ir.DataType.FLOAT))
-        before = steps.add("Mul", product, steps.add("Mul", rows.scale, initializers[parts.scales]))
-        y = steps.add("Mul", before, rows.shares)
+        one, zero = steps.constant(1.0, np.float32), steps.constant(ZERO, np.uint8)
+        scales = initializers[parts.scales]
+        before = steps.add_to_engine(PRODUCT, rows.values, initializers[parts.values], one, scales, zero)
+        y = steps.add("Mul", before, rows.factors)
         if len(gemm.inputs) == 3:
             y = steps.add("Add", y, gemm.inputs[2])
-        else:
-            self._shared[y] = before, rows.shares
         for value in (before, y):
             value.type, value.shape = output.type, output.shape
         ir.convenience.replace_nodes_and_values(self._graph, gemm, [gemm], steps.nodes, [output], [y])
+        if len(gemm.inputs) == 2:
+            product = QuantizedProduct(y, before, rows.factors)
+            if not self._rotate(product):
+                self._gate(product)
+                self._plain[y] = product
 
-    def _quantize(self, steps: _Steps, x: ir.Value) -> QuantizedActivation:
-        deferred = self._defer_shares(x)
+    def _quantize(self, steps: Steps, x: ir.Value) -> QuantizedActivation:
+        deferred, low = self._defer_factors(x), _is_gelu(x)  # both look at who uses x so far
         last = steps.constant([-1], np.int64)
-        largest = steps.add("ReduceMax", x, last, keepdims=0)
-        smallest = steps.add("Neg", steps.add("ReduceMin", x, last, keepdims=0))
-        magnitude = steps.add("Max", largest, smallest, steps.constant(TINY, np.float32))  # [rows]
+        bounds = [steps.add("ReduceMax", x, last, keepdims=0)]
+        if low:
+            bounds.append(steps.constant(GELU_DEPTH, np.float32))
+        else:
+            bounds.append(steps.add("Neg", steps.add("ReduceMin", x, last, keepdims=0)))
+            bounds.append(steps.constant(TINY, np.float32))
+        magnitude = steps.add("Max", *bounds)  # [rows]
         scales = steps.add("Mul", magnitude, steps.constant(1.0 / LEVELS, np.float32))
         values = steps.add("QuantizeLinear", x, scales, self._zeros_for(steps, x, scales), axis=0)
-        scale = steps.add("ReduceMax", scales, keepdims=0)
-        shares = steps.add("Unsqueeze", steps.add("Div", scales, scale), last)
-        return QuantizedActivation(values, scale, shares if deferred is None else steps.add("Mul", shares, deferred))
+        factors = steps.add("Unsqueeze", scales, last)
+        return QuantizedActivation(values, factors if deferred is None else steps.add("Mul", factors, deferred))
 
-    def _zeros_for(self, steps: _Steps, x: ir.Value, scales: ir.Value) -> ir.Value:
+    def _zeros_for(self, steps: Steps, x: ir.Value, scales: ir.Value) -> ir.Value:
         """Zero points uint8 [rows]: one vector for all activations of so many rows."""
         assert x.shape is not None
         key = str(x.shape[0])
@@ -146,9 +160,9 @@ class _Quantizer:
             self._zeros[key] = steps.add("Expand", steps.constant(ZERO, np.uint8), shape)
         return self._zeros[key]
 
-    def _defer_shares(self, x: ir.Value) -> ir.Value | None:
-        """If `x` is a product of something with a quantised layer's output and serves nothing else, take the shares
-        out of that output and return them: a row's quantised values do not depend on them.
+    def _defer_factors(self, x: ir.Value) -> ir.Value | None:
+        """If `x` is a product of something with a quantised layer's output and serves nothing else, take the rows'
+        factors out of that output and return them: a row's quantised values do not depend on them.
         """
         factor = _only_source(x)
         product = factor.producer()
@@ -157,14 +171,63 @@ class _Quantizer:
         for place, value in enumerate(product.inputs):
             assert value is not None
             source = _only_source(value)
-            if source in self._shared and _serves_one(source) and _same_rows(source, x):
-                before, shares = self._shared[source]
-                reshape = value.producer()
+            if source in self._plain and _serves_one(source) and _same_rows(source, x):
+                layer, reshape = self._plain[source], value.producer()
                 node, at = (product, place) if value is source else (reshape, 0)
                 assert node is not None
-                node.replace_input_with(at, before)
-                return shares
+                node.replace_input_with(at, layer.before)
+                return layer.factors
         return None
+
+    def _gate(self, product: QuantizedProduct) -> None:
+        """If a layer's output is only multiplied by a vector, a number a channel, its weight's scales take it along."""
+        user = _only_user(product.output)
+        view = user if user is not None and user.op_type == "Reshape" else None
+        gating = _only_user(view.outputs[0]) if view is not None else user
+        if gating is None or gating.op_type != "Mul":
+            return
+        output = view.outputs[0] if view is not None else product.output
+        gate = next((value for value in gating.inputs if value is not None and value is not output), None)
+        if gate is None or gate.shape is None or list(gate.shape) != list(product.output.shape or [])[-1:]:
+            return
+        maker = product.before.producer()
+        assert maker is not None
+        gated = ir.node("Mul", [maker.inputs[3], gate])
+        self._graph.insert_before(maker, gated)
+        maker.replace_input_with(3, gated.outputs[0])
+        gating.outputs[0].replace_all_uses_with(output)
+        product.output.name = f"{product.output.name}.gated"  # the layer's own output does not exist any more
+
+    def _rotate(self, product: QuantizedProduct) -> bool:
+        """If a layer's output is only rotated, the cosines and sines take the rows' factors along."""
+        view = _only_user(product.output)
+        rotation = _only_user(view.outputs[0]) if view is not None and view.op_type == "Reshape" else None
+        if view is None or rotation is None or rotation.op_type != ROTATION:
+            return False
+        steps = Steps()
+        for place in (COSINES, SINES):
+            table = rotation.inputs[place]
+            assert table is not None
+            if (table, product.factors) not in self._turned:
+                self._turned[table, product.factors] = steps.add("Mul", table, product.factors)
+            rotation.replace_input_with(place, self._turned[table, product.factors])
+        self._graph.insert_before(view, steps.nodes)
+        view.replace_input_with(0, product.before)
+        return True
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedProduct:
+    """A layer's `output`, what it is `before` its rows' `factors`, and these."""
+
+    output: ir.Value
+    before: ir.Value
+    factors: ir.Value
+
+
+def _is_gelu(x: ir.Value) -> bool:
+    producer = _only_source(x).producer()
+    return producer is not None and producer.op_type == "Gelu"
 
 
 def _only_source(value: ir.Value) -> ir.Value:
@@ -175,26 +238,16 @@ def _only_source(value: ir.Value) -> ir.Value:
     return value
 
 
+def _only_user(value: ir.Value) -> ir.Node | None:
+    """The node that uses `value`, if it is one, as its first or second input, and no output of the graph."""
+    uses = list(value.uses())
+    return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
 def _serves_one(value: ir.Value) -> bool:
-    return len(list(value.uses())) == 1 and not value.is_graph_output()
+    return _only_user(value) is not None
 
 
 def _same_rows(one: ir.Value, other: ir.Value) -> bool:
     """Both are [rows, width] of the same sizes, so a Reshape between them keeps rows apart."""
     return one.shape is not None and other.shape is not None and list(one.shape) == list(other.shape)
-
-
-class _Steps:
-    """New nodes in their order."""
-
-    def __init__(self) -> None:
-        self.nodes: list[ir.Node] = []
-
-    def add(self, op_type: str, *inputs: ir.Value | None, **attributes: int) -> ir.Value:
-        self.nodes.append(ir.node(op_type, inputs, attributes=attributes))
-        return self.nodes[-1].outputs[0]
-
-    def constant(self, number: Any, dtype: Any) -> ir.Value:
-        tensor = ir.tensor(np.array(number, dtype))
-        self.nodes.append(ir.node("Constant", [], attributes={"value": tensor}))
-        return self.nodes[-1].outputs[0]

@@ -31,6 +31,8 @@ from .registry import GraphOpener, SessionOptions, Setting
 from .session import Binding, Buffer, HostBuffer, Session, first_line
 
 ERRORS_ONLY = 3
+# its kernel for a sum and a LayerNorm together takes five times as long as the two kernels
+SLOW = ["SkipLayerNormFusion"]
 VECTOR_UNITS = (
     *("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16"),
     *("asimd", "asimddp", "bf16", "i8mm", "sve", "sve2"),
@@ -155,7 +157,7 @@ def load(model: Path | bytes, options: SessionOptions, layout: WeightLayout, fol
     engine = _engine_options(options, layout)
     if folder is not None:
         engine.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    off = ["ConstantFolding"] if layout.widened else None
+    off = [*SLOW, "ConstantFolding"] if layout.widened else SLOW
     return onnxruntime().InferenceSession(model, engine, providers=["CPUExecutionProvider"], disabled_optimizers=off)
 
 

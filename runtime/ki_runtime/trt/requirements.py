@@ -26,7 +26,9 @@ OPERATORS: dict[str, tuple[int, int] | None] = {
     "QLinearMatMul": None,
     "SequenceAt": None,
     "SplitToSequence": None,
+    "com.microsoft.MatMulIntegerToFloat": None,
     "com.microsoft.MatMulNBits": None,
+    "com.microsoft.RotaryEmbedding": None,
 }
 # Newest opset, and the first TensorRT whose parser knows it.
 OPSETS: tuple[tuple[int, tuple[int, int]], ...] = ((20, (10, 3)), (22, (10, 6)), (23, (10, 11)), (24, (10, 13)))
