@@ -21,6 +21,7 @@ from ki_edge.overlap import Overlap
 from ki_runtime.backends.registry import Backend, Connection, SessionOptions, check_name, connect
 from ki_runtime.backends.session import Bucket, Session
 
+from .choosing import measure_once
 from .decode import Choices, Chooser, FastStage, check_decoding, check_words, choices_of
 from .denoise import DenoiseStage, runtime_weights
 from .drawing import drawing
@@ -116,7 +117,13 @@ class Sampler:
         )
         options = SessionOptions(threads, say=say or tell, verify=verify is not False, build=build, trust=trust_engines)
         first = graphs.specs(opened.manifest.config)
-        sampler = cls._proven(opened, connect(opened, backend, options, first), options)
+
+        def proven(name: str) -> Sampler:
+            return cls._proven(opened, connect(opened, name, options, first), options)
+
+        if backend == "auto":
+            measure_once(opened, proven, options.say)
+        sampler = proven(backend)
         chosen = sampler.backend
         precision = opened.manifest.precision
         if chosen is not None and (say is not None or chosen.surprising(precision)):
