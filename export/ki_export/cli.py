@@ -53,7 +53,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
     from .closing import closing_lines, next_lines
     from .exporter import export
-    from .options import ExportOptions
+    from .options import ON_CPU, ExportOptions
 
     options = ExportOptions(
         target=target,
@@ -83,7 +83,7 @@ def _export(arguments: argparse.Namespace) -> int:
         return 2
     for line in closing_lines(bundle, time.perf_counter() - start):
         _say(line)
-    built = ahead or (target != "ort" and _gpu_ready(target))
+    built = ahead or (target not in ON_CPU and _gpu_ready(target))
     if built:
         _build_engines(arguments)
     for line in next_lines(bundle, target, built=built, ahead=ahead):
@@ -159,12 +159,12 @@ def _parser() -> Parser:
     add(
         "--target",
         default="ort",
-        help="what will run it: ort for ONNX Runtime (a CPU, or a GPU through CUDA), trt for TensorRT (a Jetson), "
-        "trt-rtx for TensorRT-RTX (%(default)s)",
+        help="what will run it: ort for ONNX Runtime (a CPU, or a GPU through CUDA), openvino for OpenVINO (Intel's), "
+        "trt for TensorRT (a Jetson), trt-rtx for TensorRT-RTX (%(default)s)",
     )
     add(
         "--precision",
-        help="type in which layers are multiplied: fp32, fp16, bf16, or int8 for the CPU (ort: fp32, else fp16)",
+        help="type in which layers are multiplied: fp32, fp16, bf16, or int8 for the CPU (ort, openvino: fp32, else fp16)",
     )
     add("--calibrate", type=Path, metavar="FILE|DIR", help="fp16: measure ranges on these recorded observations")
     add("--keep-fp32", action="append", metavar="PATTERN", help="layers that stay in float32, such as 'vision.*'")

@@ -11,6 +11,7 @@ import onnx
 
 from ki_edge import flow
 from ki_edge.config import RealTime
+from ki_edge.dtypes import PRECISIONS
 from ki_edge.errors import ArgumentError
 from ki_export.graphs.tracing import MIN_OPSET
 from ki_export.weights.weights import Stored
@@ -18,11 +19,17 @@ from ki_runtime.trt.targets import meant
 
 from .policies import PolicyRequest
 
-TARGETS = ("ort", "trt", "trt-rtx")
+TARGETS = ("ort", "openvino", "trt", "trt-rtx")
+ON_CPU = ("ort", "openvino")
 OPSET = 20
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 SIXTEEN = ("fp16", "bf16")
-DEFAULTS: Mapping[str, Precision] = {"ort": "fp32", "trt": "fp16", "trt-rtx": "fp16"}  # precision of each target
+DEFAULTS: Mapping[str, Precision] = {
+    "ort": "fp32",
+    "openvino": "fp32",
+    "trt": "fp16",
+    "trt-rtx": "fp16",
+}  # precision of each target
 
 
 @dataclass(frozen=True)
@@ -36,8 +43,9 @@ class ExportOptions:
     its bytes (a change of it is noticed when the bundle is opened; nothing protects a running robot); `calibrate`:
     recorded observations for the range audit of fp16; `keep_fp32`: shell-style patterns of products that stay float32;
     `sensitivity`: measure what each layer costs in 16 bits; `attention` fused: one operator of opset 23 instead of
-    several; `rtc`: whether chunks can be made to continue the one before, None: for the target ort; `policy`: what the
-    checkpoint does not record.
+    several; `rtc`: whether chunks can be made to continue the one before, None: for targets on a CPU; `policy`: what
+    the checkpoint does not record. `inference`: what the bundle asks its engine to round products to, of float32
+    graphs: OpenVINO lowers them itself, so its target keeps them and `precision` becomes fp32.
     """
 
     target: str = "ort"
@@ -58,6 +66,7 @@ class ExportOptions:
     attention: Literal["decomposed", "fused"] = "decomposed"
     rtc: bool | None = None
     policy: PolicyRequest = field(default_factory=PolicyRequest)
+    inference: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.precision is None:
@@ -69,7 +78,10 @@ class ExportOptions:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ArgumentError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
-        if self.precision == "int8" and self.target != "ort":
+        if self.target == "openvino" and self.sixteen:
+            object.__setattr__(self, "inference", PRECISIONS[str(self.precision)].name)
+            object.__setattr__(self, "precision", "fp32")
+        if self.precision == "int8" and self.target not in ON_CPU:
             raise ArgumentError(f"precision int8 is for ONNX Runtime on a CPU: target {self.target} takes fp16 or bf16")
         if self.precision in SIXTEEN and self.weights == "stored":
             raise ArgumentError(
@@ -85,7 +97,7 @@ class ExportOptions:
             raise ArgumentError("--calibrate has no effect with bf16, which needs no range audit: add --sensitivity")
         if self.attention not in ("decomposed", "fused"):
             raise ArgumentError(f"attention {self.attention!r}: expected decomposed or fused")
-        if self.attention == "fused" and (not self.sixteen or self.target == "ort"):
+        if self.attention == "fused" and (not self.sixteen or self.target in ON_CPU):
             raise ArgumentError(
                 f"attention fused is for targets trt and trt-rtx in fp16 or bf16, not {self.target} in "
                 f"{self.precision}: TensorRT has no such kernel for float32"
@@ -102,7 +114,7 @@ class ExportOptions:
 
     def real_time(self, max_delay: int | None) -> RealTime:
         """What the denoise graph is told of the chunk before, of a policy trained for delays up to `max_delay`."""
-        wanted = self.target == "ort" if self.rtc is None else self.rtc
+        wanted = self.target in ON_CPU if self.rtc is None else self.rtc
         return ("trained" if max_delay else "guided") if wanted else "none"
 
     @property

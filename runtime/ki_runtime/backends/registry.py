@@ -198,6 +198,7 @@ BACKENDS = (
     Backend("ort", "ki_runtime.backends.ort", ("onnxruntime",), "pip install 'ki-edge[ort]'", device="CPU"),
 )
 NAMES = ("auto", *(backend.name for backend in BACKENDS))
+HELP = f"{', '.join(NAMES)}; openvino:GPU, openvino:CPU:bf16 and the like; default: the fastest one that can"
 
 
 @dataclass(frozen=True)

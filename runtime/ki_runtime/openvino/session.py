@@ -54,7 +54,7 @@ class Engine:
     def setting(self, bundle: Bundle, package: str, names: Sequence[str]) -> Setting:
         """Results depend on the engine's version, on the device, and on the rounding."""
         device = find(openvino().Core(), self.variant)
-        return Setting(_identity(device, self.variant), _folder(bundle), self.variant.rounding)
+        return Setting(_identity(device, self.variant), folder_of(bundle), self.variant.rounding)
 
 
 def engine_of(variant: Variant) -> Engine:
@@ -75,7 +75,7 @@ class Connection:
 
         What runs is always what was kept, so that a proof is about the same bytes at the next start.
         """
-        path, folder = self._bundle.graph(spec.name), _folder(self._bundle)
+        path, folder = self._bundle.graph(spec.name), folder_of(self._bundle)
         identity = self._graph_identity(spec.name)
         for found in cache.read(folder, spec.name, identity):
             compiled = self._load(found)
@@ -223,5 +223,6 @@ def _identity(device: Device, variant: Variant) -> dict[str, str]:
     return {"openvino": version(), "device": where, "processor": processor(), "arithmetic": variant.rounding}
 
 
-def _folder(bundle: Bundle) -> Path:
+def folder_of(bundle: Bundle) -> Path:
+    """Where compiled graphs and proofs lie."""
     return bundle.path / "engines" / "openvino"
