@@ -164,7 +164,7 @@ def _parser() -> Parser:
     )
     add(
         "--precision",
-        help="type in which layers are multiplied: fp32, fp16, bf16, or int8 for the CPU (ort, openvino: fp32, else fp16)",
+        help="type in which layers are multiplied: fp32, fp16, bf16, or int8 for the CPU (on a CPU: fp32, else fp16)",
     )
     add("--calibrate", type=Path, metavar="FILE|DIR", help="fp16: measure ranges on these recorded observations")
     add("--keep-fp32", action="append", metavar="PATTERN", help="layers that stay in float32, such as 'vision.*'")

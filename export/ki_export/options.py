@@ -81,8 +81,9 @@ class ExportOptions:
         if self.target == "openvino" and self.sixteen:
             object.__setattr__(self, "inference", PRECISIONS[str(self.precision)].name)
             object.__setattr__(self, "precision", "fp32")
-        if self.precision == "int8" and self.target not in ON_CPU:
-            raise ArgumentError(f"precision int8 is for ONNX Runtime on a CPU: target {self.target} takes fp16 or bf16")
+        if self.precision == "int8" and self.target != "ort":
+            takes = "fp32 or bf16" if self.target == "openvino" else "fp16 or bf16"
+            raise ArgumentError(f"precision int8 is for ONNX Runtime on a CPU: target {self.target} takes {takes}")
         if self.precision in SIXTEEN and self.weights == "stored":
             raise ArgumentError(
                 f"--stored-types keeps the checkpoint's types, precision {self.precision} stores its own: leave one out"

@@ -16,8 +16,8 @@ from .bundle import Contents, Fit, check_bundle, check_engines, check_room, list
 from .finding import Checkup, Finding, Verdict
 from .gpu import Gpu, check_gpu
 from .host import Host
-from .packages import CPU, CUDA, check_cuda_python, check_onnxruntime, check_openvino, check_tensorrt
 from .openvino import check_compiled
+from .packages import CPU, CUDA, check_cuda_python, check_onnxruntime, check_openvino, check_tensorrt
 from .proofs import proofs, standings
 from .system import (
     Jetson,

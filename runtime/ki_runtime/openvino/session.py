@@ -40,6 +40,11 @@ class Engine:
 
     def obstacle(self, bundle: Bundle | None, package: str) -> str | None:
         """Why it cannot run this bundle here, or None."""
+        if bundle is not None and bundle.manifest.precision == "int8":
+            return (
+                "OpenVINO misreads int8 graphs, whose activations have one scale a token: use ort for int8, or export "
+                "with --precision fp32 or bf16 --target openvino"
+            )
         try:
             find(openvino().Core(), self.variant)
         except BackendError as error:
