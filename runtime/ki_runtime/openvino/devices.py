@@ -67,7 +67,8 @@ def settings(variant: Variant, threads: int | None) -> Mapping[str, Any]:
     """How a graph is compiled: this rounding and no other, one inference at a time, threads where the system puts them.
 
     Without the hint the engine takes bfloat16 in silence on every CPU that has it. Pinned threads would share a core
-    with a robot's other processes while others idle.
+    with a robot's other processes while others idle. Numbers below 1e-38 count as zero: else the engine reads all
+    weights when it starts, to look for them.
     """
     found: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": HINTS[variant.rounding],
@@ -75,7 +76,11 @@ def settings(variant: Variant, threads: int | None) -> Mapping[str, Any]:
         "CACHE_MODE": "OPTIMIZE_SIZE",
     }
     if variant.device == "CPU":
-        found |= {"INFERENCE_NUM_THREADS": threads or 0, "ENABLE_CPU_PINNING": False}
+        found |= {
+            "INFERENCE_NUM_THREADS": threads or 0,
+            "ENABLE_CPU_PINNING": False,
+            "CPU_DENORMALS_OPTIMIZATION": True,
+        }
     return found
 
 

@@ -28,7 +28,10 @@ from ki_runtime.backends.variant import Variant
 
 from . import cache
 from .devices import Device, check_rounding, failure, find, openvino, settings, version
+from .mapped import let_go
+from .rewriting import keep_tables_mapped
 
+FORM = "1"  # of compiled graphs: another one whenever graphs are rewritten or compiled differently
 TYPES = {"float32": "f32", "float16": "f16", "bool": "boolean", "uint8": "u8", "int32": "i32", "int64": "i64"}
 
 
@@ -42,8 +45,8 @@ class Engine:
         """Why it cannot run this bundle here, or None."""
         if bundle is not None and bundle.manifest.precision == "int8":
             return (
-                "OpenVINO misreads int8 graphs, whose activations have one scale a token: use ort for int8, or export "
-                "with --precision fp32 or bf16 --target openvino"
+                "OpenVINO misreads int8 graphs, whose activations have one scale a token: take ort for int8, or export "
+                "with --target openvino --precision fp32 or bf16"
             )
         try:
             find(openvino().Core(), self.variant)
@@ -111,10 +114,15 @@ class Connection:
         array[...] = 0
         return HostBuffer(array)  # a view keeps the driver's memory alive
 
+    def let_go(self) -> None:
+        """Let go of the pages of weights that were read so far."""
+        let_go(self._bundle.weights().path)
+
     def _compile(self, path: Path, graph: str) -> bytes:
         """The graph compiled for the device, without weights."""
         try:
             model = self.core.read_model(str(path))
+            keep_tables_mapped(model)
             compiled = self.core.compile_model(model, self.device.name, dict(self._settings))
             check_rounding(compiled, self.variant, graph)
             content = compiled.export_model()
@@ -139,6 +147,7 @@ class Connection:
     ) -> OpenVinoSession:
         check_rounding(compiled, self.variant, spec.name)
         session = OpenVinoSession(self, path, spec, self._sizes, compiled)
+        self.let_go()
         session.loaded = Loaded({f"compiled {spec.name}": found.sha256}, folder)
         return session
 
@@ -150,7 +159,7 @@ class Connection:
         manifest = self._bundle.manifest
         files = (self._bundle.graph(graph).name, str(manifest.weights["file"]))
         hashes = {name: str(manifest.files[name].get("sha256")) for name in files}
-        return {**_identity(self.device, self.variant), **hashes}
+        return {"form": FORM, **_identity(self.device, self.variant), **hashes}
 
 
 class OpenVinoBinding:
@@ -176,6 +185,7 @@ class OpenVinoSession(Session):
         self._ports = {name: port for port in (*compiled.inputs, *compiled.outputs) for name in port.get_names()}
         self._compiled, self._request = compiled, compiled.create_infer_request()
         self._bound: dict[int, Any] = {}  # port -> the tensor that the request has there
+        self._fresh = True  # the first run copies more weights into the engine's own order
 
     def allocate(self, shape: Sequence[int], dtype: str) -> Buffer:
         return self._connection.allocate(shape, dtype)
@@ -189,6 +199,9 @@ class OpenVinoSession(Session):
                     self._bound[at] = tensor
             self._request.start_async()  # `infer` would compute in this thread, which the engine's own then wait for
             self._request.wait()
+            if self._fresh:
+                self._fresh = False
+                self._connection.let_go()
         except Exception as error:
             self._bound.clear()
             raise failure(f"failed in graph {self.spec.name}", error) from error
