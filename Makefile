@@ -2,6 +2,7 @@
 # make test    sets everything up and runs all checks
 # make test-elsewhere   the same tests as a stranger's machine may run them: another user, random order, read-only home
 # make test-integrations   the wheel on other Pythons, the real LeRobot, openpi-client, rerun, Ray and Triton's client, in environments of their own (11 GB)
+# make test-openvino   the OpenVINO backend, in an environment beside the first that has the package (200 MB)
 # make lint    style and types only
 # make train-demo   demonstrations and training of the Fetch policy (hours on two cores)
 
@@ -13,7 +14,7 @@ ROBOT := gym:FetchReach-v4
 EPISODES ?= 10
 export MUJOCO_GL ?= egl
 
-.PHONY: setup demo test test-elsewhere test-integrations lint train-demo clean
+.PHONY: setup demo test test-elsewhere test-integrations test-openvino lint train-demo clean
 
 setup: $(VENV)/.ready
 
@@ -44,6 +45,13 @@ test-elsewhere: setup
 
 test-integrations: setup
 	$(BIN)/python -m pytest -m integration
+
+# Everything else tests the machine without it.
+test-openvino: setup
+	$(BIN)/python -m venv $(VENV)-openvino
+	@$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$($(VENV)-openvino/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/first.pth
+	$(VENV)-openvino/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'openvino>=2026.1'
+	PYTHONPATH=.:export:runtime $(VENV)-openvino/bin/python -m pytest tests/runtime/test_openvino.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -44,8 +44,9 @@ DIRECTIONS: dict[str, str] = {
         "ki_edge.train.step ki_edge.train.watching"
     ),
     "ki_runtime": "ki_edge",
-    "ki_runtime.backends": "ki_edge ki_edge.bundle",
+    "ki_runtime.backends": "ki_edge ki_edge.bundle ki_edge.files",
     "ki_runtime.gpu": "ki_edge ki_edge.bundle ki_runtime.backends",
+    "ki_runtime.openvino": "ki_edge ki_edge.bundle ki_edge.files ki_runtime.backends",
     "ki_runtime.policy": "ki_edge ki_edge.bundle ki_edge.files ki_edge.policy ki_runtime.backends",
     "ki_runtime.robots": "ki_edge ki_edge.files ki_edge.policy ki_edge.recordings",
     "ki_runtime.recording": "ki_edge ki_edge.files ki_edge.recordings",
@@ -62,7 +63,7 @@ DIRECTIONS: dict[str, str] = {
     "ki_runtime.trt": "ki_edge ki_edge.bundle ki_edge.files ki_edge.policy ki_runtime.backends ki_runtime.gpu",
     "ki_runtime.doctor": (
         "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.checkpoints.layout ki_edge.planning ki_edge.policy "
-        "ki_runtime.backends ki_runtime.gpu ki_runtime.policy ki_runtime.trt"
+        "ki_runtime.backends ki_runtime.gpu ki_runtime.openvino ki_runtime.policy ki_runtime.trt"
     ),
     "ki_export.bench": (
         "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.files ki_edge.model ki_edge.policy ki_runtime "
@@ -97,7 +98,7 @@ DIRECTIONS: dict[str, str] = {
         "ki_runtime.trt"
     ),
     "ki_export": (
-        "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.checkpoints.layout ki_edge.files "
+        "ki_edge ki_edge.bundle ki_edge.checkpoints ki_edge.checkpoints.layout ki_edge.files ki_runtime.backends "
         "ki_runtime.gpu ki_runtime.trt ki_export.graphs ki_export.parity ki_export.passes ki_export.policies "
         "ki_export.precision ki_export.source ki_export.triton ki_export.weights"
     ),

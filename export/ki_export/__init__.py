@@ -4,7 +4,7 @@
     bundle = export("checkpoint", "bundle", ExportOptions())
 
 Imports: graphs, parity, passes, policies, precision, source, triton, weights; of ki_edge: bundle, checkpoints,
-checkpoints.layout, files; of ki_runtime: gpu, trt.
+checkpoints.layout, files; of ki_runtime: backends, gpu, trt.
 """
 
 from typing import TYPE_CHECKING

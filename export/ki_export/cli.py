@@ -53,7 +53,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
     from .closing import closing_lines, next_lines
     from .exporter import export
-    from .options import ExportOptions
+    from .options import ON_CPU, ExportOptions
 
     options = ExportOptions(
         target=target,
@@ -86,7 +86,7 @@ def _export(arguments: argparse.Namespace) -> int:
         return 2
     for line in closing_lines(bundle, time.perf_counter() - start):
         _say(line)
-    built = ahead or (target != "ort" and _gpu_ready(target))
+    built = ahead or (target not in ON_CPU and _gpu_ready(target))
     if built:
         _build_engines(arguments)
     for line in next_lines(bundle, target, built=built, ahead=ahead):
@@ -162,13 +162,13 @@ def _parser() -> Parser:
     add(
         "--target",
         default="ort",
-        help="what will run it: ort for ONNX Runtime (a CPU, or a GPU through CUDA), trt for TensorRT (a Jetson), "
-        "trt-rtx for TensorRT-RTX (%(default)s)",
+        help="what will run it: ort for ONNX Runtime (a CPU, or a GPU through CUDA), openvino for OpenVINO (Intel's), "
+        "trt for TensorRT (a Jetson), trt-rtx for TensorRT-RTX (%(default)s)",
     )
     add(
         "--precision",
-        help="type in which layers are multiplied: fp32, fp16, bf16, int8, or for engines fp8 and nvfp4 (ort: fp32, "
-        "else fp16). In engines int8 needs compute capability 7.5, fp8 8.9, nvfp4 10.0",
+        help="type in which layers are multiplied: fp32, fp16, bf16, int8, or for engines fp8 and nvfp4 (on a CPU: "
+        "fp32, else fp16). In engines int8 needs compute capability 7.5, fp8 8.9, nvfp4 10.0",
     )
     add(
         "--calibrate",

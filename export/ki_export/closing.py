@@ -7,6 +7,9 @@ from shlex import quote
 
 from ki_edge.bundle import Bundle
 from ki_export.parity.headline import in_words
+from ki_runtime.backends.variant import FIELD as INFERENCE
+
+from .options import ON_CPU
 
 
 def closing_lines(bundle: Bundle, seconds: float) -> Iterator[str]:
@@ -19,18 +22,21 @@ def closing_lines(bundle: Bundle, seconds: float) -> Iterator[str]:
         yield f"not verified; to compare it later: ki-parity {path} --checkpoint CHECKPOINT"
         return
     yield in_words(manifest.parity["actions"])
+    asked = manifest.sampling.get(INFERENCE)
+    if asked is not None:
+        yield f"the graphs are float32; OpenVINO rounds products to {asked} where it runs them, and is proven there"
     yield f"report: {path}/parity.html"
 
 
 def next_lines(bundle: Bundle, target: str, *, built: bool, ahead: bool) -> Iterator[str]:
     """The commands to go on with. `built`: the engines are there, `ahead`: for GPUs that need not be here."""
     path, name = quote(str(bundle.path)), quote(bundle.path.resolve().name)
-    elsewhere = target != "ort" and (ahead or not built)
+    elsewhere = target not in ON_CPU and (ahead or not built)
     if elsewhere:
         yield f"next: copy the bundle to the robot (rsync -a {path} ROBOT:), and there:"
         yield f"  ki-doctor {name}"
         path = name
-    if target != "ort" and not built:
+    if target not in ON_CPU and not built:
         flag = "" if target == "trt" else f" --target {target}"
         yield f"  ki-build {name}{flag}    (or let the first ki-run do it)"
     head = "  " if elsewhere else "next: "

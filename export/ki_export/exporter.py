@@ -37,6 +37,7 @@ from ki_export.source.opening import CheckpointRef
 from ki_export.source.provenance import Hashes, hash_files, provenance, tool_versions
 from ki_export.weights.int8 import is_large
 from ki_export.weights.weights import WEIGHTS, TensorSlice, Weights, attach, place_weights, sources
+from ki_runtime.backends.variant import FIELD as INFERENCE
 
 from .options import ExportOptions
 from .policies import PolicyFiles, decode_vocabulary, has_fast_head
@@ -201,10 +202,11 @@ def _manifest(plan: Plan, options: ExportOptions, weights: Weights, hashes: Hash
     if plan.lowered is not None and plan.lowered.audit is not None:
         origin["calibration"] = plan.lowered.audit.source
     precision = options.recorded_precision
+    asked = {} if options.inference is None else {INFERENCE: options.inference}
     return Manifest(
         model=config.to_dict(),
         contract=contract.to_json() if contract is not None else None,
-        sampling={"time_convention": convention, "num_steps": steps},
+        sampling={"time_convention": convention, "num_steps": steps, **asked},
         precision=precision,
         graphs=_signatures(plan),
         weights={

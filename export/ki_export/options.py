@@ -20,12 +20,18 @@ from ki_runtime.trt.targets import meant
 
 from .policies import PolicyRequest
 
-TARGETS = ("ort", "trt", "trt-rtx")
+TARGETS = ("ort", "openvino", "trt", "trt-rtx")
+ON_CPU = ("ort", "openvino")
 OPSET = 20
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "nvfp4"]
 SIXTEEN = ("fp16", "bf16")
 ENGINES = ("trt", "trt-rtx")  # targets whose products can be in eight and four bits with scales that stand in the graph
-DEFAULTS: Mapping[str, Precision] = {"ort": "fp32", "trt": "fp16", "trt-rtx": "fp16"}  # precision of each target
+DEFAULTS: Mapping[str, Precision] = {
+    "ort": "fp32",
+    "openvino": "fp32",
+    "trt": "fp16",
+    "trt-rtx": "fp16",
+}  # precision of each target
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,9 @@ class ExportOptions:
     that stay in 16 bits; `budget_cosine`: of the actions, which low products have to hold, None: the precision's own;
     `attention` fused: one operator of opset 23 instead of several; `embeddings` host: graphs take rows of the embedding
     table, which the runtime reads from the weights file and no device holds; `rtc`: whether chunks can be made to
-    continue the one before, None: for the target ort; `policy`: what the checkpoint does not record.
+    continue the one before, None: for targets on a CPU; `policy`: what the checkpoint does not record.
+    `inference`: what the bundle asks its engine to round products to, of float32 graphs: OpenVINO lowers them itself,
+    so its target keeps them and `precision` becomes fp32.
     """
 
     target: str = "ort"
@@ -66,6 +74,7 @@ class ExportOptions:
     rtc: bool | None = None
     embeddings: Embeddings = "graph"
     policy: PolicyRequest = field(default_factory=PolicyRequest)
+    inference: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         if self.precision is None:
@@ -81,10 +90,15 @@ class ExportOptions:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ArgumentError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(known)}")
+        if self.target == "openvino" and self.precision in SIXTEEN:
+            object.__setattr__(self, "inference", PRECISIONS[str(self.precision)].name)
+            object.__setattr__(self, "precision", "fp32")
+        if self.target == "openvino" and self.precision == "int8":
+            raise ArgumentError("precision int8 is for ONNX Runtime on a CPU: target openvino takes fp32 or bf16")
         if self.precision in ("fp8", "nvfp4") and self.low is None:
             raise ArgumentError(
                 f"precision {self.precision} is for engines: give --target trt or trt-rtx; target {self.target} takes "
-                "fp32 or int8"
+                f"{'fp32 or bf16' if self.target == 'openvino' else 'fp32 or int8'}"
             )
         self._check_low()
         if self.sixteen and self.weights == "stored":
@@ -103,7 +117,7 @@ class ExportOptions:
             raise ArgumentError("--calibrate has no effect with bf16, which needs no range audit: add --sensitivity")
         if self.attention not in ("decomposed", "fused"):
             raise ArgumentError(f"attention {self.attention!r}: expected decomposed or fused")
-        if self.attention == "fused" and (self.precision not in SIXTEEN or self.target == "ort"):
+        if self.attention == "fused" and (self.precision not in SIXTEEN or self.target in ON_CPU):
             raise ArgumentError(
                 f"attention fused is for targets trt and trt-rtx in fp16 or bf16, not {self.target} in "
                 f"{self.precision}: TensorRT has no such kernel for float32"
@@ -120,7 +134,7 @@ class ExportOptions:
 
     def real_time(self, max_delay: int | None) -> RealTime:
         """What the denoise graph is told of the chunk before, of a policy trained for delays up to `max_delay`."""
-        wanted = self.target == "ort" if self.rtc is None else self.rtc
+        wanted = self.target in ON_CPU if self.rtc is None else self.rtc
         return ("trained" if max_delay else "guided") if wanted else "none"
 
     def _check_low(self) -> None:

@@ -280,4 +280,4 @@ def test_ki_run_tells_its_backend(monkeypatch, capsys):
 
 
 def test_names():
-    assert NAMES == ("auto", "trt", "trt-rtx", "ort-cuda", "ort")
+    assert NAMES == ("auto", "trt", "trt-rtx", "ort-cuda", "openvino", "ort")

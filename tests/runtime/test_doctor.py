@@ -176,7 +176,8 @@ def test_a_processor_alone_runs_onnxruntime():
     assert runs(result) == {"ort"} and result.runs
     assert [x.name for x in result.findings if x.level != "ok"] == ["GPU"]
     assert result.summary() == (
-        "this machine can run: ort (CPU); not: trt (no GPU), trt-rtx (no GPU), ort-cuda (no GPU)"
+        "this machine can run: ort (CPU); not: trt (no GPU), trt-rtx (no GPU), ort-cuda (no GPU), "
+        "openvino (not installed or does not load)"
     )
 
 

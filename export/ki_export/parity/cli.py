@@ -123,8 +123,8 @@ def _parser() -> Parser:
     parser.add_argument(
         "--backend",
         metavar="NAME",
-        help="what computes the bundle: auto, trt, trt-rtx, ort-cuda, ort. Alone: against the witness, without "
-        "PyTorch; default otherwise: ONNX Runtime on the CPU, 16-bit bundles in exact arithmetic",
+        help="what computes the bundle: auto, trt, trt-rtx, ort-cuda, openvino, ort. Alone: against the witness, "
+        "without PyTorch; default otherwise: ONNX Runtime on the CPU, 16-bit bundles in exact arithmetic",
     )
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="write parity.json and parity.html there")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")

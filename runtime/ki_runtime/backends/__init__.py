@@ -1,4 +1,4 @@
 """The seam between policy and engines: sessions, the list of engines, ONNX Runtime on the CPU.
 
-Imports: of ki_edge: bundle.
+Imports: of ki_edge: bundle, files.
 """

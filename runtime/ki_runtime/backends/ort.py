@@ -27,16 +27,13 @@ from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_edge.graphs import Dim, GraphSpec, TensorSpec
 from ki_edge.proc import cpu_info
 
+from .processor import processor
 from .registry import GraphOpener, SessionOptions, Setting
 from .session import Binding, Buffer, HostBuffer, Session, first_line
 
 ERRORS_ONLY = 3
 # its kernel for a sum and a LayerNorm together takes five times as long as the two kernels
 SLOW = ["SkipLayerNormFusion"]
-VECTOR_UNITS = (
-    *("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_int8", "amx_bf16"),
-    *("asimd", "asimddp", "bf16", "i8mm", "sve", "sve2"),
-)
 
 
 @dataclass(frozen=True)
@@ -213,14 +210,6 @@ def _add_bytes_exactly(engine: Any) -> None:
     x86 = platform.machine() in ("x86_64", "AMD64")
     if x86 and not {"avx512_vnni", "avx_vnni", "amx_int8"} & set(cpu_info("flags").split()):
         engine.add_session_config_entry("session.x64quantprecision", "1")
-
-
-def processor() -> str:
-    """Architecture, model and vector units of this machine's processor: what engines choose their kernels by."""
-    names = ("model name", "cpu family", "model", "CPU implementer", "CPU part")
-    model = " ".join(found for name in names if (found := cpu_info(name))) or platform.processor()
-    units = sorted(set(VECTOR_UNITS) & set((cpu_info("flags") or cpu_info("Features")).split()))
-    return " ".join([platform.machine(), model, *units])
 
 
 def _ort_value(buffer: Buffer) -> Any:

@@ -6,6 +6,7 @@ A backend's module, and with it the engine, is imported only when it is asked fo
     connect(bundle, package, options) -> GraphOpener         what opens the bundle's graphs, all on one device
     setting(bundle, package, graphs) -> Setting              what computes these graphs here, for the record of a proof
 
+or, where a name may carry device and arithmetic, `engine_of(variant)`, which gives an object with these three.
 Engines of `setting` exist: it is asked after `connect`. It raises BackendError where they do not.
 """
 
@@ -17,13 +18,16 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ki_edge.arguments import count
 from ki_edge.bundle import Bundle
 from ki_edge.errors import BackendError, KiEdgeError
 from ki_edge.graphs import GraphSpec
 
+from .choice import find_choice
 from .session import Session, first_line
+from .variant import Variant, read_variant, wished
 
 MAX_THREADS = 4096
 GraphOpener = Callable[[GraphSpec], Session]
@@ -37,6 +41,10 @@ class NotInstalled(str):
     """Why a backend was passed over, where nobody installed it: nothing that calls for attention."""
 
 
+class Slower(NotInstalled):
+    """Why a backend was passed over that was measured: another is faster. Nothing that calls for attention."""
+
+
 class Unproven(str):
     """What is known of a backend's proof, where that is nothing: it calls for attention."""
 
@@ -46,11 +54,13 @@ class Setting:
     """What computes a bundle's graphs: `environment`: all that its results depend on, versions, hashes, devices by
     name.
 
-    `folder`: where verdicts on it lie, which may not exist yet.
+    `folder`: where verdicts on it lie, which may not exist yet. `rounding` of its products, where that is coarser than
+    the graphs say.
     """
 
     environment: Mapping[str, str]
     folder: Path
+    rounding: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ class Backend:
     """An engine on a device. It needs one of `packages`, the first installed one is used.
 
     `passed`: the backends that would have been preferred, and why each was passed over. `proof`: what is known of it
-    here, empty where nobody asked.
+    here, empty where nobody asked. `variant`: device and arithmetic, of a backend whose name may carry them.
     """
 
     name: str
@@ -93,6 +103,7 @@ class Backend:
     device: str = "GPU"
     passed: tuple[tuple[str, str], ...] = ()
     proof: str = ""
+    variant: Variant | None = None
 
     @property
     def package(self) -> str | None:
@@ -104,7 +115,7 @@ class Backend:
         if self.package is None:
             return NotInstalled(f"no {' or '.join(self.packages)} package")
         try:
-            found: str | None = import_module(self.module).obstacle(bundle, self.package)
+            found: str | None = self._engine().obstacle(bundle, self.package)
         except KiEdgeError:
             raise
         except ImportError as error:
@@ -116,7 +127,7 @@ class Backend:
     def connect(self, bundle: Bundle, options: SessionOptions) -> GraphOpener:
         """What opens a bundle's graphs; whatever the engine raises is then a BackendError of one line."""
         with self._failing():
-            opened: GraphOpener = import_module(self.module).connect(bundle, self.package, options)
+            opened: GraphOpener = self._engine().connect(bundle, self.package, options)
 
         def open_graph(graph: GraphSpec) -> Session:
             with self._failing():
@@ -127,8 +138,17 @@ class Backend:
     def setting(self, bundle: Bundle, names: Sequence[str]) -> Setting:
         """What computes the graphs of these names here. BackendError if their engines do not exist."""
         with self._failing():
-            found: Setting = import_module(self.module).setting(bundle, self.package, names)
-        return Setting({"backend": self.name, **found.environment}, found.folder)
+            found: Setting = self._engine().setting(bundle, self.package, names)
+        return replace(found, environment={"backend": self.family, **found.environment})
+
+    @property
+    def family(self) -> str:
+        """Its name without device and arithmetic."""
+        return self.name.partition(":")[0]
+
+    def _engine(self) -> Any:
+        module = import_module(self.module)
+        return module if self.variant is None else module.engine_of(self.variant)
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -146,7 +166,8 @@ class Backend:
     def describe(self, precision: str) -> str:
         """One line: what runs, why nothing faster does, and whether the bundle is slow there."""
         passed = "; ".join(f"{name}: {why}" for name, why in self.passed)
-        line = f"backend: {self.name} ({self.device})" + (f": {passed}" if passed else "")
+        where = self.device if self.variant is None else str(self.variant)
+        line = f"backend: {self.name} ({where})" + (f": {passed}" if passed else "")
         line += f"; {self.proof}" if self.proof else ""
         if self._slow(precision):
             line += (
@@ -164,14 +185,20 @@ class Backend:
         return self.device == "CPU" and precision == "float16"
 
 
-# In the order in which "auto" prefers them.
+# In the order in which "auto" prefers them, but those for a CPU: see `_preferred`.
 BACKENDS = (
     Backend("trt", "ki_runtime.trt.session", ("tensorrt", "tensorrt_lean"), "pip install tensorrt cuda-python"),
     Backend("trt-rtx", "ki_runtime.trt.session", ("tensorrt_rtx",), "pip install tensorrt-rtx-cu13 cuda-python"),
     Backend("ort-cuda", "ki_runtime.gpu.ort_cuda", ("onnxruntime",), "pip install onnxruntime-gpu cuda-python"),
+    Backend(
+        *("openvino", "ki_runtime.openvino.session", ("openvino",), "pip install 'ki-edge[openvino]'"),
+        device="CPU",
+        variant=Variant(),
+    ),
     Backend("ort", "ki_runtime.backends.ort", ("onnxruntime",), "pip install 'ki-edge[ort]'", device="CPU"),
 )
 NAMES = ("auto", *(backend.name for backend in BACKENDS))
+HELP = f"{', '.join(NAMES)}; openvino:GPU, openvino:CPU:bf16 and the like; default: the fastest one that can"
 
 
 @dataclass(frozen=True)
@@ -192,8 +219,8 @@ def choose_backend(name: str = "auto", bundle: Bundle | None = None) -> Backend:
 
     BackendError for an unknown name, and with every reason if none can.
     """
-    passed: list[tuple[str, str]] = []
-    for backend in _candidates(name):
+    candidates, passed = _candidates(name, bundle)
+    for backend in candidates:
         why = backend.obstacle(bundle)
         if why is None:
             return replace(backend, passed=tuple(passed))
@@ -209,7 +236,7 @@ def connect(
     `first`: graphs that are opened now, so that a backend which fails at them is passed over too; each is given out at
     its first `open`. BackendError as of `choose_backend`, and if a backend that was named cannot build or load engines.
     """
-    return _connect(bundle, name, options or SessionOptions(), first, _candidates(name), [])
+    return _connect(bundle, name, options or SessionOptions(), first, *_candidates(name, bundle))
 
 
 def _connect(
@@ -271,17 +298,62 @@ def _installed(package: str) -> bool:
 
 def check_name(name: str) -> None:
     """BackendError unless there is a backend of this name."""
+    if isinstance(name, str) and name not in NAMES and ":" in name:
+        family, _, rest = name.partition(":")
+        if any(backend.variant is not None and backend.name == family for backend in BACKENDS):
+            read_variant(rest, name)
+            return
     if not isinstance(name, str) or name not in NAMES:
         raise BackendError(f"no backend {name!r:.60}; there are: {', '.join(NAMES)}")
 
 
-def _candidates(name: str) -> Iterator[Backend]:
+def _candidates(name: str, bundle: Bundle | None) -> tuple[Iterator[Backend], list[tuple[str, str]]]:
+    """What may run, in order, and what is known to be slower here."""
     check_name(name)
-    return (backend for backend in BACKENDS if name in ("auto", backend.name))
+    if name == "auto":
+        return _preferred(bundle)
+    return iter([_variant_of(backend, name, bundle) for backend in BACKENDS if _of_family(backend, name)]), []
+
+
+def _of_family(backend: Backend, name: str) -> bool:
+    return backend.name in (name, name.partition(":")[0])
+
+
+def _variant_of(backend: Backend, name: str, bundle: Bundle | None) -> Backend:
+    """The backend with the device and arithmetic that its name says, or the bundle asks for."""
+    if backend.variant is None:
+        return backend
+    rest = name.partition(":")[2]
+    variant = (read_variant(rest, name) if rest else backend.variant).of(bundle)
+    device = variant.device.partition(".")[0]
+    return replace(backend, name=name, device=device, variant=variant)
+
+
+def _preferred(bundle: Bundle | None) -> tuple[Iterator[Backend], list[tuple[str, str]]]:
+    """GPUs first. Of the engines for a CPU the one that was measured to be the fastest here, and while that was not
+    done, ONNX Runtime; OpenVINO for a bundle that was exported for it.
+    """
+    every = [_variant_of(backend, backend.name, bundle) for backend in BACKENDS]
+    front = [backend for backend in every if backend.device != "CPU"]
+    rivals = [backend for backend in every if backend.device == "CPU"]
+    if bundle is None or wished(bundle) is None:
+        rivals.reverse()  # ONNX Runtime stands at the end of the list
+        choice = find_choice(bundle, on_cpu()) if bundle is not None and len(rivals) > 1 else None
+        if choice is not None:
+            rivals.sort(key=lambda backend: choice.rank(backend.name))
+            slower = [(backend.name, Slower(choice.against(backend.name))) for backend in rivals[1:]]
+            return iter([*front, *rivals]), [(name, why) for name, why in slower if why]
+    return iter([*front, *rivals]), []
+
+
+def on_cpu() -> tuple[Backend, ...]:
+    """The backends for a CPU that are installed."""
+    return tuple(backend for backend in BACKENDS if backend.device == "CPU" and backend.package is not None)
 
 
 def _none(name: str, passed: list[tuple[str, str]]) -> BackendError:
-    missing = [backend.install for backend in _candidates(name) if backend.package is None]
+    asked = [backend for backend in BACKENDS if name == "auto" or _of_family(backend, name)]
+    missing = [backend.install for backend in asked if backend.package is None]
     cure = f"; {missing[-1]}" if missing else ""
     if name != "auto":
         return BackendError(f"backend '{name}': {passed[0][1]}{cure}")

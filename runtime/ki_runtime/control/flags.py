@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ki_edge.commands import Parser
-from ki_runtime.backends.registry import NAMES
+from ki_runtime.backends.registry import HELP as BACKENDS_HELP
 
 from .options import MODES, LoopOptions
 from .rerun_viewer import LIVE
@@ -87,7 +87,7 @@ def _add_safety(add: Callable[..., object], defaults: LoopOptions) -> None:
 
 
 def _add_engine(add: Callable[..., object]) -> None:
-    add("--backend", default="auto", metavar="NAME", help=f"{', '.join(NAMES)}; default: the fastest one that can")
+    add("--backend", default="auto", metavar="NAME", help=BACKENDS_HELP)
     add("--threads", type=int, metavar="N", help="CPU threads of the engine; default: its own choice")
     add("--trust-engines", action="store_true", help=TRUST_HELP)
     add("--sequential", action="store_true", help=SEQUENTIAL_HELP)

@@ -1,4 +1,4 @@
 """ki-doctor: what this machine can run, what is missing, and the command that mends it.
 
-Imports: backends, gpu, policy, trt; of ki_edge: bundle, checkpoints, checkpoints.layout, planning, policy.
+Imports: backends, gpu, openvino, policy, trt; of ki_edge: bundle, checkpoints, checkpoints.layout, planning, policy.
 """

@@ -16,7 +16,8 @@ from .bundle import Contents, Fit, check_bundle, check_engines, check_room, list
 from .finding import Checkup, Finding, Verdict
 from .gpu import Gpu, check_gpu
 from .host import Host
-from .packages import CPU, CUDA, check_cuda_python, check_onnxruntime, check_tensorrt
+from .openvino import check_compiled
+from .packages import CPU, CUDA, check_cuda_python, check_onnxruntime, check_openvino, check_tensorrt
 from .proofs import proofs, standings
 from .system import (
     Jetson,
@@ -44,6 +45,7 @@ class Machine:
     providers: tuple[str, ...] = ()
     packages: Mapping[str, Api] = field(default_factory=dict)
     cuda_python: bool = False
+    openvino: bool = False
     bundle: Contents | None = None
     broken: bool = False
     fits: Mapping[str, Fit] = field(default_factory=dict)
@@ -64,12 +66,14 @@ def examine(bundle: Path | None = None, host: Host | None = None) -> Checkup:
     machine.providers, onnxruntime = check_onnxruntime(host, machine.gpu)
     machine.packages, tensorrt = check_tensorrt(host, machine.gpu, machine.jetson)
     machine.cuda_python, cuda_python = check_cuda_python(host, machine.gpu)
-    findings += [*onnxruntime, *tensorrt, cuda_python]
+    machine.openvino, openvino = check_openvino(host)
+    findings += [*onnxruntime, openvino, *tensorrt, cuda_python]
     if bundle is not None:
         findings += _look_at(host, bundle, machine)
     verdicts = _verdicts(host, machine)
     if machine.bundle is not None:
         opened = machine.bundle.bundle
+        findings += check_compiled(opened) if machine.openvino else []
         found = standings(host, opened, [verdict.backend for verdict in verdicts if verdict.runs])
         findings += proofs(opened, found)
         verdicts = tuple(_proven(verdict, found.get(verdict.backend)) for verdict in verdicts)
@@ -99,6 +103,7 @@ def _verdicts(host: Host, machine: Machine) -> tuple[Verdict, ...]:
         "trt": _why_not_trt(machine, TRT),
         "trt-rtx": _why_not_trt(machine, RTX),
         "ort-cuda": _why_not_ort_cuda(machine),
+        "openvino": None if machine.openvino else "not installed or does not load",
         "ort": _why_not_ort(machine),
     }
     bundle = None if machine.bundle is None else machine.bundle.bundle
@@ -118,7 +123,7 @@ def _proven(verdict: Verdict, standing: Standing | None) -> Verdict:
 
 def _detail(machine: Machine, backend: str) -> str:
     """On what it runs, and whether engines come first."""
-    if backend == "ort" or machine.gpu is None:
+    if backend in ("openvino", "ort") or machine.gpu is None:
         return "CPU"
     modules = {"trt": TRT, "trt-rtx": RTX}.get(backend, ())
     fits = [machine.fits[name] for name in modules if name in machine.fits]

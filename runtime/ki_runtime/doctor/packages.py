@@ -1,10 +1,12 @@
-"""Inference packages: ONNX Runtime and its providers, the three TensorRT modules, cuda-python."""
+"""Inference packages: ONNX Runtime and its providers, OpenVINO, the three TensorRT modules, cuda-python."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from ki_runtime.backends.session import first_line
 from ki_runtime.gpu.ort_cuda import TRIAL
+from ki_runtime.openvino.devices import devices
 from ki_runtime.trt.api import OLDEST, TITLES, Api, parse_version
 from ki_runtime.trt.requirements import OPERATORS, OPSETS
 
@@ -13,6 +15,7 @@ from .gpu import Gpu
 from .host import Host
 from .system import Jetson
 
+OPENVINO = "pip install 'ki-edge[openvino]'"
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 QUIET = 4  # fatal errors only
 PROVIDER_CURES = {CPU: "--force-reinstall onnxruntime", CUDA: "'onnxruntime-gpu[cuda,cudnn]'"}
@@ -60,6 +63,24 @@ def _try_provider(module: Any, provider: str) -> str | None:
     except Exception as error:  # the library raises its own types
         return next(iter(str(error).strip().splitlines()), type(error).__name__)
     return None if provider in used else "its libraries (CUDA, cuDNN) are missing or of another version"
+
+
+def check_openvino(host: Host) -> tuple[bool, Finding]:
+    """Whether OpenVINO computes on the CPU here, its devices, and what each computes in."""
+    try:
+        module = host.load("openvino")
+    except ImportError as error:
+        if "No module named" in str(error):
+            return False, Finding("ok", "OpenVINO", "not installed; on Intel's CPUs and GPUs it may be faster")
+        return False, Finding("problem", "OpenVINO", f"cannot be imported: {error}", f"{OPENVINO}, or remove it")
+    try:
+        found = devices(module.Core())
+    except Exception as error:  # the library raises its own types
+        why = first_line(error)
+        return False, Finding("problem", "OpenVINO", f"{module.__version__} finds no devices: {why}", OPENVINO)
+    told = "; ".join(f"{each.name}: {each.title} ({', '.join(each.roundings)})" for each in found) or "no devices"
+    version = str(module.__version__).split("-")[0]
+    return any(each.name == "CPU" for each in found), Finding("ok", "OpenVINO", f"{version}, {told}")
 
 
 def check_tensorrt(host: Host, gpu: Gpu | None, jetson: Jetson | None) -> tuple[dict[str, Api], list[Finding]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from ki_edge.errors import BackendError, BundleError
 from ki_runtime.backends.registry import Backend, SessionOptions, Setting, Unproven, choose_backend
 
 from . import verdict as verdicts
+from .rounding import widened
 from .verdict import ACTIONS, FAST, Row, Verdict
 
 if TYPE_CHECKING:
@@ -88,10 +89,10 @@ class Prover:
             **setting.environment,
             **{key: value for each in loaded for key, value in each.environment.items()},
         }
-        return Setting(environment, loaded[0].folder)
+        return replace(setting, environment=environment, folder=loaded[0].folder)
 
     def _judge(self, part: str, sampler: Sampler, environment: Mapping[str, str], setting: Setting) -> Verdict:
-        witness = read_witness(self.bundle)
+        witness = widened(read_witness(self.bundle), setting.rounding)
         if sha256(self.bundle.file(WITNESS)) != self.bundle.manifest.files[WITNESS].get("sha256"):
             raise BundleError(f"{self.bundle.path}: '{WITNESS}' has changed since the export; copy the bundle again")
         rounds = 1 if self.backend.device == "CPU" else ROUNDS  # nothing is recorded on a CPU

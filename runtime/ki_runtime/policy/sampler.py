@@ -21,6 +21,7 @@ from ki_edge.overlap import Overlap
 from ki_runtime.backends.registry import Backend, Connection, SessionOptions, check_name, connect
 from ki_runtime.backends.session import Bucket, Loaded, Session
 
+from .choosing import measure_once
 from .decode import Choices, Chooser, check_decoding, check_words, choices_of
 from .denoise import DenoiseStage
 from .drawing import drawing
@@ -129,7 +130,13 @@ class Sampler:
             trust=trust_engines,
         )
         first = () if sequential else graphs.specs(opened.manifest.config)
-        sampler = cls._proven(opened, connect(opened, backend, options, first), options, sequential)
+
+        def proven(name: str) -> Sampler:
+            return cls._proven(opened, connect(opened, name, options, first), options, sequential)
+
+        if backend == "auto":
+            measure_once(opened, proven, options.say)
+        sampler = proven(backend)
         if isinstance(sampler._stages, SequentialStages):
             options.say(sampler._stages.describe())
         chosen = sampler.backend

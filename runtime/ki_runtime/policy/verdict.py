@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any
 from ki_edge.errors import BackendError
 from ki_edge.files.reading import read_object
 from ki_edge.files.writing import write_file
+from ki_runtime.backends.records import places
 
 SCHEMA = 1
 MOST_BYTES = 1 << 18  # of a record, which takes a few thousand
@@ -170,11 +170,7 @@ def keep(verdict: Verdict, folder: Path) -> Path | None:
 
 
 def _places(folder: Path, key: str) -> Iterator[Path]:
-    name = f"proof-{key}.json"
-    yield folder / name
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "")
-    with suppress(RuntimeError):  # a user without a home
-        yield (cache if cache.is_absolute() else Path.home() / ".cache") / "ki-edge" / "proofs" / name
+    return places(folder, f"proof-{key}.json")
 
 
 def _plain(value: Any) -> Any:

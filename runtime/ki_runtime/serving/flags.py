@@ -6,7 +6,7 @@ import argparse
 from dataclasses import fields
 
 from ki_edge.commands import Parser
-from ki_runtime.backends.registry import NAMES
+from ki_runtime.backends.registry import HELP as BACKENDS_HELP
 from ki_runtime.monitoring.flags import add_flags
 
 from .options import ServerOptions
@@ -28,7 +28,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cert", metavar="FILE", help="serve over TLS with this certificate (PEM)")
     add("--key", metavar="FILE", help="and its private key")
     add = parser.add_argument_group("the engine").add_argument
-    add("--backend", default="auto", metavar="NAME", help=f"{', '.join(NAMES)}; default: the fastest one that can")
+    add("--backend", default="auto", metavar="NAME", help=BACKENDS_HELP)
     add("--threads", type=int, metavar="N", help="CPU threads of the engine; default: all cores but one")
     add("--prompt", metavar="TEXT", help="what robots will be told: prompts of its length are prepared")
     add("--trust-engines", action="store_true", help="also load engines for the lean runtime that were not built here")
