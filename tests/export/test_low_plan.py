@@ -17,7 +17,8 @@ from ki_export.parity.bars import bars_of
 from ki_export.policies import decode_vocabulary
 from ki_export.precision import low_models, low_report
 from ki_export.precision.calibration import calibration
-from ki_export.precision.low_bits import LowRequest, Planned, cosines, plan_low_bits
+from ki_export.precision.low_bits import LowRequest, Planned, plan_low_bits
+from ki_export.precision.low_search import cosines
 from ki_export.precision.operands import observe_operands
 from ki_export.precision.ranges_report import read_ranges
 from ki_export.precision.rehearsal import STEPS, Rehearsal
