@@ -115,7 +115,7 @@ class SequentialStages(Stages):
         parts = ", ".join(f"{name} {self.seconds[name]:.2f}" for name in (graphs.PREFIX.name, graphs.DENOISE.name))
         return (
             f"sequential: one graph in memory at a time; of every inference {self.cost:.2f} s are spent loading "
-            f"({parts}), in which a robot without a longer chunk holds"
+            f"({parts}); a robot whose chunk is shorter than an inference holds meanwhile"
         )
 
     def _load(self, graph: str) -> Session:
