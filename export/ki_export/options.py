@@ -74,7 +74,7 @@ class ExportOptions:
     rtc: bool | None = None
     embeddings: Embeddings = "graph"
     policy: PolicyRequest = field(default_factory=PolicyRequest)
-    inference: str | None = field(default=None, init=False)
+    inference: str | None = None
 
     def __post_init__(self) -> None:
         if self.precision is None:
@@ -93,6 +93,8 @@ class ExportOptions:
         if self.target == "openvino" and self.precision in SIXTEEN:
             object.__setattr__(self, "inference", PRECISIONS[str(self.precision)].name)
             object.__setattr__(self, "precision", "fp32")
+        if self.inference is not None and (self.target, self.precision) != ("openvino", "fp32"):
+            raise ArgumentError(f"inference {self.inference!r} is for target openvino in fp32, fp16 or bf16")
         if self.target == "openvino" and self.precision == "int8":
             raise ArgumentError("precision int8 is for ONNX Runtime on a CPU: target openvino takes fp32 or bf16")
         if self.precision in ("fp8", "nvfp4") and self.low is None:

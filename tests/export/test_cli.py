@@ -104,7 +104,11 @@ def test_bad_checkpoints(copied, tmp_path, capsys, spoil, expected):
 
 
 BAD_ARGUMENTS = [
-    (["--target", "tensorflow"], ["'tensorflow'", "expected one of ort, trt, trt-rtx"]),
+    (["--target", "tensorflow"], ["'tensorflow'", "expected one of ort, openvino, trt, trt-rtx"]),
+    (["--target", "openvino", "--precision", "int8"], ["target openvino takes fp32 or bf16"]),
+    (["--precision", "fp8"], ["for engines: give --target trt or trt-rtx", "target ort takes fp32 or int8"]),
+    (["--precision", "int8", "--keep", "vision.*"], ["--keep and --budget-cosine are for", "not for int8 of ort"]),
+    (["--target", "trt", "--precision", "int8", "--budget-cosine", "1"], ["--budget-cosine 1.0", "between 0 and 1"]),
     *(
         (["--target", name], ["for a Jetson", "--target trt, and ki-build there"])
         for name in ("jetson", "Orin", "h100-gpu")
@@ -198,6 +202,13 @@ def test_a_model_without_a_policy_keeps_its_whole_vocabulary(checkpoint, tmp_pat
     assert manifest.contract is None
     assert manifest.decode_vocabulary == {"first": 0, "count": 640, "extra": []}
     assert not (tmp_path / "bundle" / "assets").exists()
+
+
+def test_a_wish_for_bfloat16_stands_in_the_bundle(checkpoint, tmp_path, capsys):
+    out = str(tmp_path / "bundle")
+    assert cli.main([str(checkpoint), "-o", out, "--target", "openvino", "--precision", "bf16", "--no-verify"]) == 0
+    manifest = Bundle.open(out).manifest
+    assert (manifest.precision, manifest.sampling["inference_precision"]) == ("float32", "bfloat16")
 
 
 def test_a_policy_with_its_assets(bundle, checkpoint):

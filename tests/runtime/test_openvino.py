@@ -6,6 +6,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -149,6 +150,14 @@ def test_float32_is_asked_for_and_never_less(bundle):
     assert session._compiled.get_property("INFERENCE_NUM_THREADS") == 1
 
 
+def test_products_of_tensorrts_engines_are_refused(bundle):
+    """It would take them, and compute what nobody has proven, where a GPU was meant."""
+    for precision in ("int8_static", "float8", "nvfp4"):
+        low = replace(bundle, manifest=replace(bundle.manifest, precision=precision))
+        with pytest.raises(BackendError, match=f"precision {precision} is for TensorRT's engines"):
+            connect(low, "openvino")
+
+
 def test_a_device_that_is_absent_is_told_with_those_there(bundle):
     there = ov.Core().available_devices
     missing = next(name for name in ("NPU", "GPU.7") if name not in there)
@@ -188,6 +197,8 @@ def test_the_witness_proves_it_before_its_first_action(bundle):
     lines.clear()
     Sampler.open(bundle.path, "openvino", threads=1, say=lines.append)
     assert len(lines) == 1  # nothing is proven again
+    found = standing(bundle, "openvino")  # and whoever asks without opening it finds the verdict
+    assert found.proven and found.text.startswith("proven here on ") and found.text.endswith("; FAST tokens too")
 
 
 def test_a_damaged_compiled_graph_is_compiled_anew(bundle):
@@ -207,12 +218,12 @@ def test_another_compiled_graph_is_proven_again(bundle):
     lines = []
     Sampler.open(bundle.path, "openvino", threads=1, say=lines.append)
     (kept,) = folder.glob("denoise-*.blob")
-    kept.unlink()
-    before = len(list(folder.glob("proof-*.json")))
+    old = kept.read_bytes()
+    kept.write_bytes(old + b"\n")  # the engine reads no further than its graph
+    assert standing(bundle, "openvino").proven is None
     Sampler.open(bundle.path, "openvino", threads=1, say=lines.append)
-    same = len(list(folder.glob("proof-*.json"))) == before
-    told = sum("runs the bundle's witness" in line for line in lines)
-    assert told == (1 if same else 2)
+    assert sum("runs the bundle's witness" in line for line in lines) == (1 if kept.read_bytes() == old else 2)
+    assert standing(bundle, "openvino").proven
 
 
 def test_a_bundle_that_cannot_be_written_is_cached_for_the_user(bundle, tmp_path, monkeypatch):
@@ -231,6 +242,7 @@ def test_it_reports_to_nobody():
     """Neither the engine nor the package openvino-telemetry opens a connection or leaves an identifier."""
     code = """
 import sys
+from dataclasses import replace
 def watch(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo") or (event == "open" and "/intel/" in str(arguments[0])):
         print("OPENED", event, arguments[:1])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ki_edge.errors import ArgumentError, BackendError
+from ki_runtime.backends.session import Loaded
 from ki_runtime.control.flags import build_parser
 from ki_runtime.control.sources import check_source
 from ki_runtime.policy.sampler import Sampler
@@ -73,6 +74,27 @@ def test_a_graph_that_cannot_be_loaded_again_is_an_error_and_the_next_call_tries
     with pytest.raises(BackendError, match="no room for it"):
         sampler.sample_actions(*inputs, seed=1)
     broken.clear()
+    np.testing.assert_array_equal(sampler.sample_actions(*inputs, seed=1), expected)
+
+
+def test_another_engine_in_the_place_of_the_proven_one_does_not_act(make_bundle, batch, tmp_path):
+    """Engines are read again for every inference; the proof is about those that were there when it ran."""
+    bundle, built = make_bundle(), {"prefix": "1", "denoise": "1"}
+    counted = Counted(bundle)
+
+    def open_graph(spec):
+        session = counted.open(spec)
+        session.loaded = Loaded({f"engine of {spec.name}": built[spec.name]}, tmp_path)
+        return session
+
+    sampler = Sampler(bundle, open_graph, sequential=True)
+    inputs = batch([[True]], [[2, 3, 4]])
+    expected = sampler.sample_actions(*inputs, seed=1)
+    built["denoise"] = "2"
+    for _ in range(2):
+        with pytest.raises(BackendError, match="graph denoise: what was loaded now is not what was loaded and proven"):
+            sampler.sample_actions(*inputs, seed=1)
+    built["denoise"] = "1"
     np.testing.assert_array_equal(sampler.sample_actions(*inputs, seed=1), expected)
 
 

@@ -30,8 +30,7 @@ def plan_low_bits(
 ) -> Planned:
     """Decide what becomes of every product of lowered graphs (16-bit products), which are not changed.
 
-    The FAST graph is left out: it keeps 16 bits. ArgumentError for a pattern that fits nothing; ExportError if the
-    budget cannot be held with every layer in 16 bits.
+    The FAST graph is left out: it keeps 16 bits. ArgumentError for a pattern that fits nothing.
     """
     acting = {name: models[name] for name in NAMES}
     study = Study(checkpoint, acting, vocabulary, request)

@@ -34,13 +34,17 @@ def differing_low_weights(
     balances = _balances(bundle) if low else {}
     for name, tensor in low.items():
         key = checkpoint_key(name)
-        if key not in source.tensors or name + SCALES not in external:
+        if key not in source.tensors:
+            continue
+        kind = cast(Kind, KINDS[tensor.data_type])
+        parts = (VALUES, SCALES, SECOND) if kind == "nvfp4" else (VALUES, SCALES)
+        balance = balances.get(name.removesuffix(".weight"))
+        fits = balance is None or balance.shape == source.tensors[key].shape[1:]
+        if not fits or not all(name + part in external for part in parts):
+            yield key
             continue
         base = BY_ONNX[external[name + SCALES].data_type].stored
-        kind = cast(Kind, KINDS[tensor.data_type])
-        balance = balances.get(name.removesuffix(".weight"))
         weights = LowWeights(source, {key: LowForm(kind, base, exponents.get(key, 0), balance)})
-        parts = [part for part in (VALUES, SCALES, SECOND) if name + part in external]
         if not all(_equal(bundle, external[name + part], weights.pieces(key, part)) for part in parts):
             yield key
 

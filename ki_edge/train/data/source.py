@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from ki_edge.errors import DatasetError
 from ki_edge.policy.contract import Camera
-from ki_edge.policy.normalize import NormStats
 
 from .frames import Frames
 from .mapping import FeatureMap
@@ -240,11 +239,6 @@ def relative(chunks: Float32, states: Float32, mask: tuple[bool, ...] | None) ->
     d = len(mask)
     found[..., :d] -= np.where(mask, states[:, :d], np.float32(0))[:, None]
     return found
-
-
-def stats_of(measured: Mapping[str, Measured]) -> dict[str, NormStats]:
-    """The statistics alone."""
-    return {name: one.stats for name, one in measured.items()}
 
 
 def picture_of(source: ActionSource, row: int, camera: int) -> Any:

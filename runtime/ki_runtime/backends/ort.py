@@ -110,15 +110,15 @@ def obstacle(bundle: Bundle | None, package: str) -> str | None:
 
 
 def of_engines(bundle: Bundle) -> str | None:
-    """Why ONNX Runtime does not run a bundle whose products are in eight or four bits for TensorRT; None for others.
+    """Why no engine but TensorRT's runs a bundle whose products are in its eight or four bits; None for other bundles.
 
-    It would widen each weight whenever it is used: slower than float16, and not what the engines compute.
+    Others would widen each weight whenever it is used: slower than float16, and not what was proven.
     """
     if bundle.manifest.precision not in LOW_PRECISIONS.values():
         return None
     return (
         f"precision {bundle.manifest.precision} is for TensorRT's engines: ki-build makes them on a GPU that has it; "
-        "for ONNX Runtime export with --target ort and --precision fp32 or int8"
+        "for a CPU export with --target ort and --precision fp32 or int8"
     )
 
 

@@ -90,6 +90,8 @@ def check_room(need: Needs, gpu: Gpu | None, memory: Memory | None) -> Finding |
         return Finding("problem", "model memory", f"too little: {text}", fix)
     if need.with_fast > have:
         fix = "do not call infer_fast here: the engine for FAST is loaded at its first use"
+        if need.sequential_with_fast <= have:
+            fix += f"; or run it with --sequential, {in_bytes(need.sequential_with_fast)}, loading before every chunk"
         return Finding("warning", "model memory", text, fix)
     return Finding("ok", "model memory", text)
 

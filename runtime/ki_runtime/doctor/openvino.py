@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from ki_edge.bundle import Bundle
 from ki_runtime.backends.choice import find_choice
 from ki_runtime.backends.registry import on_cpu
+from ki_runtime.backends.variant import wished
 from ki_runtime.openvino.cache import kept
 from ki_runtime.openvino.session import folder_of
 
@@ -25,5 +26,5 @@ def check_compiled(bundle: Bundle) -> Iterator[Finding]:
     if choice is not None:
         slower = "; ".join(f"{rival.name}: {why}" for rival in rivals if (why := choice.against(rival.name)))
         yield Finding("ok", "auto", f"takes {choice.fastest} on this CPU; {slower}")
-    elif len(rivals) > 1:
+    elif wished(bundle) is None and sum(rival.obstacle(bundle) is None for rival in rivals) > 1:
         yield Finding("ok", "auto", "measures at its first start which engine for the CPU is faster")

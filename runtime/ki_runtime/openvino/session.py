@@ -21,6 +21,7 @@ from ki_edge import graphs
 from ki_edge.bundle import Bundle
 from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_edge.graphs import GraphSpec, TensorSpec
+from ki_runtime.backends.ort import of_engines
 from ki_runtime.backends.processor import processor
 from ki_runtime.backends.registry import GraphOpener, SessionOptions, Setting
 from ki_runtime.backends.session import Binding, Buffer, HostBuffer, Loaded, Session
@@ -43,6 +44,8 @@ class Engine:
 
     def obstacle(self, bundle: Bundle | None, package: str) -> str | None:
         """Why it cannot run this bundle here, or None."""
+        if bundle is not None and (reason := of_engines(bundle)) is not None:
+            return reason
         if bundle is not None and bundle.manifest.precision == "int8":
             return (
                 "OpenVINO misreads int8 graphs, whose activations have one scale a token: take ort for int8, or export "
@@ -60,9 +63,13 @@ class Engine:
         return Connection(core, find(core, self.variant), self.variant, bundle, options).open
 
     def setting(self, bundle: Bundle, package: str, names: Sequence[str]) -> Setting:
-        """Results depend on the engine's version, on the device, and on the rounding."""
-        device = find(openvino().Core(), self.variant)
-        return Setting(_identity(device, self.variant), folder_of(bundle), self.variant.rounding)
+        """Results depend on the engine's version, on the device, on the rounding, and on the graphs as compiled."""
+        device, folder = find(openvino().Core(), self.variant), folder_of(bundle)
+        environment = _identity(device, self.variant)
+        for name in names:
+            kept = next(cache.read(folder, name, _graph_identity(bundle, device, self.variant, name)), None)
+            environment |= {} if kept is None else _compiled(name, kept)
+        return Setting(environment, folder, self.variant.rounding)
 
 
 def engine_of(variant: Variant) -> Engine:
@@ -84,7 +91,7 @@ class Connection:
         What runs is always what was kept, so that a proof is about the same bytes at the next start.
         """
         path, folder = self._bundle.graph(spec.name), folder_of(self._bundle)
-        identity = self._graph_identity(spec.name)
+        identity = _graph_identity(self._bundle, self.device, self.variant, spec.name)
         for found in cache.read(folder, spec.name, identity):
             compiled = self._load(found)
             if compiled is not None:
@@ -148,18 +155,12 @@ class Connection:
         check_rounding(compiled, self.variant, spec.name)
         session = OpenVinoSession(self, path, spec, self._sizes, compiled)
         self.let_go()
-        session.loaded = Loaded({f"compiled {spec.name}": found.sha256}, folder)
+        session.loaded = Loaded(_compiled(spec.name, found), folder)
         return session
 
     @property
     def _settings(self) -> Mapping[str, Any]:
         return settings(self.variant, self._options.threads)
-
-    def _graph_identity(self, graph: str) -> dict[str, str]:
-        manifest = self._bundle.manifest
-        files = (self._bundle.graph(graph).name, str(manifest.weights["file"]))
-        hashes = {name: str(manifest.files[name].get("sha256")) for name in files}
-        return {"form": FORM, **_identity(self.device, self.variant), **hashes}
 
 
 class OpenVinoBinding:
@@ -239,6 +240,19 @@ def _tensor(buffer: Buffer) -> Any:
 def _identity(device: Device, variant: Variant) -> dict[str, str]:
     where = device.title if device.name == "CPU" else f"{device.name} {device.title}"
     return {"openvino": version(), "device": where, "processor": processor(), "arithmetic": variant.rounding}
+
+
+def _graph_identity(bundle: Bundle, device: Device, variant: Variant, graph: str) -> dict[str, str]:
+    """What a compiled graph depends on."""
+    manifest = bundle.manifest
+    files = (bundle.graph(graph).name, str(manifest.weights["file"]))
+    hashes = {name: str(manifest.files[name].get("sha256")) for name in files}
+    return {"form": FORM, **_identity(device, variant), **hashes}
+
+
+def _compiled(graph: str, found: cache.Compiled) -> dict[str, str]:
+    """A compiled graph in the record of a proof."""
+    return {f"compiled {graph}": found.sha256}
 
 
 def folder_of(bundle: Bundle) -> Path:

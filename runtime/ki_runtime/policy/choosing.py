@@ -1,7 +1,8 @@
 """`auto` on a CPU where two engines are installed: each runs the bundle once, and the faster one is remembered.
 
-One after the other, so that two never hold the model at once. An engine that does not reproduce the witness, or for
-whose copy of the weights there is no room, is out of the race. From the second start on only the record is read.
+One after the other, so that two never hold the model at once. An engine that does not reproduce the witness is out of
+the race. From the second start on only the record is read. Where one cannot run the bundle anyway, or has no room for
+its copy of the weights just now, nothing is measured and nothing is remembered.
 """
 
 from __future__ import annotations
@@ -45,19 +46,21 @@ def measure_once(bundle: Bundle, opened: Callable[[str], Sampler], say: Callable
         return
     if any(backend.device != "CPU" and backend.obstacle(bundle) is None for backend in BACKENDS):
         return  # a GPU's comes first
+    if any(backend.obstacle(bundle) is not None for backend in rivals):
+        return
+    for backend in rivals:
+        if (why := _no_room(bundle, backend)) is not None:
+            say(f"{backend.name} is left out: {why}")
+            return  # there may be room at another start
     say(f"measuring once which is faster here, {' or '.join(backend.name for backend in rivals)}")
-    took = {backend.name: _time(bundle, backend, opened, say) for backend in rivals}
+    took = {backend.name: _time(backend, opened, say) for backend in rivals}
     if any(math.isfinite(each) for each in took.values()):
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         keep_choice(bundle, rivals, Choice(took, date))
 
 
-def _time(bundle: Bundle, backend: Backend, opened: Callable[[str], Sampler], say: Callable[[str], object]) -> float:
+def _time(backend: Backend, opened: Callable[[str], Sampler], say: Callable[[str], object]) -> float:
     """Milliseconds of an inference; infinite if the backend cannot."""
-    why = backend.obstacle(bundle) or _no_room(bundle, backend)
-    if why is not None:
-        say(f"{backend.name} is left out: {why}")
-        return math.inf
     try:
         with _alone():
             sampler = opened(backend.name)

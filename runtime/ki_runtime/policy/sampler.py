@@ -134,7 +134,7 @@ class Sampler:
         def proven(name: str) -> Sampler:
             return cls._proven(opened, connect(opened, name, options, first), options, sequential)
 
-        if backend == "auto":
+        if backend == "auto" and not sequential:  # in turn, most of an inference is loading
             measure_once(opened, proven, options.say)
         sampler = proven(backend)
         if isinstance(sampler._stages, SequentialStages):

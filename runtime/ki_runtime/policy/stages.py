@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ki_edge import graphs
 from ki_edge.bundle import Bundle
+from ki_edge.errors import BackendError
 from ki_edge.graphs import GraphSpec
 from ki_runtime.backends.session import Loaded, Session
 
@@ -114,7 +115,7 @@ class SequentialStages(Stages):
         parts = ", ".join(f"{name} {self.seconds[name]:.2f}" for name in (graphs.PREFIX.name, graphs.DENOISE.name))
         return (
             f"sequential: one graph in memory at a time; of every inference {self.cost:.2f} s are spent loading "
-            f"({parts}), in which a robot without a longer chunk holds"
+            f"({parts}); a robot whose chunk is shorter than an inference holds meanwhile"
         )
 
     def _load(self, graph: str) -> Session:
@@ -122,7 +123,16 @@ class SequentialStages(Stages):
             self._prefix.wait()  # a device may still be at it; what it gave outlives it
         self._close()
         give_back()
-        return super()._load(graph)
+        known = self._facts.get(graph)
+        session = super()._load(graph)
+        if known is not None and (session.loaded is None or session.loaded.environment != known.environment):
+            self._facts[graph] = known
+            self._close()
+            raise BackendError(
+                f"graph {graph}: what was loaded now is not what was loaded and proven before; start again, which "
+                "proves it first"
+            )
+        return session
 
 
 def give_back() -> None:
