@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ki_edge.checkpoints import Checkpoint
-from ki_edge.errors import ArgumentError, BundleError, ParityError
+from ki_edge.errors import ArgumentError, BundleError, ExportError, ParityError
 from ki_edge.model import Observation, load_model
 from ki_export import exporter
 from ki_export.arithmetic.session import arithmetic_sampler
@@ -143,6 +143,11 @@ def test_the_costliest_layers_get_more_bits_until_the_budget_holds(study):
     assert tight.findings.kept[0][0] == "" and tight.findings.kept[-1][2] >= 1 - 0.5 * reached
     assert any(line.startswith("most sensitive in int8") for line in said)
     assert not loose.findings.costs, "nothing is tried alone while the budget holds"
+
+
+def test_a_budget_that_no_low_layer_holds(study):
+    with pytest.raises(ExportError, match=r"no layer may be in int8 .* cosine 0\.9999999.*--precision fp16"):
+        plan(study, "int8", budget=1 - 1e-9)
 
 
 def test_what_is_asked_to_be_kept_is(study):

@@ -226,6 +226,18 @@ def test_another_compiled_graph_is_proven_again(bundle):
     assert standing(bundle, "openvino").proven
 
 
+def test_a_compiled_graph_that_came_with_the_bundle_is_not_read(bundle, tmp_path, monkeypatch):
+    """It would be parsed before anything is proven, and a bundle is copied from anywhere."""
+    Sampler.open(bundle.path, "openvino", threads=1, say=lambda line: None)
+    (kept,) = (bundle.path / "engines" / "openvino").glob("prefix-*.blob")
+    before = kept.stat().st_mtime_ns
+    Sampler.open(bundle.path, "openvino", threads=1, say=lambda line: None)
+    assert kept.stat().st_mtime_ns == before
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))
+    Sampler.open(bundle.path, "openvino", threads=1, say=lambda line: None)
+    assert kept.stat().st_mtime_ns > before
+
+
 def test_a_bundle_that_cannot_be_written_is_cached_for_the_user(bundle, tmp_path, monkeypatch):
     (bundle.path / "engines").write_text("in the way")  # as good as read-only, also for root
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -9,8 +9,8 @@ import pytest
 
 from ki_edge.errors import BackendError
 from ki_edge.policy.contract import FastContract, generic
+from ki_runtime.backends import trust
 from ki_runtime.gpu.device import Device
-from ki_runtime.trt import trust
 from ki_runtime.trt.engines import ACTING, FAST, default_graphs
 from ki_runtime.trt.selection import EngineSet, build_command, find, look
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from ki_edge.errors import ExportError
 from ki_export.passes.low_plan import Kind, LowPlan
 
 from .low_findings import Findings, LowCost
-from .low_study import Study
+from .low_study import MORE_BITS, Study
 from .sensitivity import group_of
 
 WATCHED = 4  # observations that layers are tried alone on
@@ -30,22 +29,26 @@ class Search:
         self._study, self._plans, self._findings, self._say = study, plans, findings, say
 
     def run(self) -> LowPlan:
-        request = self._study.request
-        kinds: list[Kind | None] = [*self._plans, None]
-        for kind, more in pairwise(kinds):
-            assert kind is not None
-            plan = self._plans[kind]
-            cosine = self._measure(plan)
-            self._note("" if kind == request.precision else "all", kind, cosine)
-            self._say(f"actions with every layer in {kind}: cosine {cosine:.6f} (aim {request.aim:.6f})")
-            ranked: list[str] = []
-            if cosine < request.aim or (request.sensitivity and kind == request.precision):
-                ranked = self._rank(plan)
-            if cosine >= request.aim:
-                return plan
-            if more is None or self._measure(self._plans[more]) >= request.aim:
-                return self._keep(plan, more, ranked)
-        raise ExportError("unreachable: 16 bits are the last")
+        """The plan. ExportError if nothing may be in the precision that was asked for."""
+        request, kind = self._study.request, self._study.request.precision
+        plan, aim = self._plans[kind], request.aim
+        cosine = self._measure(plan)
+        self._note("", kind, cosine)
+        self._say(f"actions with every layer in {kind}: cosine {cosine:.6f} (aim {aim:.6f})")
+        ranked = self._rank(plan) if cosine < aim or request.sensitivity else []
+        if cosine >= aim:
+            return plan
+        more = MORE_BITS[kind]
+        if more is not None and self._measure(self._plans[more]) < aim:
+            self._say(f"with every layer in {more} they miss it too: what costs most stays in 16 bits")
+            more = None
+        found = self._keep(plan, more, ranked)
+        if not any(product.kind == kind for product in found.products.values()):
+            raise ExportError(
+                f"--precision {kind}: no layer may be in {kind} if the actions are to hold cosine {request.least}: "
+                f"take --precision {more or 'fp16'}, or a smaller --budget-cosine"
+            )
+        return found
 
     def _measure(self, plan: LowPlan) -> float:
         """The smallest cosine of all observations; remembers it after each step."""

@@ -2,7 +2,7 @@
 
 A file holds a graph as the engine rewrote it, without weights: those stay in the bundle's own file, which is mapped.
 Its name is a hash of everything that it depends on. Where the bundle cannot be written it lies in the user's cache, and
-where nothing can be, each start compiles.
+where nothing can be, each start compiles. What came with a copied bundle is not read: only what was compiled here is.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ki_edge.errors import BackendError
 from ki_edge.files.reading import read_file
 from ki_edge.files.writing import write_file
 from ki_runtime.backends.records import places
+from ki_runtime.backends.trust import built_here, remember
 
 MOST_BYTES = 1 << 28  # of a compiled graph: real ones take a few million
 KEPT = 12  # compiled graphs in a folder: three graphs of a few variants
@@ -37,20 +38,24 @@ class Compiled:
 
 
 def read(folder: Path, graph: str, identity: Mapping[str, str]) -> Iterator[Compiled]:
-    """What was kept of this graph, one after the other; nothing where nothing can be read."""
+    """What was kept here of this graph, one after the other; nothing where nothing can be read."""
     for path in places(folder, _name(graph, identity)):
         with suppress(BackendError):
-            yield Compiled(read_file(path, MOST_BYTES, BackendError), path)
+            found = Compiled(read_file(path, MOST_BYTES, BackendError), path)
+            if built_here(found.sha256):
+                yield found
 
 
 def keep(folder: Path, graph: str, identity: Mapping[str, str], content: bytes) -> Compiled:
     """Write a compiled graph down, whole or not at all; older ones go where there are too many."""
     for path in places(folder, _name(graph, identity)):
-        with suppress(OSError, BackendError):
+        with suppress(OSError, RuntimeError, BackendError):  # RuntimeError: a user without a home
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, content, BackendError)
             _drop_oldest(path.parent)
-            return Compiled(content, path)
+            made = Compiled(content, path)
+            remember(made.sha256)
+            return made
     return Compiled(content, None)
 
 

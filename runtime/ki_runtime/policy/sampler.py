@@ -134,7 +134,8 @@ class Sampler:
         def proven(name: str) -> Sampler:
             return cls._proven(opened, connect(opened, name, options, first), options, sequential)
 
-        if backend == "auto" and not sequential:  # in turn, most of an inference is loading
+        # in turn, most of an inference is loading; with so many threads, others' starts would be decided by it
+        if backend == "auto" and not sequential and threads is None:
             measure_once(opened, proven, options.say)
         sampler = proven(backend)
         if isinstance(sampler._stages, SequentialStages):

@@ -17,6 +17,7 @@ from pathlib import Path
 from ki_edge.bundle import Bundle
 from ki_edge.errors import ArgumentError, BackendError, KiEdgeError
 from ki_edge.files.publishing import publishing
+from ki_runtime.backends.trust import remember
 from ki_runtime.gpu.device import Capability, Device, check_precision, describe_capabilities, parse_capabilities
 
 from .api import Api
@@ -28,7 +29,6 @@ from .profiles import profiles
 from .requirements import GraphFacts, check_graph, graph_facts
 from .selection import EngineSet, build_command, look
 from .targets import MODULES, capabilities_of, meant, this_device
-from .trust import remember
 
 Say = Callable[[str], object]
 

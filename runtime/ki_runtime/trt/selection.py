@@ -8,13 +8,13 @@ from pathlib import Path
 
 from ki_edge.bundle import Bundle
 from ki_edge.errors import BackendError
+from ki_runtime.backends.trust import built_here
 from ki_runtime.gpu.device import Device, describe_capabilities
 
 from .api import TITLES, Api
 from .engines import ACTING, FOLDER, RECORD, Engines, default_graphs, identify
 from .identity import Identity
 from .profiles import Profile
-from .trust import built_here
 
 Graphs = Sequence[str]  # names
 

@@ -1,8 +1,9 @@
-"""Which engines were built here, so that they may bring code of the host's.
+"""Which engines were built here, so that they may bring code of the host's, or are read before anything is proven.
 
-Engines for the lean runtime carry such code, and loading them runs it. A bundle is copied from machine to machine and
-says what it likes about itself, so what was built here is remembered outside of it, by content: an empty file for each
-engine, named by its sha256, in the state folder of the user who built it.
+Engines for the lean runtime carry such code, and loading them runs it; compiled graphs of OpenVINO are read by a parser
+that was not made for foreign files. A bundle is copied from machine to machine and says what it likes about itself, so
+what was built here is remembered outside of it, by content: an empty file for each engine, named by its sha256, in the
+state folder of the user who built it.
 """
 
 from __future__ import annotations
