@@ -51,9 +51,17 @@ def train(arguments: argparse.Namespace) -> int:
         strategy=arguments.strategy, threads=arguments.threads, workers=arguments.workers,
         cache=arguments.cache, cache_gb=arguments.cache_gb, trackers=tuple(arguments.track or ()),
     )  # fmt: skip
-    with _on_sigterm(_end_now):  # nothing is learnt yet that could be saved
-        trainer = open_run(request, _say)
+    ending = _Ending()
     try:
+        with _on_sigterm(ending):  # nothing is learnt yet that could be saved
+            trainer = open_run(request, _say)
+    except Exception:
+        if ending.asked:  # it met a library in the middle of something, such as an import
+            raise _Terminated from None
+        raise
+    try:
+        if ending.asked:  # a library kept it to itself
+            trainer.stop()
         _run(trainer)
         _say_end(trainer, arguments.out)
     finally:
@@ -115,8 +123,15 @@ def _on_sigterm(handler: Callable[..., object]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _end_now(*_: object) -> None:
-    raise _Terminated
+class _Ending:
+    """What SIGTERM does before the first step: it ends the command. `asked`: whether it came."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, *_: object) -> None:
+        self.asked = True
+        raise _Terminated
 
 
 def _say_end(trainer: Trainer, out: Path) -> None:

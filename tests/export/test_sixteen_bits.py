@@ -191,7 +191,7 @@ def test_sensitivity_tells_every_layer_apart(hot, tmp_path):
         (["--target", "trt", "--keep-fp32", "nothing.*"], "--keep-fp32 'nothing.*' fits no matrix product"),
         (["--target", "trt", "--calibrate", "missing.npz"], "--calibrate missing.npz: no such file or folder"),
         (["--precision", "fp9"], "precision 'fp9': expected one of fp32, fp16, bf16, int8, fp8, nvfp4"),
-        (["--target", "tensorrt"], "target 'tensorrt': expected one of ort, trt, trt-rtx"),
+        (["--target", "tensorrt"], "target 'tensorrt': expected one of ort, openvino, trt, trt-rtx"),
     ],
 )
 def test_wrong_requests_are_one_line(hot, tmp_path, capsys, arguments, message):

@@ -208,7 +208,10 @@ def test_padding_to_buckets_changes_nothing(exported, sampler, full_sampler, mon
     valid = trace.prefix_mask[None, :, None, :, None]
     for ours, theirs in ((again.prefix_k, trace.prefix_k), (again.prefix_v, trace.prefix_v)):
         np.testing.assert_allclose(ours * valid, theirs * valid, atol=1e-5, rtol=0)
-    lengths_met = {key[2] for key in padded._prefix._plans}, {key[1] for key in padded_full._fast._caches}
+    lengths_met = (
+        {key[2] for key in padded._stages.prefix._plans},
+        {key[1] for key in padded_full._stages.fast._caches},
+    )
     assert lengths_met == ({16}, {64})
 
 

@@ -45,7 +45,7 @@ def test_run_prints_a_report(run):
     assert "50.0 % at the end" in result.out and "100.0 % at any step" in result.out
     assert "prefix" in result.out and "control rate" in result.out and "torch loaded" not in result.out
     assert "torch loaded" in run("--verbose").out
-    given = {"threads": 2, "verify": True, "build": True, "trust_engines": False, "say": tell}
+    given = {"threads": 2, "verify": True, "build": True, "trust_engines": False, "sequential": False, "say": tell}
     assert result.loaded == [("some/bundle", "ort", given)]
 
 

@@ -274,7 +274,7 @@ def test_load(make_bundle, assets, monkeypatch):
 
     monkeypatch.setattr(policy_module.Sampler, "open", open_sampler)
     bundle = make_bundle(assets=assets, contract=contract().to_json())
-    given = {"threads": 2, "verify": True, "build": True, "trust_engines": True, "say": print}
+    given = {"threads": 2, "verify": True, "build": True, "trust_engines": True, "sequential": True, "say": print}
     assert Policy.load(bundle, "ort", **given).contract == contract()
     assert seen == {"bundle": bundle, "backend": "ort", **given}
     Policy.load(bundle)

@@ -401,7 +401,9 @@ def test_missing_runtime_weights(fake_sampler, make_bundle, runtime):
 
 
 def test_unknown_backend(make_bundle):
-    with pytest.raises(BackendError, match=r"no backend 'abacus'; there are: auto, trt, trt-rtx, ort-cuda, ort$"):
+    with pytest.raises(
+        BackendError, match=r"no backend 'abacus'; there are: auto, trt, trt-rtx, ort-cuda, openvino, ort$"
+    ):
         Sampler.open(make_bundle(), "abacus")
 
 
@@ -409,7 +411,7 @@ def test_missing_backend_says_what_to_install(make_bundle, monkeypatch):
     monkeypatch.setattr("ki_runtime.backends.registry.find_spec", lambda name: None)
     with pytest.raises(
         BackendError,
-        match=r"no backend can run this: trt: .*; ort: no onnxruntime package; pip install 'ki-edge\[ort\]'",
+        match=r"no backend can run this: trt: .*; ort: no onnxruntime package; .*; pip install 'ki-edge\[ort\]'",
     ):
         Sampler.open(make_bundle())
 

@@ -7,6 +7,7 @@ import pytest
 
 from ki_edge.errors import BackendError
 from ki_runtime.backends import ort as ort_session
+from ki_runtime.backends import processor
 from ki_runtime.backends.registry import BACKENDS
 from ki_runtime.gpu import identity
 from ki_runtime.gpu import ort_cuda as ort_cuda_session
@@ -45,9 +46,9 @@ def test_onnxruntime_by_version_and_processor(make_bundle, kernel_module, monkey
     assert found.environment["backend"] == "ort" and found.folder == bundle.path / "engines" / "ort"
     assert found.environment["onnxruntime"] == ort_session.onnxruntime().__version__
     lines = "model name\t: Some CPU\nmodel\t\t: 17\nflags\t\t: fpu avx2 avx512_vnni\n"
-    monkeypatch.setattr(ort_session, "cpu_info", lambda name: _line(lines, name))
-    monkeypatch.setattr(ort_session.platform, "machine", lambda: "x86_64")
-    assert ort_session.processor() == "x86_64 Some CPU 17 avx2 avx512_vnni"
+    monkeypatch.setattr(processor, "cpu_info", lambda name: _line(lines, name))
+    monkeypatch.setattr(processor.platform, "machine", lambda: "x86_64")
+    assert processor.processor() == "x86_64 Some CPU 17 avx2 avx512_vnni"
     monkeypatch.setattr(ort_cuda_session.Cuda, "load", classmethod(lambda cls: Cuda(FakeCuda())))
     assert {"onnxruntime", "libraries", "GPU", "GPU id", "driver"} <= set(
         ort_cuda_session.setting(bundle, "", ()).environment

@@ -21,23 +21,38 @@ def locked(out: Path) -> int | None:
         # no link is followed: what it points to would be emptied
         descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(descriptor, 100).decode("ascii", "replace").strip()
+            taken = _taken(descriptor, out)
+        except ArgumentError:
             os.close(descriptor)
-            raise ArgumentError(
-                f"another process trains into {out} ({holder or 'unknown'}): wait for it, end it, or name another "
-                "folder"
-            ) from None
-        except OSError:
+            raise
+        except BaseException:  # a signal too: what was just made would be left behind
+            (out / LOCK).unlink(missing_ok=True)
+            os.close(descriptor)
+            raise
+        if taken is None:
             os.close(descriptor)
             return None
-        if _is_at(descriptor, out / LOCK):
-            break
+        if taken:
+            return descriptor
         os.close(descriptor)  # whoever held it has taken the file away since
+
+
+def _taken(descriptor: int, out: Path) -> bool | None:
+    """Whether the lock on the folder's file is held now, with a word on who holds it; None where there are no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(descriptor, 100).decode("ascii", "replace").strip()
+        raise ArgumentError(
+            f"another process trains into {out} ({holder or 'unknown'}): wait for it, end it, or name another folder"
+        ) from None
+    except OSError:
+        return None
+    if not _is_at(descriptor, out / LOCK):
+        return False
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode("ascii", "replace"), 0)
-    return descriptor
+    return True
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
