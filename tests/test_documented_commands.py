@@ -84,6 +84,7 @@ NOT_RUN = (
     (r".*--self-check-(save|limit)", "needs a run of many checks: tests/runtime/test_self_check.py"),
     (r".*--backend trt", "needs a GPU: tests/runtime/test_on_gpu.py"),
     (r".*--backend openvino", "needs OpenVINO: tests/runtime/test_openvino.py"),
+    (r".*--sequential", "loads its graphs for every inference: tests/runtime/test_sequential.py"),
     (r".*(\[| \.\.\.)", "is no command but its form"),
 )
 WHOLE = "ki-export tests/data/openpi_a -o build/openpi_a --target ort --model-only"  # an export that is run to its end

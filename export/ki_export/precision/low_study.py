@@ -28,7 +28,8 @@ from .rehearsal import Prefixes, Rehearsal
 from .scales import choose, choose_alone
 
 BARS: Mapping[Kind, float] = {"int8": 0.999, "fp8": 0.999, "nvfp4": 0.995}  # cosine of the actions, at least
-MARGIN = 0.5  # share of the distance from 1 that the budget allows: other observations are further off
+# share of the distance from 1 that the budget allows: other observations are further off, in 4 bits most
+MARGINS: Mapping[Kind, float] = {"int8": 0.5, "fp8": 0.5, "nvfp4": 0.25}
 HELD_OUT = 3  # every third observation chooses no scale, so that the budget holds for what they have not seen
 MORE_BITS: Mapping[Kind, Kind | None] = {"int8": None, "fp8": None, "nvfp4": "fp8"}  # None: 16 bits
 NAMES = (graphs.PREFIX.name, graphs.DENOISE.name)
@@ -58,7 +59,7 @@ class LowRequest:
     @property
     def aim(self) -> float:
         """The cosine that has to hold on these."""
-        return 1.0 - MARGIN * (1.0 - self.least)
+        return 1.0 - MARGINS[self.precision] * (1.0 - self.least)
 
 
 class Study:
