@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
+from .pictures import finished
 from .sensitivity import group_of
 
 Found = Mapping[str, Any]
@@ -68,9 +67,4 @@ def picture(low: Found) -> bytes:
     axes.plot(range(1, len(distances) + 1), distances, marker="o", ms=3, label="worst observation")
     axes.axhline(1.0 - low["budget"], color="#b3261e", lw=1.2, label=f"budget: cosine {low['budget']:g}")
     axes.set(xlabel="denoise step", ylabel="1 - cosine of x", yscale="log")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, frameon=False)
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    return finished(figure, axes)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from ki_edge.errors import BundleError
 from ki_edge.files.reading import read_object
 
 from . import low_report
+from .pictures import finished
 from .ranges import KINDS, LARGEST, MARGIN, RANGES, scaling
 
 LAYER = re.compile(r"(vision|backbone|expert)\b.*\blayers\.(\d{1,4})\.")
@@ -89,12 +88,7 @@ def picture(found: Found) -> bytes:
     axes.axhline(LARGEST, color="#b3261e", lw=1.2, label=f"float16 ends: {LARGEST:.0f}")
     axes.axhline(LARGEST / MARGIN, color="#b3261e", lw=1, ls="--", label=f"margin: a {MARGIN:.0f}th of it")
     axes.set(xlabel="layer", ylabel="largest value of its products", yscale="log")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, frameon=False)
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    return finished(figure, axes)
 
 
 def _by_layer(found: Found) -> dict[str, dict[int, float]]:
