@@ -10,7 +10,7 @@ from ki_edge import flow
 from ki_edge.bundle import Bundle
 from ki_edge.errors import BackendError, BundleError
 from ki_runtime.policy.denoise import runtime_weights
-from ki_runtime.policy.sampler import StageTimes
+from ki_runtime.policy.trace import StageTimes
 
 from .conftest import CONFIG
 

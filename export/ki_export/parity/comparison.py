@@ -24,7 +24,7 @@ from ki_edge.model.steering import steering_inputs
 from ki_edge.overlap import Overlap, nothing_before
 from ki_edge.progress import Progress
 from ki_runtime.policy.denoise import runtime_weights
-from ki_runtime.policy.sampler import Trace
+from ki_runtime.policy.trace import Trace
 
 from .bars import FLOAT32, Bar, Measurement, bars_of, measure
 from .cases import Case, continuing
