@@ -19,7 +19,7 @@ from ki_edge.bundle import Bundle
 from ki_edge.config import PI05
 from ki_edge.dtypes import PRECISIONS
 from ki_export.source.devices import DEVICES, Device, floor_ms, stages
-from ki_runtime.doctor.boards import BOARDS, GB
+from ki_runtime.doctor.boards import BOARDS, GB, find_board
 from ki_runtime.doctor.memory import CAMERAS, PROMPT, WEIGHTS, Needs, needs
 from ki_runtime.doctor.plan import FAST_ROWS, plan, tensorrt
 from ki_runtime.doctor.variants import HEAD, rows
@@ -29,6 +29,7 @@ from ki_runtime.trt.memory import needed
 MOST, SMALL = 64, 16  # GB of a board in the first table, and in those of all ways
 CASES = ((2, 30), (3, 200))  # cameras present, tokens of the prompt
 STEPS = 10
+EVERY = "rtx-5090"  # computes in every precision
 Row = Sequence[str]
 
 
@@ -112,7 +113,7 @@ def small_boards() -> list[str]:
 
 def sums() -> list[str]:
     """How acting adds up in each precision, with the table in the graph."""
-    ways = plan(BOARDS[-2], None)["variants"]  # a card that computes in all of them
+    ways = plan(find_board(EVERY), None)["variants"]
     whole = [way for way in ways if way["embeddings"] == "graph"]
     head = ["GB", *whole[0]["adds_up"], "acts"]
     cells = [

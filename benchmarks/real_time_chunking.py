@@ -31,7 +31,8 @@ from ki_edge.model import Pi05, save_checkpoint
 from ki_edge.overlap import Overlap, prefix_weights
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
-from ki_runtime.backends.registry import SessionOptions, choose_backend, open_session
+from ki_runtime.backends.backend import SessionOptions
+from ki_runtime.backends.registry import choose_backend, open_session
 from ki_runtime.policy.denoise import DenoiseStage, runtime_weights
 from ki_runtime.policy.prefix import Prefix
 

@@ -15,8 +15,8 @@ from ki_export.passes import CPU_PASSES
 from ki_export.passes.quantize import quantize
 from ki_export.passes.rotary import fuse_rotations
 from ki_runtime.backends import ort
+from ki_runtime.backends.backend import SessionOptions
 from ki_runtime.backends.ort import cpu_options
-from ki_runtime.backends.registry import SessionOptions
 
 from .conftest import CONFIG
 from .test_passes import Builder, ops

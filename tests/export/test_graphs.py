@@ -12,7 +12,8 @@ from ki_edge.bundle import Bundle, BundleWriter
 from ki_edge.errors import BackendError, BundleError
 from ki_export import exporter
 from ki_export.graphs.checker import check
-from ki_runtime.backends.registry import SessionOptions, choose_backend, open_session
+from ki_runtime.backends.backend import SessionOptions
+from ki_runtime.backends.registry import choose_backend, open_session
 
 from .conftest import CONFIG, OFFSET
 

@@ -35,7 +35,6 @@ FORMS = {
     "fp16": ExportOptions(target="trt", rtc=True),
     "bf16": ExportOptions(target="trt", precision="bf16"),
     "fused": ExportOptions(target="trt", precision="bf16", attention="fused"),
-    "int8 of engines": ExportOptions(target="trt", precision="int8"),
     "fp8": ExportOptions(target="trt-rtx", precision="fp8"),
 }
 

@@ -1,4 +1,4 @@
-"""Eight and four bits at the real model's widths, two layers deep: all three graphs compiled, and how large they are.
+"""Eight and four bits at the real model's widths, one layer deep: all three graphs compiled, and how large they are.
 
 Weights are made as they are read, so there is no checkpoint on the disk; scales are constants, which cost the same.
 """
@@ -60,14 +60,14 @@ def rtx():
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """(configuration, packed float32 graphs by name), two layers of the real widths and a small vocabulary."""
+    """(configuration, packed float32 graphs by name), one layer of the real widths and a small vocabulary."""
     psutil, disk = pytest.importorskip("psutil"), shutil.disk_usage(tmp_path_factory.getbasetemp())
     if disk.free < DISK or psutil.virtual_memory().available < MEMORY:
         pytest.skip(f"needs {DISK / 1e9:.0f} GB of disk and {MEMORY / 1e9:.0f} GB of memory")
     spec = importlib.util.spec_from_file_location("random_checkpoint", SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    config = script.geometry(2, 4096)
+    config = script.geometry(1, 4096)
     return config, {name: pack(model) for name, model in trace_all(config, VOCABULARY, 20).items()}
 
 

@@ -14,8 +14,9 @@ from ki_export.exporter import export
 from ki_export.options import ExportOptions
 from ki_export.passes.quantize import Int8Weight, quantize
 from ki_export.weights.int8 import is_large, quantize_weight
+from ki_runtime.backends.backend import SessionOptions
 from ki_runtime.backends.ort import cpu_options
-from ki_runtime.backends.registry import SessionOptions, choose_backend, open_session
+from ki_runtime.backends.registry import choose_backend, open_session
 from ki_runtime.policy.sampler import Sampler
 
 from .test_passes import Builder, ops

@@ -25,7 +25,8 @@ from ki_export.options import ExportOptions
 from ki_export.parity.cases import CONTINUING
 from ki_export.parity.parity import compare_with_checkpoint
 from ki_runtime import Policy, Sampler
-from ki_runtime.backends.registry import SessionOptions, choose_backend, open_session
+from ki_runtime.backends.backend import SessionOptions
+from ki_runtime.backends.registry import choose_backend, open_session
 from tests import expert
 
 from .conftest import CONFIG

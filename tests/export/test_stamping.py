@@ -29,8 +29,8 @@ def deep(vision: int, depth: int, **changes) -> Pi05Config:
 
 
 CASES = {
-    "pi05": (deep(4, 5, rtc="trained"), ALL, 20),
-    "depth 3": (deep(5, 3, pictures="float32"), SOME, 20),
+    "pi05": (deep(3, 4, rtc="trained"), ALL, 20),
+    "depth 3": (deep(4, 3, pictures="float32"), SOME, 20),
     "pi0": (deep(1, 4, variant="pi0", state_width=4, rtc="guided"), SOME, 18),
     "two K/V heads": (
         replace(

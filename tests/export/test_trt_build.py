@@ -18,9 +18,10 @@ from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_edge.files.staging import staging
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
+from ki_runtime.backends import trust
 from ki_runtime.gpu.device import Device, check_precision, parse_capabilities
 from ki_runtime.trt import build as building
-from ki_runtime.trt import compiling, memory, targets, trust
+from ki_runtime.trt import compiling, memory, targets
 from ki_runtime.trt.api import Api
 from ki_runtime.trt.build import BuildOptions, build, build_bundle, ensure_engines, rebuild
 from ki_runtime.trt.engines import ACTING, FAST, Engines

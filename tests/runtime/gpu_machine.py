@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from ki_edge import graphs
-from ki_runtime.backends.registry import SessionOptions
+from ki_runtime.backends.backend import SessionOptions
 from ki_runtime.gpu.buffers import Gpu
 from ki_runtime.gpu.cuda import Cuda
 from ki_runtime.policy.sampler import Sampler

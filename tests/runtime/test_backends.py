@@ -8,16 +8,8 @@ import pytest
 from ki_edge import graphs
 from ki_edge.errors import BackendError, DeviceMemoryError
 from ki_runtime.backends import registry as backends
-from ki_runtime.backends.registry import (
-    BACKENDS,
-    NAMES,
-    NotInstalled,
-    SessionOptions,
-    Setting,
-    choose_backend,
-    connect,
-    open_session,
-)
+from ki_runtime.backends.backend import NotInstalled, SessionOptions, Setting
+from ki_runtime.backends.registry import BACKENDS, NAMES, choose_backend, connect, open_session
 from ki_runtime.control.cli import main
 from ki_runtime.gpu import ort_cuda
 from ki_runtime.policy import sampler as sampler_module
@@ -56,8 +48,8 @@ def machine(monkeypatch):
 
             return SimpleNamespace(connect=connect, obstacle=obstacle, setting=setting)
 
-        monkeypatch.setattr(backends, "find_spec", lambda name: name if name in packages else None)
-        monkeypatch.setattr(backends, "import_module", module)
+        monkeypatch.setattr("ki_runtime.backends.backend.find_spec", lambda name: name if name in packages else None)
+        monkeypatch.setattr("ki_runtime.backends.backend.import_module", module)
         return used
 
     return make
@@ -120,7 +112,7 @@ def test_a_module_that_cannot_be_imported(monkeypatch, make_bundle):
     def broken(name):
         raise ImportError("libcublas.so.12")
 
-    monkeypatch.setattr(backends, "import_module", broken)
+    monkeypatch.setattr("ki_runtime.backends.backend.import_module", broken)
     with pytest.raises(BackendError, match=r"backend 'ort': cannot be imported \(libcublas\.so\.12\)"):
         choose_backend("ort")
     with pytest.raises(BackendError, match=r"'ort' cannot be imported: libcublas.*; pip install 'ki-edge"):
@@ -139,8 +131,8 @@ def test_whatever_an_engine_raises_passes_it_over(monkeypatch, make_bundle, erro
         parts[where] = fail
     modules = {"ki_runtime.trt.session": SimpleNamespace(**parts)}
     working = SimpleNamespace(obstacle=lambda *_: None, connect=lambda *_: engine.open)
-    monkeypatch.setattr(backends, "find_spec", lambda name: name)
-    monkeypatch.setattr(backends, "import_module", lambda name: modules.get(name, working))
+    monkeypatch.setattr("ki_runtime.backends.backend.find_spec", lambda name: name)
+    monkeypatch.setattr("ki_runtime.backends.backend.import_module", lambda name: modules.get(name, working))
     monkeypatch.setattr(backends, "BACKENDS", (BACKENDS[0], BACKENDS[-1]))
     sampler = Sampler.open(make_bundle("other"), say=lambda line: None)
     why = dict(sampler.backend.passed)["trt"]
@@ -153,7 +145,7 @@ def test_a_module_without_a_spec_is_not_installed(monkeypatch):
     def fail(name):
         raise ValueError(f"{name}.__spec__ is None")
 
-    monkeypatch.setattr(backends, "find_spec", fail)
+    monkeypatch.setattr("ki_runtime.backends.backend.find_spec", fail)
     assert all(isinstance(backend.obstacle(None), NotInstalled) for backend in BACKENDS)
 
 
@@ -164,7 +156,7 @@ def test_an_engine_that_cannot_be_imported_when_it_is_opened(monkeypatch, make_b
 
     connected = fail if where == "connect" else lambda *_: fail
     module = SimpleNamespace(connect=connected, obstacle=lambda *_: None)
-    monkeypatch.setattr(backends, "import_module", lambda name: module)
+    monkeypatch.setattr("ki_runtime.backends.backend.import_module", lambda name: module)
     with pytest.raises(BackendError, match="'ort' cannot be imported: libfoo"):
         connect(make_bundle(), "ort").open(graphs.DENOISE)
 
@@ -219,8 +211,10 @@ def test_a_backend_whose_engines_do_not_load_is_passed_over(monkeypatch, make_bu
 
         return SimpleNamespace(connect=connect, obstacle=lambda *_: None)
 
-    monkeypatch.setattr(backends, "find_spec", lambda name: name in ("tensorrt", "onnxruntime") or None)
-    monkeypatch.setattr(backends, "import_module", module)
+    monkeypatch.setattr(
+        "ki_runtime.backends.backend.find_spec", lambda name: name in ("tensorrt", "onnxruntime") or None
+    )
+    monkeypatch.setattr("ki_runtime.backends.backend.import_module", module)
     monkeypatch.setattr(backends, "BACKENDS", (BACKENDS[0], BACKENDS[-1]))
     sampler = Sampler.open(make_bundle())
     assert (sampler.backend.name, dict(sampler.backend.passed)) == ("ort", {"trt": "cannot load"})

@@ -11,7 +11,7 @@ import pytest
 
 from ki_edge.errors import BackendError
 from ki_runtime.backends import choice as choices
-from ki_runtime.backends import registry as backends
+from ki_runtime.backends.backend import Backend, NotInstalled, Slower
 from ki_runtime.backends.choice import Choice, find_choice, keep_choice
 from ki_runtime.backends.registry import choose_backend, on_cpu
 from ki_runtime.policy import choosing
@@ -26,9 +26,11 @@ DATE = "2026-11-26T10:00:00+00:00"
 @pytest.fixture
 def both(monkeypatch, tmp_path):
     """Both engines for a CPU are installed, no GPU's; the user's cache is empty, and so is what was not written."""
-    monkeypatch.setattr(backends, "find_spec", lambda name: name if name in ("openvino", "onnxruntime") else None)
-    obstacle = backends.Backend.obstacle
-    monkeypatch.setattr(backends.Backend, "obstacle", lambda self, bundle: None if self.device == "CPU" else "no GPU")
+    monkeypatch.setattr(
+        "ki_runtime.backends.backend.find_spec", lambda name: name if name in ("openvino", "onnxruntime") else None
+    )
+    obstacle = Backend.obstacle
+    monkeypatch.setattr(Backend, "obstacle", lambda self, bundle: None if self.device == "CPU" else "no GPU")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(choices, "_unwritten", {})
     return obstacle
@@ -70,9 +72,9 @@ def test_the_faster_one_is_taken_from_then_on(both, make_bundle, monkeypatch, op
     other = "ort" if taken == "openvino" else "openvino"
     assert backend.name == taken
     assert dict(backend.passed)[other].startswith("slower here, 100 ms against 50, measured on 20")
-    assert not isinstance(dict(backend.passed)["trt"], backends.Slower)
+    assert not isinstance(dict(backend.passed)["trt"], Slower)
     quiet = [why for name, why in backend.passed if name == other]
-    assert all(isinstance(why, backends.NotInstalled) for why in quiet)  # nobody is told who did not ask
+    assert all(isinstance(why, NotInstalled) for why in quiet)  # nobody is told who did not ask
     lines.clear()
     measure_once(bundle, race.open, lines.append)
     assert len(race.opened) == 2 and not lines
@@ -112,7 +114,7 @@ def test_no_room_for_a_copy_of_the_weights(both, make_bundle, monkeypatch):
 def test_what_one_engine_cannot_run_is_not_measured(both, make_bundle, monkeypatch):
     bundle, lines = make_bundle(), []
     obstacles = {"openvino": "OpenVINO misreads int8 graphs"}
-    monkeypatch.setattr(backends.Backend, "obstacle", lambda self, bundle: obstacles.get(self.name))
+    monkeypatch.setattr(Backend, "obstacle", lambda self, bundle: obstacles.get(self.name))
     monkeypatch.setattr(choosing, "BACKENDS", on_cpu())
     race = Race(bundle, monkeypatch, openvino=1.0, ort=2.0)
     measure_once(bundle, race.open, lines.append)
@@ -123,23 +125,21 @@ def test_one_graph_at_a_time_measures_nothing(both, make_bundle, monkeypatch):
     """Most of such an inference is loading: its times would mislead starts that keep the graphs."""
     bundle, connected = make_bundle(), []
     engine = FakeEngine(bundle.manifest.vocabulary.ids)
-    monkeypatch.setattr(
-        backends.Backend, "connect", lambda self, bundle, options: connected.append(self.name) or engine.open
-    )
+    monkeypatch.setattr(Backend, "connect", lambda self, bundle, options: connected.append(self.name) or engine.open)
     assert Sampler.open(bundle, sequential=True, say=lambda line: None).backend.name == "ort"
     assert connected == ["ort"] and find_choice(bundle, on_cpu()) is None
 
 
 def test_a_gpu_comes_first_and_nothing_is_measured(both, make_bundle, monkeypatch):
     bundle = make_bundle()
-    monkeypatch.setattr(backends.Backend, "obstacle", lambda self, bundle: None)
+    monkeypatch.setattr(Backend, "obstacle", lambda self, bundle: None)
     race = Race(bundle, monkeypatch, openvino=1.0, ort=2.0)
     measure_once(bundle, race.open, lambda line: None)
     assert not race.opened
 
 
 def test_one_engine_is_not_measured(both, make_bundle, monkeypatch):
-    monkeypatch.setattr(backends, "find_spec", lambda name: name if name == "onnxruntime" else None)
+    monkeypatch.setattr("ki_runtime.backends.backend.find_spec", lambda name: name if name == "onnxruntime" else None)
     bundle = make_bundle()
     race = Race(bundle, monkeypatch, ort=2.0)
     measure_once(bundle, race.open, lambda line: None)

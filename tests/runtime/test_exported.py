@@ -23,8 +23,9 @@ from ki_export.graphs import tracing
 from ki_export.options import ExportOptions
 from ki_export.parity.reference import ReferencePolicy
 from ki_runtime import ControlLoop, LoopOptions, Policy, Sampler
+from ki_runtime.backends.backend import SessionOptions
 from ki_runtime.backends.ort import OrtSession
-from ki_runtime.backends.registry import SessionOptions, choose_backend, open_session
+from ki_runtime.backends.registry import choose_backend, open_session
 from ki_runtime.backends.session import Bucket
 from ki_runtime.robots import EpisodeStatus
 

@@ -14,7 +14,7 @@ from ki_edge.policy.fast import FastIds
 from ki_edge.policy.fast_fitting import fit_codec
 from ki_edge.policy.normalize import NormStats, compute_stats, normalize, unnormalize
 from ki_edge.policy.prompt import PromptTokenizer, digitize_state, pad
-from ki_runtime.backends.registry import SessionOptions
+from ki_runtime.backends.backend import SessionOptions
 from ki_runtime.control.loop import LoopOptions
 from ki_runtime.policy.policy import Policy
 from ki_runtime.policy.sampler import Sampler

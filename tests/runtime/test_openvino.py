@@ -15,7 +15,8 @@ from ki_edge import graphs
 from ki_edge.bundle import Bundle
 from ki_edge.errors import ArgumentError, BackendError
 from ki_edge.overlap import Overlap
-from ki_runtime.backends.registry import SessionOptions, connect
+from ki_runtime.backends.backend import SessionOptions
+from ki_runtime.backends.registry import connect
 from ki_runtime.backends.session import shape_of
 from ki_runtime.policy.proof import standing
 from ki_runtime.policy.proving import repeat_proof

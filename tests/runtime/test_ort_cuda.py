@@ -6,8 +6,8 @@ import pytest
 
 from ki_edge import graphs
 from ki_edge.errors import BackendError, BundleError, DeviceError, DeviceMemoryError
+from ki_runtime.backends.backend import SessionOptions
 from ki_runtime.backends.ort import OrtSession, onnxruntime
-from ki_runtime.backends.registry import SessionOptions
 from ki_runtime.backends.session import Sequential, shape_of
 from ki_runtime.gpu import cuda
 from ki_runtime.gpu.buffers import Gpu

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from ki_edge.errors import DeviceMemoryError
-from ki_runtime.backends.registry import SessionOptions, Setting
+from ki_runtime.backends.backend import SessionOptions, Setting
 from ki_runtime.gpu.cuda import Cuda
 from ki_runtime.policy.proof import Prover
 

@@ -408,7 +408,7 @@ def test_unknown_backend(make_bundle):
 
 
 def test_missing_backend_says_what_to_install(make_bundle, monkeypatch):
-    monkeypatch.setattr("ki_runtime.backends.registry.find_spec", lambda name: None)
+    monkeypatch.setattr("ki_runtime.backends.backend.find_spec", lambda name: None)
     with pytest.raises(
         BackendError,
         match=r"no backend can run this: trt: .*; ort: no onnxruntime package; .*; pip install 'ki-edge\[ort\]'",

@@ -6,8 +6,9 @@ from onnx import TensorProto, helper, save
 
 from ki_edge import graphs
 from ki_edge.errors import ArgumentError, BackendError, BundleError
+from ki_runtime.backends.backend import SessionOptions
 from ki_runtime.backends.ort import OrtSession
-from ki_runtime.backends.registry import BACKENDS, SessionOptions, choose_backend, open_session
+from ki_runtime.backends.registry import BACKENDS, choose_backend, open_session
 from ki_runtime.backends.session import HostBuffer, Storage, shape_of
 
 from .conftest import CONFIG

@@ -8,7 +8,7 @@ import pytest
 
 from ki_edge import graphs
 from ki_edge.errors import BackendError, DeviceError, DeviceMemoryError
-from ki_runtime.backends.registry import SessionOptions
+from ki_runtime.backends.backend import SessionOptions
 from ki_runtime.backends.session import HostBuffer
 from ki_runtime.gpu.buffers import Gpu
 from ki_runtime.trt.session import Connection

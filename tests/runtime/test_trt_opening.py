@@ -9,7 +9,7 @@ import pytest
 
 from ki_edge import graphs
 from ki_edge.errors import BackendError
-from ki_runtime.backends.registry import SessionOptions
+from ki_runtime.backends.backend import SessionOptions
 from ki_runtime.gpu.cuda import Cuda
 from ki_runtime.gpu.device import Device
 from ki_runtime.trt import bindings, contexts, session

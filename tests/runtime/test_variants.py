@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from ki_edge.errors import BackendError, BundleError
-from ki_runtime.backends import registry as backends
-from ki_runtime.backends.registry import Setting, check_name, choose_backend, connect
+from ki_runtime.backends.backend import NotInstalled, SessionOptions, Setting
+from ki_runtime.backends.registry import check_name, choose_backend, connect
 from ki_runtime.backends.variant import Variant, read_variant
 from ki_runtime.policy import proof
 from ki_runtime.policy.rounding import BARS, widened
@@ -32,11 +32,13 @@ def only_openvino(monkeypatch):
             setting=lambda bundle, package, names: Setting({}, bundle.path, variant.rounding),
         )
 
-    monkeypatch.setattr(backends, "find_spec", lambda name: name if name in ("openvino", "onnxruntime") else None)
+    monkeypatch.setattr(
+        "ki_runtime.backends.backend.find_spec", lambda name: name if name in ("openvino", "onnxruntime") else None
+    )
     plain = SimpleNamespace(obstacle=lambda *_: None, connect=lambda b, *_: FakeEngine(b.manifest.vocabulary.ids).open)
-    absent = SimpleNamespace(obstacle=lambda *_: backends.NotInstalled("no CUDA provider"))
+    absent = SimpleNamespace(obstacle=lambda *_: NotInstalled("no CUDA provider"))
     modules = {"ki_runtime.openvino.session": SimpleNamespace(engine_of=engine_of), "ki_runtime.gpu.ort_cuda": absent}
-    monkeypatch.setattr(backends, "import_module", lambda name: modules.get(name, plain))
+    monkeypatch.setattr("ki_runtime.backends.backend.import_module", lambda name: modules.get(name, plain))
     return SimpleNamespace(asked=asked, refused=refused)
 
 
@@ -136,7 +138,7 @@ def test_the_proof_takes_the_bars_of_the_rounding(monkeypatch, make_bundle):
     monkeypatch.setattr(type(bundle), "file", lambda self, name: self.path / name)
     for rounding in ("float32", "bfloat16"):
         backend = replace(choose_backend("ort"), variant=None)
-        prover = proof.Prover(bundle, backend, backends.SessionOptions())
+        prover = proof.Prover(bundle, backend, SessionOptions())
         prover._judge(proof.ACTIONS, None, {}, Setting({}, bundle.path, rounding))
     assert seen == [2e-4, 5e-2]
 

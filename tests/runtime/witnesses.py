@@ -8,7 +8,8 @@ import numpy as np
 
 from ki_edge.bundle.witness import Continuation, Witness
 from ki_runtime.backends import registry as backends
-from ki_runtime.backends.registry import BACKENDS, Setting
+from ki_runtime.backends.backend import Setting
+from ki_runtime.backends.registry import BACKENDS
 from ki_runtime.policy.sampler import Sampler
 
 from .conftest import CONFIG, FakeEngine, FakeSession
@@ -145,8 +146,8 @@ class Backends:
         self.engines, self.environment = engines, {name: {"driver": "560"} for name in engines}
         chosen = tuple(backend for backend in BACKENDS if backend.name in engines)
         monkeypatch.setattr(backends, "BACKENDS", tuple(replace(b, module=b.name) for b in chosen))
-        monkeypatch.setattr(backends, "find_spec", lambda name: name)
-        monkeypatch.setattr(backends, "import_module", self.module)
+        monkeypatch.setattr("ki_runtime.backends.backend.find_spec", lambda name: name)
+        monkeypatch.setattr("ki_runtime.backends.backend.import_module", self.module)
 
     def module(self, name):
         def setting(bundle, package, names):

@@ -124,7 +124,7 @@ def test_the_average_is_its_formula_and_evaluation_leaves_no_trace():
             .all()
         )
     assert all(torch.equal(value, weights[name]) for name, value in state(engine).items()) and engine.model.training
-    for name, value in engine.averaged_state().items():
+    for name, value in engine.averaged_tensors():
         torch.testing.assert_close(value, expected[name], rtol=1e-6, atol=1e-7)
 
 

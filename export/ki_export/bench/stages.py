@@ -16,7 +16,8 @@ from ki_edge.config import Pi05Config
 from ki_edge.policy.contract import PolicyContract
 from ki_edge.policy.images import model_pictures
 from ki_edge.policy.transforms import read_images
-from ki_runtime.backends.registry import SessionOptions, connect
+from ki_runtime.backends.backend import SessionOptions
+from ki_runtime.backends.registry import connect
 from ki_runtime.policy.decode import Choices, FastStage
 from ki_runtime.policy.embeddings import table_of
 from ki_runtime.policy.prefix import PrefixStage, prepare_inputs

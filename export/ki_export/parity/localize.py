@@ -21,8 +21,8 @@ from ki_edge.model.streaming import EmbeddingRows
 from ki_export.arithmetic.evaluator import Evaluator, Shelf
 from ki_export.arithmetic.readers import FileWeights
 from ki_export.arithmetic.session import ROUNDED
+from ki_runtime.backends.backend import SessionOptions
 from ki_runtime.backends.ort import load, weight_layout
-from ki_runtime.backends.registry import SessionOptions
 
 Array = npt.NDArray[Any]
 FLOAT = onnx.TensorProto.FLOAT

@@ -26,7 +26,8 @@ from ki_edge.model.streaming import BUDGET, streamed
 from ki_edge.proc import available_memory
 from ki_edge.progress import Progress
 from ki_export.arithmetic.session import ROUNDED, arithmetic_sessions
-from ki_runtime.backends.registry import Backend, SessionOptions, choose_backend, connect, open_session
+from ki_runtime.backends.backend import Backend, SessionOptions
+from ki_runtime.backends.registry import choose_backend, connect, open_session
 from ki_runtime.backends.session import Session
 from ki_runtime.policy.embeddings import table_of
 from ki_runtime.policy.sampler import Sampler

@@ -208,14 +208,6 @@ class Engine:
         found |= {f"average.{name}": value for name, value in self.average.values.items()}
         return found | {f"optimizer.{name}": value for name, value in self.optimizer.tensors(self.step).items()}
 
-    def averaged_state(self) -> dict[str, Tensor]:
-        """`averaged_tensors` at once on the main process, nothing on the others."""
-        found = {}
-        for name, value in self.averaged_tensors():
-            if self.main:
-                found[name] = value
-        return found
-
     # ------------------------------------------------------------------ processes
 
     def any(self, value: bool) -> bool:

@@ -27,8 +27,8 @@ from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_edge.graphs import Dim, GraphSpec, TensorSpec
 from ki_edge.proc import cpu_info
 
+from .backend import GraphOpener, SessionOptions, Setting
 from .processor import processor
-from .registry import GraphOpener, SessionOptions, Setting
 from .session import Binding, Buffer, HostBuffer, Session, first_line
 
 ERRORS_ONLY = 3

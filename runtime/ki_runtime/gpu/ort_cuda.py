@@ -24,8 +24,8 @@ from ki_edge import graphs
 from ki_edge.bundle import Bundle
 from ki_edge.errors import BackendError, DeviceMemoryError
 from ki_edge.graphs import GraphSpec
+from ki_runtime.backends.backend import GraphOpener, NotInstalled, SessionOptions, Setting
 from ki_runtime.backends.ort import check_signature, of_engines, onnxruntime
-from ki_runtime.backends.registry import GraphOpener, NotInstalled, SessionOptions, Setting
 from ki_runtime.backends.session import Binding, Bucket, Buffer, Session, first_line
 from ki_runtime.gpu.device import check_precision
 

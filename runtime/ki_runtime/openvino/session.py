@@ -21,9 +21,9 @@ from ki_edge import graphs
 from ki_edge.bundle import Bundle
 from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_edge.graphs import GraphSpec, TensorSpec
+from ki_runtime.backends.backend import GraphOpener, SessionOptions, Setting
 from ki_runtime.backends.ort import of_engines
 from ki_runtime.backends.processor import processor
-from ki_runtime.backends.registry import GraphOpener, SessionOptions, Setting
 from ki_runtime.backends.session import Binding, Buffer, HostBuffer, Loaded, Session
 from ki_runtime.backends.variant import Variant
 

@@ -22,8 +22,9 @@ from ki_edge.bundle import Bundle
 from ki_edge.errors import BackendError
 from ki_edge.policy.contract import PolicyContract
 from ki_edge.proc import available_memory
+from ki_runtime.backends.backend import Backend
 from ki_runtime.backends.choice import Choice, find_choice, keep_choice
-from ki_runtime.backends.registry import BACKENDS, Backend, on_cpu
+from ki_runtime.backends.registry import BACKENDS, on_cpu
 from ki_runtime.backends.variant import wished
 
 from .opening import detached

@@ -21,7 +21,8 @@ from ki_edge import graphs
 from ki_edge.bundle import Bundle, sha256
 from ki_edge.bundle.witness import WITNESS, Witness, has_witness, read_witness
 from ki_edge.errors import BackendError, BundleError
-from ki_runtime.backends.registry import Backend, SessionOptions, Setting, Unproven, choose_backend
+from ki_runtime.backends.backend import Backend, SessionOptions, Setting, Unproven
+from ki_runtime.backends.registry import choose_backend
 
 from . import verdict as verdicts
 from .rounding import widened

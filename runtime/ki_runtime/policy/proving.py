@@ -8,7 +8,8 @@ from ki_edge import graphs
 from ki_edge.bundle import Bundle
 from ki_edge.bundle.witness import has_witness, read_witness
 from ki_edge.errors import BackendError
-from ki_runtime.backends.registry import SessionOptions, connect
+from ki_runtime.backends.backend import SessionOptions
+from ki_runtime.backends.registry import connect
 
 from .proof import Prover, refusal
 from .sampler import Sampler

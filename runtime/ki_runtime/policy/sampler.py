@@ -18,7 +18,8 @@ from ki_edge.config import Pi05Config
 from ki_edge.errors import ArgumentError, BackendError
 from ki_edge.graphs import GraphSpec
 from ki_edge.overlap import Overlap
-from ki_runtime.backends.registry import Backend, Connection, SessionOptions, check_name, connect
+from ki_runtime.backends.backend import Backend, SessionOptions
+from ki_runtime.backends.registry import Connection, check_name, connect
 from ki_runtime.backends.session import Bucket, Loaded, Session
 
 from .choosing import measure_once

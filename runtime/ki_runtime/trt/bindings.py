@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 from ki_edge import graphs
 from ki_edge.errors import BackendError, DeviceError, DeviceMemoryError
 from ki_edge.graphs import GraphSpec
-from ki_runtime.backends.registry import SessionOptions
+from ki_runtime.backends.backend import SessionOptions
 from ki_runtime.backends.session import Binding, Bucket, Buffer, Session
 from ki_runtime.gpu.buffers import DeviceBuffer, Gpu, owned
 from ki_runtime.gpu.cuda import Recording

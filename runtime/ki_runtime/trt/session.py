@@ -17,7 +17,7 @@ from ki_edge.bundle import Bundle
 from ki_edge.dtypes import BY_NAME
 from ki_edge.errors import BackendError
 from ki_edge.graphs import GraphSpec
-from ki_runtime.backends.registry import GraphOpener, SessionOptions, Setting
+from ki_runtime.backends.backend import GraphOpener, SessionOptions, Setting
 from ki_runtime.backends.session import Loaded
 from ki_runtime.gpu.buffers import Gpu
 from ki_runtime.gpu.cuda import Cuda
