@@ -13,7 +13,7 @@ from ki_edge.bundle import Bundle
 from ki_edge.checkpoints import Checkpoint
 from ki_edge.errors import ArgumentError, BackendError
 from ki_edge.model import load_model
-from ki_export.bench import benchmark, cli, peaks, pytorch, rounds
+from ki_export.bench import benchmark, cli, peaks, pytorch, rounds, tables
 from ki_export.bench.benchmark import bench
 from ki_export.bench.machine import OtherLoad
 from ki_export.bench.options import BenchOptions, Case, cases
@@ -141,6 +141,14 @@ def test_the_report_for_people(report):
                  "side by side", "bfloat16", "2 pictures of 480x640", "others used 1.0 %", "beware"):  # fmt: skip
         assert part in text
     assert all(line == line.rstrip() for line in text.splitlines())
+
+
+@pytest.mark.parametrize(("by", "why"), [("memory", "caches"), ("compute", "noise")])
+def test_why_a_stage_can_be_faster_than_its_limit(report, by, why):
+    step = next(stage for stage in report.stages if stage.name == STEP)
+    for factor, told in ((1.5, True), (0.5, False)):
+        stage = replace(step, limit_ms=factor * step.time.p50, limited_by=by)
+        assert any(why in line for line in tables._above(replace(report, stages=(stage,)))) is told
 
 
 def test_pictures(report, bundle):

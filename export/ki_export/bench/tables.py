@@ -30,6 +30,7 @@ def lines(report: Report) -> Iterator[str]:
     yield f"warm-up: {report.warm_up_policy}; here {min(runs)} to {max(runs)} runs"
     yield ""
     yield from _stages(report)
+    yield from _above(report)
     yield from _pictures(report)
     yield ""
     yield from _curve(report)
@@ -52,6 +53,15 @@ def _stages(report: Report) -> list[str]:
         limit = [f"{stage.limit_ms:.2f}", stage.limited_by, f"{100 * stage.reached:.0f} %"]
         rows.append((stage.name, str(case.cameras), str(case.tokens), steps, *times, *work, *limit))
     return table(head, rows)
+
+
+def _above(report: Report) -> Iterator[str]:
+    """Why a stage can be faster than its limit; nothing if none was."""
+    above = {stage.limited_by for stage in report.stages if stage.reached > 1}
+    if "memory" in above:
+        yield "above 100 % by memory: from the processor's caches, which hold what such a stage reads again at once"
+    if "compute" in above:
+        yield "above 100 % by compute: within the noise of the products that the limit was taken from"
 
 
 def _pictures(report: Report) -> Iterator[str]:
