@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from ki_edge.errors import ArgumentError
 from ki_edge.files.hub import DATASET, HUB_ID, resolve
 
+MOST_BYTES = 80
 WEIGHT = re.compile(r"[0-9]*\.?[0-9]+")
 Say = Callable[[str], object]
 
@@ -38,8 +40,7 @@ def named(datasets: Sequence[str], say: Say) -> list[Wanted]:
                 )
             path, weight = head, float(tail)
         place = _resolved(path, say)
-        base = re.sub(r"[^A-Za-z0-9._-]", "-", Path(path).resolve().stem if place == Path(path) else path)
-        base = base.strip(".-_")[:80] or "dataset"
+        base = plain(Path(path).resolve().stem if place == Path(path) else path)
         taken = {one.name for one in found}
         names = [base, *(f"{base}-{number}" for number in range(2, len(datasets) + 2))]
         found.append(Wanted(place, weight, next(name for name in names if name not in taken)))
@@ -50,6 +51,12 @@ def named(datasets: Sequence[str], say: Say) -> list[Wanted]:
             f"{missing.path}: no weight, but {given[0].path} has one: give all of them a weight, or none"
         )
     return found
+
+
+def plain(name: str) -> str:
+    """A name for folders and logs: letters of any alphabet, digits, "._-"; its UTF-8 no longer than a folder may be."""
+    found = re.sub(r"[^\w.-]", "-", unicodedata.normalize("NFC", name)).strip(".-_")
+    return found.encode()[:MOST_BYTES].decode(errors="ignore").rstrip(".-_") or "dataset"
 
 
 def _resolved(name: str, say: Say) -> Path:

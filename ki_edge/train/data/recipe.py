@@ -33,7 +33,7 @@ ROBOTS = "robots"  # folder of a checkpoint: what the other robots of a mixture 
 LEAST = 64  # tokens that a prompt and a postfix may have at least
 SMALL_CHUNK, SMALL_CODEC, LARGE_CODEC = 64, 256, 1024  # numbers of a chunk; FAST ids that are fitted for it, or more
 MARGIN = 8  # steps of DCT coefficients beyond those that were seen
-PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+PLAIN = re.compile(r"\w[\w.-]{0,99}")  # letters of any alphabet; the name of a folder too
 
 
 @dataclass(frozen=True, eq=False)
