@@ -1,5 +1,7 @@
 """Buffers, bindings and backends: what the seam promises, and ONNX Runtime behind it on graphs of a few nodes."""
 
+import time
+
 import numpy as np
 import pytest
 from onnx import TensorProto, helper, save
@@ -7,7 +9,7 @@ from onnx import TensorProto, helper, save
 from ki_edge import graphs
 from ki_edge.errors import ArgumentError, BackendError, BundleError
 from ki_runtime.backends.backend import SessionOptions
-from ki_runtime.backends.ort import OrtSession
+from ki_runtime.backends.ort import OrtSession, WeightLayout, load
 from ki_runtime.backends.registry import BACKENDS, choose_backend, open_session
 from ki_runtime.backends.session import HostBuffer, Storage, shape_of
 
@@ -52,6 +54,22 @@ def denoise_buffers(session, batch=1, length=6):
 
 
 # ---------------------------------------------------------------- ONNX Runtime
+
+
+def test_threads_rest_when_a_run_has_ended():
+    """They would spin on against those of the next graph: prefix and denoise each have their own."""
+    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [400, 400]) for name in "xwy"]
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "product", tensors[:2], tensors[2:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+    session = load(model.SerializeToString(), SessionOptions(threads=2), WeightLayout(True, False))
+    feeds = dict.fromkeys("xw", np.ones((400, 400), np.float32))
+    spent = []
+    for _ in range(5):
+        session.run(None, feeds)
+        before = time.process_time()
+        time.sleep(0.1)
+        spent.append(time.process_time() - before)
+    assert min(spent) < 0.003
 
 
 def test_bound_outputs_are_the_buffers_themselves(denoise):

@@ -197,6 +197,8 @@ def cpu_options(*, packed: bool) -> Any:
     engine.inter_op_num_threads = 1
     engine.log_severity_level = ERRORS_ONLY
     engine.add_session_config_entry("session.disable_prepacking", "0" if packed else "1")
+    # else its threads go on spinning when a run has ended, against those of the graph that runs next
+    engine.add_session_config_entry("session.force_spinning_stop", "1")
     _add_bytes_exactly(engine)
     return engine
 
