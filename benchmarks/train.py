@@ -35,7 +35,7 @@ from train_forms import (
 from ki_edge.commands import run_command, show, show_json
 from ki_edge.config import PRESETS
 from ki_edge.model import Pi05
-from ki_edge.model.loss import embed_fast_sequence, postfix_cross_entropy
+from ki_edge.model.loss import embed_fast_sequence, postfix_cross_entropy, predicting_tokens
 from ki_edge.proc import cpu_info, peak_memory
 
 TWO_PASSES = 1.6  # times the one pass that the seed documents' form takes at the least
@@ -85,9 +85,10 @@ def _parts(
     x, mask, bias = embed_fast_sequence(model, sample.observation)
     yield "pictures and embeddings", clock.lap()
     length = mask.shape[1]
-    hidden, cache = model.backbone(x, model._rope(torch.arange(x.shape[1])[None].expand(len(x), -1)), bias)
+    rope = model._rope(torch.arange(x.shape[1])[None].expand(len(x), -1))
+    hidden, cache = model.backbone(x, rope, bias, wanted=predicting_tokens(sample.observation, length))
     yield "backbone", clock.lap()
-    logits = model.backbone.unembed(hidden[:, length - 1 : -1])
+    logits = model.backbone.unembed(hidden)
     fast = postfix_cross_entropy(logits, sample.observation).mean()
     yield "FAST head", clock.lap()
     prefix = [(k[:, :, :length].detach(), v[:, :, :length].detach()) for k, v in cache]

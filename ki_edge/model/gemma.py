@@ -51,19 +51,36 @@ class GemmaLayer(Layer):
         self.mlp = GatedMLP(config.width, config.mlp_dim)
 
     def compute(
-        self, x: Tensor, rope: Rope, bias: Tensor | None, past: KeysValues | None = None
+        self,
+        x: Tensor,
+        rope: Rope,
+        bias: Tensor | None,
+        past: KeysValues | None = None,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """x [B,S,W] -> the layer's output, and K and V of x [B,K,S,D]. It sees `past`, and itself, as `bias` says.
 
-        Without a bias K and V are all that is asked for, and the output is None.
+        `wanted` i64 [B,Q]: the tokens whose output is asked for, [B,Q,W]; None: all. Without a bias K and V are all
+        that is asked for, and the output is None.
         """
         normed = self.input_layernorm(x)
         k, v = self.self_attn.keys_values(normed, rope)
         if bias is None:
             return None, k, v
         seen_k, seen_v = (k, v) if past is None else (torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2))
+        if wanted is not None:
+            x, normed, rope, bias = _rows(x, normed, rope, bias, wanted)
         x = x + self.self_attn(normed, rope, seen_k, seen_v, bias)
         return x + self.mlp(self.post_attention_layernorm(x)), k, v
+
+
+def _rows(x: Tensor, normed: Tensor, rope: Rope, bias: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Rope, Tensor]:
+    """What an attention needs of the `wanted` queries [B,Q] alone: x and norms [B,Q,W], positions, rows of the bias."""
+    at = wanted[:, :, None]
+    cos, sin = (part.expand(len(wanted), -1, -1, -1).take_along_dim(at[..., None], dim=1) for part in rope)
+    if bias.shape[3] > 1:  # else the same for all queries
+        bias = bias.take_along_dim(at[:, None, None], dim=3)
+    return x.take_along_dim(at, dim=1), normed.take_along_dim(at, dim=1), (cos, sin), bias
 
 
 class TableAdapter(Protocol):
@@ -118,15 +135,23 @@ class Backbone(nn.Module):
         return [*cache, (k, v)]
 
     def forward(
-        self, x: Tensor, rope: Rope, bias: Tensor, past: Sequence[KeysValues] | None = None
+        self,
+        x: Tensor,
+        rope: Rope,
+        bias: Tensor,
+        past: Sequence[KeysValues] | None = None,
+        *,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, list[KeysValues]]:
         """All layers and the final norm: hidden states [B,S,W] and the new K/V.
 
-        `past`: K/V that each layer sees besides the new ones.
+        `past`: K/V that each layer sees besides the new ones. `wanted` i64 [B,Q]: the tokens whose hidden states are
+        asked for, [B,Q,W]; of the others the last layer computes K and V alone.
         """
         cache = []
         for index, layer in enumerate(self.stack):
-            x, k, v = layer(x, rope, bias, None if past is None else past[index])
+            last = index == len(self.stack) - 1
+            x, k, v = layer(x, rope, bias, None if past is None else past[index], wanted if last else None)
             cache.append((k, v))
         out: Tensor = self.norm(x)
         return out, cache

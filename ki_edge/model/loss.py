@@ -83,13 +83,18 @@ def joint_backbone(model: Pi05, observation: Observation) -> tuple[Tensor, list[
     x, mask, bias = embed_fast_sequence(model, observation)
     length = mask.shape[1]
     positions = torch.cat([mask, observation.fast_mask], dim=1).long().cumsum(dim=1) - 1  # type: ignore[list-item]
-    hidden, cache = model.backbone(x, model._rope(positions), bias)
-    last = (
-        mask.shape[1] - observation.prompt_mask.shape[1] + observation.prompt_mask.sum(dim=1) - 1
-    )  # last prompt token
-    before_first = hidden[torch.arange(len(hidden), device=hidden.device), last][:, None]
-    predicting = torch.cat([before_first, hidden[:, length:-1]], dim=1)  # [B,F,W]
-    return model.backbone.unembed(predicting), [(k[:, :, :length], v[:, :, :length]) for k, v in cache], mask
+    wanted = predicting_tokens(observation, length)
+    hidden, cache = model.backbone(x, model._rope(positions), bias, wanted=wanted)
+    return model.backbone.unembed(hidden), [(k[:, :, :length], v[:, :, :length]) for k, v in cache], mask
+
+
+def predicting_tokens(observation: Observation, length: int) -> Tensor:
+    """The tokens behind which each token of the postfix stands, i64 [B,F]: the last one of the prompt, in a prefix of
+    `length`, and the postfix but for its own last one."""
+    assert observation.fast_tokens is not None
+    last = length - observation.prompt_mask.shape[1] + observation.prompt_mask.sum(dim=1, keepdim=True) - 1
+    rest = torch.arange(length, length + observation.fast_tokens.shape[1] - 1, device=last.device)
+    return torch.cat([last, rest.expand(len(last), -1)], dim=1)
 
 
 def embed_fast_sequence(model: Pi05, observation: Observation) -> tuple[Tensor, Tensor, Tensor]:

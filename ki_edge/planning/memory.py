@@ -132,8 +132,13 @@ def _activations(config: Pi05Config, samples: Samples, setup: Setup, freeze: tup
     stacks = {
         "vision": (vision.depth, pictures * _vision_layer(config, low), pictures * vision.patches * vision.width * low),
         "backbone": (
-            backbone.depth if samples.postfix else backbone.depth - 1,  # the last one's output is read by nobody then
+            backbone.depth - 1,
             samples.batch * _layer(backbone, tokens, tokens, low),
+            samples.batch * tokens * _inputs(backbone, low),
+        ),
+        "last of backbone": (
+            1,
+            samples.batch * _last_layer(backbone, tokens, samples.postfix, low),
             samples.batch * tokens * _inputs(backbone, low),
         ),
         "expert": (
@@ -145,7 +150,7 @@ def _activations(config: Pi05Config, samples: Samples, setup: Setup, freeze: tup
     adapted = {group for group, _ in setup.lora}
     still = {group for group in freeze if group not in adapted}
     learnt = [stacks["expert"]]
-    learnt += [] if still >= set(BACKBONE_SIDE) else [stacks["backbone"]]
+    learnt += [] if still >= set(BACKBONE_SIDE) else [stacks["backbone"], stacks["last of backbone"]]
     learnt += [] if "vision" in still else [stacks["vision"]]
     if setup.checkpointing:  # all inputs, and one layer at a time
         return sum(depth * inputs for depth, _, inputs in learnt) + max(whole for _, whole, _ in stacks.values())
@@ -163,6 +168,14 @@ def _layer(config: GemmaConfig, tokens: int, keys: int, low: int, *, gated: bool
     norms = config.width * (2 * (F32 + F32) + 2 * low) + (config.width * 2 * (F32 + low) if gated else 0)
     rows = tokens * (norms + low * (2 * heads + 2 * kv + 4 * config.mlp_dim))
     return rows + tokens * keys * config.num_heads * (F32 + (low if low != F32 else 0))
+
+
+def _last_layer(config: GemmaConfig, tokens: int, queries: int, low: int) -> int:
+    """The same of the backbone's last layer: of all tokens norm, K and V, everything else of those that predict one."""
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    norm = config.width * (F32 + F32 + low)
+    rows = tokens * (norm + low * 2 * kv) + queries * (norm + low * (config.width + 2 * heads + 4 * config.mlp_dim))
+    return rows + queries * tokens * config.num_heads * (F32 + (low if low != F32 else 0))
 
 
 def _vision_layer(config: Pi05Config, low: int) -> int:

@@ -45,9 +45,11 @@ def forward_products(config: Pi05Config, samples: Samples) -> dict[str, float]:
     )
     return {
         "vision": float(samples.cameras * of_vision),
-        "backbone": float(_stack(backbone, tokens, tokens)),
+        "backbone": float(
+            (backbone.depth - 1) * _layer(backbone, tokens, tokens) + _last_layer(backbone, tokens, samples.postfix)
+        ),
         "head": float(2 * samples.postfix * backbone.width * config.vocab_size),
-        "expert": float(samples.draws * _stack(config.expert, horizon, prefix + horizon)),
+        "expert": float(samples.draws * config.expert.depth * _layer(config.expert, horizon, prefix + horizon)),
     }
 
 
@@ -90,7 +92,13 @@ def speed(config: Pi05Config, samples: Samples, setup: Setup, need: Need, card: 
     return Speed(compute, exchange, setup.devices * samples.batch / max(compute, exchange))
 
 
-def _stack(config: GemmaConfig, tokens: int, keys: int) -> int:
+def _layer(config: GemmaConfig, tokens: int, keys: int) -> int:
     heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     matrices = config.width * (2 * heads + 2 * kv + 3 * config.mlp_dim)
-    return config.depth * (2 * tokens * matrices + 4 * tokens * keys * heads)
+    return 2 * tokens * matrices + 4 * tokens * keys * heads
+
+
+def _last_layer(config: GemmaConfig, tokens: int, queries: int) -> int:
+    """K and V of all tokens, and everything else of those that predict a token alone."""
+    of_keys = 2 * config.num_kv_heads * config.head_dim * config.width
+    return _layer(config, queries, tokens) + 2 * (tokens - queries) * of_keys

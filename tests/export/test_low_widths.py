@@ -110,7 +110,7 @@ def test_graphs_compile_and_their_weights_are_small(kind, real, rtx, tmp_path):
     low = [key.removesuffix(".values") for key in entries if key.endswith(".values")]
     scales = sum(entries[key + ".scales"].nbytes for key in low) if kind == "nvfp4" else 0
     parameters = sum(np.prod(entries[key + ".values"].shape) * (2 if kind == "nvfp4" else 1) for key in low)
-    assert sum(entries[key + ".values"].nbytes for key in low) + scales == BYTES[kind] * parameters > 1e8
+    assert sum(entries[key + ".values"].nbytes for key in low) + scales == BYTES[kind] * parameters > 5e7
     manifest = SimpleNamespace(config=config, contract=None, vocabulary=VOCABULARY, has_fast=True)
     shapes = profiles(manifest)
     for graph in counts if kind == "nvfp4" else ("prefix", "denoise"):  # FAST in low bits is no bundle's default

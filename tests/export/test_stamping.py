@@ -31,12 +31,12 @@ def deep(vision: int, depth: int, **changes) -> Pi05Config:
 CASES = {
     "pi05": (deep(3, 4, rtc="trained"), ALL, 20),
     "depth 3": (deep(4, 3, pictures="float32"), SOME, 20),
-    "pi0": (deep(1, 4, variant="pi0", state_width=4, rtc="guided"), SOME, 18),
+    "pi0": (deep(1, 3, variant="pi0", state_width=4, rtc="guided"), SOME, 18),
     "two K/V heads": (
         replace(
-            deep(3, 4),
-            backbone=replace(CONFIG.backbone, depth=4, num_kv_heads=2),
-            expert=replace(CONFIG.expert, depth=4, num_kv_heads=2),
+            deep(3, 3),
+            backbone=replace(CONFIG.backbone, depth=3, num_kv_heads=2),
+            expert=replace(CONFIG.expert, depth=3, num_kv_heads=2),
         ),
         SOME,
         23,

@@ -170,3 +170,26 @@ def test_modulation_rows_are_in_order_of_use(small_model, generator):
              for name in ("input_layernorm", "post_attention_layernorm")]  # fmt: skip
     for index, norm in enumerate([*norms, small_model.expert.norm]):
         close(rows[:, index], condition @ norm.dense.weight.T + norm.dense.bias)
+
+
+def test_wanted_tokens_are_those_of_all(small_model):
+    """The last layer computes Q, attention and MLP of the wanted tokens alone: the same outputs, K/V and gradients."""
+    random = torch.Generator().manual_seed(4)
+    vectors = torch.randn(2, 7, small_model.config.backbone.width, generator=random)
+    rope = small_model._rope(torch.tensor([[0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 2, 3, 4, 5]]))
+    order = torch.where(torch.ones(7, 7).tril().bool(), 0.0, -1e30)
+    hidden = torch.tensor([[0.0] * 7, [-1e30] + [0.0] * 6])  # keys
+    wanted = torch.tensor([[6, 2, 3], [1, 5, 4]])
+    for bias in (hidden[:, None, None, None] + order, hidden[:, None, None, None]):
+        found = []
+        for some in (wanted, None):
+            small_model.zero_grad(set_to_none=True)
+            out, cache = small_model.backbone(vectors, rope, bias, wanted=some)
+            out = out if some is not None else out.take_along_dim(wanted[:, :, None], dim=1)
+            weight = torch.linspace(0.5, 1.5, out.numel()).view_as(out)
+            ((out * weight).sum() + sum(k.square().sum() + v.square().sum() for k, v in cache)).backward()
+            gradients = [p.grad.clone() for p in small_model.backbone.layers.parameters()]
+            found.append((out.detach(), *(part.detach() for layer in cache for part in layer), *gradients))
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+    small_model.zero_grad(set_to_none=True)

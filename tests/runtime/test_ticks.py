@@ -199,9 +199,10 @@ def test_keys_without_a_terminal(monkeypatch):
 
 class Slow(Watcher):
     def __init__(self):
-        self.free, self.seen = threading.Event(), []
+        self.free, self.busy, self.seen = threading.Event(), threading.Event(), []
 
     def stepped(self, step):
+        self.busy.set()
         self.free.wait()
         self.seen.append(step)
 
@@ -214,6 +215,7 @@ def test_a_slow_watcher_slows_nobody():
     reporter = Reporter([slow], threaded=True)
     for step in range(MOST + 50):
         reporter.tell(lambda watcher, step=step: watcher.stepped(step))
+        assert step or slow.busy.wait(60)  # it has the first one: what is dropped from here on is the end
     reporter.tell(lambda watcher: watcher.episode_ended(0, None), must=True)
     assert reporter.dropped >= 49
     slow.free.set()

@@ -132,7 +132,7 @@ def flow_with_tokens(model: Pi05, batch: Batch) -> Tensor:
     assert batch.observation.fast_mask is not None
     seen = torch.cat([mask, batch.observation.fast_mask], dim=1)
     rope = model._rope(seen.long().cumsum(dim=1) - 1)
-    _, cache = model.backbone(x, rope, bias)
+    cache = model.backbone.keys_values(x, rope, bias)
     draws = len(batch.noise) // len(batch)
     prefix = [(k.detach().repeat(draws, 1, 1, 1), v.detach().repeat(draws, 1, 1, 1)) for k, v in cache]
     actions, t = batch.actions.repeat(draws, 1, 1), batch.time[:, None, None]
