@@ -4,7 +4,7 @@
 
 Each graph has threads of its own. As the engine comes they spin for a while after a run, against those of the graph
 that runs next; the runtime stops them with the run (`ki_runtime.backends.ort.cpu_options`). Medians; `processor`: the
-time that all cores spend on an inference.
+time that all cores spend on an inference. The bundle is in memory once for each of the three ways.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def draw_inputs(bundle: Bundle) -> dict[str, Any]:
         "camera_mask": np.ones((1, cameras), np.bool_),
         "prompt_tokens": rng.integers(3, config.vocab_size, (1, PROMPT)),
         "prompt_mask": np.ones((1, PROMPT), np.bool_),
+        "state": np.zeros((1, config.state_size), np.float32) if config.has_state else None,
         "noise": rng.standard_normal((1, config.action_horizon, config.action_dim), np.float32),
         "num_steps": STEPS,
     }

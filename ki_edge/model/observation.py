@@ -50,6 +50,8 @@ class Observation:
             raise ObservationError("fast_tokens and fast_mask: give both or neither")
         if self.fast_tokens is not None and self.fast_mask is not None:
             _expect("fast_mask", self.fast_mask, (batch, self.fast_tokens.shape[-1]))
+            if not self.fast_tokens.shape[-1]:
+                raise ObservationError("fast_tokens: no token at all, expected a postfix or None")
         self._check_state(config, (batch, config.state_size))
 
     def _check_state(self, config: Pi05Config, shape: tuple[int, int]) -> None:

@@ -88,6 +88,12 @@ def test_they_take_turns(bundle, int8, monkeypatch):
     assert sum(name.startswith("2: ") and name.endswith("int8") for name in names) == 1
 
 
+def test_they_run_in_turn_too(bundle, int8):
+    said = []
+    found = bench(bundle, replace(QUICK, rounds=1, others=(int8.path,), sequential=True), said.append)
+    assert len(found.others) == 1 and sum("one graph in memory" in line for line in said) == 2, said
+
+
 def test_the_table_and_the_picture(report, int8):
     text = list(lines(report[0]))
     start = next(at for at, line in enumerate(text) if line.startswith("side by side, in the same rounds: cameras 2"))

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from unicodedata import normalize
 
 import pytest
 
@@ -53,6 +54,14 @@ def test_another_robots_has_its_contract_and_statistics(several):
     assert found.statistics.features["actions"].dim == 3
     assert found.known["action_dim"] == "robots/other-arm/contract.json"
     assert found.files.codec is not None and found.tokenizer.source == "assets/tokenizer.model"
+
+
+def test_a_name_may_be_spelt_with_letters_taken_apart(several):
+    """As some file systems keep them, or some terminals send them."""
+    robots = several / "robots"
+    for kept, given in (("NFC", "NFD"), ("NFD", "NFC")):
+        robots = next(robots.iterdir()).rename(robots / normalize(kept, "Würfel")).parent
+        assert describe(several, contract=normalize(given, "Würfel")).contract.action_names == ("a", "b", "c")
 
 
 def test_its_statistics_are_never_the_first_robots(several):

@@ -37,6 +37,10 @@ def test_good_ones_pass(observe, small_model):
         ({"fast_mask": None}, "both or neither"),
         ({"fast_mask": torch.ones(2, 5)}, "fast_mask: torch.float32"),
         ({"fast_mask": torch.ones(2, 4, dtype=torch.bool)}, r"fast_mask: torch.bool \[2, 4\], expected .* \[2, 5\]"),
+        (
+            {"fast_tokens": torch.zeros(2, 0).long(), "fast_mask": torch.ones(2, 0, dtype=torch.bool)},
+            "fast_tokens: no token at all",
+        ),
     ],
 )
 def test_wrong_ones_are_refused(observe, small_model, changes, message):

@@ -51,7 +51,7 @@ def _open_bundle(setting: Setting, path: Path, say: Say) -> Rival:
     bundle, main = Bundle.open(path), setting.cases[0]
     config, backend = bundle.manifest.config, choose_backend(setting.options.backend, bundle).name
     memory, _ = fresh_process(replace(setting, bundle=bundle, backend=backend))
-    sampler = Sampler.open(bundle, backend, threads=setting.threads, sequential=setting.options.sequential)
+    sampler = Sampler.open(bundle, backend, threads=setting.threads, sequential=setting.options.sequential, say=say)
     inputs, noise = draw_inputs(config, setting.space, main), draw_noise(config)
     return Rival(
         name=str(path),

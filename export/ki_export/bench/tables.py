@@ -56,12 +56,13 @@ def _stages(report: Report) -> list[str]:
 
 
 def _above(report: Report) -> Iterator[str]:
-    """Why a stage can be faster than its limit; nothing if none was."""
-    above = {stage.limited_by for stage in report.stages if stage.reached > 1}
+    """Why a stage can be faster than its limit; nothing if none was. A limit of another engine is warned of."""
+    stages = report.stages if report.backend == "ort" else ()
+    above = {stage.limited_by for stage in stages if round(100 * stage.reached) > 100}
     if "memory" in above:
         yield "above 100 % by memory: from the processor's caches, which hold what such a stage reads again at once"
-    if "compute" in above:
-        yield "above 100 % by compute: within the noise of the products that the limit was taken from"
+    if above - {"memory"}:
+        yield "above 100 % by compute: the products that the limit is taken from were slower in these rounds"
 
 
 def _pictures(report: Report) -> Iterator[str]:

@@ -7,6 +7,7 @@ each other robot in robots/NAME/: `--contract NAME` chooses it.
 from __future__ import annotations
 
 from pathlib import Path
+from unicodedata import normalize
 
 from ki_edge.config import Pi05Config
 from ki_edge.errors import ArgumentError, CheckpointError
@@ -60,7 +61,8 @@ def _robot(folder: Path, given: str) -> Path:
     """The folder of a robot that was trained beside the first one, by its name. ArgumentError for any other name."""
     robots = folder / ROBOTS
     names = sorted(path.parent.name for path in robots.glob(f"*/{CONTRACT}"))[:MOST_NAMES]
-    if given in names:
-        return robots / given
+    spelt = {normalize("NFC", name): name for name in names}  # a file system or a terminal may spell it otherwise
+    if normalize("NFC", given) in spelt:
+        return robots / spelt[normalize("NFC", given)]
     others = f"; --contract takes the other robots that it was trained on: {', '.join(names)}" if names else ""
     raise ArgumentError(f"--contract {given}: {folder} records its own in {CONTRACT}; leave it away{others}")

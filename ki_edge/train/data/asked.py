@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 from ki_edge.errors import ArgumentError
 from ki_edge.files.hub import DATASET, HUB_ID, resolve
 
-MOST_BYTES = 80
+from .names import plain
+
 WEIGHT = re.compile(r"[0-9]*\.?[0-9]+")
 Say = Callable[[str], object]
 
@@ -51,12 +51,6 @@ def named(datasets: Sequence[str], say: Say) -> list[Wanted]:
             f"{missing.path}: no weight, but {given[0].path} has one: give all of them a weight, or none"
         )
     return found
-
-
-def plain(name: str) -> str:
-    """A name for folders and logs: letters of any alphabet, digits, "._-"; its UTF-8 no longer than a folder may be."""
-    found = re.sub(r"[^\w.-]", "-", unicodedata.normalize("NFC", name)).strip(".-_")
-    return found.encode()[:MOST_BYTES].decode(errors="ignore").rstrip(".-_") or "dataset"
 
 
 def _resolved(name: str, say: Say) -> Path:

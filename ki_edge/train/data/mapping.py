@@ -26,6 +26,7 @@ from ki_edge.policy.transforms import UNUSED_CAMERAS
 from ki_edge.recordings.lerobot_layout import ACTION, STATE
 
 from .frames import Frames, short
+from .names import same
 
 WRIST = re.compile(r"wrist|hand|gripper|eye_?in_?hand|ego_?arm", re.IGNORECASE)
 SIDES = ("left", "right")
@@ -104,6 +105,7 @@ def read_map(path: Path, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
     datasets = content["datasets"]
     if not isinstance(datasets, dict) or len(content) > 1:
         raise ArgumentError(f'{path}: expected {{"datasets": {{NAME: {{...}}}}}} and nothing beside it')
+    datasets = {same(name): entries for name, entries in datasets.items()}
     for name, entries in datasets.items():
         where = f"{path}: {name}"
         if name not in names:
@@ -115,7 +117,7 @@ def read_map(path: Path, names: Sequence[str]) -> dict[str, Mapping[str, Any]]:
                 raise ArgumentError(f"{where}: unknown entry {entry[:60]!r}, expected {', '.join(ENTRIES)}")
             if not _fits(entry, value):
                 raise ArgumentError(f"{where}: {entry} is {value!r:.80}, expected {ENTRIES[entry]}")
-    return dict(datasets)
+    return datasets
 
 
 def _fits(entry: str, value: Any) -> bool:

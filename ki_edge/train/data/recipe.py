@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from ki_edge.policy.words import is_json
 from ki_export.policies.codecs import find_codec
 
 from .encoding import TokenEncoder
+from .names import is_plain
 from .start import FAST_POSTFIX, PI05_PROMPT, Start
 from .vocabulary import PALIGEMMA_IDS, Placement, check_answers, fit_vocabulary, place_fast, whole
 
@@ -33,7 +33,6 @@ ROBOTS = "robots"  # folder of a checkpoint: what the other robots of a mixture 
 LEAST = 64  # tokens that a prompt and a postfix may have at least
 SMALL_CHUNK, SMALL_CODEC, LARGE_CODEC = 64, 256, 1024  # numbers of a chunk; FAST ids that are fitted for it, or more
 MARGIN = 8  # steps of DCT coefficients beyond those that were seen
-PLAIN = re.compile(r"\w[\w.-]{0,99}")  # letters of any alphabet; the name of a folder too
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,7 +187,7 @@ class Recipe:
 
 def _check(start: Start, robots: Sequence[Robot], choice: Choice) -> None:
     names = [robot.name for robot in robots]
-    if not robots or len(set(names)) != len(names) or not all(PLAIN.fullmatch(name) for name in names):
+    if not robots or len(set(names)) != len(names) or not all(map(is_plain, names)):
         raise ArgumentError(f"the datasets' names {names!r:.200}: expected one or more, plain and different")
     horizon, width = robots[0].chunks.shape[1], start.config.action_dim
     for robot in robots:

@@ -1,12 +1,14 @@
 """What datasets of a command line are called in folders and logs."""
 
+import json
 import unicodedata
 
 import pytest
 
 from ki_edge.errors import ArgumentError
 from ki_edge.train.data.asked import named
-from ki_edge.train.data.recipe import PLAIN
+from ki_edge.train.data.mapping import read_map
+from ki_edge.train.data.names import is_plain
 
 
 def names(*given):
@@ -20,18 +22,35 @@ def names(*given):
         ("Würfel_v2", "Würfel_v2"),
         (unicodedata.normalize("NFD", "Würfel"), "Würfel"),
         ("つかむ", "つかむ"),
+        ("हिन्दी", "हिन्दी"),
+        ("การหยิบ", "การหยิบ"),
+        ("தமிழ்", "தமிழ்"),
+        ("क्‍ष", "क्ष"),  # a joiner shows nothing of itself
+        ("a/../b", "b"),
         ("собрать.кубики", "собрать"),  # as of any file, what is behind the last dot is no part of the name
         ("--hidden", "hidden"),
         ("!!!", "dataset"),
     ],
 )
 def test_the_name_is_the_folders(tmp_path, folder, name):
-    assert names(tmp_path / folder) == [name] and PLAIN.fullmatch(name)
+    assert names(tmp_path / folder) == [name] and is_plain(name)
 
 
 def test_long_names_are_cut_between_letters(tmp_path):
     (name,) = names(tmp_path / ("掴" * 60))
-    assert name == "掴" * 26 and PLAIN.fullmatch(name)  # three bytes each
+    assert name == "掴" * 26 and is_plain(name)  # three bytes each
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a b", "_a", "-a", "a\x00", "掴" * 100, "Wu\u0308rfel"])
+def test_what_is_no_name(name):
+    assert not is_plain(name)
+
+
+def test_a_map_may_spell_a_name_otherwise(tmp_path):
+    """Some file systems and editors take letters apart."""
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps({"datasets": {unicodedata.normalize("NFD", "Würfel"): {"state": ["s"]}}}))
+    assert read_map(path, ["Würfel", "b"]) == {"Würfel": {"state": ["s"]}}
 
 
 def test_a_name_that_is_taken_has_a_number(tmp_path):
