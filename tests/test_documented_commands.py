@@ -57,6 +57,7 @@ INSTEAD = (
     ("--calibrate build/run", "--calibrate recorded_run"),
     ("build/requests/20261126-111520", "recorded_run"),
     ("--robot my_robot:MyArm", "--robot examples.my_robot:MyArm"),
+    (" --episodes 3 ", " --episodes 1 "),  # one more tells nothing more
     (" --revision 3f1c2a9", ""),  # of a repository, which a folder stands in for
     ("ki-parity BUNDLE --outputs", "ki-parity build/openpi_a --outputs"),  # recorded of this model
 )

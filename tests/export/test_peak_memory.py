@@ -36,9 +36,13 @@ def packed(tmp_path_factory):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process's anonymous memory")
 def test_one_graph_at_a_time_takes_the_memory_of_the_largest(packed):
     arguments = ["model", "--backend", "ort", "--threads", "1", "--steps", "2"]
-    both = process_memory(packed, *arguments).anonymous_peak
-    one = process_memory(packed, *arguments, "--sequential").anonymous_peak
     need = needs(packed.manifest.config, 0, "int8")
     saved = need.acting - need.sequential
     assert saved > 14e6  # a graph of 16 MB
-    assert 0.6 * saved < both - one < 1.6 * saved
+    both = one = 0
+    for _ in range(4):  # a process looks at its memory now and then: on a busy machine a peak is missed, never invented
+        both = max(both, process_memory(packed, *arguments).anonymous_peak)
+        one = max(one, process_memory(packed, *arguments, "--sequential").anonymous_peak)
+        if 0.6 * saved < both - one < 1.6 * saved:
+            return
+    raise AssertionError(f"{both - one} bytes saved of {saved}")
