@@ -59,7 +59,7 @@ def floor(device: Device, cameras: int, prompt: int, steps: int = STEPS) -> dict
 def device_of(gpu: str) -> Device | None:
     """The known device that a GPU's name holds ("NVIDIA H200" is an H200)."""
     words = gpu.lower().replace("-", " ").split()
-    if "laptop" in words:
+    if {"laptop", "pcie", "nvl"} & set(words):
         return None  # of the same name and slower
     return next((device for device in DEVICES if set(device.name.lower().split()[-1:]) <= set(words)), None)
 

@@ -17,6 +17,7 @@ from ki_export.bench.machine import cores
 
 ROOT = Path(__file__).resolve().parents[1]
 PRECISIONS, BACKENDS = ("fp16", "bf16", "fp32"), ("ort-cuda", "trt", "trt-rtx")
+RECORDED = ("ort-cuda",)  # record CUDA graphs if they are asked to, and are measured in both ways
 TINY = ROOT / "examples" / "fetch" / "checkpoint"  # of a rehearsal
 MANY_CORES = 8  # from which on exports run side by side
 SMALL, FULL = 2, 18  # layers
@@ -94,13 +95,13 @@ class Benchmark:
 
     def _bundle(self, model: str, precision: str, least: float) -> Plan:
         name = f"{model} bundle {precision}"
+        least = 1.0 if self._has(model, precision) else least
         what = f"ki-export --precision {precision}"
         return Plan(name, least, what, partial(self._export, model, precision), (f"{model} checkpoint",))
 
     def _contenders(self, model: str, precision: str) -> Iterable[tuple[str, dict[str, Any]]]:
         """What is timed: the bundle on each backend, PyTorch on the same tokens and as openpi runs it."""
-        for backend in self.backends:
-            yield self._bundle_contender(model, precision, backend)
+        yield from self._bundle_contenders(model, precision)
         torch = {"kind": "torch", "path": str(self._place(model)), "dtype": "bfloat16", "device": self.device}
         yield "PyTorch bfloat16, eager, padded as openpi does", {**torch, "padded": True}
         yield "PyTorch bfloat16, eager", torch
@@ -110,11 +111,14 @@ class Benchmark:
                 {**torch, "mode": self.options.compile_mode},
             )
 
-    def _bundle_contender(self, model: str, precision: str, backend: str) -> tuple[str, dict[str, Any]]:
+    def _bundle_contenders(self, model: str, precision: str) -> Iterable[tuple[str, dict[str, Any]]]:
         path = self.folder / f"{model}-{precision}"
         batch = SMALL_BATCH if model == "small" else 1  # engines for more than one row are another, slower build
-        facts = {"kind": "bundle", "path": str(path), "backend": backend, "batch": batch}
-        return f"bundle {precision}, {backend}", facts
+        for backend in self.backends:
+            facts = {"kind": "bundle", "path": str(path), "backend": backend, "batch": batch}
+            yield f"bundle {precision}, {backend}", facts
+            if backend in RECORDED:
+                yield f"bundle {precision}, {backend}, recorded", {**facts, "record": True}
 
     # ------------------------------------------------------------------ steps
 
@@ -160,18 +164,27 @@ class Benchmark:
         """Tracing keeps one core busy, so several exports run side by side where there are cores."""
         if cores() >= MANY_CORES:
             for precision in precisions:
-                self._exports[model, precision] = self._begin_export(model, precision)
+                self._begin_export(model, precision)
         return "begun"
 
     def _export(self, model: str, precision: str) -> str:
-        output = self.folder / f"{model}-{precision}"
-        if (model, precision) in self._exports or not (output / "manifest.json").exists():
-            begun = self._exports.get((model, precision)) or self._begin_export(model, precision)
-            self._exports[model, precision] = begun
+        begun = self._begin_export(model, precision)
+        if begun is not None:
             begun.finish(self.budget.left)
-        return str(output)
+        return str(self.folder / f"{model}-{precision}")
 
-    def _begin_export(self, model: str, precision: str) -> Command:
+    def _begin_export(self, model: str, precision: str) -> Command | None:
+        """The export that runs or is begun now; None if an earlier benchmark in this folder left the bundle."""
+        if (model, precision) not in self._exports:
+            if self._has(model, precision):
+                return None
+            self._exports[model, precision] = self._exporting(model, precision)
+        return self._exports[model, precision]
+
+    def _has(self, model: str, precision: str) -> bool:
+        return (self.folder / f"{model}-{precision}" / "manifest.json").exists()
+
+    def _exporting(self, model: str, precision: str) -> Command:
         output, log = self.folder / f"{model}-{precision}", self.folder / f"{model}-{precision}.log"
         target = "ort" if precision == "fp32" else "trt"
         command = ["-m", "ki_export.cli", str(self._place(model)), "-o", str(output), "--target", target, "--force"]
@@ -210,9 +223,7 @@ class Benchmark:
     def _parity(self, model: str, precisions: Iterable[str]) -> list[dict[str, Any]]:
         torch = {"kind": "torch", "path": str(self._place(model)), "device": self.device, "padded": True}
         reference = self._start(f"PyTorch float32 {model}", {**torch, "dtype": "float32"})
-        wanted = [
-            self._bundle_contender(model, precision, backend) for precision in precisions for backend in self.backends
-        ]
+        wanted = [each for precision in precisions for each in self._bundle_contenders(model, precision)]
         wanted += [("PyTorch bfloat16, as openpi", {**torch, "dtype": "bfloat16"})] if "fp16" in precisions else []
         rows = []
         try:

@@ -39,7 +39,7 @@ GEMM, COPY_BYTES, TIMED = 8192, 1 << 32, 10
 class BundleSide:
     """A bundle on one backend."""
 
-    def __init__(self, path: Path, backend: str, batch: int) -> None:
+    def __init__(self, path: Path, backend: str, batch: int, *, record: bool = False) -> None:
         if backend == "ort-cuda":
             load_cuda_libraries()
         if batch > 1 and backend in ("trt", "trt-rtx"):
@@ -48,7 +48,7 @@ class BundleSide:
             build_bundle(path, backend, options=BuildOptions(batch=batch))
         from ki_runtime.policy.sampler import Sampler
 
-        self._sampler = Sampler.open(path, backend, build=True)
+        self._sampler = recording(path, backend) if record else Sampler.open(path, backend, build=True)
         self.config = self._sampler.config
 
     def run(self, observation: Observation, steps: int) -> tuple[np.ndarray, dict[str, float]]:
@@ -58,6 +58,19 @@ class BundleSide:
         )
         timing = self._sampler.timing
         return actions, {"prefix": timing.prefix / 1e6, "denoise": timing.denoise / 1e6}
+
+
+def recording(path: Path, backend: str) -> Any:
+    """A sampler that asks a backend for CUDA graphs which it does not record by itself. The witness is not asked."""
+    from ki_edge import graphs
+    from ki_edge.bundle import Bundle
+    from ki_runtime.backends.backend import SessionOptions
+    from ki_runtime.backends.registry import connect
+    from ki_runtime.policy.sampler import Sampler
+
+    bundle = Bundle.open(path)
+    connection = connect(bundle, backend, SessionOptions(record=True), graphs.specs(bundle.manifest.config))
+    return Sampler(bundle, connection.open, connection.backend)
 
 
 class TorchSide:
@@ -159,7 +172,8 @@ def load_cuda_libraries() -> None:
 def open_contender(contender: Mapping[str, Any]) -> Any:
     """The contender of a request, ready to run."""
     if contender["kind"] == "bundle":
-        return BundleSide(Path(contender["path"]), contender["backend"], contender.get("batch", 1))
+        path, backend, batch = Path(contender["path"]), contender["backend"], contender.get("batch", 1)
+        return BundleSide(path, backend, batch, record=bool(contender.get("record")))
     mode, padded = contender.get("mode"), bool(contender.get("padded"))
     return TorchSide(Path(contender["path"]), contender["dtype"], contender["device"], mode, padded=padded)
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ki_edge.config import PI05
@@ -40,6 +41,7 @@ def test_plan_needs_no_gpu():
     names = [line[7:58].strip() for line in lines[1:]]
     assert names.index("parity small") < names.index("open bundle bf16, trt") < names.index("full bundle fp16")
     assert not [name for name in names if "compile" in name]
+    assert names.index("open bundle bf16, ort-cuda, recorded") == 1 + names.index("open bundle bf16, ort-cuda")
 
 
 def test_refuses_without_a_gpu(tmp_path):
@@ -109,7 +111,8 @@ def test_floors_are_the_rooflines(modules):
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA Thor", "Jetson Thor"),
-        ("NVIDIA H100 80GB HBM3", None),
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", None),
     ],
 )
 def test_known_devices(modules, gpu, device):
@@ -117,6 +120,18 @@ def test_known_devices(modules, gpu, device):
 
     found = boards.device_of(gpu)
     assert (found.name if found else None) == device
+
+
+def test_a_contender_that_is_asked_to_record(modules, fetch_bundle):
+    """The same actions; here, where nothing can be recorded, from the same engine."""
+    from gpu_measure import Case, draw
+    from gpu_worker import open_contender
+
+    facts = {"kind": "bundle", "path": str(fetch_bundle), "backend": "ort"}
+    sides = [open_contender({**facts, "record": record}) for record in (False, True)]
+    seen = draw(sides[0].config, Case(2, 9, 3))
+    one, other = (side.run(seen, 3)[0] for side in sides)
+    np.testing.assert_array_equal(one, other)
 
 
 def test_budget_skips_what_does_not_fit(modules, tmp_path):

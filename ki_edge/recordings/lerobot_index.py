@@ -14,7 +14,7 @@ from typing import Any
 from ki_edge.errors import DatasetError
 from ki_edge.files.reading import parse_json, read_file, read_object
 
-from .lerobot_layout import CURE, INFO, PACKAGES, VERSION, inside
+from .lerobot_layout import CURE, FILMS, INFO, TABLES, VERSION, inside
 from .parquet import read_portions
 
 OLDER = "v2.1"
@@ -64,8 +64,6 @@ def is_dataset(path: Path) -> bool:
 
 def read_index(folder: Path) -> Index:
     """The index of a dataset. DatasetError if it is damaged, of another version, or what reads it is not installed."""
-    if missing := [name for name in PACKAGES if find_spec(name) is None]:
-        raise DatasetError(f"{folder} is a LeRobotDataset; reading it needs {' and '.join(missing)}: {CURE}")
     info = read_object(folder / INFO, DatasetError)
     version, fps, features = info.get("codebase_version"), info.get("fps"), info.get("features")
     if version is None:
@@ -77,6 +75,8 @@ def read_index(folder: Path) -> Index:
     if not isinstance(features, dict) or not all(isinstance(f, dict) and "dtype" in f for f in features.values()):
         raise DatasetError(f"{folder / INFO}: features: expected an object of objects with a dtype")
     videos = [name for name, feature in features.items() if feature["dtype"] == "video"]
+    if missing := [name for name in (TABLES, *([FILMS] if videos else [])) if find_spec(name) is None]:
+        raise DatasetError(f"{folder} is a LeRobotDataset; reading it needs {' and '.join(missing)}: {CURE}")
     episodes = (_episodes if version == VERSION else _older_episodes)(folder, info, videos)
     found = tuple(sorted(episodes, key=lambda episode: episode.index))
     if not found:

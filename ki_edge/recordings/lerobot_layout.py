@@ -14,7 +14,7 @@ VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 FILES = 1000  # of one folder
 STATE, ACTION, TASK, CAMERAS = "observation.state", "action", "task", "observation.images."
 CURE = "pip install 'ki-edge[record]'"
-PACKAGES = ("pyarrow", "av")
+TABLES, FILMS = "pyarrow", "av"  # the packages that read and write them
 
 
 def place(number: int) -> dict[str, int]:

@@ -1,10 +1,13 @@
 """A dataset whose pictures are stored one by one: nothing of them is lost, and nothing else is different."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 
+from ki_edge.errors import DatasetError
+from ki_edge.recordings import lerobot_index
 from ki_edge.recordings.collection import open_recordings
 from ki_runtime.recording.dataset import DatasetWriter
 from ki_runtime.recording.features import Features, Frame
@@ -40,6 +43,15 @@ def test_pictures_come_back_as_they_were(tmp_path):
         for step in range(length):
             for name, picture in pictures(number, step).items():
                 np.testing.assert_array_equal(episode.cameras[name][step], picture)
+
+
+def test_what_reads_films_is_not_needed(tmp_path, monkeypatch):
+    images, films = write(tmp_path / "images", "image"), write(tmp_path / "films", "video")
+    monkeypatch.setattr(lerobot_index, "find_spec", lambda name: None if name == "av" else name)
+    monkeypatch.setitem(sys.modules, "av", None)  # importing it fails
+    assert open_recordings(images).episode(0).cameras["hand"][0].shape == (*SIZES["hand"], 3)
+    with pytest.raises(DatasetError, match=r"films is a LeRobotDataset; reading it needs av: pip install"):
+        open_recordings(films)
 
 
 def test_the_rest_is_that_of_films(tmp_path):

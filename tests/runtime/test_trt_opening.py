@@ -27,7 +27,7 @@ def here(monkeypatch):
 
     def make(capability=(8, 7), **changes):
         cuda.capability = capability
-        api = SimpleNamespace(can_build=changes.pop("can_build", True), **changes)
+        api = SimpleNamespace(**{"can_build": True, "is_rtx": False, **changes})
         monkeypatch.setattr(session.Cuda, "load", classmethod(lambda cls: Cuda(cuda)))
         monkeypatch.setattr(session.Api, "load", classmethod(lambda cls, name: api))
         return cuda
@@ -38,6 +38,19 @@ def here(monkeypatch):
 def test_engines_that_can_be_built_are_no_obstacle(here, make_bundle):
     here()
     assert obstacle(make_bundle(), "tensorrt") is None
+
+
+def test_rtx_has_engines_for_some_gpus_alone(here, make_bundle):
+    """As an H100 told: it is Hopper, and TensorRT-RTX 1.7 compiles for GeForce, RTX and Ampere."""
+    rtx = {"is_rtx": True, "title": "TensorRT-RTX 1.7.1", "capabilities": ((8, 0), (8, 6), (8, 9), (12, 0), (12, 1))}
+    here((9, 0), **rtx)
+    told = obstacle(make_bundle(), "tensorrt_rtx")
+    assert re.match(
+        r"TensorRT-RTX 1.7.1 has no engines for this GPU, \w+ of compute capability 9.0, only for 8.0, ", told
+    )
+    assert obstacle(None, "tensorrt_rtx") == told
+    here((8, 9), **rtx)
+    assert obstacle(None, "tensorrt_rtx") is None
 
 
 def test_the_lean_runtime_needs_engines(here, make_bundle, monkeypatch):

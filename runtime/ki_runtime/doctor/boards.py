@@ -12,8 +12,10 @@ CONTEXT = 0.5e9  # by CUDA's context on a card of its own
 ORIN = ("JetPack 6.2 (TensorRT 10.3, Python 3.10) or 7.2 (TensorRT 10.16, Python 3.12)", "10.3")
 THOR = ("JetPack 7.0 or newer (TensorRT 10.13, Python 3.12)", "10.13")
 CARD = ("a driver for CUDA 12 or 13; TensorRT 10.3 or newer, or TensorRT-RTX", "10.13")
+DATA_CENTRE = ("a driver for CUDA 12 or 13; TensorRT 10.3 or newer (TensorRT-RTX has no engines for it)", "10.13")
 JETSON_UNTRIED = "Nothing has been run on a Jetson yet"
 CARD_UNTRIED = "No engine has been run on such a card yet"
+HOPPER = "No engine has been run on a Hopper yet; ONNX Runtime's CUDA provider was proven on an H100"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ BOARDS = (
     Board("thor", "Jetson Thor", 128, (11, 0), THOR, JETSON_UNTRIED, 273.0, 259.0, 517.0, 1035.0),
     Board("rtx-4090", "RTX 4090", 24, (8, 9), CARD, CARD_UNTRIED, 1008.0, 165.0, 330.0),
     Board("rtx-5090", "RTX 5090", 32, (12, 0), CARD, CARD_UNTRIED, 1792.0, 209.5, 419.0, 1676.0),
-    Board("h200", "H200", 141, (9, 0), CARD, CARD_UNTRIED, 4800.0, 989.0, 1979.0),
+    Board("h100", "H100", 80, (9, 0), DATA_CENTRE, HOPPER, 3350.0, 989.0, 1979.0),  # SXM
+    Board("h200", "H200", 141, (9, 0), DATA_CENTRE, HOPPER, 4800.0, 989.0, 1979.0),
 )
 
 

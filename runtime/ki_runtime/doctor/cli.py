@@ -82,7 +82,7 @@ def _parser() -> Parser:
         dest="board",
         metavar="BOARD",
         help="does a bundle, or without one the full-size model, fit this board: orin-8gb, orin-16gb, orin-32gb, "
-        "orin-64gb, thor, rtx-4090, rtx-5090, h200",
+        "orin-64gb, thor, rtx-4090, rtx-5090, h100, h200",
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     add_arguments(parser)

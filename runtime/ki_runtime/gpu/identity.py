@@ -30,8 +30,10 @@ def _identity(cuda: Cuda) -> str:
 
 
 def driver_version(text: str) -> str | None:
-    """Of the kernel module, from the file in which it tells it."""
-    found = re.search(r"Kernel Module\D*?(\d+(?:\.\d+)+)", text)
+    """Of the kernel module, from the file in which it tells it: "... x86_64 Kernel Module  550.54.15  ...", and of the
+    open one "... Open Kernel Module for x86_64  580.159.04  ...".
+    """
+    found = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)\s", text)
     return found[1] if found else None
 
 

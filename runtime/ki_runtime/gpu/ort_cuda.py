@@ -89,8 +89,7 @@ def start(model: Path | bytes, gpu: Gpu, *, record: bool, provider: str = PROVID
     engine = ort.SessionOptions()
     engine.log_severity_level = QUIET
     engine.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    facts = {
-        "device_id": "0",
+    facts = {  # no device_id: the first one is taken, and naming it brings a warning for each session (1.26 to 1.31)
         "user_compute_stream": str(gpu.stream),
         "use_tf32": "0",
         "cudnn_conv_algo_search": "HEURISTIC",

@@ -25,7 +25,7 @@ from .tables import episode_table, task_table, write_table
 
 def check_packages() -> None:
     """RobotError unless the packages that write a dataset are installed."""
-    if missing := [name for name in layout.PACKAGES if find_spec(name) is None]:
+    if missing := [name for name in (layout.TABLES, layout.FILMS) if find_spec(name) is None]:
         raise RobotError(f"recording a dataset needs {' and '.join(missing)}: {layout.CURE}")
 
 

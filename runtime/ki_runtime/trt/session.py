@@ -30,6 +30,7 @@ from .build import ensure_engines, rebuild
 from .contexts import Scratch, refusing
 from .engines import ACTING, Engines
 from .selection import EngineSet, find
+from .targets import check_served
 
 
 def obstacle(bundle: Bundle | None, package: str) -> str | None:
@@ -39,8 +40,9 @@ def obstacle(bundle: Bundle | None, package: str) -> str | None:
         api = Api.load(package)
         if bundle is not None:
             check_precision(bundle.manifest.precision, [device.capability])
-            if not api.can_build:
-                find(bundle, api, device, trust=True)  # whether they are to be trusted is asked when they are loaded
+        check_served(api, device)
+        if bundle is not None and not api.can_build:
+            find(bundle, api, device, trust=True)  # whether they are to be trusted is asked when they are loaded
     except BackendError as error:
         return str(error)
     return None

@@ -14,7 +14,7 @@ from .api import Api
 MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}  # target -> module
 OF_GEFORCE = re.compile(r"rtx|geforce|[345]0[6-9]0")
 OF_CPUS = re.compile(r"cpu|onnx|ort|x86|intel|amd|arm|raspberry")
-OF_BOARDS = re.compile(r"jetson|orin|thor|agx|nano|nvidia|tensorrt|gpu|cuda")
+OF_BOARDS = re.compile(r"jetson|orin|thor|agx|nano|[abh][1-3]00|nvidia|tensorrt|gpu|cuda")
 
 
 def meant(target: str) -> str:
@@ -61,6 +61,16 @@ def capabilities_of(
     if api.is_rtx:
         _check_known(api, found)
     return found
+
+
+def check_served(api: Api, device: Device) -> None:
+    """BackendError if this TensorRT has no engines for the GPU: RTX has none for data centres' and Jetsons'."""
+    if api.is_rtx and device.capability not in api.capabilities:
+        raise BackendError(
+            f"{api.title} has no engines for this GPU, {device.name} of compute capability "
+            f"{describe_capabilities([device.capability])}, only for {describe_capabilities(api.capabilities)}; "
+            "use TensorRT itself, or onnxruntime-gpu"
+        )
 
 
 def _check_known(api: Api, wanted: Sequence[Capability]) -> None:
