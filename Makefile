@@ -4,7 +4,7 @@
 # make test-integrations   the wheel on other Pythons, the real LeRobot, openpi-client, rerun, Ray and Triton's client, in environments of their own (11 GB)
 # make test-openvino   the OpenVINO backend, in an environment beside the first that has the package (200 MB)
 # make lint    style and types only
-# make train-demo   demonstrations and training of the Fetch policy (hours on two cores)
+# make train-demo   demonstrations and training of the Fetch policy (on two cores 40 minutes to hours, by their kind)
 
 PYTHON ?= python3
 VENV := .venv

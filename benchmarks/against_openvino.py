@@ -29,6 +29,7 @@ from ki_edge import flow
 from ki_edge.bundle import Bundle
 from ki_edge.policy.images import model_pictures
 from ki_edge.proc import peak_memory
+from ki_runtime.openvino.devices import openvino
 from ki_runtime.policy.denoise import runtime_weights
 from ki_runtime.policy.rounding import BARS
 from ki_runtime.policy.sampler import Sampler
@@ -55,10 +56,8 @@ def open_alone(
     bundle: Bundle, hint: str, inputs: Mapping[str, Array], noise: Array, o: argparse.Namespace
 ) -> Inference:
     """The graphs compiled by OpenVINO for the CPU with this type of its products, chained through arrays."""
-    import openvino
-
     settings = {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": o.threads, "PERFORMANCE_HINT": "LATENCY"}
-    core = openvino.Core()
+    core = openvino().Core()
 
     def open_graph(name: str) -> Callable[[Mapping[str, Array]], list[Array]]:
         request = core.compile_model(str(bundle.graph(name)), "CPU", settings).create_infer_request()
@@ -180,9 +179,7 @@ def _judge(contender: str, actions: Array, exact: Array) -> tuple[bool, str]:
 
 def names(options: argparse.Namespace) -> list[str]:
     """The contenders that can run here."""
-    import openvino
-
-    has_bf16 = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    has_bf16 = "BF16" in openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     without = [] if has_bf16 else ["bf16"]
     without += [] if options.int8 is not None else ["int8"]
     return [name for name in CONTENDERS if not name.endswith(tuple(without))]

@@ -3,7 +3,7 @@
     python benchmarks/products.py [--rows 542] [--threads N]
 
 [rows, 2048] x [2048, 16384]: the up-projection of one backbone layer. OpenVINO is measured if it is installed
-(pip install openvino); nothing else in this project uses it.
+(pip install 'ki-edge[openvino]').
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 
 import numpy as np
@@ -20,6 +21,7 @@ import torch
 from ki_export.bench.machine import cores, describe
 from ki_export.bench.peaks import gemm_run
 from ki_export.bench.work import INT8, Product
+from ki_runtime.openvino.devices import openvino
 
 K, N, RUNS = 2048, 16384, 9
 
@@ -37,17 +39,17 @@ def rate(run: Callable[[], object], rows: int) -> float:
 
 def openvino_run(rows: int, threads: int, precision: str) -> Callable[[], object]:
     """OpenVINO's CPU plugin with a precision hint."""
-    import openvino
-    import openvino.opset13 as ops
+    engine = openvino()
+    ops = import_module("openvino.opset13")
 
     rng = np.random.default_rng(0)
     x = rng.standard_normal((rows, K), np.float32)
     given = ops.parameter([-1, K], np.float32)
     product = ops.matmul(given, ops.constant(rng.standard_normal((N, K), np.float32)), False, True)
     settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads}
-    compiled = openvino.Core().compile_model(openvino.Model([product], [given]), "CPU", settings)
+    compiled = engine.Core().compile_model(engine.Model([product], [given]), "CPU", settings)
     request = compiled.create_infer_request()
-    request.set_input_tensor(openvino.Tensor(x, shared_memory=True))
+    request.set_input_tensor(engine.Tensor(x, shared_memory=True))
     return request.infer
 
 

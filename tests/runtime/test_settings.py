@@ -29,9 +29,7 @@ def test_a_gpu_by_name_identity_and_driver(kernel_module, monkeypatch):
     cuda = FakeCuda()
     found = gpu_environment(Cuda(cuda))
     assert found == {"GPU": "Orin (8.7)", "GPU id": "unknown", "driver": "CUDA 12.6"}
-    opened = (
-        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (builder)\nGCC\n"
-    )
+    opened = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.159.04  Release Build  (builder)\nGCC\n"
     kernel_module.write_text(opened)
     assert gpu_environment(Cuda(cuda))["driver"] == "580.159.04 CUDA 12.6"
     kernel_module.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue\n")

@@ -6,7 +6,7 @@ from typing import Any
 
 from ki_runtime.backends.session import first_line
 from ki_runtime.gpu.ort_cuda import TRIAL
-from ki_runtime.openvino.devices import devices
+from ki_runtime.openvino.devices import devices, unreported
 from ki_runtime.trt.api import OLDEST, TITLES, Api, parse_version
 from ki_runtime.trt.requirements import OPERATORS, OPSETS
 
@@ -68,7 +68,8 @@ def _try_provider(module: Any, provider: str) -> str | None:
 def check_openvino(host: Host) -> tuple[bool, Finding]:
     """Whether OpenVINO computes on the CPU here, its devices, and what each computes in."""
     try:
-        module = host.load("openvino")
+        with unreported():
+            module = host.load("openvino")
     except ImportError as error:
         if "No module named" in str(error):
             return False, Finding("ok", "OpenVINO", "not installed; on Intel's CPUs and GPUs it may be faster")

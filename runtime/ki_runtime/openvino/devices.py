@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -11,15 +13,32 @@ from ki_edge.errors import BackendError
 from ki_runtime.backends.session import first_line
 from ki_runtime.backends.variant import Variant
 
+TELEMETRY = "openvino_telemetry"
 HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 CAPABILITIES = {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
 
 
 def openvino() -> Any:
-    """The engine; imported when it is first asked for. It says nothing to anybody: only its converter, which is never
-    called here, reports to its makers, and only with the package openvino-telemetry.
+    """The engine; imported when it is first asked for, and without a report to its makers."""
+    with unreported():
+        return import_module("openvino")
+
+
+@contextmanager
+def unreported() -> Iterator[None]:
+    """A block in which importing OpenVINO tells nobody of it.
+
+    Its import brings its converter, which tells a host in the network, and keeps an identifier in ~/intel, through the
+    package openvino-telemetry that comes with it. Where that cannot be imported it does neither.
     """
-    return import_module("openvino")
+    if TELEMETRY in sys.modules:  # somebody else has brought it
+        yield
+        return
+    sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # importing it is an ImportError now
+    try:
+        yield
+    finally:
+        del sys.modules[TELEMETRY]
 
 
 @dataclass(frozen=True)
