@@ -26,6 +26,7 @@ from .rounds import Contender, Samples
 from .work import INT8, Product, Work
 
 SHAPES = 2  # the biggest ones of each kind
+LONG, MOST_REPEATS = 40_000_000_000, 8  # operations that are timed together, and products at most
 MAX_WEIGHTS = 1 << 28  # elements
 ARRAY_BYTES = 1 << 29
 WIDTH = 4096  # numbers in a row of what is read
@@ -83,7 +84,9 @@ class PeakContenders:
 
     def contenders(self) -> dict[str, Contender]:
         """One for each product and layout, and one for the memory."""
-        found = {name: _timed(gemm_run(p, self._threads, packed)) for name, (p, packed) in self._gemms.items()}
+        found = {
+            name: _timed(gemm_run(p, self._threads, packed), _repeats(p)) for name, (p, packed) in self._gemms.items()
+        }
         return {**found, **{name: _timed(run) for name, run in _readers(self._threads).items()}}
 
     def peaks(self, samples: Mapping[str, Samples]) -> Peaks:
@@ -161,10 +164,16 @@ def _readers(threads: int) -> dict[str, RunOnce]:
     return dict(zip(READERS, runs, strict=True))
 
 
-def _timed(run: RunOnce) -> Contender:
+def _repeats(product: Product) -> int:
+    """How often in a row, so that a short one is not measured while its weights still come from memory."""
+    return int(min(MOST_REPEATS, max(1, LONG // product.flops)))
+
+
+def _timed(run: RunOnce, repeats: int = 1) -> Contender:
     def timed() -> dict[str, float]:
         start = time.perf_counter()
-        run()
-        return {TIME: 1e3 * (time.perf_counter() - start)}
+        for _ in range(repeats):
+            run()
+        return {TIME: 1e3 * (time.perf_counter() - start) / repeats}
 
     return timed

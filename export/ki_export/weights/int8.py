@@ -9,13 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.checkpoints.layout.source import TensorSource
-from ki_export.passes.quantize import LEVELS
+from ki_export.passes.int8_parts import LEVELS, blocks
 
 from .finite import finite_pieces
 
 Int8 = npt.NDArray[np.int8]
 F32 = npt.NDArray[np.float32]
 VALUES, SCALES = ".int8", ".scale"  # what stands behind a weight's key in the weights file
+BLOCK = re.compile(r"(.+\.(?:int8|scale))\.(\d+)")  # an initializer that is a block of a part, and which
 LARGE = re.compile(r"((vision\.encoder|backbone|expert)\.layers\.\d+\.(self_attn|mlp)\.\w+|projector)\.weight")
 TILE = 256  # rows that are transposed at a time
 
@@ -45,8 +46,8 @@ class Int8Weights:
         self._last: tuple[str, Int8, F32] | None = None
 
     def values(self, key: str) -> Iterator[Int8]:
-        """int8 [in, out], in one piece."""
-        yield self._quantized(key)[1]
+        """int8, as `layout` has it, in one piece."""
+        yield in_blocks(self._quantized(key)[1])
 
     def scales(self, key: str) -> Iterator[F32]:
         """f32 [out], in one piece."""
@@ -57,6 +58,18 @@ class Int8Weights:
             self._last = None  # one weight in memory, not two
             self._last = (key, *quantize_weight(self._source, key))
         return self._last
+
+
+def layout(rows: int, columns: int) -> tuple[int, int]:
+    """The shape in the file of the values of a weight [rows, columns]: blocks of outputs, each [in, out / blocks]."""
+    count = blocks(rows)
+    return count * columns, rows // count
+
+
+def in_blocks(values: Int8) -> Int8:
+    """Values int8 [in, out] as they lie in the file."""
+    count = blocks(values.shape[1])
+    return values if count == 1 else np.concatenate(np.split(values, count, axis=1))
 
 
 def quantize_weight(source: TensorSource, key: str) -> tuple[Int8, F32]:

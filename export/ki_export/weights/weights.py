@@ -27,7 +27,7 @@ from ki_edge.files.safetensors_index import SafetensorsIndex
 from ki_export.graphs.wrappers import UNEMBEDDING, runs
 
 from .finite import check_finite, finite_pieces
-from .int8 import SCALES, VALUES, Int8Weights, split_key
+from .int8 import BLOCK, SCALES, VALUES, Int8Weights, layout, split_key
 from .low_bits import LowForm, LowWeights, split_low
 from .safetensors_writer import Part, write_tensors
 from .shared_file import link_file, own_file
@@ -77,6 +77,9 @@ def sources(model: ir.Model, vocabulary: DecodeVocabulary) -> dict[str, TensorSl
             if name.startswith(UNEMBEDDING):
                 first, count = parts[int(name.removeprefix(UNEMBEDDING))]
                 found[name] = TensorSlice(EMBEDDING, first, count)
+            elif block := BLOCK.fullmatch(name):
+                count = int(str(value.shape[0] if value.shape else 0))
+                found[name] = TensorSlice(checkpoint_key(block[1]), int(block[2]) * count, count)
             else:
                 found[name] = TensorSlice(checkpoint_key(name))
     return found
@@ -172,7 +175,7 @@ def _parts(
             parts.append(Part(key, *low_weights.layout(base, kind), partial(low_weights.pieces, base, kind)))
             continue
         if kind == VALUES:
-            parts.append(Part(key, "I8", (*columns, rows), partial(weights.values, base)))
+            parts.append(Part(key, "I8", layout(rows, *columns), partial(weights.values, base)))
         elif kind == SCALES:
             parts.append(Part(key, "F32", (rows,), partial(weights.scales, base)))
         elif key in forms:
