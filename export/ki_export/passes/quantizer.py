@@ -57,33 +57,21 @@ class Quantizer:
             pieces = self._pieces(steps, x) if wide == 1 else [(x, None)]
             self._rows[x] = [self._quantize(steps, *piece) for piece in pieces]
         rows, parts = self._rows[x], Int8Weight.of(str(weight.name))
-        products: list[ir.Value]  # before the rows' factors
+        products: list[ir.Value] = []  # before the rows' factors
         if len(rows) > 1:
-            scales = self._initializer(parts.scales, ir.DataType.FLOAT, out)
-            products = [
-                self._product(steps, row, self._values(parts, at, width // len(rows), out), scales)
-                for at, row in enumerate(rows)
-            ]
-            y = _sum(steps, [steps.add("Mul", *pair) for pair in zip(products, (r.factors for r in rows), strict=True)])
-        elif wide > 1:
-            few = out // wide
-            products = [
-                self._product(steps, rows[0], self._values(parts, at, width, few), self._scales(parts, at, few))
-                for at in range(wide)
-            ]
-            y = steps.add("Mul", steps.add("Concat", *products, axis=-1), rows[0].factors)
+            y = self._sum(steps, rows, parts, width, out)
         else:
-            values = self._initializer(parts.values, ir.DataType.INT8, width, out)
-            scales = self._initializer(parts.scales, ir.DataType.FLOAT, out)
-            products = [self._product(steps, rows[0], values, scales)]
-            products[0].type, products[0].shape = output.type, output.shape
-            y = steps.add("Mul", products[0], rows[0].factors)
+            products = self._products(steps, rows[0], parts, width, out)
+            if wide == 1:
+                products[0].type, products[0].shape = output.type, output.shape
+            whole = products[0] if wide == 1 else steps.add("Concat", *products, axis=-1)
+            y = steps.add("Mul", whole, rows[0].factors)
         biased = len(gemm.inputs) == 3
         if biased:
             y = steps.add("Add", y, gemm.inputs[2])
         y.type, y.shape = output.type, output.shape
         ir.convenience.replace_nodes_and_values(self._graph, gemm, [gemm], steps.nodes, [output], [y])
-        if not biased and len(rows) == 1:
+        if not biased and products:
             self._remember(y, [QuantizedProduct(y, product, rows[0].factors) for product in products])
 
     def _remember(self, y: ir.Value, products: list[QuantizedProduct]) -> None:
@@ -94,15 +82,32 @@ class Quantizer:
             self._gate(products[0])
             self._plain[y] = products[0]
 
-    def _product(self, steps: Steps, row: QuantizedActivation, values: ir.Value, scales: ir.Value) -> ir.Value:
-        one, zero = steps.constant(1.0, np.float32), steps.constant(ZERO, np.uint8)
-        return steps.add_to_engine(PRODUCT, row.values, values, one, scales, zero)
+    def _products(
+        self, steps: Steps, row: QuantizedActivation, parts: Int8Weight, width: int, out: int
+    ) -> list[ir.Value]:
+        """The layer's output, or the blocks of it, before the rows' factors."""
+        count, found = blocks(out), []
+        for at in range(count):
+            values, scales = (part if count == 1 else block_name(part, at) for part in (parts.values, parts.scales))
+            found.append(
+                _product(
+                    steps,
+                    row,
+                    self._initializer(values, ir.DataType.INT8, width, out // count),
+                    self._initializer(scales, ir.DataType.FLOAT, out // count),
+                )
+            )
+        return found
 
-    def _values(self, parts: Int8Weight, at: int, *dims: int) -> ir.Value:
-        return self._initializer(block_name(parts.values, at), ir.DataType.INT8, *dims)
-
-    def _scales(self, parts: Int8Weight, at: int, *dims: int) -> ir.Value:
-        return self._initializer(block_name(parts.scales, at), ir.DataType.FLOAT, *dims)
+    def _sum(self, steps: Steps, rows: list[QuantizedActivation], parts: Int8Weight, width: int, out: int) -> ir.Value:
+        """The layer's output as the sum of what it makes of each block of a row."""
+        scales, total = self._initializer(parts.scales, ir.DataType.FLOAT, out), None
+        for at, row in enumerate(rows):
+            values = self._initializer(block_name(parts.values, at), ir.DataType.INT8, width // len(rows), out)
+            part = steps.add("Mul", _product(steps, row, values, scales), row.factors)
+            total = part if total is None else steps.add("Add", total, part)
+        assert total is not None
+        return total
 
     def _initializer(self, name: str, dtype: ir.DataType, *dims: int) -> ir.Value:
         """One without a value yet, made where it is first asked for."""
@@ -207,11 +212,9 @@ class Quantizer:
         return True
 
 
-def _sum(steps: Steps, values: list[ir.Value]) -> ir.Value:
-    total, *others = values
-    for value in others:
-        total = steps.add("Add", total, value)
-    return total
+def _product(steps: Steps, row: QuantizedActivation, values: ir.Value, scales: ir.Value) -> ir.Value:
+    one, zero = steps.constant(1.0, np.float32), steps.constant(ZERO, np.uint8)
+    return steps.add_to_engine(PRODUCT, row.values, values, one, scales, zero)
 
 
 def _gated(steps: Steps, gelu: ir.Node, gate: QuantizedProduct, up: QuantizedProduct, x: ir.Value) -> ir.Value:
