@@ -30,6 +30,7 @@ MOST, SMALL = 64, 16  # GB of a board in the first table, and in those of all wa
 CASES = ((2, 30), (3, 200))  # cameras present, tokens of the prompt
 STEPS = 10
 EVERY = "rtx-5090"  # computes in every precision
+OTHERS = {"laptop", "pcie", "nvl", "mig", "d"}  # in the names of slower devices
 Row = Sequence[str]
 
 
@@ -59,9 +60,14 @@ def floor(device: Device, cameras: int, prompt: int, steps: int = STEPS) -> dict
 def device_of(gpu: str) -> Device | None:
     """The known device that a GPU's name holds ("NVIDIA H200" is an H200)."""
     words = gpu.lower().replace("-", " ").split()
-    if {"laptop", "pcie", "nvl"} & set(words):
+    if OTHERS & set(words):
         return None  # of the same name and slower
-    return next((device for device in DEVICES if set(device.name.lower().split()[-1:]) <= set(words)), None)
+    return next((device for device in DEVICES if _number(device) in words), None)
+
+
+def _number(device: Device) -> str:
+    """The word of a device's name that drivers write too."""
+    return device.name.lower().removesuffix(" sxm").split()[-1]
 
 
 def _parts(device: Device, cameras: int, prompt: int) -> str:

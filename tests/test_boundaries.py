@@ -237,3 +237,15 @@ def test_onnxruntime_is_imported_at_one_place() -> None:
         if re.search(r"import_module\(\"onnxruntime\"\)|^\s*(import|from) onnxruntime", path.read_text("utf-8"), re.M)
     ]
     assert places == ["runtime/ki_runtime/backends/ort.py"]
+
+
+def test_openvino_is_imported_where_it_cannot_report() -> None:
+    pattern = re.compile(r"(import_module|load)\(\"openvino\"\)|^\s*(import|from) openvino", re.M)
+    found = {
+        path.relative_to(ROOT).as_posix(): [text[: match.start()] for match in pattern.finditer(text)]
+        for folder in ("ki_edge", "export", "runtime", "examples", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+        if pattern.search(text := path.read_text("utf-8"))
+    }
+    assert sorted(found) == ["runtime/ki_runtime/doctor/packages.py", "runtime/ki_runtime/openvino/devices.py"]
+    assert all(re.search(r"with unreported\(\):\n.*$", before) for places in found.values() for before in places)

@@ -12,6 +12,8 @@ import pytest
 
 from ki_edge.config import PI05
 from ki_export.source.devices import DEVICES
+from ki_runtime.backends import registry
+from ki_runtime.backends.registry import connect
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -41,7 +43,8 @@ def test_plan_needs_no_gpu():
     names = [line[7:58].strip() for line in lines[1:]]
     assert names.index("parity small") < names.index("open bundle bf16, trt") < names.index("full bundle fp16")
     assert not [name for name in names if "compile" in name]
-    assert names.index("open bundle bf16, ort-cuda, recorded") == 1 + names.index("open bundle bf16, ort-cuda")
+    recorded = names.index("open bundle bf16, ort-cuda, recorded")  # a second copy of the model: after the others
+    assert recorded > names.index("open PyTorch bfloat16, eager")
 
 
 def test_refuses_without_a_gpu(tmp_path):
@@ -111,7 +114,9 @@ def test_floors_are_the_rooflines(modules):
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA Thor", "Jetson Thor"),
-        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
         ("NVIDIA H100 PCIe", None),
     ],
 )
@@ -122,16 +127,24 @@ def test_known_devices(modules, gpu, device):
     assert (found.name if found else None) == device
 
 
-def test_a_contender_that_is_asked_to_record(modules, fetch_bundle):
-    """The same actions; here, where nothing can be recorded, from the same engine."""
+def test_a_contender_that_is_asked_to_record(modules, fetch_bundle, monkeypatch):
+    """Its backend is; and it gives the same actions, here, where nothing can be recorded, from the same engine."""
     from gpu_measure import Case, draw
     from gpu_worker import open_contender
 
+    asked = []
+
+    def connecting(bundle, name, options, first):
+        asked.append((name, options.record))
+        return connect(bundle, name, options, first)
+
+    monkeypatch.setattr(registry, "connect", connecting)
     facts = {"kind": "bundle", "path": str(fetch_bundle), "backend": "ort"}
     sides = [open_contender({**facts, "record": record}) for record in (False, True)]
     seen = draw(sides[0].config, Case(2, 9, 3))
     one, other = (side.run(seen, 3)[0] for side in sides)
     np.testing.assert_array_equal(one, other)
+    assert asked == [("ort", True)]  # the other one is opened as users do
 
 
 def test_budget_skips_what_does_not_fit(modules, tmp_path):

@@ -111,7 +111,7 @@ BAD_ARGUMENTS = [
     (["--target", "trt", "--precision", "int8", "--budget-cosine", "1"], ["--budget-cosine 1.0", "between 0 and 1"]),
     *(
         (["--target", name], ["for a Jetson", "--target trt, and ki-build there"])
-        for name in ("jetson", "Orin", "h100-gpu")
+        for name in ("jetson", "Orin", "h100", "B200")
     ),
     *((["--target", name], ["use --target trt-rtx"]) for name in ("rtx", "RTX 4090", "geforce")),
     *((["--target", name], ["use --target ort"]) for name in ("cpu", "onnx", "onnxruntime", "ort-cuda")),

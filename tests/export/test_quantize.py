@@ -14,10 +14,10 @@ import pytest
 from ki_edge.checkpoints import Checkpoint
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
-from ki_export.passes.int8_parts import Int8Weight
+from ki_export.passes.int8_parts import Int8Weight, read_block_name
 from ki_export.passes.quantize import quantize
 from ki_export.weights.differences import differing_weights
-from ki_export.weights.int8 import BLOCK, in_blocks, is_large, quantize_weight
+from ki_export.weights.int8 import in_blocks, is_large, quantize_weight
 from ki_runtime.backends.backend import SessionOptions
 from ki_runtime.backends.ort import cpu_options
 from ki_runtime.backends.registry import choose_backend, open_session
@@ -47,9 +47,10 @@ def session(model, weights, **values):
         values[parts.values] = in_blocks(integers)
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
-            block = BLOCK.fullmatch(name)
-            rows = slice(None) if block is None else slice(*(value.shape[0] * (int(block[2]) + at) for at in range(2)))
-            value.const_value = ir.tensor(values[name if block is None else block[1]][rows], name=name)
+            part, at = read_block_name(name) or (name, None)
+            size = value.shape[0] if value.shape else 0
+            rows = slice(None) if at is None else slice(size * at, size * (at + 1))
+            value.const_value = ir.tensor(values[part][rows], name=name)
     model.graph.name = "tested"
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
@@ -113,7 +114,7 @@ def test_rows_and_weights_of_zeros_give_zeros():
     np.testing.assert_allclose(np.delete(ours[1], 4), 24, rtol=1e-6)
 
 
-def gated_model(opening="Relu"):
+def gated_model(opening="Relu", *, swapped=False, **settings):
     """down(gate(x) * up(x)) with the views that the exporter leaves around it."""
     b = Builder()
     x = b.input("x", "B", 3, 24)
@@ -127,7 +128,8 @@ def gated_model(opening="Relu"):
         )
         for name in ("gate", "up")
     )
-    product = b.add("Mul", b.add(opening, gate, shape=["B", 3, 10]), up, shape=["B", 3, 10])
+    factors = b.add(opening, gate, shape=["B", 3, 10], **settings), up
+    product = b.add("Mul", *(factors[::-1] if swapped else factors), shape=["B", 3, 10])
     hidden = b.add("Reshape", product, b.constant([-1, 10]), shape=["3*B", 10])
     return b.model(b.add("Gemm", hidden, b.weight("down.weight", 4, 10), shape=["3*B", 4], transB=1))
 
@@ -154,7 +156,17 @@ def test_a_gated_mlp_computes_with_8_bits_and_scales_narrow_rows_only():
     assert errors.max() < 0.02  # a value between two integers may fall either way
 
 
-def test_a_wide_gated_mlp_is_computed_in_blocks(monkeypatch):
+def erf_gelu(x):
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def tanh_gelu(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize(("approximate", "gelu"), [("none", erf_gelu), ("tanh", tanh_gelu)])
+def test_a_wide_gated_mlp_is_computed_in_blocks(monkeypatch, approximate, gelu, swapped):
     """From gate and up to the sum of what down makes of each block, whose rows are scaled by themselves."""
     monkeypatch.setattr("ki_export.passes.int8_parts.BLOCK", 5)
     rng = np.random.default_rng(5)
@@ -163,21 +175,22 @@ def test_a_wide_gated_mlp_is_computed_in_blocks(monkeypatch):
     weights = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
     weights["up.weight"][5:] *= 100  # with one scale for the whole row the first block would be rounded away
     weights["down.weight"][:, 5:] /= 100
-    model = gated_model("Gelu")
+    model = gated_model("Gelu", swapped=swapped, approximate=approximate)
     quantize(model, lambda name: True)
     assert ops(model).count("MatMulIntegerToFloat") == 6 and ops(model).count("QuantizeLinear") == 3
     assert "Concat" not in ops(model)
+    found = [node.attributes["approximate"].value for node in model.graph if node.op_type == "Gelu"]
+    assert found == [approximate] * 2  # they differ by less than what is rounded
     names = {name for name in model.graph.initializers if name.startswith(("gate", "down"))}
     parts = [f"{name}.{at}" for name in ("gate.weight.int8", "gate.weight.scale", "down.weight.int8") for at in (0, 1)]
     assert names == {*parts, "down.weight.scale"}
     rows = x.reshape(6, 24)
     gate, up = (rounded_product(rows, weights[name]) for name in ("gate.weight", "up.weight"))
-    hidden = 0.5 * gate * (1 + np.vectorize(math.erf)(gate / math.sqrt(2))) * up
-    blocks = slice(0, 5), slice(5, 10)
-    # a weight's scales are those of whole rows
+    hidden = gelu(gate) * up
     down = weights["down.weight"]
-    scales = np.abs(down).max(axis=1, keepdims=True) / 127
-    wanted = sum(rounded_rows(hidden[:, block]) @ (np.rint(down[:, block] / scales) * scales).T for block in blocks)
+    scales = np.abs(down).max(axis=1, keepdims=True) / 127  # of whole rows
+    rounded = np.rint(down / scales) * scales
+    wanted = sum(rounded_rows(hidden[:, block]) @ rounded[:, block].T for block in (slice(0, 5), slice(5, 10)))
     ours = session(model, weights).run(None, {"x": x})[0]
     errors = np.linalg.norm(ours - wanted, axis=1) / np.linalg.norm(wanted, axis=1)
     assert np.median(errors) < 1e-5 and errors.max() < 0.02
@@ -328,6 +341,19 @@ def test_a_bundle_of_wide_layers(checkpoint, int8_bundle, tmp_path, monkeypatch,
         file.write(bytes([byte[0] ^ 1]))
     (changed,) = differing_weights(wide, opened)
     assert changed.endswith("gate_proj.weight")
+
+
+def test_a_block_that_points_at_another_one_is_found(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("ki_export.passes.int8_parts.BLOCK", 20)
+    bundle = export(checkpoint, tmp_path / "wide", ExportOptions(precision="int8", verify=False))
+    model = onnx.load(bundle.graph("prefix"), load_external_data=False)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    first, second = (tensors[f"backbone.layers.0.mlp.up_proj.weight.int8.{at}"] for at in (0, 1))
+    second.external_data[1].value = first.external_data[1].value
+    assert second.external_data[1].key == "offset"
+    onnx.save(model, bundle.graph("prefix"))
+    (changed,) = differing_weights(bundle, Checkpoint.open(checkpoint))
+    assert changed.endswith("up_proj.weight")
 
 
 def test_graphs_share_their_8_bit_weights(int8_bundle):

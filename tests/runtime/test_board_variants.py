@@ -128,6 +128,9 @@ def test_marks_and_where_engines_are_compiled():
     assert [mark(board, int(size)) for size in (9e9, 9.5e9, 10.1e9)] == ["fits", "tight", "no"]
     assert "on any x86 PC, which needs no GPU" in elsewhere(board, 4_000_000_000)
     assert "--compute-capability 8.9" in elsewhere(board, 4_000_000_000)
+    for key in ("h100", "h200"):  # which TensorRT-RTX does not compile for
+        told = elsewhere(find_board(key), 4_000_000_000)
+        assert "on another machine with such a card" in told and "trt-rtx" not in told
     told = elsewhere(SMALL, 10_000_000_000)
     assert "4.5 GB of swap" in told and "no PC compiles for a Jetson" in told
 

@@ -10,17 +10,25 @@ from functools import partial
 import numpy as np
 import pytest
 
+from ki_edge import graphs
 from ki_edge.bundle import Bundle
 from ki_export.exporter import export
 from ki_export.options import ExportOptions
 from ki_runtime import Sampler
-from ki_runtime.backends.registry import BACKENDS
+from ki_runtime.backends.backend import SessionOptions
+from ki_runtime.backends.registry import BACKENDS, connect
 from ki_runtime.trt.build import MODULES, BuildOptions, build_bundle
 
 GPU_BACKENDS = [backend for backend in BACKENDS if backend.device == "GPU"]
 # Of float32: the same on both sides; TensorRT chooses the order of each sum, and ten steps add up. Of float16: what
 # NVIDIA's own runtime holds against float32.
 ATOL, COSINE = {"float32": 1e-3, "float16": 5e-3}, {"float32": 1e-6, "float16": 1e-5}
+CONTENDERS = [
+    (b, precision, record)
+    for b in GPU_BACKENDS
+    for precision in ATOL
+    for record in ((False, True) if b.name == "ort-cuda" else (False,))
+]
 BATCH = 2
 # Cameras that are there, tokens of each row's prompt, denoising steps. The repeated ones replay what others recorded.
 CASES = [
@@ -56,10 +64,18 @@ def bundles(fetch_bundle, fetch_checkpoint, tmp_path_factory):
     return {"float32": fetch_bundle, "float16": half}
 
 
-@pytest.fixture(params=[(b, p) for b in GPU_BACKENDS for p in ATOL], ids=lambda case: f"{case[0].name} {case[1]}")
+def recording(folder, backend):
+    """A sampler whose backend is asked to record CUDA graphs; ONNX Runtime's does not by itself."""
+    bundle = Bundle.open(folder)
+    specs = graphs.specs(bundle.manifest.config)
+    connection = connect(bundle, backend, SessionOptions(record=True), specs)
+    return Sampler(bundle, connection.open, connection.backend)
+
+
+@pytest.fixture(params=CONTENDERS, ids=lambda case: f"{case[0].name}{' recorded' if case[2] else ''} {case[1]}")
 def pair(request, tmp_path_factory):
     """(the policy on a GPU backend, the float32 one on the CPU, their precision)."""
-    backend, precision = request.param
+    backend, precision, record = request.param
     obstacle = backend.obstacle(None)
     if obstacle is not None:
         pytest.skip(f"{backend.name}: {obstacle}")
@@ -69,7 +85,8 @@ def pair(request, tmp_path_factory):
     if backend.name in MODULES:
         options = BuildOptions(batch=BATCH, graphs=tuple(Bundle.open(folder).manifest.graphs))
         build_bundle(folder, backend.name, options=options, say=print)
-    return Sampler.open(folder, backend.name, say=print), Sampler.open(bundles["float32"], "ort"), precision
+    ours = recording(folder, backend.name) if record else Sampler.open(folder, backend.name, say=print)
+    return ours, Sampler.open(bundles["float32"], "ort"), precision
 
 
 def assert_close(found, expected, precision):

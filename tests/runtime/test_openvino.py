@@ -260,7 +260,7 @@ def test_a_bundle_that_cannot_be_written_is_cached_for_the_user(bundle, tmp_path
     "used",
     [
         "from ki_runtime.openvino.devices import devices, openvino; print(devices(openvino().Core())[0].name)",
-        "from ki_runtime.doctor.cli import main; main([]); print('CPU')",
+        "from ki_runtime.doctor.cli import main; main([]); print('CPU' if 'openvino' in sys.modules else '')",
     ],
 )
 def test_it_reports_to_nobody(used, tmp_path):
@@ -273,7 +273,8 @@ def watch(event, arguments):
 sys.addaudithook(watch)
 {used}
 """
-    home = {**os.environ, "HOME": str(tmp_path)}
+    of_ci = ("CI", "TF_BUILD", "JENKINS_URL")  # where they are set the package says nothing by itself
+    home = {**{name: value for name, value in os.environ.items() if name not in of_ci}, "HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120, env=home
     )

@@ -6,9 +6,10 @@ import sys
 import numpy as np
 import pytest
 
-from ki_edge.errors import DatasetError
+from ki_edge.errors import DatasetError, RobotError
 from ki_edge.recordings import lerobot_index
 from ki_edge.recordings.collection import open_recordings
+from ki_runtime.recording import dataset
 from ki_runtime.recording.dataset import DatasetWriter
 from ki_runtime.recording.features import Features, Frame
 
@@ -46,9 +47,13 @@ def test_pictures_come_back_as_they_were(tmp_path):
 
 
 def test_what_reads_films_is_not_needed(tmp_path, monkeypatch):
-    images, films = write(tmp_path / "images", "image"), write(tmp_path / "films", "video")
-    monkeypatch.setattr(lerobot_index, "find_spec", lambda name: None if name == "av" else name)
+    films = write(tmp_path / "films", "video")
+    for module in (lerobot_index, dataset):
+        monkeypatch.setattr(module, "find_spec", lambda name: None if name == "av" else name)
     monkeypatch.setitem(sys.modules, "av", None)  # importing it fails
+    images = write(tmp_path / "images", "image")
+    with pytest.raises(RobotError, match="recording a dataset needs av"):
+        write(tmp_path / "more", "video")
     assert open_recordings(images).episode(0).cameras["hand"][0].shape == (*SIZES["hand"], 3)
     with pytest.raises(DatasetError, match=r"films is a LeRobotDataset; reading it needs av: pip install"):
         open_recordings(films)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
+VALUES, SCALES = ".int8", ".scale"  # what stands behind a weight's name, in graphs and in the weights file
+BLOCK_NAME = re.compile(r"(.+\.(?:int8|scale))\.(\d+)")
 LEVELS = 127  # largest magnitude of a quantised value
 BLOCK = 4096  # outputs that a wide layer computes together; [542, 4096] in float32 are 9 MB
 
@@ -23,7 +26,7 @@ class Int8Weight:
     @classmethod
     def of(cls, weight: str) -> Int8Weight:
         """The names that a weight's parts always have, so that graphs share them."""
-        return cls(weight, f"{weight}.int8", f"{weight}.scale")
+        return cls(weight, weight + VALUES, weight + SCALES)
 
 
 def blocks(outputs: int) -> int:
@@ -34,3 +37,9 @@ def blocks(outputs: int) -> int:
 def block_name(part: str, at: int) -> str:
     """The initializer of one block of a part."""
     return f"{part}.{at}"
+
+
+def read_block_name(name: str) -> tuple[str, int] | None:
+    """The part that an initializer is a block of, and which; None for others."""
+    found = BLOCK_NAME.fullmatch(name)
+    return None if found is None else (found[1], int(found[2]))

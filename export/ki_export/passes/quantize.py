@@ -13,8 +13,8 @@ row is a pass over memory of its own. So factors move to where they cost least: 
 number a channel, into s; m behind the next layer where y is a factor of its input, as up_proj's is, and into the
 cosines and sines where y is rotated.
 
-A layer of many outputs is computed BLOCK outputs at a time (`blocks`): what follows finds them in the processor's cache
-instead of in memory, and the product itself is a third faster. Of a gated MLP all is done block by block, up to the sum
+A layer of many outputs is computed BLOCK outputs at a time (`blocks`): the product itself, and what follows, find them
+in the processor's cache instead of in memory. Of a gated MLP all is done block by block, up to the sum
 of what down_proj makes of each; each block of a row then has an m of its own.
 """
 

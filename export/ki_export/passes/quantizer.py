@@ -34,6 +34,19 @@ class QuantizedProduct:
     factors: ir.Value
 
 
+@dataclass(frozen=True)
+class _Layer:
+    """The parts of a weight [out, width]."""
+
+    parts: Int8Weight
+    out: int
+    width: int
+
+    @property
+    def blocks(self) -> int:
+        return blocks(self.out)
+
+
 class Quantizer:
     """Rewrites the Gemms of one graph in their order, and remembers what they can share."""
 
@@ -47,66 +60,62 @@ class Quantizer:
 
     def rewrite(self, gemm: ir.Node, weight: ir.Value) -> None:
         """Put products of the parts of `weight` f32 [out, in] in the place of a Gemm. ValueError without shapes."""
-        x, output = gemm.inputs[0], gemm.outputs[0]
-        if x is None or x.shape is None or output.shape is None:
+        x, output, steps = gemm.inputs[0], gemm.outputs[0], Steps()
+        if x is None or x.shape is None or output.shape is None or weight.shape is None:
             raise ValueError(f"the input of '{weight.name}' has no shape")
-        assert weight.shape is not None
-        out, width = (int(str(size)) for size in weight.shape)
-        steps, wide = Steps(), blocks(out)
+        layer = _Layer(Int8Weight.of(str(weight.name)), *(int(str(size)) for size in weight.shape))
         if x not in self._rows:
-            pieces = self._pieces(steps, x) if wide == 1 else [(x, None)]
+            pieces = [(x, None)] if layer.blocks > 1 else self._pieces(steps, x)
             self._rows[x] = [self._quantize(steps, *piece) for piece in pieces]
-        rows, parts = self._rows[x], Int8Weight.of(str(weight.name))
-        products: list[ir.Value] = []  # before the rows' factors
+        rows = self._rows[x]
+        products: list[ir.Value] = []
         if len(rows) > 1:
-            y = self._sum(steps, rows, parts, width, out)
+            y = self._sum(steps, rows, layer)
         else:
-            products = self._products(steps, rows[0], parts, width, out)
-            if wide == 1:
-                products[0].type, products[0].shape = output.type, output.shape
-            whole = products[0] if wide == 1 else steps.add("Concat", *products, axis=-1)
-            y = steps.add("Mul", whole, rows[0].factors)
+            y, products = self._product(steps, rows[0], layer, output)
         biased = len(gemm.inputs) == 3
         if biased:
             y = steps.add("Add", y, gemm.inputs[2])
         y.type, y.shape = output.type, output.shape
         ir.convenience.replace_nodes_and_values(self._graph, gemm, [gemm], steps.nodes, [output], [y])
-        if not biased and products:
+        if not biased:
             self._remember(y, [QuantizedProduct(y, product, rows[0].factors) for product in products])
 
     def _remember(self, y: ir.Value, products: list[QuantizedProduct]) -> None:
-        """A layer without a bias: its factors may go elsewhere."""
+        """Of a layer without a bias: its factors may go elsewhere. Those of a sum cannot."""
         if len(products) > 1:
             self._wide[y] = products
-        elif not self._rotate(products[0]):
-            self._gate(products[0])
-            self._plain[y] = products[0]
+        for product in products if len(products) == 1 else ():
+            if not self._rotate(product):
+                self._gate(product)
+                self._plain[y] = product
 
-    def _products(
-        self, steps: Steps, row: QuantizedActivation, parts: Int8Weight, width: int, out: int
-    ) -> list[ir.Value]:
-        """The layer's output, or the blocks of it, before the rows' factors."""
-        count, found = blocks(out), []
+    def _product(
+        self, steps: Steps, row: QuantizedActivation, layer: _Layer, output: ir.Value
+    ) -> tuple[ir.Value, list[ir.Value]]:
+        """The layer's output, and before the rows' factors it, or the blocks of it."""
+        count, found = layer.blocks, []
         for at in range(count):
-            values, scales = (part if count == 1 else block_name(part, at) for part in (parts.values, parts.scales))
-            found.append(
-                _product(
-                    steps,
-                    row,
-                    self._initializer(values, ir.DataType.INT8, width, out // count),
-                    self._initializer(scales, ir.DataType.FLOAT, out // count),
-                )
+            values, scales = (
+                part if count == 1 else block_name(part, at) for part in (layer.parts.values, layer.parts.scales)
             )
-        return found
+            values_of = self._initializer(values, ir.DataType.INT8, layer.width, layer.out // count)
+            scales_of = self._initializer(scales, ir.DataType.FLOAT, layer.out // count)
+            found.append(_multiply(steps, row, values_of, scales_of))
+        whole = found[0] if count == 1 else steps.add("Concat", *found, axis=-1)
+        whole.type, whole.shape = output.type, output.shape
+        return steps.add("Mul", whole, row.factors), found
 
-    def _sum(self, steps: Steps, rows: list[QuantizedActivation], parts: Int8Weight, width: int, out: int) -> ir.Value:
+    def _sum(self, steps: Steps, rows: list[QuantizedActivation], layer: _Layer) -> ir.Value:
         """The layer's output as the sum of what it makes of each block of a row."""
-        scales, total = self._initializer(parts.scales, ir.DataType.FLOAT, out), None
+        scales, products = self._initializer(layer.parts.scales, ir.DataType.FLOAT, layer.out), []
         for at, row in enumerate(rows):
-            values = self._initializer(block_name(parts.values, at), ir.DataType.INT8, width // len(rows), out)
-            part = steps.add("Mul", _product(steps, row, values, scales), row.factors)
-            total = part if total is None else steps.add("Add", total, part)
-        assert total is not None
+            name = block_name(layer.parts.values, at)
+            values = self._initializer(name, ir.DataType.INT8, layer.width // len(rows), layer.out)
+            products.append(steps.add("Mul", _multiply(steps, row, values, scales), row.factors))
+        total = products[0]
+        for product in products[1:]:
+            total = steps.add("Add", total, product)
         return total
 
     def _initializer(self, name: str, dtype: ir.DataType, *dims: int) -> ir.Value:
@@ -133,7 +142,10 @@ class Quantizer:
         return [(x, None)]
 
     def _quantize(self, steps: Steps, x: ir.Value, left_out: ir.Value | None = None) -> QuantizedActivation:
-        deferred, low = left_out or self._defer_factors(x), _is_gelu(x)  # both look at who uses x so far
+        deferred, low = (
+            self._defer_factors(x) if left_out is None else left_out,
+            _is_gelu(x),
+        )  # both look at who uses x so far
         last = steps.constant([-1], np.int64)
         bounds = [steps.add("ReduceMax", x, last, keepdims=0)]
         if low:
@@ -212,7 +224,7 @@ class Quantizer:
         return True
 
 
-def _product(steps: Steps, row: QuantizedActivation, values: ir.Value, scales: ir.Value) -> ir.Value:
+def _multiply(steps: Steps, row: QuantizedActivation, values: ir.Value, scales: ir.Value) -> ir.Value:
     one, zero = steps.constant(1.0, np.float32), steps.constant(ZERO, np.uint8)
     return steps.add_to_engine(PRODUCT, row.values, values, one, scales, zero)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 
 from ki_edge.bundle import Bundle
@@ -17,10 +18,12 @@ from ki_edge.checkpoints.layout.source import PIECE, encode
 from ki_edge.dtypes import BY_ONNX, FLOATS
 from ki_edge.errors import BundleError
 from ki_export.graphs.wrappers import UNEMBEDDING, runs
-from ki_export.passes.int8_parts import Int8Weight
+from ki_export.passes.int8_parts import VALUES, Int8Weight, read_block_name
 
 from .int8 import in_blocks, quantize_weight
 from .low_differences import differing_low_weights
+
+Int8Parts = tuple[list[Any], list[Any]]  # initializers of values and of scales
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def differing_weights(bundle: Bundle, checkpoint: Checkpoint) -> list[str]:
         proto = onnx.load(bundle.graph(graph), load_external_data=False)
         external = {t.name: t for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
         for key, parts in _quantized(external, checkpoint.source).items():
-            if key not in found and not _quantized_equal(bundle, key, *parts, checkpoint.source):
+            if key not in found and not _quantized_equal(bundle, key, parts, checkpoint.source):
                 found.append(key)
         found += [key for key in differing_low_weights(bundle, external, checkpoint.source, scaled) if key not in found]
         for tensor in external.values():
@@ -72,15 +75,22 @@ def _runtime(bundle: Bundle) -> Iterator[Stored]:
         yield Stored(key, index.path, entry.offset, entry.dtype)
 
 
-def _quantized(external: Mapping[str, Any], source: TensorSource) -> dict[str, tuple[Any, Any]]:
-    """Checkpoint keys of quantised weights with their two initializers."""
-    first = {name.removesuffix(".0"): tensor for name, tensor in external.items()}  # blocks lie one behind the other
-    names = [Int8Weight.of(name.removesuffix(".int8")) for name in first if name.endswith(".int8")]
+def _quantized(external: Mapping[str, Any], source: TensorSource) -> dict[str, Int8Parts]:
+    """Checkpoint keys of quantised weights with the initializers of their values and of their scales."""
+    parts: dict[str, dict[int, Any]] = {}
+    for name, tensor in external.items():
+        part, at = read_block_name(name) or (name, 0)
+        parts.setdefault(part, {})[at] = tensor
+    names = [Int8Weight.of(part.removesuffix(VALUES)) for part in parts if part.endswith(VALUES)]
     return {
-        checkpoint_key(weight.weight): (first[weight.values], first[weight.scales])
+        checkpoint_key(weight.weight): (_in_order(parts[weight.values]), _in_order(parts[weight.scales]))
         for weight in names
-        if weight.scales in first and checkpoint_key(weight.weight) in source.tensors
+        if weight.scales in parts and checkpoint_key(weight.weight) in source.tensors
     }
+
+
+def _in_order(blocks: Mapping[int, Any]) -> list[Any]:
+    return [blocks[at] for at in sorted(blocks)]
 
 
 def _stored(bundle: Bundle, checkpoint: Checkpoint, tensor: Any) -> Stored | None:
@@ -118,13 +128,15 @@ def _equal(stored: Stored, source: TensorSource, exponent: int = 0) -> bool:
     return True
 
 
-def _quantized_equal(bundle: Bundle, key: str, values: Any, scales: Any, source: TensorSource) -> bool:
-    """Whether two initializers are what quantising a checkpoint tensor gives."""
-    expected_values, expected_scales = quantize_weight(source, key)
-    if values.name.endswith(".0"):  # bundles before blocks have wide weights in one
-        expected_values = in_blocks(expected_values)
-    for tensor, expected in ((values, expected_values.tobytes()), (scales, expected_scales.tobytes())):
-        path, offset = _place(bundle, tensor)
-        if np.fromfile(path, np.uint8, len(expected), offset=offset).tobytes() != expected:
-            return False
+def _quantized_equal(bundle: Bundle, key: str, parts: Int8Parts, source: TensorSource) -> bool:
+    """Whether initializers, one or one a block, are what quantising a checkpoint tensor gives."""
+    values, scales = quantize_weight(source, key)
+    if len(parts[1]) > 1:  # a wide layer; bundles before there were blocks have those in one, too
+        values = in_blocks(values)
+    expected: list[tuple[list[Any], npt.NDArray[Any]]] = [(parts[0], values), (parts[1], scales)]
+    for tensors, whole in expected:
+        for tensor, piece in zip(tensors, np.split(whole, len(tensors)), strict=True):
+            path, offset = _place(bundle, tensor)
+            if np.fromfile(path, np.uint8, piece.nbytes, offset=offset).tobytes() != piece.tobytes():
+                return False
     return True

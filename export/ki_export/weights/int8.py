@@ -9,14 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ki_edge.checkpoints.layout.source import TensorSource
-from ki_export.passes.int8_parts import LEVELS, blocks
+from ki_export.passes.int8_parts import LEVELS, SCALES, VALUES, blocks
 
 from .finite import finite_pieces
 
 Int8 = npt.NDArray[np.int8]
 F32 = npt.NDArray[np.float32]
-VALUES, SCALES = ".int8", ".scale"  # what stands behind a weight's key in the weights file
-BLOCK = re.compile(r"(.+\.(?:int8|scale))\.(\d+)")  # an initializer that is a block of a part, and which
 LARGE = re.compile(r"((vision\.encoder|backbone|expert)\.layers\.\d+\.(self_attn|mlp)\.\w+|projector)\.weight")
 TILE = 256  # rows that are transposed at a time
 

@@ -25,9 +25,10 @@ from ki_edge.dtypes import STORED
 from ki_edge.errors import ExportError
 from ki_edge.files.safetensors_index import SafetensorsIndex
 from ki_export.graphs.wrappers import UNEMBEDDING, runs
+from ki_export.passes.int8_parts import SCALES, VALUES, read_block_name
 
 from .finite import check_finite, finite_pieces
-from .int8 import BLOCK, SCALES, VALUES, Int8Weights, layout, split_key
+from .int8 import Int8Weights, layout, split_key
 from .low_bits import LowForm, LowWeights, split_low
 from .safetensors_writer import Part, write_tensors
 from .shared_file import link_file, own_file
@@ -77,9 +78,9 @@ def sources(model: ir.Model, vocabulary: DecodeVocabulary) -> dict[str, TensorSl
             if name.startswith(UNEMBEDDING):
                 first, count = parts[int(name.removeprefix(UNEMBEDDING))]
                 found[name] = TensorSlice(EMBEDDING, first, count)
-            elif block := BLOCK.fullmatch(name):
-                count = int(str(value.shape[0] if value.shape else 0))
-                found[name] = TensorSlice(checkpoint_key(block[1]), int(block[2]) * count, count)
+            elif block := read_block_name(name):
+                (part, at), count = block, int(str(value.shape[0] if value.shape else 0))
+                found[name] = TensorSlice(checkpoint_key(part), at * count, count)
             else:
                 found[name] = TensorSlice(checkpoint_key(name))
     return found

@@ -53,7 +53,7 @@ BOARDS = (
     Board("thor", "Jetson Thor", 128, (11, 0), THOR, JETSON_UNTRIED, 273.0, 259.0, 517.0, 1035.0),
     Board("rtx-4090", "RTX 4090", 24, (8, 9), CARD, CARD_UNTRIED, 1008.0, 165.0, 330.0),
     Board("rtx-5090", "RTX 5090", 32, (12, 0), CARD, CARD_UNTRIED, 1792.0, 209.5, 419.0, 1676.0),
-    Board("h100", "H100", 80, (9, 0), DATA_CENTRE, HOPPER, 3350.0, 989.0, 1979.0),  # SXM
+    Board("h100", "H100 SXM", 80, (9, 0), DATA_CENTRE, HOPPER, 3350.0, 989.0, 1979.0),
     Board("h200", "H200", 141, (9, 0), DATA_CENTRE, HOPPER, 4800.0, 989.0, 1979.0),
 )
 

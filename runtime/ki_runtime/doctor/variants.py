@@ -17,7 +17,7 @@ from ki_runtime.gpu.device import NEEDS, describe_capabilities
 from ki_runtime.trt.api import Api
 from ki_runtime.trt.memory import needed
 
-from .boards import GB, Board
+from .boards import DATA_CENTRE, GB, Board
 from .memory import Needs, needs
 
 COMFORT = 0.9  # of the free memory, up to which an estimate is taken to hold
@@ -183,6 +183,8 @@ def elsewhere(board: Board, build: int) -> str:
             f"{swap}; or build on another board of the same module, JetPack and power mode, and copy BUNDLE with its "
             "engines/ (no PC compiles for a Jetson, and no Jetson for another module)"
         )
+    if board.software == DATA_CENTRE:
+        return f"{need} of the host's memory; or compile on another machine with such a card, and copy BUNDLE"
     return (
         f"{need} of the host's memory; or compile on any x86 PC, which needs no GPU: ki-export --target trt-rtx "
         f"--compute-capability {describe_capabilities([board.capability])}, and copy BUNDLE"

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from threading import RLock
 from typing import Any
 
 from ki_edge.errors import BackendError
@@ -14,12 +15,16 @@ from ki_runtime.backends.session import first_line
 from ki_runtime.backends.variant import Variant
 
 TELEMETRY = "openvino_telemetry"
+_LOCK = RLock()
 HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 CAPABILITIES = {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
 
 
 def openvino() -> Any:
     """The engine; imported when it is first asked for, and without a report to its makers."""
+    loaded = sys.modules.get("openvino")
+    if loaded is not None:
+        return loaded
     with unreported():
         return import_module("openvino")
 
@@ -31,14 +36,14 @@ def unreported() -> Iterator[None]:
     Its import brings its converter, which tells a host in the network, and keeps an identifier in ~/intel, through the
     package openvino-telemetry that comes with it. Where that cannot be imported it does neither.
     """
-    if TELEMETRY in sys.modules:  # somebody else has brought it
-        yield
-        return
-    sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # importing it is an ImportError now
-    try:
-        yield
-    finally:
-        del sys.modules[TELEMETRY]
+    with _LOCK:
+        before = {name: sys.modules[name] for name in (TELEMETRY,) if name in sys.modules}
+        sys.modules[TELEMETRY] = None  # type: ignore[assignment]  # importing it is an ImportError now
+        try:
+            yield
+        finally:
+            del sys.modules[TELEMETRY]
+            sys.modules.update(before)
 
 
 @dataclass(frozen=True)

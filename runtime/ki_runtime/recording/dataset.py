@@ -23,9 +23,10 @@ from .statistics import Stats, together
 from .tables import episode_table, task_table, write_table
 
 
-def check_packages() -> None:
-    """RobotError unless the packages that write a dataset are installed."""
-    if missing := [name for name in (layout.TABLES, layout.FILMS) if find_spec(name) is None]:
+def check_packages(stored: str = "video") -> None:
+    """RobotError unless the packages that write a dataset are installed, whose pictures are `stored` so."""
+    packages = (layout.TABLES, *([layout.FILMS] if stored == "video" else []))
+    if missing := [name for name in packages if find_spec(name) is None]:
         raise RobotError(f"recording a dataset needs {' and '.join(missing)}: {layout.CURE}")
 
 
@@ -37,7 +38,7 @@ class DatasetWriter:
     """
 
     def __init__(self, folder: Path, features: Features) -> None:
-        check_packages()
+        check_packages(features.stored)
         self.folder, self.features = folder, features
         self.episodes = self.frames = 0
         self._tasks: dict[str, int] = {}

@@ -65,12 +65,8 @@ def capabilities_of(
 
 def check_served(api: Api, device: Device) -> None:
     """BackendError if this TensorRT has no engines for the GPU: RTX has none for data centres' and Jetsons'."""
-    if api.is_rtx and device.capability not in api.capabilities:
-        raise BackendError(
-            f"{api.title} has no engines for this GPU, {device.name} of compute capability "
-            f"{describe_capabilities([device.capability])}, only for {describe_capabilities(api.capabilities)}; "
-            "use TensorRT itself, or onnxruntime-gpu"
-        )
+    if api.is_rtx:
+        _check_known(api, [device.capability])
 
 
 def _check_known(api: Api, wanted: Sequence[Capability]) -> None:
@@ -78,7 +74,7 @@ def _check_known(api: Api, wanted: Sequence[Capability]) -> None:
     if unknown:
         raise BackendError(
             f"{api.title} cannot compile for compute capability {describe_capabilities(unknown)}, only for "
-            f"{describe_capabilities(api.capabilities)}"
+            f"{describe_capabilities(api.capabilities)}; for other GPUs use TensorRT itself, or onnxruntime-gpu"
         )
 
 
