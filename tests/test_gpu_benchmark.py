@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -125,6 +126,24 @@ def test_known_devices(modules, gpu, device):
 
     found = boards.device_of(gpu)
     assert (found.name if found else None) == device
+
+
+def test_a_bundle_of_another_checkpoint_is_not_taken_up(modules, tmp_path):
+    """As a rehearsal leaves them, or an earlier run whose checkpoint has been replaced."""
+    from gpu_steps import Benchmark
+
+    benchmark = Benchmark(SimpleNamespace(output=tmp_path, wheels=None, minutes=1, checkpoint=None), "cuda")
+    assert not benchmark._has("small", "fp16")
+    manifest, weights = tmp_path / "small-fp16" / "manifest.json", tmp_path / "small-checkpoint" / "model.safetensors"
+    for path, text in ((weights, ""), (manifest, json.dumps({"provenance": {"checkpoint": "small-checkpoint"}}))):
+        path.parent.mkdir()
+        path.write_text(text)
+    assert benchmark._has("small", "fp16")
+    os.utime(weights, (4e9, 4e9))
+    assert not benchmark._has("small", "fp16")
+    os.utime(weights, (1e9, 1e9))
+    manifest.write_text(json.dumps({"provenance": {"checkpoint": "checkpoint"}}))
+    assert not benchmark._has("small", "fp16")
 
 
 def test_a_contender_that_is_asked_to_record(modules, fetch_bundle, monkeypatch):
