@@ -163,7 +163,7 @@ def test_a_contender_that_is_asked_to_record(modules, fetch_bundle, monkeypatch)
     seen = draw(sides[0].config, Case(2, 9, 3))
     one, other = (side.run(seen, 3)[0] for side in sides)
     np.testing.assert_array_equal(one, other)
-    assert asked == [("ort", True)]  # the other one is opened as users do
+    assert asked.count(("ort", True)) == 1  # the other one is opened as users do
 
 
 def test_budget_skips_what_does_not_fit(modules, tmp_path):
