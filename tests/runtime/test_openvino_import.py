@@ -16,6 +16,9 @@ except ImportError:
 """
 
 
+NAMES = ("openvino", "openvino_telemetry")
+
+
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
     """packages(engine): those two packages, of which the one tells whether it could import the other."""
@@ -24,11 +27,13 @@ def packages(tmp_path, monkeypatch):
         (tmp_path / "openvino.py").write_text(engine)
         (tmp_path / "openvino_telemetry.py").write_text("")
         monkeypatch.syspath_prepend(str(tmp_path))
-        for name in ("openvino", "openvino_telemetry"):
-            monkeypatch.delitem(sys.modules, name, raising=False)
         importlib.invalidate_caches()
 
-    return make
+    before = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
+    yield make
+    for name in NAMES:
+        sys.modules.pop(name, None)  # those of this test
+    sys.modules.update(before)
 
 
 def test_it_cannot_import_what_reports(packages):
