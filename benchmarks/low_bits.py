@@ -2,7 +2,7 @@
 
     python benchmarks/low_bits.py examples/fetch/checkpoint build/low
     python benchmarks/random_checkpoint.py build/hot --depth 2 --hot 0
-    python benchmarks/low_bits.py build/hot build/low-hot --cameras 1        (8 GB of memory; an hour on two cores)
+    python benchmarks/low_bits.py build/hot build/low-hot --cameras 1   (8 GB of memory; up to an hour on two cores)
 
 Each precision as ki-export writes it: scales from built-in observations, the costliest layers in more bits until the
 budget holds. Then 24 other observations, one to three cameras, prompts of 1 to 31 tokens: actions of ten steps against
