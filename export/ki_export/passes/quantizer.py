@@ -142,10 +142,8 @@ class Quantizer:
         return [(x, None)]
 
     def _quantize(self, steps: Steps, x: ir.Value, left_out: ir.Value | None = None) -> QuantizedActivation:
-        deferred, low = (
-            self._defer_factors(x) if left_out is None else left_out,
-            _is_gelu(x),
-        )  # both look at who uses x so far
+        low = _is_gelu(x)  # this and what follows look at who uses x so far
+        deferred = self._defer_factors(x) if left_out is None else left_out
         last = steps.constant([-1], np.int64)
         bounds = [steps.add("ReduceMax", x, last, keepdims=0)]
         if low:
