@@ -1,4 +1,4 @@
-"""Wide layers in 8 bits, which are computed in blocks: the arithmetic, the weights in the file, and their verification."""
+"""Wide layers in 8 bits, computed in blocks: the arithmetic, the weights in the file, and their verification."""
 
 import math
 
