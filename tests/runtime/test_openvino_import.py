@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -29,8 +30,10 @@ def packages(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(str(tmp_path))
         importlib.invalidate_caches()
 
+    devices.openvino.cache_clear()
     before = {name: sys.modules.pop(name) for name in NAMES if name in sys.modules}
     yield make
+    devices.openvino.cache_clear()
     for name in NAMES:
         sys.modules.pop(name, None)  # those of this test
     sys.modules.update(before)
@@ -49,6 +52,14 @@ def test_also_where_somebody_else_has_imported_it(packages):
     theirs = importlib.import_module("openvino_telemetry")
     assert devices.openvino().reports is False
     assert sys.modules["openvino_telemetry"] is theirs
+
+
+def test_a_second_thread_gets_the_whole_engine(packages):
+    packages("import time\ntime.sleep(0.2)\n" + ENGINE)
+    with ThreadPoolExecutor(4) as pool:
+        found = [future.result() for future in [pool.submit(devices.openvino) for _ in range(4)]]
+    assert [engine.reports for engine in found] == [False] * 4
+    assert "openvino_telemetry" not in sys.modules
 
 
 def test_an_import_that_fails_leaves_nothing(packages):

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from threading import RLock
 from typing import Any
@@ -20,11 +21,9 @@ HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 CAPABILITIES = {"float32": "FP32", "bfloat16": "BF16", "float16": "FP16"}
 
 
+@cache
 def openvino() -> Any:
     """The engine; imported when it is first asked for, and without a report to its makers."""
-    loaded = sys.modules.get("openvino")
-    if loaded is not None:
-        return loaded
     with unreported():
         return import_module("openvino")
 
