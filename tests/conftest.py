@@ -5,6 +5,7 @@ import io
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +18,12 @@ import sentencepiece
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # of the tests that use the engine by themselves
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: each process has a core for itself
+
+# Started by nohup or in the background, this process ignores them, and so would whatever a test starts: a program that
+# is started has the default for every signal that its parent handles.
+for ignored, handler in ((signal.SIGHUP, lambda *_: None), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, handler)
 
 
 LONGEST = ("test_real_widths.py", "test_trt_build.py", "test_parity.py", "test_fetch.py")
